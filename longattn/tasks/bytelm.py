@@ -1,0 +1,104 @@
+"""Byte-level language modelling: documents cut into pieces and packed into rows of T tokens.
+
+The vocabulary is the 256 bytes and BOS. A document is BOS and its bytes. One longer than T is cut; each piece after the
+first repeats the last `overlap` bytes of the piece before, without loss, so that every byte of the corpus is predicted
+exactly once per epoch: the sum of the losses over the number of bytes is an honest figure of bits per byte.
+
+A corpus is one uint8 array in which every document is preceded by one `SEPARATOR` byte, where its BOS will stand.
+"""
+
+from __future__ import annotations
+
+import bisect
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64, UInt8
+
+BOS = 256
+VOCABULARY = 257
+SEPARATOR = ord("\n")  # so that text which runs across documents (needle's haystack) has a line break there
+WINDOW = 4096  # pieces that are packed together; larger windows pad less, smaller ones mix documents more
+
+
+class Pieces(NamedTuple):
+    """n pieces of documents, as ranges of the corpus array."""
+
+    start: Int64[np.ndarray, " n"]  # of the piece's first token in the corpus array
+    length: Int64[np.ndarray, " n"]  # tokens, 2 .. T
+    skip: Int64[np.ndarray, " n"]  # leading tokens without loss
+    first: Int64[np.ndarray, " n"]  # 1 where the first token is BOS
+
+
+class Rows(NamedTuple):
+    """The pieces of each of R rows: row r holds pieces[ptr[r]:ptr[r + 1]]."""
+
+    pieces: Int64[np.ndarray, " n"]
+    ptr: Int64[np.ndarray, " R+1"]
+
+
+def cut(sizes: Int64[np.ndarray, " n"], T: int, overlap: int) -> Pieces:
+    """Cuts documents of `sizes` bytes (each >= 1) into pieces of at most T tokens."""
+    if not 1 <= overlap < T:
+        raise ValueError(f"{overlap=} must lie in 1 .. T - 1 with {T=}: a piece's first token is not predicted")
+    if sizes.size and sizes.min() < 1:
+        raise ValueError(f"{sizes.min()=} must be at least 1: leave out empty documents")
+    tokens = sizes + 1
+    stride = T - overlap
+    counts = 1 + np.maximum(0, -(-(tokens - T) // stride))
+    begins = np.cumsum(tokens) - tokens
+    document = np.repeat(np.arange(len(sizes)), counts)
+    k = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)  # piece of its document
+    length = np.minimum(T, tokens[document] - k * stride)
+    return Pieces(begins[document] + k * stride, length, np.where(k == 0, 1, overlap), (k == 0).astype(np.int64))
+
+
+def pack(length: Int64[np.ndarray, " n"], T: int, rng: np.random.Generator, window: int = WINDOW) -> Rows:
+    """Packs pieces of 2 .. T tokens into rows by best-fit decreasing, window by window of a shuffled order."""
+    if length.size and length.max() > T:
+        raise ValueError(f"{length.max()=} must be at most {T=}: cut the documents first")
+    order = rng.permutation(len(length))
+    whole = length[order] > T - 2  # no piece has fewer than two tokens: nothing fits beside these
+    rows = [[int(i)] for i in order[whole]]
+    rest = order[~whole]
+    for lo in range(0, len(rest), window):
+        some = rest[lo : lo + window]
+        some = some[np.argsort(-length[some], kind="stable")]
+        free: list[tuple[int, int]] = []  # (tokens free, row), sorted: the best fit is found by bisection
+        for i, n in zip(some.tolist(), length[some].tolist(), strict=True):
+            at = bisect.bisect_left(free, (n, -1))
+            if at < len(free):
+                room, row = free.pop(at)
+                rows[row].append(i)
+            else:
+                room, row = T, len(rows)
+                rows.append([i])
+            bisect.insort(free, (room - n, row))
+    for row in rows:
+        if len(row) > 1:  # else every row would run from its longest piece to its shortest
+            rng.shuffle(row)
+    ptr = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=ptr[1:])
+    return Rows(np.array([i for row in rows for i in row], np.int64), ptr)
+
+
+def fill(
+    corpus: UInt8[np.ndarray, " N"],
+    pieces: Pieces,
+    members: Int64[np.ndarray, " n"],
+    T: int,
+) -> tuple[Int32[np.ndarray, " T"], Int32[np.ndarray, " T"], Int32[np.ndarray, " T"], Float32[np.ndarray, " T"]]:
+    """One row of the pieces `members`: tokens, positions (restarting), segment ids (from 1; 0 is padding), weights."""
+    tokens, positions, segments = (np.zeros(T, np.int32) for _ in range(3))
+    weights = np.zeros(T, np.float32)
+    at = 0
+    for segment, i in enumerate(members.tolist(), start=1):
+        start, n = int(pieces.start[i]), int(pieces.length[i])
+        tokens[at : at + n] = corpus[start : start + n]
+        if pieces.first[i]:
+            tokens[at] = BOS
+        positions[at : at + n] = np.arange(n)
+        segments[at : at + n] = segment
+        weights[at + int(pieces.skip[i]) : at + n] = 1
+        at += n
+    return tokens, positions, segments, weights

@@ -1,0 +1,307 @@
+"""From files or generators to batches, by random access: (step, rows) -> tokens.
+
+The order is a function of (config, seed): a process reads the rows it holds, a resumed run starts at its step, and
+nothing else is saved.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import os
+import stat
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex
+
+import grain
+import numpy as np
+from jaxtyping import Float32, Int32, Int64, UInt8
+
+from longattn import config
+from longattn.tasks import bytelm, mqar, needle
+
+Split = Literal["train", "valid"]
+
+TRAIN_ROWS, VALID_ROWS = 100_000, 3_000  # of a generated task: one epoch and the held-out set, as in Zoology's Figure 2
+NEEDLE_VALID = 0.05  # share of the haystack's documents held out
+AHEAD = 4  # batches read ahead
+
+
+class Batch(NamedTuple):
+    """B rows of T tokens. Padding has segment id 0 and weight 0."""
+
+    tokens: Int32[np.ndarray, "B T"]
+    positions: Int32[np.ndarray, "B T"]  # restart at every segment
+    segment_ids: Int32[np.ndarray, "B T"]  # 1, 2, ... in a row
+    weights: Float32[np.ndarray, "B T"]  # of the loss of predicting token t
+
+
+class Source(Protocol):
+    """Random access to the batches of one split."""
+
+    num_batches: int  # per epoch; the last one may end in empty rows
+    info: dict[str, Any]  # what the data are, for the run's record
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        """The batch of a step (any step >= 0: epochs follow one another), or only some of its rows."""
+        ...
+
+
+# ---- files
+
+
+class Document(NamedTuple):
+    name: str  # path relative to the corpus's root, with "/"
+    start: int  # of its first byte in Corpus.data
+    size: int  # bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Documents in the order of their names, each preceded by one separator byte (see tasks/bytelm.py)."""
+
+    data: UInt8[np.ndarray, " N"]
+    documents: tuple[Document, ...]
+    hash: str  # sha256 over names, sizes and contents
+    empty: int  # files that had no bytes
+
+    def read(self, document: Document) -> bytes:
+        return self.data[document.start : document.start + document.size].tobytes()
+
+
+def read_corpus(pattern: str, max_bytes: int | None = None) -> Corpus:
+    """Reads the files that match a glob ("" is the standard library's sources), at most `max_bytes` of them.
+
+    Raises ValueError if a file cannot be read or there are no bytes at all.
+    """
+    root, paths = _find(pattern)
+    files = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise _unreadable(pattern, path, error.strerror) from error
+        if stat.S_ISREG(status.st_mode):
+            files.append((path, status.st_size, status.st_mtime_ns))
+        elif not stat.S_ISDIR(status.st_mode):
+            raise _unreadable(pattern, path, "not a regular file")
+    return _load(pattern, root, tuple(files), max_bytes)
+
+
+def _find(pattern: str) -> tuple[str, list[str]]:
+    """The directory that names are relative to, and the paths that match, sorted."""
+    if not pattern:
+        root = sysconfig.get_path("stdlib")
+        skipped = {"site-packages", "dist-packages", "__pycache__"}
+        paths = [str(p) for p in Path(root).rglob("*.py") if not skipped & set(p.relative_to(root).parts)]
+    else:
+        pattern = os.path.expanduser(pattern)
+        root = os.path.dirname(pattern)
+        while glob.has_magic(root):
+            root = os.path.dirname(root)
+        paths = glob.glob(pattern, recursive=True)
+    return root, sorted(set(paths))
+
+
+def _unreadable(pattern: str, path: str, reason: str | None) -> ValueError:
+    return ValueError(
+        f"glob={pattern!r} matches {path}, which cannot be read ({reason}): make it readable or narrow the glob"
+    )
+
+
+@functools.lru_cache(maxsize=2)  # both splits, and every length a study compares, read the same files
+def _load(pattern: str, root: str, files: tuple[tuple[str, int, int], ...], max_bytes: int | None) -> Corpus:
+    """`files` carries sizes and modification times so that changed files are read again."""
+    parts: list[bytes] = []
+    documents: list[Document] = []
+    digest = hashlib.sha256()
+    at = empty = 0
+    left = sum(size for _, size, _ in files) if max_bytes is None else max_bytes
+    for path, *_ in files:
+        if left <= 0:
+            break
+        try:
+            with open(path, "rb") as file:
+                text = file.read(left if max_bytes is not None else -1)
+        except OSError as error:
+            raise _unreadable(pattern, path, error.strerror) from error
+        if not text:
+            empty += 1
+            continue
+        name = Path(os.path.relpath(path, root or ".")).as_posix()
+        digest.update(f"{name}\0{len(text)}\0".encode(errors="surrogateescape"))
+        digest.update(text)
+        parts += [bytes([bytelm.SEPARATOR]), text]
+        documents.append(Document(name, at + 1, len(text)))
+        at += 1 + len(text)
+        left -= len(text)
+    if not documents:
+        raise ValueError(
+            f"glob={pattern!r} must match files with bytes; it matches {len(files)} files, {empty} of them empty"
+        )
+    return Corpus(np.frombuffer(b"".join(parts), np.uint8), tuple(documents), digest.hexdigest(), empty)
+
+
+def split_corpus(corpus: Corpus, valid: float, split: Split) -> Corpus:
+    """The documents of one split, by a hash of the name: a document never changes sides when others come or go.
+
+    Raises ValueError if the split has none.
+    """
+
+    def held_out(document: Document) -> bool:
+        digest = hashlib.sha256(document.name.encode(errors="surrogateescape")).digest()
+        return int.from_bytes(digest[:8], "big") < valid * 2.0**64
+
+    chosen = [d for d in corpus.documents if held_out(d) == (split == "valid")]
+    if not chosen:
+        raise ValueError(
+            f"{valid=} leaves the {split} split without any of the {len(corpus.documents)} documents: "
+            f"{'raise' if split == 'valid' else 'lower'} it or give more files (a document is never divided)"
+        )
+    documents, parts, at = [], [], 0
+    for d in chosen:
+        parts.append(corpus.data[d.start - 1 : d.start + d.size])
+        documents.append(Document(d.name, at + 1, d.size))
+        at += 1 + d.size
+    return Corpus(np.concatenate(parts), tuple(documents), corpus.hash, corpus.empty)
+
+
+# ---- sources
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Documents packed to length T: an epoch holds every row once, in an order of its own."""
+
+    cfg: config.ByteLM
+    corpus: Corpus  # of this split
+    shuffle: bool  # the held-out set keeps one order
+    seed: int
+    pieces: bytelm.Pieces
+    rows: bytelm.Rows
+    num_batches: int
+    info: dict[str, Any]
+
+    @property
+    def documents(self) -> tuple[Document, ...]:
+        """The documents of this split; `corpus.read(document)` gives the bytes."""
+        return self.corpus.documents
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        epoch, at = divmod(step, self.num_batches)
+        order = _order(self.seed, epoch if self.shuffle else 0, len(self.rows.ptr) - 1)
+        filled = []
+        for i in range(at * self.cfg.B, (at + 1) * self.cfg.B)[rows or slice(None)]:
+            members = self.rows.pieces[:0]  # an empty row ends the last batch of an epoch
+            if i < len(order):
+                members = self.rows.pieces[self.rows.ptr[order[i]] : self.rows.ptr[order[i] + 1]]
+            filled.append(bytelm.fill(self.corpus.data, self.pieces, members, self.cfg.T))
+        return Batch(*(np.stack(column) for column in zip(*filled, strict=True)))
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, rows: int) -> Int64[np.ndarray, " rows"]:
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def _packed(cfg: config.ByteLM, seed: int, split: Split) -> Packed:
+    whole = read_corpus(cfg.glob, cfg.max_bytes)
+    corpus = split_corpus(whole, cfg.valid, split)
+    seed = seed if split == "train" else 0  # every run is scored on the same rows
+    pieces = bytelm.cut(np.array([d.size for d in corpus.documents]), cfg.T, cfg.overlap)
+    rows = bytelm.pack(pieces.length, cfg.T, np.random.default_rng(seed))
+    n = len(rows.ptr) - 1
+    info = _corpus_info(whole, corpus, split) | {
+        "task": "bytelm",
+        "pieces": len(pieces.length),
+        "rows": n,
+        "padding": 1 - float(pieces.length.sum()) / (n * cfg.T),
+    }
+    return Packed(cfg, corpus, split == "train", seed, pieces, rows, -(-n // cfg.B), info)
+
+
+def _corpus_info(whole: Corpus, part: Corpus, split: Split) -> dict[str, Any]:
+    return {
+        "split": split,
+        "corpus_sha256": whole.hash,
+        "corpus_bytes": sum(d.size for d in whole.documents),
+        "corpus_documents": len(whole.documents),
+        "empty_files_skipped": whole.empty,
+        "bytes": sum(d.size for d in part.documents),
+        "documents": len(part.documents),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """Rows made on demand by a pure function of their index. The train split never repeats; the held-out set does."""
+
+    T: int
+    B: int
+    row: Callable[[int], tuple[np.ndarray, np.ndarray]]  # index -> tokens [T], weights [T]
+    repeat: bool
+    num_batches: int
+    info: dict[str, Any]
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        step = step % self.num_batches if self.repeat else step
+        made = [self.row(i) for i in range(step * self.B, (step + 1) * self.B)[rows or slice(None)]]
+        tokens, weights = (np.stack(column) for column in zip(*made, strict=True))
+        positions = np.broadcast_to(np.arange(self.T, dtype=np.int32), tokens.shape)
+        return Batch(tokens, positions, np.ones_like(tokens), weights)
+
+
+def _generated(cfg: config.MQAR | config.Needle, seed: int, split: Split) -> Generated:
+    seed = seed if split == "train" else 0  # every run is scored on the same rows
+    if isinstance(cfg, config.MQAR):
+        row = functools.partial(mqar.row, cfg, seed, split)
+        info = {"task": "mqar", "split": split, "chance": mqar.chance(cfg), "guess": mqar.guess(cfg)}
+    else:
+        needle.room(cfg)  # raises before any file is read
+        whole = read_corpus(cfg.glob)
+        corpus = split_corpus(whole, NEEDLE_VALID, split)
+        row = functools.partial(needle.row, cfg, corpus.data, seed, split)
+        info = _corpus_info(whole, corpus, split) | {"task": "needle", "chance": needle.chance(cfg)}
+    num_batches = -(-(TRAIN_ROWS if split == "train" else VALID_ROWS) // cfg.B)
+    return Generated(cfg.T, cfg.B, row, split == "valid", num_batches, info)
+
+
+def source(cfg: config.Data, *, seed: int, split: Split) -> Source:
+    """Random access to one split. The order of the train split depends on the seed, the held-out set on nothing.
+
+    Raises ValueError for files that cannot be read, a glob without bytes, a split without documents, and a T that does
+    not hold the task.
+    """
+    if seed < 0:
+        raise ValueError(f"{seed=} must not be negative")
+    return _packed(cfg, seed, split) if isinstance(cfg, config.ByteLM) else _generated(cfg, seed, split)
+
+
+# ---- reading ahead
+
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """The steps from `start` on, as grain's random-access data source."""
+
+    source: Source
+    start: int
+    rows: slice | None
+
+    def __len__(self) -> int:
+        return sys.maxsize - self.start
+
+    def __getitem__(self, index: SupportsIndex) -> tuple[int, Batch]:
+        step = self.start + int(index)
+        return step, self.source.batch(step, self.rows)
+
+
+def loader(source: Source, start: int = 0, rows: slice | None = None) -> Iterator[tuple[int, Batch]]:
+    """Endless (step, batch) from step `start`, read ahead by one thread; `rows`: this process's part of each batch."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
+    return iter(grain.MapDataset.source(_Steps(source, start, rows)).to_iter_dataset(options))
