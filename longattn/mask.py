@@ -1,0 +1,426 @@
+"""Attention masks as values over positions: which query may attend to which key.
+
+A mask is a rule on the position of a query and of a key, never an array over T x S. Two questions can be asked of it:
+`mask(q_pos, k_pos)` (is this pair visible?) and `mask.kind(q_lo, q_hi, k_lo, k_hi)` (does a block of positions hold no
+visible pair, some, or only visible ones?), which lets a kernel skip the empty blocks and drop the mask in the full ones.
+
+    Causal() & Window(512)          # at most 512 tokens back
+    Causal() | Prefix(64)           # a prefix that everybody sees (prefix-LM)
+    Window(256) | Global(4)         # Longformer, arXiv:2004.05150
+    Causal() & Chunked(8192)        # Llama 4's local layers
+
+Masks are frozen, hashable as long as they hold no array, and registered pytrees: integers are static, arrays are leaves.
+Two leaves exist: `Prefix(n [B])` and `BlockSparse(block_size, visible [B|1 H|1 Jq Jk])`. Their axes align with the first two
+of a rank-4 shape [B H . .]: arguments of lower rank are taken as [1 1 . .], and the answer has rank 4.
+
+NumPy arguments (and leaves) give NumPy answers without touching a device: schedules are made on the host at trace time.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longattn.shapes import suggest
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+_INT32 = 2**31 - 1
+
+
+def _xp(*xs: Any) -> Any:
+    """jax.numpy if any argument is a JAX array or tracer, else numpy."""
+    return jnp if any(isinstance(x, jax.Array) for x in xs) else np
+
+
+def _shape(*xs: Any) -> tuple[int, ...]:
+    return np.broadcast_shapes(*(np.shape(x) for x in xs))
+
+
+def _lift(x: Any, rank: int) -> Any:
+    """`x` with leading axes of size 1 up to `rank`: explicit, so that jax_numpy_rank_promotion='raise' passes."""
+    return _xp(x).reshape(x, (1,) * (rank - np.ndim(x)) + tuple(np.shape(x)))
+
+
+def _kind(empty: Any, full: Any, *bounds: Any) -> Any:
+    """int8 of the broadcast shape of everything: FULL where `full`, else EMPTY where `empty`, else PARTIAL."""
+    xp = _xp(empty, full, *bounds)
+    kind = xp.where(full, np.int8(FULL), xp.where(empty, np.int8(EMPTY), np.int8(PARTIAL)))
+    return xp.broadcast_to(kind, _shape(kind, *bounds))
+
+
+def _integer(mask: Mask, name: str, low: int) -> None:
+    """Normalises the field `name` to a Python int within [low, 2**31), else raises ValueError."""
+    value = getattr(mask, name)
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= _INT32:
+        raise ValueError(f"{type(mask).__name__}.{name}={value!r} must be an integer of at least {low}, below 2**31")
+    object.__setattr__(mask, name, int(value))
+
+
+@dataclass(frozen=True, repr=False)
+class Mask:
+    """Base of all masks. Combine them with `&`, `|` and `~`; `str(mask)` is an expression that `parse` reads back."""
+
+    def __init_subclass__(cls) -> None:
+        jax.tree_util.register_pytree_with_keys(cls, _flatten, lambda aux, leaves: _unflatten(cls, aux, leaves))
+
+    def __call__(self, q_pos: Any, k_pos: Any) -> Any:
+        """Visible pairs: bool of the broadcast shape of two int32 arrays of positions."""
+        raise NotImplementedError
+
+    def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
+        """EMPTY, PARTIAL or FULL (int8) for queries in [q_lo, q_hi] and keys in [k_lo, k_hi], both ends included.
+
+        The bounds are ints or int32 arrays that broadcast, with lo <= hi. EMPTY and FULL are promises about every pair of
+        positions in the block; PARTIAL is none.
+        """
+        raise NotImplementedError
+
+    def dense(self, T: int, S: int) -> Any:
+        """The whole [T S] pattern at positions arange(T), arange(S) ([B H T S] with array leaves). For tests and plots."""
+        return self(np.arange(T, dtype=np.int32)[:, None], np.arange(S, dtype=np.int32)[None, :])
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(_text(getattr(self, f.name)) for f in dataclasses.fields(self))})"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, int):
+        return str(value)
+    if hasattr(value, "shape"):
+        return f"{value.dtype}[{' '.join(map(str, value.shape))}]"
+    return getattr(value, "__qualname__", repr(value))
+
+
+def _flatten(mask: Mask) -> tuple[list[tuple[Any, Any]], Any]:
+    """Integers and functions are static; whatever else stands in a field (arrays, masks, JAX's placeholders) is a child."""
+    leaves, static = [], []
+    for field in dataclasses.fields(mask):
+        value = getattr(mask, field.name)
+        if isinstance(value, int) or isinstance(mask, Fn):
+            static.append((field.name, value))
+        else:
+            leaves.append((jax.tree_util.GetAttrKey(field.name), value))
+    return leaves, (tuple(key.name for key, _ in leaves), tuple(static))
+
+
+def _unflatten(cls: type[Mask], aux: Any, leaves: Any) -> Mask:
+    names, static = aux
+    mask = object.__new__(cls)  # not __init__: JAX also unflattens with placeholders that no check would pass
+    for name, value in (*zip(names, leaves, strict=True), *static):
+        object.__setattr__(mask, name, value)
+    return mask
+
+
+@dataclass(frozen=True, repr=False)
+class Full(Mask):
+    """Every pair is visible."""
+
+    def __call__(self, q_pos: Any, k_pos: Any) -> Any:
+        return _xp(q_pos, k_pos).ones(_shape(q_pos, k_pos), bool)
+
+    def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
+        return _kind(False, True, q_lo, q_hi, k_lo, k_hi)
+
+
+@dataclass(frozen=True, repr=False)
+class Causal(Mask):
+    """k <= q."""
+
+    def __call__(self, q_pos: Any, k_pos: Any) -> Any:
+        return k_pos <= q_pos
+
+    def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
+        return _kind(k_lo > q_hi, k_hi <= q_lo, q_lo, q_hi, k_lo, k_hi)
+
+
+@dataclass(frozen=True, repr=False)
+class Window(Mask):
+    """-right <= q - k <= left. With right=0 it is causal, and Window(0) sees itself only; right=-1 hides itself."""
+
+    left: int
+    right: int = 0
+
+    def __post_init__(self) -> None:
+        _integer(self, "left", -_INT32)
+        _integer(self, "right", -_INT32)
+        if self.left < -self.right:
+            raise ValueError(f"{self} must have left >= -right: no distance q - k lies in [-right, left]")
+
+    def __call__(self, q_pos: Any, k_pos: Any) -> Any:
+        return (q_pos - k_pos <= self.left) & (q_pos - k_pos >= -self.right)
+
+    def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
+        least, most = q_lo - k_hi, q_hi - k_lo  # of the distance q - k
+        empty = (most < -self.right) | (least > self.left)
+        return _kind(empty, (least >= -self.right) & (most <= self.left), q_lo, q_hi, k_lo, k_hi)
+
+
+@dataclass(frozen=True, repr=False)
+class Chunked(Mask):
+    """q // n == k // n."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _integer(self, "n", 1)
+
+    def __call__(self, q_pos: Any, k_pos: Any) -> Any:
+        return q_pos // self.n == k_pos // self.n
+
+    def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
+        a, b, c, d = q_lo // self.n, q_hi // self.n, k_lo // self.n, k_hi // self.n
+        return _kind((b < c) | (d < a), (a == b) & (c == d) & (a == c), q_lo, q_hi, k_lo, k_hi)
+
+
+@dataclass(frozen=True, repr=False)
+class Prefix(Mask):
+    """k < n, for an integer or an int32 [B] (one length per sequence)."""
+
+    n: Any
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.n, "shape") or isinstance(self.n, np.integer):
+            _integer(self, "n", 0)
+        elif len(self.n.shape) != 1 or np.dtype(self.n.dtype) != np.int32:
+            raise ValueError(f"Prefix.n={_text(self.n)} must be an integer or an int32 array [B]")
+
+    def _limit(self, *xs: Any) -> tuple[Any, ...]:
+        """(n, *xs), all ready to broadcast."""
+        if isinstance(self.n, int):
+            return (self.n, *xs)
+        return (self.n.reshape(-1, 1, 1, 1), *(_lift(x, 4) for x in xs))
+
+    def __call__(self, q_pos: Any, k_pos: Any) -> Any:
+        n, q_pos, k_pos = self._limit(q_pos, k_pos)
+        return _xp(n, q_pos, k_pos).broadcast_to(k_pos < n, _shape(n, q_pos, k_pos))
+
+    def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
+        n, q_lo, q_hi, k_lo, k_hi = self._limit(q_lo, q_hi, k_lo, k_hi)
+        return _kind(k_lo >= n, k_hi < n, q_lo, q_hi, k_lo, k_hi)
+
+
+@dataclass(frozen=True, repr=False)
+class Global(Mask):
+    """q < n or k < n: the first n positions see everything and are seen by everything."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _integer(self, "n", 0)
+
+    def __call__(self, q_pos: Any, k_pos: Any) -> Any:
+        return (q_pos < self.n) | (k_pos < self.n)
+
+    def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
+        empty = (q_lo >= self.n) & (k_lo >= self.n)
+        return _kind(empty, (q_hi < self.n) | (k_hi < self.n), q_lo, q_hi, k_lo, k_hi)
+
+
+@dataclass(frozen=True, repr=False)
+class Dilated(Mask):
+    """0 <= q - k <= left * step and (q - k) % step == 0: itself and `left` earlier keys, `step` apart."""
+
+    left: int
+    step: int
+
+    def __post_init__(self) -> None:
+        _integer(self, "left", 0)
+        _integer(self, "step", 1)
+        if self.left * self.step > _INT32:
+            raise ValueError(f"{self} must reach less than 2**31 back: left * step = {self.left * self.step}")
+
+    def __call__(self, q_pos: Any, k_pos: Any) -> Any:
+        distance = q_pos - k_pos
+        return (distance >= 0) & (distance <= self.left * self.step) & (distance % self.step == 0)
+
+    def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
+        least, most = q_lo - k_hi, q_hi - k_lo
+        xp = _xp(least, most)
+        low, high = xp.maximum(least, 0), xp.minimum(most, self.left * self.step)
+        inside = (least >= 0) & (most <= self.left * self.step)
+        full = inside & ((least == most) & (least % self.step == 0) if self.step > 1 else True)
+        return _kind(high // self.step * self.step < low, full, q_lo, q_hi, k_lo, k_hi)
+
+
+@dataclass(frozen=True, repr=False)
+class BlockSparse(Mask):
+    """visible[b, h, q // block_size, k // block_size]; positions outside of `visible` are hidden.
+
+    `visible` is a bool array [B|1 H|1 Jq Jk], a leaf of the pytree: it may be traced, and changes without recompilation.
+    """
+
+    block_size: int
+    visible: Any
+
+    def __post_init__(self) -> None:
+        _integer(self, "block_size", 1)
+        if len(getattr(self.visible, "shape", ())) != 4 or self.visible.dtype != np.bool_:
+            raise ValueError(f"BlockSparse.visible={_text(self.visible)} must be a bool array [B|1 H|1 Jq Jk]")
+
+    def __call__(self, q_pos: Any, k_pos: Any) -> Any:
+        xp = _xp(self.visible, q_pos, k_pos)
+        B, H, Jq, Jk = self.visible.shape
+        i, j = _lift(q_pos, 4) // self.block_size, _lift(k_pos, 4) // self.block_size
+        b, h = np.arange(B).reshape(-1, 1, 1, 1), np.arange(H).reshape(1, -1, 1, 1)
+        inside = (i >= 0) & (i < Jq) & (j >= 0) & (j < Jk)
+        return inside & xp.asarray(self.visible)[b, h, xp.clip(i, 0, Jq - 1), xp.clip(j, 0, Jk - 1)]
+
+    def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
+        xp = _xp(self.visible, q_lo, q_hi, k_lo, k_hi)
+        B, H, Jq, Jk = self.visible.shape
+        b, h = np.arange(B).reshape(-1, 1, 1, 1), np.arange(H).reshape(1, -1, 1, 1)
+        # A summed-area table: four reads count the visible blocks of any rectangle.
+        table = xp.pad(xp.asarray(self.visible).astype(np.int32), ((0, 0), (0, 0), (1, 0), (1, 0))).cumsum(2).cumsum(3)
+        i0, i1, j0, j1 = (_lift(x, 4) // self.block_size for x in (q_lo, q_hi, k_lo, k_hi))
+
+        def count(i: Any, j: Any) -> Any:
+            return table[b, h, xp.clip(i, 0, Jq), xp.clip(j, 0, Jk)]
+
+        seen = count(i1 + 1, j1 + 1) - count(i0, j1 + 1) - count(i1 + 1, j0) + count(i0, j0)
+        inside = (i0 >= 0) & (i1 < Jq) & (j0 >= 0) & (j1 < Jk)
+        blocks = (i1 - i0 + 1) * (j1 - j0 + 1)
+        return _kind(seen == 0, inside & (seen == blocks), i0, i1, j0, j1)
+
+
+@dataclass(frozen=True, repr=False)
+class Fn(Mask):
+    """Any rule f(q_pos, k_pos) -> bool, elementwise on broadcasting arrays. Every block counts as PARTIAL.
+
+    Equal and hashed by `f` itself: define it once, at module level; a fresh lambda per call compiles anew each time.
+    """
+
+    f: Callable[[Any, Any], Any]
+
+    def __post_init__(self) -> None:
+        if not callable(self.f):
+            raise ValueError(f"Fn.f={self.f!r} must be a function of (q_pos, k_pos)")
+
+    def __call__(self, q_pos: Any, k_pos: Any) -> Any:
+        visible, shape = self.f(q_pos, k_pos), _shape(q_pos, k_pos)
+        if getattr(visible, "dtype", type(visible)) != np.bool_ or _shape(visible, q_pos, k_pos) != shape:
+            raise ValueError(f"{self} must return bool of a shape that broadcasts to {shape}; it returned {_text(visible)}")
+        return _xp(visible, q_pos, k_pos).broadcast_to(visible, shape)
+
+    def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
+        return _kind(False, False, q_lo, q_hi, k_lo, k_hi)
+
+
+def _pair(op: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+    rank = max(np.ndim(a), np.ndim(b))
+    return op(_lift(a, rank), _lift(b, rank))
+
+
+@dataclass(frozen=True, repr=False)
+class And(Mask):
+    """Visible in both."""
+
+    a: Mask
+    b: Mask
+
+    def __call__(self, q_pos: Any, k_pos: Any) -> Any:
+        return _pair(lambda a, b: a & b, self.a(q_pos, k_pos), self.b(q_pos, k_pos))
+
+    def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
+        a, b = self.a.kind(q_lo, q_hi, k_lo, k_hi), self.b.kind(q_lo, q_hi, k_lo, k_hi)
+        return _pair(_xp(a, b).minimum, a, b)
+
+    def __str__(self) -> str:
+        left = f"({self.a})" if isinstance(self.a, Or) else str(self.a)
+        right = f"({self.b})" if isinstance(self.b, And | Or) else str(self.b)
+        return f"{left} & {right}"
+
+
+@dataclass(frozen=True, repr=False)
+class Or(Mask):
+    """Visible in one or both."""
+
+    a: Mask
+    b: Mask
+
+    def __call__(self, q_pos: Any, k_pos: Any) -> Any:
+        return _pair(lambda a, b: a | b, self.a(q_pos, k_pos), self.b(q_pos, k_pos))
+
+    def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
+        a, b = self.a.kind(q_lo, q_hi, k_lo, k_hi), self.b.kind(q_lo, q_hi, k_lo, k_hi)
+        return _pair(_xp(a, b).maximum, a, b)
+
+    def __str__(self) -> str:
+        return f"{self.a} | ({self.b})" if isinstance(self.b, Or) else f"{self.a} | {self.b}"
+
+
+@dataclass(frozen=True, repr=False)
+class Not(Mask):
+    """Visible where `a` is not."""
+
+    a: Mask
+
+    def __call__(self, q_pos: Any, k_pos: Any) -> Any:
+        visible = self.a(q_pos, k_pos)
+        return _xp(visible).logical_not(visible)
+
+    def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
+        return np.int8(FULL) - self.a.kind(q_lo, q_hi, k_lo, k_hi)
+
+    def __str__(self) -> str:
+        return f"~({self.a})" if isinstance(self.a, And | Or) else f"~{self.a}"
+
+
+_PARSABLE = {c.__name__: c for c in (Full, Causal, Window, Chunked, Prefix, Global, Dilated)}
+
+
+def parse(text: str) -> Mask:
+    """The mask an expression such as "Causal() & Window(512)" stands for: the inverse of `str` for masks without arrays.
+
+    Raises ValueError for anything but the array-free masks, integers, `&`, `|`, `~` and parentheses.
+    """
+
+    def integer(node: ast.expr) -> int:
+        negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
+        constant = node.operand if negative else node
+        if not isinstance(constant, ast.Constant) or type(constant.value) is not int:
+            raise ValueError(f"{ast.unparse(node)!r} in the mask {text!r} must be an integer")
+        return -constant.value if negative else constant.value
+
+    def build(node: ast.expr) -> Mask:
+        match node:
+            case ast.BinOp(left=left, op=ast.BitAnd(), right=right):
+                return And(build(left), build(right))
+            case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+                return Or(build(left), build(right))
+            case ast.UnaryOp(op=ast.Invert(), operand=operand):
+                return Not(build(operand))
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+                if name not in _PARSABLE:
+                    raise ValueError(f"{name!r} in the mask {text!r} is no mask to write down; {suggest(name, _PARSABLE)}")
+                try:
+                    return _PARSABLE[name](*map(integer, args), **{str(k.arg): integer(k.value) for k in keywords})
+                except TypeError as error:
+                    raise ValueError(f"{ast.unparse(node)!r} in the mask {text!r} has wrong arguments: {error}") from None
+            case ast.Name(id=name):
+                raise ValueError(f"{name!r} in the mask {text!r} must be called, as in {name}(); {suggest(name, _PARSABLE)}")
+        raise ValueError(f"{ast.unparse(node)!r} in the mask {text!r} must be a mask such as Causal() & Window(512)")
+
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except SyntaxError as error:
+        raise ValueError(f"mask {text!r} must be an expression such as Causal() & Window(512): {error.msg}") from None
+    return build(tree.body)

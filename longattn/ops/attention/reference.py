@@ -1,0 +1,63 @@
+"""Scaled dot-product attention as written in section 3.2.1 of arXiv:1706.03762: the whole [B H T S] matrix at once.
+
+    out = softmax(softcap * tanh(scale * q k^T / softcap) + bias, over visible keys) v
+    lse = log(sum(exp(logits), over visible keys))
+
+O(T S) in memory, so it is only ever used by name: to test the other back ends, for jvp and for second derivatives.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+from jaxtyping import Array
+
+from longattn.ops.attention.spec import Extras, Spec
+from longattn.shapes import Key, Logits, Out, Query, Statistic, Value
+
+
+def check(q: Query, k: Key, v: Value, extras: Extras, spec: Spec) -> None:
+    """Accepts every valid call."""
+
+
+def _logits(q: Array, k: Array, extras: Extras, spec: Spec) -> Logits:
+    """Logits with -inf at hidden keys. Query head h reads key head h // G."""
+    k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    logits = spec.scale * jnp.einsum("BTHD,BSHD->BHTS", q, k, precision=Precision.HIGHEST)
+    if spec.softcap is not None:
+        logits = spec.softcap * jnp.tanh(logits / spec.softcap)
+    if extras.bias is not None:
+        logits = logits + extras.bias.astype(logits.dtype)
+    visible = extras.mask(extras.q_positions[:, None, :, None], extras.k_positions[:, None, None, :])
+    if extras.q_segments is not None:
+        visible = visible & (extras.q_segments[:, None, :, None] == extras.k_segments[:, None, None, :])
+    return jnp.where(visible, logits, -jnp.inf)
+
+
+def attend(q: Query, k: Key, v: Value, extras: Extras, spec: Spec) -> tuple[Out, Statistic]:
+    """out [B T H V] and lse [B T H]; zeros and -inf where no key is visible."""
+    q, k, v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v))
+    logits = _logits(q, k, extras, spec)
+    m = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
+    m = jnp.where(m == -jnp.inf, 0.0, m)
+    weights = jnp.exp(logits - m[..., None])
+    total = jnp.sum(weights, axis=-1)
+    empty = total == 0
+    total = jnp.where(empty, 1.0, total)
+    v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
+    out = jnp.einsum("BHTS,BSHV->BTHV", weights / total[..., None], v, precision=Precision.HIGHEST)
+    lse = jnp.where(empty, -jnp.inf, m + jnp.log(total))
+    return out.astype(spec.out_dtype), jnp.transpose(lse, (0, 2, 1))
+
+
+def backward_partial(q, k, v, extras, out, lse, do, dlse, spec):  # noqa: ANN001, ANN201
+    """dq, dk, dv of these keys' share, given the global out and lse: P = exp(logits - lse), dS = P (do v^T - D + dlse)."""
+    q, k, v, out, lse, do, dlse = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v, out, lse, do, dlse))
+    logits, pull = jax.vjp(lambda q, k: _logits(q, k, extras, spec), q, k)
+    repeated, gather = jax.vjp(lambda v: jnp.repeat(v, q.shape[2] // v.shape[2], axis=2), v)
+    lse, dlse, D = (jnp.transpose(x, (0, 2, 1))[..., None] for x in (lse, dlse, jnp.sum(do * out, axis=-1)))
+    P = jnp.where(lse == -jnp.inf, 0.0, jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)))
+    dP = jnp.einsum("BTHV,BSHV->BHTS", do, repeated, precision=Precision.HIGHEST)
+    dq, dk = pull(P * (dP - D + jnp.where(lse == -jnp.inf, 0.0, dlse)))
+    return dq, dk, *gather(jnp.einsum("BHTS,BTHV->BSHV", P, do, precision=Precision.HIGHEST))

@@ -1,0 +1,60 @@
+"""Choosing a back end: an ordered table, refusals with reasons before any compute, never a silent fall-back.
+
+An operation keeps a table {name: module}, best first. Each module has `check(...)`, which raises NotImplementedError with a
+reason where the back end cannot serve the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from longattn.shapes import suggest
+
+
+class Target(NamedTuple):
+    """What a program is compiled for."""
+
+    platform: str  # "cpu", "tpu", "gpu"
+    kind: str  # such as "TPU v5 lite", "NVIDIA H100 80GB HBM3"
+
+
+def target() -> Target:
+    """The device of the abstract mesh where one is set (it need not be attached to this host), else the default one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return Target(device.platform, device.device_kind)
+
+
+def candidates(implementation: str | Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+    """The back ends to try, in order. Raises ValueError for names that are not `known`."""
+    names = default if implementation is None else (implementation,) if isinstance(implementation, str) else implementation
+    if not isinstance(names, Sequence) or not names:
+        raise ValueError(f"{implementation=} must be None, a name or a non-empty sequence of names; known: {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"implementation {name!r} must be a back end of this operation; {suggest(str(name), known)}")
+    return tuple(names)
+
+
+def choose(names: Sequence[str], table: Mapping[str, Any], accepts: Callable[[Any], None]) -> str:
+    """The first of `names` whose back end `accepts` does not refuse.
+
+    Args:
+      names: candidates, best first.
+      table: back ends by name.
+      accepts: calls the back end's check, which raises NotImplementedError(reason).
+
+    Raises:
+      NotImplementedError: with the reason of each candidate, if all refuse.
+    """
+    reasons = []
+    for name in names:
+        try:
+            accepts(table[name])
+        except NotImplementedError as refusal:
+            reasons.append(f"{name}: {refusal}")
+        else:
+            return name
+    raise NotImplementedError("no back end accepts this call; " + "; ".join(reasons))
