@@ -1,0 +1,16 @@
+"""The suite's JAX: eight CPU devices, no silent rank promotion, and shape checking of every internal function."""
+
+import os
+
+# Before jax loads. The platform stays what the caller set: `JAX_PLATFORMS=cuda make test` tries a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")  # pytest-xdist's workers may each compile for a TPU
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax
+import jaxtyping
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+jaxtyping.install_import_hook("longattn", "tests.runtime_types.checked")
