@@ -1,25 +1,30 @@
 # `make study` and `make test` set everything up by themselves; `make help` lists the rest.
 #
-# PYTHON=...  the interpreter to build .venv with; else the newest >= 3.12 on PATH or under pyenv
+# PYTHON=...  the interpreter to build .venv with; else the first >= 3.12 on PATH or under pyenv
 # EXTRA=...   cpu, cuda or tpu; else chosen by the machine's devices
 # ARGS=...    more arguments for the command, such as ARGS="--preset full"
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
+# Every job takes the whole machine, and two installers in one environment would collide.
+.NOTPARALLEL:
+
 PY := .venv/bin/python
-INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= auto
 PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
-# A TPU is a PCI device of Google's with one of the ids in jax._src.hardware_utils: their network card has the same vendor.
+# A TPU is one of Google's PCI devices (so is their network card): the ids are those of jax._src.hardware_utils.
 TPU_IDS := 0x0027|0x0056|0x005e|0x0062|0x0063|0x006f|0x0076|0x0083|0x007c
 define DETECT
-if ls /dev/accel[0-9]* /dev/vfio/[0-9]* >/dev/null 2>&1 && for d in /sys/bus/pci/devices/*; do \
-	grep -qs 0x1ae0 "$$d/vendor" && grep -qsE '$(TPU_IDS)' "$$d/device" && echo yes; done | grep -q yes; \
-then echo tpu; \
-elif command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then echo cuda; \
-else echo cpu; fi
+if { ls /dev/accel[0-9]* || ls /dev/vfio/[0-9]*; } >/dev/null 2>&1 && \
+	grep -lsw 0x1ae0 /sys/bus/pci/devices/*/vendor | sed 's/vendor$$/device/' | xargs -r grep -qswE '$(TPU_IDS)'; then \
+	echo tpu; \
+elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then \
+	echo cuda; \
+else \
+	echo cpu; \
+fi
 endef
 ifndef EXTRA
 EXTRA := $(shell $(DETECT))
@@ -27,7 +32,10 @@ endif
 ifeq ($(filter $(EXTRA),cpu cuda tpu),)
 $(error EXTRA=$(EXTRA) must be cpu, cuda or tpu)
 endif
-DEVICE := $(if $(filter cuda tpu,$(EXTRA)),$(EXTRA)$(comma))
+DEVICE := $(PY) .ci/device.py $(EXTRA)
+# $(call install,EXTRA OF pyproject.toml)
+install = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	-e ".[$(1)$(if $(filter cuda tpu,$(EXTRA)),$(comma)$(EXTRA))]"
 comma := ,
 
 .PHONY: help study test test-all lint format format-check typecheck bench notebook device clean
@@ -36,14 +44,17 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | awk -F '\t' '{ printf "make %-13s%s\n", $$1, $$2 }'
 	@sed -n '/^# [A-Z]*=/s/^# //p' Makefile
 
-study: .venv/study-$(EXTRA) device  ## what each way to attend costs and remembers, here; writes runs/study/index.html
-	$(PY) -m longattn study $(ARGS)
+study: .venv/study-$(EXTRA)  ## what each way to attend costs and remembers, measured here
+	@$(DEVICE)
+	@$(PY) -m longattn study $(ARGS)
 
-test: .venv/test-$(EXTRA) device  ## the default tests
-	$(PYTEST) -m "not slow" $(ARGS)
+test: .venv/test-$(EXTRA)  ## the default tests
+	@$(DEVICE)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: .venv/test-$(EXTRA) device  ## the rest of the tests: the larger grids, the notebook in a fresh environment
-	$(PYTEST) -m slow $(ARGS)
+test-all: .venv/test-$(EXTRA)  ## the rest of the tests: the larger grids, the notebook in a fresh environment
+	@$(DEVICE)
+	@$(PYTEST) -m slow $(ARGS)
 
 lint: .venv/test-$(EXTRA)  ## ruff's checks
 	$(PY) -m ruff check .
@@ -57,33 +68,34 @@ format-check: .venv/test-$(EXTRA)  ## fail if `make format` would change anythin
 typecheck: .venv/test-$(EXTRA)  ## mypy
 	$(PY) -m mypy
 
-bench: .venv/study-$(EXTRA) device  ## time attention against its rivals (LONGATTN_TORCH_PYTHON: an interpreter with torch)
-	$(PY) -m longattn bench attention $(ARGS)
+bench: .venv/study-$(EXTRA)  ## time attention against its rivals (LONGATTN_TORCH_PYTHON: an interpreter that has torch)
+	@$(DEVICE)
+	@$(PY) -m longattn bench attention $(ARGS)
 
 notebook: .venv/test-$(EXTRA)  ## run the notebook in a fresh environment, as CI does
-	$(PY) -m pytest -m slow tests/test_notebooks.py $(ARGS)
+	@$(PY) -m pytest -m slow tests/test_notebooks.py $(ARGS)
 
-device: .venv/study-$(EXTRA)  ## print the device; stop if an accelerator is there and jax sees only the CPU
-	@$(PY) .ci/device.py $(EXTRA)
+device: .venv/study-$(EXTRA)  ## print the device; stop if there is an accelerator that jax does not see
+	@$(DEVICE)
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf .venv build ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find longattn tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Each stamp names what is installed. The second waits for the first: two pips in one environment would collide.
+# A stamp names what is installed; the test tools include what the study needs.
 .venv/study-$(EXTRA): .venv/created pyproject.toml constraints.txt
-	@echo "Installing longattn for $(EXTRA) into .venv (once) ..."
-	@$(INSTALL) -e ".[$(DEVICE)study]"
+	@echo "Installing longattn ($(EXTRA)) into .venv, once ..."
+	@$(call install,study)
 	@touch $@
 
-.venv/test-$(EXTRA): .venv/study-$(EXTRA)
-	@echo "Installing the test tools into .venv (once) ..."
-	@$(INSTALL) -e ".[$(DEVICE)test]"
-	@touch $@
+.venv/test-$(EXTRA): .venv/created pyproject.toml constraints.txt
+	@echo "Installing longattn ($(EXTRA)) and the test tools into .venv, once ..."
+	@$(call install,test)
+	@touch .venv/study-$(EXTRA) $@
 
 # pyenv's shims exist for versions that do not run, and Debian's python3 may lack ensurepip: so each candidate is tried.
 .venv/created:
-	@for python in $(if $(PYTHON),"$(PYTHON)",python3.14 python3.13 python3.12 python3 python \
+	@for python in $(if $(PYTHON),"$(PYTHON)",python3.12 python3.13 python3.14 python3 python \
 		"$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.*/bin/python); do \
 		if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then \
 			echo "Creating .venv with $$("$$python" -c 'import sys; print("Python", sys.version.split()[0], sys.executable)')"; \
