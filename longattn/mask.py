@@ -2,16 +2,16 @@
 
 A mask is a rule on the position of a query and of a key, never an array over T x S. Two questions can be asked of it:
 `mask(q_pos, k_pos)` (is this pair visible?) and `mask.kind(q_lo, q_hi, k_lo, k_hi)` (does a block of positions hold no
-visible pair, some, or only visible ones?), which lets a kernel skip the empty blocks and drop the mask in the full ones.
+visible pair, some, or only visible ones?), which lets a kernel skip empty blocks and drop the mask in full ones.
 
     Causal() & Window(512)          # at most 512 tokens back
     Causal() | Prefix(64)           # a prefix that everybody sees (prefix-LM)
     Window(256) | Global(4)         # Longformer, arXiv:2004.05150
     Causal() & Chunked(8192)        # Llama 4's local layers
 
-Masks are frozen, hashable as long as they hold no array, and registered pytrees: integers are static, arrays are leaves.
-Two leaves exist: `Prefix(n [B])` and `BlockSparse(block_size, visible [B|1 H|1 Jq Jk])`. Their axes align with the first two
-of a rank-4 shape [B H . .]: arguments of lower rank are taken as [1 1 . .], and the answer has rank 4.
+Masks are frozen, hashable as long as they hold no array, and registered pytrees: integers are static, arrays leaves.
+Two leaves exist: `Prefix(n [B])` and `BlockSparse(block_size, visible [B|1 H|1 Jq Jk])`. Their axes align with the
+first two of a rank-4 shape [B H . .]: arguments of lower rank are taken as [1 1 . .], and the answer has rank 4.
 
 NumPy arguments (and leaves) give NumPy answers without touching a device: schedules are made on the host at trace time.
 """
@@ -77,13 +77,13 @@ class Mask:
     def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
         """EMPTY, PARTIAL or FULL (int8) for queries in [q_lo, q_hi] and keys in [k_lo, k_hi], both ends included.
 
-        The bounds are ints or int32 arrays that broadcast, with lo <= hi. EMPTY and FULL are promises about every pair of
-        positions in the block; PARTIAL is none.
+        The bounds are ints or int32 arrays that broadcast, with lo <= hi. EMPTY and FULL are promises about every pair
+        of positions in the block; PARTIAL is none.
         """
         raise NotImplementedError
 
     def dense(self, T: int, S: int) -> Any:
-        """The whole [T S] pattern at positions arange(T), arange(S) ([B H T S] with array leaves). For tests and plots."""
+        """The whole [T S] pattern at positions arange(T), arange(S) ([B H T S] with array leaves). For tests."""
         return self(np.arange(T, dtype=np.int32)[:, None], np.arange(S, dtype=np.int32)[None, :])
 
     def __and__(self, other: Mask) -> Mask:
@@ -111,7 +111,7 @@ def _text(value: Any) -> str:
 
 
 def _flatten(mask: Mask) -> tuple[list[tuple[Any, Any]], Any]:
-    """Integers and functions are static; whatever else stands in a field (arrays, masks, JAX's placeholders) is a child."""
+    """Integers and functions are static; whatever else stands in a field (arrays, masks, placeholders) is a child."""
     leaves, static = [], []
     for field in dataclasses.fields(mask):
         value = getattr(mask, field.name)
@@ -265,7 +265,7 @@ class Dilated(Mask):
 class BlockSparse(Mask):
     """visible[b, h, q // block_size, k // block_size]; positions outside of `visible` are hidden.
 
-    `visible` is a bool array [B|1 H|1 Jq Jk], a leaf of the pytree: it may be traced, and changes without recompilation.
+    `visible` is a bool array [B|1 H|1 Jq Jk], a leaf: it may be traced, and changes without recompilation.
     """
 
     block_size: int
@@ -317,7 +317,7 @@ class Fn(Mask):
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         visible, shape = self.f(q_pos, k_pos), _shape(q_pos, k_pos)
         if getattr(visible, "dtype", type(visible)) != np.bool_ or _shape(visible, q_pos, k_pos) != shape:
-            raise ValueError(f"{self} must return bool of a shape that broadcasts to {shape}; it returned {_text(visible)}")
+            raise ValueError(f"{self} must return bool that broadcasts to {shape}; it returned {_text(visible)}")
         return _xp(visible, q_pos, k_pos).broadcast_to(visible, shape)
 
     def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
@@ -388,16 +388,19 @@ _PARSABLE = {c.__name__: c for c in (Full, Causal, Window, Chunked, Prefix, Glob
 
 
 def parse(text: str) -> Mask:
-    """The mask an expression such as "Causal() & Window(512)" stands for: the inverse of `str` for masks without arrays.
+    """The mask that an expression stands for: the inverse of `str` for masks without arrays or functions.
 
     Raises ValueError for anything but the array-free masks, integers, `&`, `|`, `~` and parentheses.
     """
+
+    def wrong(node: ast.AST, why: str) -> ValueError:
+        return ValueError(f"{ast.unparse(node)!r} in the mask {text!r} {why}")
 
     def integer(node: ast.expr) -> int:
         negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
         constant = node.operand if negative else node
         if not isinstance(constant, ast.Constant) or type(constant.value) is not int:
-            raise ValueError(f"{ast.unparse(node)!r} in the mask {text!r} must be an integer")
+            raise wrong(node, "must be an integer")
         return -constant.value if negative else constant.value
 
     def build(node: ast.expr) -> Mask:
@@ -410,14 +413,14 @@ def parse(text: str) -> Mask:
                 return Not(build(operand))
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 if name not in _PARSABLE:
-                    raise ValueError(f"{name!r} in the mask {text!r} is no mask to write down; {suggest(name, _PARSABLE)}")
+                    raise wrong(node, f"is no mask to write down; {suggest(name, _PARSABLE)}")
                 try:
                     return _PARSABLE[name](*map(integer, args), **{str(k.arg): integer(k.value) for k in keywords})
                 except TypeError as error:
-                    raise ValueError(f"{ast.unparse(node)!r} in the mask {text!r} has wrong arguments: {error}") from None
+                    raise wrong(node, f"has wrong arguments: {error}") from None
             case ast.Name(id=name):
-                raise ValueError(f"{name!r} in the mask {text!r} must be called, as in {name}(); {suggest(name, _PARSABLE)}")
-        raise ValueError(f"{ast.unparse(node)!r} in the mask {text!r} must be a mask such as Causal() & Window(512)")
+                raise wrong(node, f"must be called, as in {name}(); {suggest(name, _PARSABLE)}")
+        raise wrong(node, "must be a mask such as Causal() & Window(512)")
 
     try:
         tree = ast.parse(text.strip(), mode="eval")

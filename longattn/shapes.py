@@ -1,8 +1,8 @@
 """The alphabet of array axes, its jaxtyping aliases, and static checks that raise ValueError.
 
-`B` batch, `T` query positions, `S` key positions, `H` query heads, `K` key/value heads (`G = H // K`), `D` query/key head
-size, `V` value head size, `E` model width, `F` MLP width, `W` vocabulary, `N` layers, `C` chunk length, `J` number of chunks
-or blocks, `P` devices on the `seq` axis. Query head `h` reads key/value head `h // G`.
+`B` batch, `T` query positions, `S` key positions, `H` query heads, `K` key/value heads (`G = H // K`), `D` query/key
+head size, `V` value head size, `E` model width, `F` MLP width, `W` vocabulary, `N` layers, `C` chunk length, `J` number
+of chunks or blocks, `P` devices on the `seq` axis. Query head `h` reads key/value head `h // G`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Value = Float[Array, "B S K V"]
 Out = Float[Array, "B T H V"]
 Statistic = Float[Array, "B T H"]
 Logits = Float[Array, "B H T S"]
-QueryIds = Int32[Array, "B|1 T"]  # positions or segment ids
-KeyIds = Int32[Array, "B|1 S"]
+QueryIds = Int32[Array, "#B T"]  # positions or segment ids
+KeyIds = Int32[Array, "#B S"]
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
@@ -64,7 +64,7 @@ def check_dtype(name: str, x: Any, allowed: tuple[str, ...]) -> None:
 
 
 def check_positive(name: str, x: Any) -> float:
-    """`x` as a Python float. Raises ValueError unless it is a positive, finite Python number: it is static under jit."""
+    """`x` as a Python float. Raises ValueError unless it is a positive, finite Python number (it is static)."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise ValueError(f"{name}={x!r} must be a Python float: it is a constant of the compiled program, not an array")
     if not (math.isfinite(x) and x > 0):

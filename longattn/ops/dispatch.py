@@ -1,7 +1,7 @@
 """Choosing a back end: an ordered table, refusals with reasons before any compute, never a silent fall-back.
 
-An operation keeps a table {name: module}, best first. Each module has `check(...)`, which raises NotImplementedError with a
-reason where the back end cannot serve the call.
+An operation keeps a table {name: module}, best first. Each module has `check(...)`, which raises NotImplementedError
+with a reason where the back end cannot serve the call.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ def target() -> Target:
     return Target(device.platform, device.device_kind)
 
 
-def candidates(implementation: str | Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
-    """The back ends to try, in order. Raises ValueError for names that are not `known`."""
-    names = default if implementation is None else (implementation,) if isinstance(implementation, str) else implementation
+def candidates(implementation: Any, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+    """The back ends to try, in order: `default` for None, else the name or names given. All must be `known`."""
+    if implementation is None:
+        return tuple(default)
+    names = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(names, Sequence) or not names:
-        raise ValueError(f"{implementation=} must be None, a name or a non-empty sequence of names; known: {', '.join(known)}")
+        raise ValueError(f"{implementation=} must be None, a name or a sequence of names; {suggest('', known)}")
     for name in names:
         if name not in known:
-            raise ValueError(f"implementation {name!r} must be a back end of this operation; {suggest(str(name), known)}")
+            raise ValueError(f"implementation {name!r} must be a back end of this op; {suggest(str(name), known)}")
     return tuple(names)
 
 

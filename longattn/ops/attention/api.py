@@ -1,7 +1,8 @@
 """Exact softmax attention: the public functions. They validate, choose a back end, and add the sinks.
 
-    logits = scale * q k^T;  logits = softcap * tanh(logits / softcap);  logits += bias;  hidden by the mask and the segments
-    lse = log(sum_k exp(logits) + exp(sinks));  out = sum_k exp(logits - lse) v
+logits = softcap * tanh(scale * q k^T / softcap) + bias, over the keys that mask and segments show
+lse    = log(sum_k exp(logits) + exp(sinks))
+out    = sum_k exp(logits - lse) v
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Sequence
-from typing import Any, no_type_check
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from longattn.ops import partial as partials
 from longattn.ops.attention.spec import Extras, Spec
 from longattn.ops.partial import Partial
 from longattn.shapes import Key, KeyIds, Out, Query, QueryIds, Statistic, Value
+
+Ids = QueryIds | tuple[QueryIds, KeyIds]
 
 BACK_ENDS = {  # best first; a Pallas back end joins here
     "xla": "longattn.ops.attention.xla",
@@ -81,7 +84,7 @@ def _prepare(
     if K == 0 or H % K or D == 0:
         raise ValueError(f"{H=} query heads must be a multiple of {K=} key/value heads, and {D=} positive")
     if not isinstance(mask, Mask):
-        remedy = "write Full() to attend to every key" if mask is None else "use BlockSparse for patterns and `bias` for arrays"
+        remedy = "Full() attends to every key" if mask is None else "BlockSparse takes a pattern, `bias` an array"
         raise ValueError(f"mask={mask!r:.80} must be a longattn.mask.Mask; {remedy}")
     names = dispatch.candidates(implementation, tuple(BACK_ENDS), DEFAULT)
     if tuning is not None:
@@ -99,7 +102,7 @@ def _prepare(
     q_segments, k_segments = (None, None) if segment_ids is None else _pair("segment_ids", segment_ids, q, k)
     extras = Extras(mask, q_positions, k_positions, q_segments, k_segments, bias)
     if jax.tree.leaves(mask):
-        visible = jax.eval_shape(lambda e: e.mask(e.q_positions[:, None, :, None], e.k_positions[:, None, None, :]), extras)
+        visible = jax.eval_shape(mask, q_positions[:, None, :, None], k_positions[:, None, None, :])
         shapes.check_broadcast(f"mask={mask}: its pattern", visible, (B, H, T, S), "B H T S")
     spec = Spec(
         scale=D**-0.5 if scale is None else shapes.check_positive("scale", scale),
@@ -113,25 +116,24 @@ def _prepare(
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "name", "dtype"))
-def _attention(q, k, v, extras, sinks, *, spec, name, dtype):  # noqa: ANN001, ANN202
+def _attention(q, k, v, extras, sinks, *, spec, name, dtype):
     out, lse = _MODULES[name].attend(q, k, v, extras, spec)
     return partials.finish(Partial(out, lse), sinks, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "name"))
-def _backward_partial(q, k, v, extras, out, lse, do, dlse, *, spec, name):  # noqa: ANN001, ANN202
+def _backward_partial(q, k, v, extras, out, lse, do, dlse, *, spec, name):
     return _MODULES[name].backward_partial(q, k, v, extras, out, lse, do, dlse, spec)
 
 
-@no_type_check
 def attention_with_lse(
     q: Query,
     k: Key,
     v: Value,
     *,
     mask: Mask = Causal(),
-    segment_ids: QueryIds | tuple[QueryIds, KeyIds] | None = None,
-    positions: QueryIds | tuple[QueryIds, KeyIds] | None = None,
+    segment_ids: Ids | None = None,
+    positions: Ids | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Float[Array, "H"] | None = None,
@@ -139,10 +141,10 @@ def attention_with_lse(
     implementation: str | Sequence[str] | None = None,
     tuning: Any = None,
 ) -> tuple[Out, Statistic]:
-    """`attention`, and its log-sum-exp [B T H]: natural logarithm, float32 (float64 for float64 inputs), differentiable."""
+    """`attention`, and its log-sum-exp: natural logarithm, float32 (float64 for float64 inputs), differentiable."""
     q, k, v, extras, spec, name = _prepare(
         q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, bias=bias,
-        implementation=implementation, tuning=tuning, rounded=sinks is None,  # with sinks, out is rescaled before it is rounded
+        implementation=implementation, tuning=tuning, rounded=sinks is None,  # sinks rescale out before it is rounded
     )  # fmt: skip
     if sinks is not None:
         shapes.check_shape("sinks", sinks, (q.shape[2],), "H")
@@ -151,15 +153,14 @@ def attention_with_lse(
     return tuple(_attention(q, k, v, extras, sinks, spec=spec, name=name, dtype=q.dtype.name))
 
 
-@no_type_check
 def attention(
     q: Query,
     k: Key,
     v: Value,
     *,
     mask: Mask = Causal(),
-    segment_ids: QueryIds | tuple[QueryIds, KeyIds] | None = None,
-    positions: QueryIds | tuple[QueryIds, KeyIds] | None = None,
+    segment_ids: Ids | None = None,
+    positions: Ids | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Float[Array, "H"] | None = None,
@@ -170,14 +171,14 @@ def attention(
     """Exact softmax attention.
 
     Args:
-      q: queries. Any T, S, D, V; any H that K divides: query head h reads key/value head h // (H // K), so with H=4, K=2
-        heads 0 and 1 read 0, heads 2 and 3 read 1.
+      q: queries. Any T, S, D, V; any H that K divides: query head h reads key/value head h // (H // K), so with H=4
+        and K=2 heads 0 and 1 read 0, heads 2 and 3 read 1.
       k: keys, of q's dtype: bfloat16, float16, float32 or float64. float32 products are full float32 ones.
       v: values, of q's dtype.
       mask: which key positions a query position sees (`longattn.mask`). Its integers are static, its arrays are traced.
-      segment_ids: int32 [B T], or a pair for queries and keys. Tokens attend only within equal ids, which need not be sorted.
-      positions: int32 [B T], or a pair for queries and keys, what the mask reads; None is arange(T) and arange(S). They do
-        not restart at segments by themselves.
+      segment_ids: int32 [B T], or a pair for queries and keys. Tokens attend only within equal ids, in any order.
+      positions: int32 [B T], or a pair for queries and keys, what the mask reads; None is arange(T) and arange(S). They
+        do not restart at segments by themselves.
       scale: of the logits, a Python float; None is D**-0.5.
       softcap: a Python float; logits become softcap * tanh(logits / softcap). arXiv:2408.00118
       sinks: one more logit per head in the denominator (and in lse). arXiv:2309.17453
@@ -193,27 +194,26 @@ def attention(
       NotImplementedError: with the reasons, if no back end asked for serves the call.
     """
     return attention_with_lse(
-        q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks, bias=bias,
-        implementation=implementation, tuning=tuning,
+        q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks,
+        bias=bias, implementation=implementation, tuning=tuning,
     )[0]  # fmt: skip
 
 
-@no_type_check
 def attend_partial(
     q: Query,
     k: Key,
     v: Value,
     *,
     mask: Mask = Causal(),
-    segment_ids: QueryIds | tuple[QueryIds, KeyIds] | None = None,
-    positions: QueryIds | tuple[QueryIds, KeyIds] | None = None,
+    segment_ids: Ids | None = None,
+    positions: Ids | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     bias: Float[Array, "..."] | None = None,
     implementation: str | Sequence[str] | None = None,
     tuning: Any = None,
 ) -> Partial:
-    """Attention over these keys only, to be merged with others: arguments as `attention`, without sinks (`partial.finish`)."""
+    """Attention over these keys only, to be merged with others. As `attention`; sinks come with `partial.finish`."""
     q, k, v, extras, spec, name = _prepare(
         q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, bias=bias,
         implementation=implementation, tuning=tuning, rounded=False,
@@ -221,7 +221,6 @@ def attend_partial(
     return _attention(q, k, v, extras, None, spec=spec, name=name, dtype=None)
 
 
-@no_type_check
 def backward_partial(
     q: Query,
     k: Key,
@@ -232,15 +231,15 @@ def backward_partial(
     dlse: Statistic,
     *,
     mask: Mask = Causal(),
-    segment_ids: QueryIds | tuple[QueryIds, KeyIds] | None = None,
-    positions: QueryIds | tuple[QueryIds, KeyIds] | None = None,
+    segment_ids: Ids | None = None,
+    positions: Ids | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     bias: Float[Array, "..."] | None = None,
     implementation: str | Sequence[str] | None = None,
     tuning: Any = None,
 ) -> tuple[Query, Key, Value]:
-    """The gradients that these keys contribute, given the result over all keys; the sum over disjoint keys is the whole gradient.
+    """The gradients these keys contribute, given the result over all keys: sums over disjoint keys are the gradients.
 
     Args:
       out: the global result, over all keys (with the sinks, if there are any).

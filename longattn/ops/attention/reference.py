@@ -17,7 +17,7 @@ from longattn.ops.attention.spec import Extras, Spec
 from longattn.shapes import Key, Logits, Out, Query, Statistic, Value
 
 
-def check(q: Query, k: Key, v: Value, extras: Extras, spec: Spec) -> None:
+def check(*call: object) -> None:
     """Accepts every valid call."""
 
 
@@ -47,13 +47,15 @@ def attend(q: Query, k: Key, v: Value, extras: Extras, spec: Spec) -> tuple[Out,
     total = jnp.where(empty, 1.0, total)
     v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
     out = jnp.einsum("BHTS,BSHV->BTHV", weights / total[..., None], v, precision=Precision.HIGHEST)
-    lse = jnp.where(empty, -jnp.inf, m + jnp.log(total))
-    return out.astype(spec.out_dtype), jnp.transpose(lse, (0, 2, 1))
+    lse = jnp.where(empty, -jnp.inf, m + jnp.log(total)).transpose(0, 2, 1)
+    return out.astype(spec.out_dtype), lse
 
 
-def backward_partial(q, k, v, extras, out, lse, do, dlse, spec):  # noqa: ANN001, ANN201
-    """dq, dk, dv of these keys' share, given the global out and lse: P = exp(logits - lse), dS = P (do v^T - D + dlse)."""
-    q, k, v, out, lse, do, dlse = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v, out, lse, do, dlse))
+def backward_partial(
+    q: Query, k: Key, v: Value, extras: Extras, out: Out, lse: Statistic, do: Out, dlse: Statistic, spec: Spec
+) -> tuple[Query, Key, Value]:
+    """dq, dk, dv from these keys, given the global out and lse: P = exp(logits - lse), dS = P (do v^T - D + dlse)."""
+    q, k, v, out, do = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v, out, do))
     logits, pull = jax.vjp(lambda q, k: _logits(q, k, extras, spec), q, k)
     repeated, gather = jax.vjp(lambda v: jnp.repeat(v, q.shape[2] // v.shape[2], axis=2), v)
     lse, dlse, D = (jnp.transpose(x, (0, 2, 1))[..., None] for x in (lse, dlse, jnp.sum(do * out, axis=-1)))

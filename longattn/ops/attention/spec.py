@@ -2,9 +2,9 @@
 
 A back end is a module with
 
-    Tuning                                      a frozen dataclass of block sizes (absent if there is nothing to tune)
-    check(q, k, v, extras, spec)                raises NotImplementedError(reason); ShapeDtypeStructs will do
-    attend(q, k, v, extras, spec)               -> (out in spec.out_dtype, lse); no sinks; differentiable in both, by reverse mode
+    Tuning                           a frozen dataclass of block sizes (absent if there is nothing to tune)
+    check(q, k, v, extras, spec)     raises NotImplementedError(reason); ShapeDtypeStructs will do
+    attend(q, k, v, extras, spec)    -> (out in spec.out_dtype, lse); no sinks; reverse mode goes through both
     backward_partial(q, k, v, extras, out, lse, do, dlse, spec) -> (dq, dk, dv) in the statistics' dtype
 
 Statistics are float32, float64 for float64 inputs. `lse` is the natural logarithm.
@@ -22,14 +22,14 @@ from longattn.shapes import KeyIds, QueryIds
 
 
 class Extras(NamedTuple):
-    """The arrays beside q, k and v. A token sees a key if the mask and, where given, equal segment ids allow it."""
+    """The arrays beside q, k and v. A query sees a key if the mask and, where given, equal segment ids allow it."""
 
     mask: Mask  # a pytree: its integers are static, its arrays are traced; call it with [B|1 1 T 1] and [B|1 1 1 S]
     q_positions: QueryIds  # [1 T] = arange if the caller gave none
     k_positions: KeyIds
     q_segments: QueryIds | None = None  # [B T], both or neither
     k_segments: KeyIds | None = None
-    bias: Float[Array, "B|1 H|1 T|1 S|1"] | None = None  # of any float dtype; added after the soft cap
+    bias: Float[Array, "#B #H #T #S"] | None = None  # of any float dtype; added after the soft cap
 
 
 @dataclass(frozen=True)
