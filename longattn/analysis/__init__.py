@@ -1,0 +1,1 @@
+"""What attention and models cost: counted by formula, measured, and reported."""

@@ -1,0 +1,99 @@
+"""Chips and their published limits, and the device this process runs on.
+
+Every figure is per chip and comes from the vendor's page named in `Chip.source`; GPU peaks are dense, without the doubling
+for 2:4 sparsity, and for the SXM or HGX board. None of them was measured here.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+_GB, _GiB = 10**9, 2**30
+_TPU = "https://docs.cloud.google.com/tpu/docs/"
+_NVIDIA = "https://www.nvidia.com/en-us/data-center/"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One accelerator as its vendor describes it."""
+
+    name: str  # key in CHIPS
+    peak_bf16_flops: (
+        float  # dense bfloat16 FLOP/s with float32 accumulation (float16 for the T4, which has no bfloat16)
+    )
+    hbm_bytes: int  # device memory
+    hbm_bandwidth: float  # bytes/s between device memory and the chip
+    link_bandwidth: float  # bytes/s to other chips, both directions added: ICI, NVLink, or PCIe where there is neither
+    devices: int  # JAX devices that one chip shows up as
+    kinds: str  # regular expression of the `device_kind` that JAX reports
+    source: str  # where the figures are published
+
+
+_TABLE = (
+    Chip("v5e", 197e12, 16 * _GiB, 819e9, 400e9, 1, r"TPU v5( lite|e)", _TPU + "v5e"),
+    Chip("v5p", 459e12, 95 * _GiB, 2765e9, 1200e9, 1, r"TPU v5p?", _TPU + "v5p"),
+    Chip("v6e", 918e12, 32 * _GiB, 1638e9, 800e9, 1, r"TPU v6( lite|e)", _TPU + "v6e"),
+    Chip("tpu7x", 2307e12, 192 * _GiB, 7380e9, 1200e9, 2, r"TPU ?v?7x?", _TPU + "tpu7x"),
+    Chip("a100-40", 312e12, 40 * _GB, 1555e9, 600e9, 1, r"NVIDIA A100-SXM4-40GB", _NVIDIA + "a100/"),
+    Chip("a100-80", 312e12, 80 * _GB, 2039e9, 600e9, 1, r"NVIDIA A100-SXM4-80GB", _NVIDIA + "a100/"),
+    Chip("h100", 989.4e12, 80 * _GB, 3350e9, 900e9, 1, r"NVIDIA H100 80GB HBM3", _NVIDIA + "h100/"),
+    Chip("h200", 989.4e12, 141 * _GB, 4800e9, 900e9, 1, r"NVIDIA H200", _NVIDIA + "h200/"),
+    Chip("b200", 2250e12, 180 * _GB, 8000e9, 1800e9, 1, r"NVIDIA B200", _NVIDIA + "dgx-b200/"),
+    Chip("t4", 65e12, 16 * _GB, 320e9, 32e9, 1, r"(Tesla|NVIDIA) T4", _NVIDIA + "tesla-t4/"),
+    Chip("l4", 121e12, 24 * _GB, 300e9, 64e9, 1, r"NVIDIA L4", _NVIDIA + "l4/"),
+)
+CHIPS: dict[str, Chip] = {chip.name: chip for chip in _TABLE}
+
+
+@dataclass(frozen=True)
+class Device:
+    """The kind of device this process computes on."""
+
+    kind: str  # as JAX reports it
+    platform: str  # cpu, gpu or tpu
+    n: int  # devices of this kind, over all processes
+    chip: Chip | None  # None: a CPU, or a chip that CHIPS does not list
+    peak_flops: float | None  # FLOP/s of one JAX device; None where it is not known
+    measured: bool  # the peak was measured here (CPU, float32), not published (bfloat16)
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The chip that JAX calls `kind`, or None for one that CHIPS does not list (another board of a family differs)."""
+    return next((chip for chip in _TABLE if re.fullmatch(chip.kinds, kind)), None)
+
+
+@functools.cache
+def _matmul_flops(size: int = 1024, repeats: int = 8) -> float:
+    """float32 FLOP/s of this host's CPU, by the fastest of a few `size`-cubed products: it takes about 0.2 s.
+
+    The fastest, because anything else that runs on the machine only ever slows a product down.
+    """
+    cpu = jax.local_devices(backend="cpu")[0]
+    product = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
+    a = jax.device_put(jnp.full((size, size), 1e-3, jnp.float32), cpu)
+    product(a).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def detect() -> Device:
+    """The default device and its peak: published for a known chip, measured once for a CPU.
+
+    The devices of one host's CPU share its cores, and two JAX devices may share a chip: `peak_flops` is one device's part.
+    """
+    first = jax.devices()[0]
+    kind, n = first.device_kind, jax.device_count()
+    if first.platform == "cpu":
+        return Device(kind, first.platform, n, None, _matmul_flops() / jax.local_device_count(), True)
+    chip = chip_of(kind)
+    return Device(kind, first.platform, n, chip, chip and chip.peak_bf16_flops / chip.devices, False)
