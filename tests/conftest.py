@@ -10,6 +10,8 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import jax
 import jaxtyping
 
+import tests.runtime_types  # noqa: F401  (the hook below finds it as an attribute of `tests`)
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

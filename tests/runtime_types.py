@@ -8,16 +8,23 @@ from collections.abc import Callable
 
 from beartype import BeartypeConf, beartype
 
-# Modules whose functions and dataclasses check their arguments themselves.
-PUBLIC_MODULES = {"longattn.config", "longattn.mask", "longattn.shapes", "longattn.ops.attention.api", "longattn.cli"}
+# Modules and functions that check their arguments themselves.
+PUBLIC = {
+    "longattn.cli",
+    "longattn.config",
+    "longattn.mask",
+    "longattn.ops.attention.api",
+    "longattn.shapes",
+    "longattn.train.loss.cross_entropy",
+}
 # Functions that also take ShapeDtypeStructs, in any module: a back end's own refusal.
-PUBLIC_NAMES = {"check", "__post_init__"}
+PUBLIC_NAMES = {"check"}
 
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as PEP 484 says
 
 
 def checked(f: Callable) -> Callable:
     """`f` with run-time type checks, or as it is where it is public."""
-    if f.__module__ in PUBLIC_MODULES or f.__name__ in PUBLIC_NAMES:
+    if {f.__module__, f"{f.__module__}.{f.__qualname__}"} & PUBLIC or f.__name__ in PUBLIC_NAMES:
         return f
     return _beartype(f)
