@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex
+from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import grain
 import numpy as np
@@ -41,6 +41,7 @@ class Batch(NamedTuple):
     weights: Float32[np.ndarray, "B T"]  # of the loss of predicting token t
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to the batches of one split."""
 
@@ -50,6 +51,14 @@ class Source(Protocol):
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         """The batch of a step (any step >= 0: epochs follow one another), or only some of its rows."""
         ...
+
+
+def _check_memory(what: str, needed: int, remedy: str) -> None:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 2 * needed > memory:
+        raise ValueError(
+            f"{what} takes {needed / 2**30:.1f} GiB, which must be at most half of {memory / 2**30:.1f} GiB: {remedy}"
+        )
 
 
 # ---- files
@@ -90,6 +99,9 @@ def read_corpus(pattern: str, max_bytes: int | None = None) -> Corpus:
             files.append((path, status.st_size, status.st_mtime_ns))
         elif not stat.S_ISDIR(status.st_mode):
             raise _unreadable(pattern, path, "not a regular file")
+    _check_memory(
+        f"glob={pattern!r}", min(sum(size for _, size, _ in files), max_bytes or sys.maxsize), "set max_bytes"
+    )
     return _load(pattern, root, tuple(files), max_bytes)
 
 
@@ -141,8 +153,9 @@ def _load(pattern: str, root: str, files: tuple[tuple[str, int, int], ...], max_
         at += 1 + len(text)
         left -= len(text)
     if not documents:
+        found = f"{len(files)} files, {empty} of them empty" if files else "no files"
         raise ValueError(
-            f"glob={pattern!r} must match files with bytes; it matches {len(files)} files, {empty} of them empty"
+            f"glob={pattern!r} must match files with bytes, and matches {found}: correct it ('dir/**' reads a tree)"
         )
     return Corpus(np.frombuffer(b"".join(parts), np.uint8), tuple(documents), digest.hexdigest(), empty)
 
@@ -279,6 +292,7 @@ def source(cfg: config.Data, *, seed: int, split: Split) -> Source:
     """
     if seed < 0:
         raise ValueError(f"{seed=} must not be negative")
+    _check_memory(f"reading ahead with T={cfg.T}, B={cfg.B}", AHEAD * cfg.B * cfg.T * 16, "lower T or B")
     return _packed(cfg, seed, split) if isinstance(cfg, config.ByteLM) else _generated(cfg, seed, split)
 
 

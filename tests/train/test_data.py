@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import lzma
+import os
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longattn import config
+from longattn.tasks.bytelm import BOS
+from longattn.train import data
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Forty files, nested, of any bytes (also invalid UTF-8), two of them empty."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        path = tmp_path / f"d{i % 3}" / f"f{i:02}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(
+            b"" if i in (3, 17) else rng.integers(0, 256, int(rng.integers(1, 400))).astype(np.uint8).tobytes()
+        )
+    return tmp_path
+
+
+def bytelm(corpus: Path, **changes) -> config.ByteLM:
+    return config.ByteLM(**{"glob": f"{corpus}/**/*.txt", "T": 64, "B": 4, "valid": 0.3, **changes})
+
+
+def configs(corpus: Path) -> list[config.Data]:
+    return [bytelm(corpus), config.MQAR(T=32, B=4, pairs=4), config.Needle(glob=f"{corpus}/**/*.txt", T=200, B=4)]
+
+
+def assert_equal(a: data.Batch, b: data.Batch) -> None:
+    for name, x, y in zip(a._fields, a, b, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+@pytest.mark.parametrize("task", range(3))
+def test_rows_of_any_process_are_slices_of_the_batch(corpus: Path, task: int, split: data.Split) -> None:
+    cfg = configs(corpus)[task]
+    whole = data.source(cfg, seed=1, split=split)
+    again = data.source(cfg, seed=1, split=split)  # as another process builds it
+    for step in (0, 1, whole.num_batches - 1, whole.num_batches, 3 * whole.num_batches + 1):
+        batch = whole.batch(step)
+        for x, dtype in zip(batch, (np.int32, np.int32, np.int32, np.float32), strict=True):
+            assert x.shape == (cfg.B, cfg.T)
+            assert x.dtype == dtype
+        for rows in (slice(0, 2), slice(2, 4), slice(1, 2), slice(None)):
+            assert_equal(again.batch(step, rows), data.Batch(*(x[rows] for x in batch)))
+
+
+@pytest.mark.parametrize("task", range(3))
+def test_loader_reads_the_same_from_any_step(corpus: Path, task: int) -> None:
+    source = data.source(configs(corpus)[task], seed=0, split="train")
+    whole = list(itertools.islice(data.loader(source), 9))
+    assert [step for step, _ in whole] == list(range(9))
+    for step, batch in whole:
+        assert_equal(batch, source.batch(step))
+    for (a, x), (b, y) in zip(whole[5:], data.loader(source, 5), strict=False):
+        assert a == b
+        assert_equal(x, y)
+    step, batch = next(data.loader(source, 3, slice(1, 3)))
+    assert_equal(batch, source.batch(step, slice(1, 3)))
+
+
+def test_loader_hands_on_errors() -> None:
+    class Broken:
+        num_batches, info = 1, {}
+
+        def batch(self, step: int, rows: slice | None = None) -> data.Batch:
+            raise ValueError("this step must be readable")
+
+    with pytest.raises(ValueError, match="must be readable"):
+        next(data.loader(Broken()))
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+@pytest.mark.parametrize("B", [1, 4, 7])
+def test_an_epoch_predicts_every_byte_once(corpus: Path, split: data.Split, B: int) -> None:
+    source = data.source(bytelm(corpus, B=B), seed=0, split=split)
+    for epoch in range(2):
+        batches = [source.batch(epoch * source.num_batches + i) for i in range(source.num_batches)]
+        counts = np.zeros(257, int)
+        for b in batches:
+            counts += np.bincount(b.tokens[b.weights > 0], minlength=257)
+            assert not b.weights[b.segment_ids == 0].any()
+        expected = np.zeros(257, int)
+        for d in source.documents:
+            expected += np.bincount(np.frombuffer(source.corpus.read(d), np.uint8), minlength=257)
+        np.testing.assert_array_equal(counts, expected)
+        assert counts[BOS] == 0
+        assert counts.sum() == source.info["bytes"] == sum(d.size for d in source.documents)
+
+
+def test_order_changes_with_seed_and_epoch_and_not_for_the_held_out_set(corpus: Path) -> None:
+    cfg = bytelm(corpus)
+    first = [data.source(cfg, seed=seed, split="train").batch(0).tokens for seed in (0, 1)]
+    assert (first[0] != first[1]).any()
+    train = data.source(cfg, seed=0, split="train")
+    assert (train.batch(0).tokens != train.batch(train.num_batches).tokens).any()
+    valid = [data.source(cfg, seed=seed, split="valid") for seed in (0, 1)]
+    assert_equal(valid[0].batch(0), valid[1].batch(0))
+    assert_equal(valid[0].batch(0), valid[0].batch(valid[0].num_batches))
+
+
+def test_generated_training_rows_never_repeat_and_held_out_rows_do(corpus: Path) -> None:
+    for cfg in configs(corpus)[1:]:
+        train, valid = (data.source(cfg, seed=0, split=s) for s in ("train", "valid"))
+        assert (train.batch(0).tokens != train.batch(train.num_batches).tokens).any()
+        assert_equal(valid.batch(0), valid.batch(valid.num_batches))
+        assert valid.num_batches * cfg.B >= data.VALID_ROWS
+
+
+def test_splits_share_no_document_and_do_not_move(corpus: Path) -> None:
+    cfg = bytelm(corpus)
+    names = {s: {d.name for d in data.source(cfg, seed=0, split=s).documents} for s in ("train", "valid")}
+    assert not names["train"] & names["valid"]
+    assert len(names["train"] | names["valid"]) == 38
+    for path in corpus.glob("d1/*"):
+        path.unlink()
+    for split, before in names.items():
+        now = {d.name for d in data.source(cfg, seed=5, split=split).documents}
+        assert now == {n for n in before if not n.startswith("d1/")}
+
+
+def test_info_and_hash(corpus: Path) -> None:
+    train, valid = (data.source(bytelm(corpus), seed=0, split=s) for s in ("train", "valid"))
+    assert train.info["empty_files_skipped"] == 2
+    assert train.info["corpus_documents"] == 38
+    assert train.info["corpus_sha256"] == valid.info["corpus_sha256"]
+    assert train.info["bytes"] + valid.info["bytes"] == train.info["corpus_bytes"]
+    path = corpus / "d0" / "f00.txt"
+    before, text = train.info["corpus_sha256"], path.read_bytes()
+    path.write_bytes(text[::-1] + b"!")
+    assert data.source(bytelm(corpus), seed=0, split="train").info["corpus_sha256"] != before
+    path.write_bytes(text)
+    assert data.source(bytelm(corpus), seed=0, split="train").info["corpus_sha256"] == before
+    path.rename(corpus / "d0" / "g00.txt")
+    assert data.source(bytelm(corpus), seed=0, split="train").info["corpus_sha256"] != before
+
+
+def test_names_do_not_depend_on_where_the_corpus_lies(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absolute = data.read_corpus(f"{corpus}/**/*.txt")
+    monkeypatch.chdir(corpus)
+    relative = data.read_corpus("**/*.txt")
+    assert absolute.hash == relative.hash
+    assert absolute.documents == relative.documents
+    assert absolute.documents[0].name == "d0/f00.txt"
+    assert data.read_corpus("d0/f00.txt").documents[0].name == "f00.txt"
+
+
+def test_max_bytes(corpus: Path) -> None:
+    whole = data.read_corpus(f"{corpus}/**/*.txt")
+    some = data.read_corpus(f"{corpus}/**/*.txt", 1000)
+    assert sum(d.size for d in some.documents) == 1000
+    for a, b in zip(some.documents, whole.documents, strict=False):
+        assert a.name == b.name
+        assert whole.read(b).startswith(some.read(a))
+
+
+def test_standard_library_is_the_default_corpus() -> None:
+    """Reads only its beginning."""
+    corpus = data.read_corpus("", 50_000)
+    first = corpus.documents[0]
+    assert corpus.read(first) == (Path(sysconfig.get_path("stdlib")) / first.name).read_bytes()[: first.size]
+    assert not any("site-packages" in d.name or "__pycache__" in d.name for d in corpus.documents)
+    assert len(lzma.compress(corpus.read(first))) < first.size
+
+
+@pytest.mark.parametrize("pattern", ["*.none", "empty*", "folder", "folder/*"])
+def test_a_glob_with_no_bytes(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "empty1").touch()
+    (tmp_path / "empty2").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="must match files with bytes"):
+        data.source(config.ByteLM(glob=str(tmp_path / pattern)), seed=0, split="train")
+
+
+def test_unreadable_files_are_named(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = corpus / "d0" / "gone.txt"
+    bad.symlink_to(corpus / "nowhere")
+    with pytest.raises(ValueError, match=r"gone\.txt.*narrow the glob"):
+        data.read_corpus(f"{corpus}/**/*.txt")
+    bad.unlink()
+    os.mkfifo(bad)  # would block for ever
+    with pytest.raises(ValueError, match="not a regular file"):
+        data.read_corpus(f"{corpus}/**/*.txt")
+    bad.unlink()
+    bad.write_bytes(b"secret")
+
+    def denied(path: str, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("builtins.open", denied)  # permissions do not stop the super-user
+    with pytest.raises(ValueError, match=r"f00\.txt.*Permission denied"):
+        data.read_corpus(f"{corpus}/**/*.txt")
+
+
+def test_a_split_without_documents(corpus: Path) -> None:
+    with pytest.raises(ValueError, match="raise it or give more files"):
+        data.source(bytelm(corpus, valid=0.0), seed=0, split="valid")
+    with pytest.raises(ValueError, match="lower it or give more files"):
+        data.source(bytelm(corpus, valid=1.0), seed=0, split="train")
+
+
+def test_what_cannot_fit_is_refused_before_it_is_made(corpus: Path) -> None:
+    with pytest.raises(ValueError, match="lower T or B"):
+        data.source(bytelm(corpus, T=10**12), seed=0, split="train")
+    with pytest.raises(ValueError, match="must be at least"):
+        data.source(config.Needle(glob=f"{corpus}/**/*.txt", T=50), seed=0, split="train")
+    with pytest.raises(ValueError, match="seed"):
+        data.source(bytelm(corpus), seed=-1, split="train")
+
+
+def test_rows_longer_than_the_corpus(corpus: Path) -> None:
+    cfg = dataclasses.replace(bytelm(corpus), T=100_000)
+    source = data.source(cfg, seed=0, split="train")
+    assert source.num_batches == 1
+    batch = source.batch(0)
+    assert batch.weights.sum() == source.info["bytes"]
+    assert batch.segment_ids.max() == source.info["documents"]
+    assert not batch.segment_ids[1:].any()
