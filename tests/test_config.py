@@ -1,0 +1,100 @@
+"""Configs: hashable, checked when built, and the same after a round trip through JSON."""
+
+import dataclasses
+import json
+
+import pytest
+
+from longattn import config as c
+from longattn import mask as m
+
+CONFIGS = [
+    c.Config(),
+    c.Config(
+        model=c.Model(
+            N=3,
+            mixers=(
+                c.Softmax(mask=m.Causal() & m.Window(512), sinks=True, softcap=50.0),
+                c.Softmax(rope=None, qk_norm=True),
+            ),
+            W=300,
+            mlp_chunk=64,
+        ),
+        data=c.MQAR(T=128, pairs=8),
+        optimiser=c.Optimiser(accumulate=4, clip=0.0),
+        run=c.Run(profile=(10, 3)),
+    ),
+    c.Config(
+        model=c.Model(mixers=(c.Softmax(mask=~m.Causal() | m.Prefix(8), rope=c.RoPE(scaling="yarn", factor=4.0)),)),
+        data=c.Needle(depth=0.5),
+    ),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_round_trip(config):
+    again = c.from_json(c.to_json(config))
+    assert again == config
+    assert hash(again) == hash(config)
+    assert c.to_json(again) == c.to_json(config)
+
+
+def test_layers_repeat_the_pattern():
+    local, full = c.Softmax(mask=m.Window(8)), c.Softmax()
+    assert c.Model(N=5, mixers=(local, local, full)).layers == (local, local, full, local, local)
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.Config().model.N = 3
+
+
+def edited(edit):
+    document = json.loads(c.to_json(c.Config()))
+    edit(document)
+    return json.dumps(document)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d.update(version=99), "version 99 must be 1"),
+        (lambda d: d.pop("version"), "version None must be 1"),
+        (lambda d: d["config"]["model"].update({"class": "Modell"}), "'Modell' in the JSON is no config"),
+        (lambda d: d["config"]["model"].update(depth=3), r"unknown fields \['depth'\]"),
+        (lambda d: d["config"]["model"].pop("N"), r"lacks \['N'\]"),
+        (lambda d: d["config"]["model"].update(N=0), "Model.N=0 must be at least 1"),
+        (lambda d: d["config"]["model"]["mixers"][0]["mask"].update(expression="Cusal()"), "did you mean 'Causal'"),
+        (lambda d: d.update(config=d["config"]["model"]), "holds a Model, not a Config"),
+    ],
+)
+def test_json_errors(edit, message):
+    with pytest.raises(ValueError, match=message):
+        c.from_json(edited(edit))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: c.RoPE(base=1.0), "must exceed 1"),
+        (lambda: c.RoPE(factor=0.5, scaling="linear"), "at least 1"),
+        (lambda: c.RoPE(factor=2.0), "has no effect"),
+        (lambda: c.Model(mixers=()), "at least one mixer"),
+        (lambda: c.Model(H=4, K=3), "must divide"),
+        (lambda: c.Model(D=63), "must be even"),
+        (lambda: c.Model(E=0), "Model.E=0 must be at least 1"),
+        (lambda: c.ByteLM(valid=1.5), r"must lie in \[0, 1\]"),
+        (lambda: c.ByteLM(T=16, overlap=16), "must be less than T=16"),
+        (lambda: c.MQAR(T=32, pairs=16), "must be at most T/4"),
+        (lambda: c.MQAR(T=256, pairs=32, vocabulary=64), "must be at most vocabulary/2 - 1"),
+        (lambda: c.Needle(depth=2.0), r"must lie in \[0, 1\]"),
+        (lambda: c.Optimiser(lr=0.0), "must be positive"),
+        (lambda: c.Optimiser(clip=-1.0), "must not be negative"),
+        (lambda: c.Run(eval_every=-1), "must not be negative"),
+        (lambda: c.Config(optimiser=c.Optimiser(accumulate=3)), "must divide"),
+        (lambda: c.Config(model=c.Model(W=256)), "must be at least 257"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
