@@ -1,0 +1,228 @@
+"""The command line: `longattn train|eval|bench|study`. The one place that knows tyro.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 2 the caller's mistake (one line, with the remedy),
+130 interrupted, 143 stopped by SIGTERM after saving. Everything heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING:
+    from longattn.config import Config
+
+USAGE = """usage: longattn COMMAND ...
+
+  train CONFIG [--model.D 128 ...]   train as a config file says, or go on with the run where it stopped
+  eval RUN [--T 2048 ...]            loss, bits per byte and loss by position of a trained run
+  bench attention [...]              time the back ends of attention against each other
+  study [--preset quick ...]         measure cost and recall side by side; writes a page
+  COMMAND --help                     the options of a command
+
+CONFIG is a Python file that defines `config = longattn.config.Config(...)`, such as configs/bytelm_small.py.
+RUN is the folder that `train` wrote, such as runs/bytelm_small.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}{_suggest(name, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
+    try:
+        return COMMANDS[name](rest)
+    except KeyboardInterrupt:
+        print(f"longattn: {name} was interrupted; what was saved stays", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it exits
+        return 0
+    except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
+        if os.environ.get("LONGATTN_TRACEBACK"):
+            raise
+        return _fail(str(error))
+
+
+def _fail(message: str) -> int:
+    print(f"longattn: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _suggest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# ---- the commands
+
+
+def _train(arguments: list[str]) -> int:
+    from longattn.config import Config
+
+    if not arguments or arguments[0].startswith("-"):
+        if arguments and arguments[0] in ("-h", "--help"):
+            _parse(Config, ["--help"], "train CONFIG", default=Config())
+        return _fail("train needs a config file first, such as: longattn train configs/bytelm_small.py")
+    path, *overrides = arguments
+    # The shorter name that the documentation uses.
+    overrides = ["--run.init_from" + a[len("--init-from") :] if a.split("=")[0] == "--init-from" else a for a in overrides]
+    config = _parse(Config, overrides, f"train {path}", default=load_config(path))
+    _compilation_cache()
+    from longattn.train.run import train
+
+    summary = train(config)
+    if summary.status == "stopped":
+        print(f"longattn: stopped by SIGTERM after saving step {summary.steps} of {summary.run_dir}", file=sys.stderr)
+        return 143
+    print(f"{summary.run_dir}: {summary.status}, {summary.steps} steps")
+    if summary.nll is not None:
+        unit = "bits per byte" if type(config.data).__name__ == "ByteLM" else "bits per answer token"
+        print(f"held-out loss {summary.nll:.4f} nats, {summary.bits:.4f} {unit}, accuracy {summary.accuracy:.2%}")
+    return 0
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Evaluate the best checkpoint of a run on its held-out data."""
+
+    run: Annotated[str, "positional"]  # the folder that `longattn train` wrote
+    T: int | None = None  # another length than the run was trained with
+    B: int | None = None  # another batch size
+    glob: str | None = None  # other files (ByteLM, Needle)
+    batches: int = 0  # how many batches; 0: the whole held-out set
+    newest: bool = False  # the newest checkpoint instead of the best
+    json: bool = False  # print one JSON document
+
+
+def _eval(arguments: list[str]) -> int:
+    options = _parse(EvalOptions, arguments, "eval")
+    _compilation_cache()
+    from longattn.train.evaluate import evaluate
+
+    result = evaluate(
+        options.run,
+        T=options.T,
+        B=options.B,
+        glob=options.glob,
+        batches=options.batches,
+        newest=options.newest,
+    )
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    print(f"{options.run}  step {result['step']}  T {result['T']}  {result['tokens']:,.0f} predictions")
+    print(f"loss            {result['nll']:.4f} nats   accuracy {result['accuracy']:.2%}")
+    if "bits_per_byte" in result:
+        print(f"bits per byte   {result['bits_per_byte']:.4f}")
+    if "xz" in result:
+        print(f"xz -9           {result['xz']['per_file']:.4f} each file by itself   {result['xz']['concatenated']:.4f} concatenated")
+    print("loss by number of tokens read")
+    for group in result["by_position"]:
+        print(f"  {group['from']:>7} - {group['to']:<7} {group['nll']:.4f}   ({group['weight']:,.0f})")
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    if not arguments or arguments[0] != "attention":
+        given = f"{arguments[0]!r}" if arguments else "nothing"
+        return _fail(f"bench needs what to measure, given {given}; it knows: attention")
+    from longattn.analysis import bench
+
+    options = _parse(bench.AttentionOptions, arguments[1:], "bench attention")
+    bench.attention(options)
+    return 0
+
+
+def _study(arguments: list[str]) -> int:
+    from longattn.analysis import study
+
+    options = _parse(study.StudyOptions, arguments, "study")
+    _compilation_cache()
+    study.run(options)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "bench": _bench, "study": _study}
+
+
+# ---- how arguments become values
+
+
+def _parse(kind: Any, arguments: list[str], command: str, default: Any = None) -> Any:
+    """A dataclass from command-line arguments; a mistake exits with 2 and says which name was meant."""
+    import tyro
+
+    from longattn import mask
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def mask_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        if not (isinstance(info.type, type) and issubclass(info.type, mask.Mask)):
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="MASK",
+            instance_from_str=lambda words: mask.parse(words[0]),
+            is_instance=lambda value: isinstance(value, mask.Mask),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    settings = {} if default is None else {"default": default}
+    with registry:
+        return tyro.cli(
+            kind,
+            args=arguments,
+            prog=f"longattn {command}",
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff if default is not None else tyro.conf.FlagCreatePairsOff),
+            use_underscores=True,
+            **settings,
+        )
+
+
+def load_config(path: str) -> Config:
+    """The `config` that a Python file defines, or that a run's config.json holds. Raises ValueError for anything else."""
+    import runpy
+    import traceback
+
+    from longattn.config import Config, from_json
+
+    if not Path(path).is_file():
+        folder = Path(path).parent
+        close = _suggest(Path(path).name, [p.name for p in folder.glob("*.py")]) if folder.is_dir() else ""
+        raise ValueError(f"config {path} does not exist{close}")
+    if path.endswith(".json"):
+        return from_json(Path(path).read_text())
+    try:
+        config = runpy.run_path(path).get("config")
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        place = f"{path}:{lines[-1]}" if lines else path
+        raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise ValueError(f"{path} must define `config = Config(...)`, it defines config={config!r}")
+    return config
+
+
+def _compilation_cache() -> None:
+    """Keep compiled programs between processes, under the user's cache folder unless JAX_COMPILATION_CACHE_DIR says where."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "longattn" / "jax"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

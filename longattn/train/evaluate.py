@@ -1,0 +1,111 @@
+"""Evaluating a run on held-out data, and loading what it left."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import lzma
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from longattn.config import ByteLM, Config
+from longattn.train import data, record
+from longattn.train.checkpoint import Checkpoints
+from longattn.train.step import Params, eval_step, init_state
+
+EVALUATION_VERSION = 1
+
+
+def run_evaluation(config: Config, params: Params, source: Any, batches: int) -> dict[str, Any]:
+    """Loss over the first `batches` batches of a source (0: all of it), deterministic.
+
+    nll: nats per weighted token; accuracy; tokens: the weights' sum; by_position: see record.by_position; ByteLM also
+    bits_per_byte.
+    """
+    count = min(batches or source.num_batches, source.num_batches)
+    parts = jax.device_get([eval_step(config)(params, source.batch(i)) for i in range(count)])
+    sums = {k: np.sum([np.asarray(p[k], np.float64) for p in parts], axis=0) for k in parts[0]}
+    tokens = max(1.0, float(sums["weight_sum"]))
+    nll = float(sums["nll_sum"]) / tokens
+    bits = {"bits_per_byte": nll / math.log(2)} if isinstance(config.data, ByteLM) else {}
+    positions = record.by_position(sums["nll_by_position"], sums["weight_by_position"])
+    return {
+        "nll": nll,
+        **bits,
+        "accuracy": float(sums["correct_sum"]) / tokens,
+        "tokens": tokens,
+        "by_position": positions,
+    }
+
+
+def load_params(run_dir: str | Path, *, newest: bool = False) -> tuple[Config, Params]:
+    """A run's config and the parameters of its best (or newest) checkpoint."""
+    config = record.read_config(Path(run_dir))
+    shapes = jax.eval_shape(functools.partial(init_state, config), config.run.seed)
+    with Checkpoints(Path(run_dir) / "checkpoints", read_only=True) as saved:
+        step = saved.latest() if newest else saved.best()
+        if step is None:
+            raise ValueError(f"{run_dir} has no complete checkpoint yet; let it train to its first save")
+        return config, saved.params(shapes.params, step)
+
+
+def initial_params(config: Config, like: Params) -> Params:
+    """The best parameters of the run that `run.init_from` names. Raises ValueError if its model is another one."""
+    folder = Path(config.run.init_from)
+    if not folder.is_dir():
+        folder = Path(config.run.dir, config.run.init_from)
+    record.read_config(folder)
+    with Checkpoints(folder / "checkpoints", read_only=True) as saved:
+        step = saved.best()
+        if step is None:
+            raise ValueError(f"{folder} has no complete checkpoint to start from; let it train to its first save")
+        return saved.params(like, step)
+
+
+def evaluate(
+    run_dir: str | Path,
+    *,
+    T: int | None = None,
+    B: int | None = None,
+    glob: str | None = None,
+    batches: int = 0,
+    newest: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a run's best checkpoint on its held-out data, optionally at another length, batch size or on other files.
+
+    `batches=0`: the whole held-out set. For ByteLM the whole set also gets the bits per byte of `xz -9`, per file and of the
+    files concatenated.
+    """
+    config, params = load_params(run_dir, newest=newest)
+    given = {"T": T, "B": B, "glob": glob}
+    known = {f.name for f in dataclasses.fields(config.data)}
+    for name in given.keys() - known:
+        if given[name] is not None:
+            raise ValueError(
+                f"{name}={given[name]!r} does not apply to {type(config.data).__name__} data; leave it out"
+            )
+    changed = {k: v for k, v in given.items() if v is not None}
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **changed),
+        optimiser=dataclasses.replace(config.optimiser, accumulate=1),
+    )
+    source = data.source(config.data, seed=config.run.seed, split="valid")
+    result = run_evaluation(config, params, source, batches)
+    if isinstance(config.data, ByteLM) and not batches:
+        result["xz"] = xz_bits_per_byte(source)
+    return {"version": EVALUATION_VERSION, "run": str(run_dir), "T": config.data.T, **result, "data": source.info}
+
+
+def xz_bits_per_byte(source: Any) -> dict[str, float]:
+    """What `xz -9` makes of a source's documents, in bits per byte: each file by itself, and all of them concatenated."""
+    texts = [source.corpus.read(d) for d in source.documents]
+    size = sum(map(len, texts))
+    return {
+        "per_file": 8 * sum(len(lzma.compress(t, preset=9)) for t in texts) / size,
+        "concatenated": 8 * len(lzma.compress(b"".join(texts), preset=9)) / size,
+    }

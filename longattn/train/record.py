@@ -1,0 +1,337 @@
+"""What a run leaves behind: config.json, env.json, metrics.jsonl, one line per log on the terminal.
+
+metrics.jsonl holds one JSON object per logged step. A line is on disk before the checkpoint of its step is begun, and lines
+beyond the restored step are dropped on restart, so that each step appears once however often the run was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from longattn.config import Config, from_json, to_json
+
+ENVIRONMENT_VERSION = 1
+_PLACES = ("name", "dir")  # of Run: where a run lies does not change what it computes
+
+
+# ---- the folder
+
+
+def read_config(folder: Path) -> Config:
+    """The config of a run folder. Raises ValueError where there is none or another version wrote it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no run: it has no config.json; give the folder that `longattn train` wrote")
+    try:
+        return from_json(path.read_text())
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {error}; train again under another --run.name") from error
+
+
+def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
+    """Whether `folder` already holds this run. Raises ValueError if it holds anything else; writes nothing."""
+    if not (folder / "config.json").exists():
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; choose another --run.name")
+        if any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+            raise ValueError(f"{folder} holds a run without its config.json; choose another --run.name")
+        return False
+    saved = read_config(folder)
+    if not resume:
+        raise ValueError(f"{folder} already holds a run and resume=False; choose another --run.name")
+    have, want = (json.loads(to_json(c))["config"] for c in (saved, config))
+    for place in _PLACES:
+        have["run"][place] = want["run"][place]
+    if (difference := first_difference(have, want)) is not None:
+        path, old, new = difference
+        raise ValueError(f"{folder} was trained with {path}={old}, now {new}; choose another --run.name to keep both")
+    return True
+
+
+def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first field at which two JSON values differ: its dotted path and both values; None if they are equal."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        inner = [(f"{path}.{k}".strip("."), a.get(k), b.get(k)) for k in {**a, **b}]
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        inner = [(f"{path}.{i}", x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    else:
+        return None if a == b else (path, a, b)
+    return next((d for p, x, y in inner if (d := first_difference(x, y, p)) is not None), None)
+
+
+@contextlib.contextmanager
+def claim(folder: Path, config: Config) -> Iterator[None]:
+    """Hold a run folder for this process (the kernel lets go of it however the process ends) and write config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is training in {folder}; stop it or choose another --run.name"
+            ) from error
+        if not (folder / "config.json").exists():
+            write_whole(folder / "config.json", to_json(config) + "\n")
+        yield
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill at any moment leaves the old or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+# ---- the environment
+
+
+def environment(data: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Versions, device, commit, command and data of this process, for a record that can be repeated."""
+    packages = ("longattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    device = jax.devices()[0]
+    return {
+        "version": ENVIRONMENT_VERSION,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "versions": versions,
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "host": {"system": platform.platform(), "cpu": _cpu_name(), "cores": os.cpu_count()},
+        "commit": commit(),
+        "data": data or {},
+    }
+
+
+def commit() -> str | None:
+    """The git commit of this package's sources, with "+" where they have changed since; None outside git."""
+    here = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", "config.py")  # an installed copy may lie inside somebody else's repository
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--", ".").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+# ---- memory
+
+
+def available_memory() -> int | None:
+    """Bytes that a program may still take on the default device; None where the system does not say."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    found = []
+    with contextlib.suppress(OSError):
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # a container's limit, "max" where there is none
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(found, default=None)
+
+
+def peak_memory() -> int:
+    """Bytes: the most the default device held so far; on a CPU the most this process held."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---- metrics
+
+
+def by_position(nll: np.ndarray, weight: np.ndarray) -> list[dict[str, float]]:
+    """Mean loss (nats) of predictions grouped by how many tokens they had read: 1, 2, 3-4, 5-8, ... (`from` to `to`)."""
+    T, low, groups = len(nll), 1, []
+    while low <= T:
+        high = min(T, 1 << (low - 1).bit_length())
+        total = float(weight[low - 1 : high].sum())
+        if total > 0:
+            groups.append({"from": low, "to": high, "nll": float(nll[low - 1 : high].sum()) / total, "weight": total})
+        low = high + 1
+    return groups
+
+
+def history(folder: Path, until: float = math.inf) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl up to and including step `until`; a torn last line is dropped."""
+    records = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                record = json.loads(line)
+                if record["step"] <= until:
+                    records.append(record)
+    return records
+
+
+class Recorder:
+    """Writes metrics.jsonl and env.json and prints one line per record. Use as a context manager."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        console: Console,
+        *,
+        start: int,
+        ideal_seconds: float | None,
+        info: dict[str, Any],
+    ):
+        """Continues after step `start`. `ideal_seconds`: a step at the device's peak rate, for the MFU; None if unknown."""
+        self.config, self.console, self.ideal_seconds = config, console, ideal_seconds
+        self.history = history(folder, start)
+        write_whole(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
+        self._write_environment(folder, start, info)
+        self.file = open(folder / "metrics.jsonl", "a")
+        self.board = scalar_writer()(str(folder / "tensorboard")) if config.run.tensorboard else None
+        self.seconds: list[float] = []  # of each step since the last record
+        self.waits: list[float] = []
+
+    def _write_environment(self, folder: Path, start: int, info: dict[str, Any]) -> None:
+        path = folder / "env.json"
+        starts = json.loads(path.read_text())["starts"] if path.exists() else []
+        now = environment(info)
+        starts.append({"step": start, **{k: now[k] for k in ("time", "command", "commit", "device")}})
+        write_whole(path, json.dumps({**now, "starts": starts}, indent=2) + "\n")
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+    def time(self, seconds: float, wait: float) -> None:
+        """Note how long a step took, and how much of that it waited for data."""
+        self.seconds.append(seconds)
+        self.waits.append(wait)
+
+    def write(self, step: int, metrics: dict[str, float], valid: dict[str, Any] | None = None) -> None:
+        """One line of metrics.jsonl, on disk when this returns, and one on the terminal."""
+        data = self.config.data
+        record: dict[str, Any] = {"step": step, **metrics}
+        if self.seconds:
+            middle, total = statistics.median(self.seconds), sum(self.seconds)
+            low, high = np.percentile(self.seconds, [10, 90])
+            record |= {
+                "tokens_per_second_per_device": data.B * data.T * len(self.seconds) / total,
+                "step_seconds": middle,
+                "step_spread": float(high - low) / middle,  # the middle four fifths, as a share of the median
+                "data_wait": sum(self.waits) / total,
+                "mfu": None if self.ideal_seconds is None else self.ideal_seconds / middle,
+                "eta_seconds": (self.config.run.steps - step) * total / len(self.seconds),
+            }
+        record["peak_memory_bytes"] = peak_memory()
+        if valid is not None:
+            record["valid"] = valid
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self.history.append(record)
+        self.seconds, self.waits = [], []
+        self.console.print(line(record, self.config), soft_wrap=True, highlight=False)
+        if self.board:
+            for name, value in _scalars(record):
+                self.board.add_scalar(name, value, step)
+
+
+def line(record: dict[str, Any], config: Config) -> str:
+    """One record as a line of rich markup."""
+    width = len(str(config.run.steps))
+    parts = [f"[bold]step {record['step']:>{width}}/{config.run.steps}[/]", f"loss [bold cyan]{record['loss']:.4f}[/]"]
+    if "valid" in record:
+        valid = record["valid"]
+        bits = (
+            f", {valid['bits_per_byte']:.4f} bits/byte"
+            if "bits_per_byte" in valid
+            else f", accuracy {valid['accuracy']:.1%}"
+        )
+        parts.append(f"[bold green]valid {valid['nll']:.4f}{bits}[/]")
+    if "step_seconds" in record:
+        rate = record["tokens_per_second_per_device"]
+        parts.append(f"{rate / 1000:.1f}k tok/s" if rate >= 1000 else f"{rate:.0f} tok/s")
+        if record["mfu"] is not None:
+            parts.append(f"MFU {record['mfu']:.1%}")
+        parts.append(f"step {record['step_seconds'] * 1000:.0f} ms ±{record['step_spread'] / 2:.0%}")
+        parts.append(f"data {record['data_wait']:.1%}")
+    parts.append(f"grad {record['grad_norm']:.2f}")
+    parts.append(f"{record['peak_memory_bytes'] / 2**30:.2f} GiB")
+    if "eta_seconds" in record:
+        parts.append(f"ETA {datetime.timedelta(seconds=round(record['eta_seconds']))}")
+    return " [dim]·[/] ".join(parts)
+
+
+def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if name == "valid":
+            yield from ((f"valid/{k}", v) for k, v in value.items() if isinstance(v, float))
+        elif name != "step" and value is not None:
+            yield f"train/{name}", value
+
+
+def scalar_writer() -> Any:
+    """The class that writes TensorBoard scalars. Raises ValueError with the remedy where it is not installed."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "run.tensorboard=True needs tensorboardX: pip install tensorboardX, or leave it off (metrics.jsonl has every number)"
+        ) from error
+    return SummaryWriter
+
+
+class Profiler:
+    """A jax.profiler trace of the steps first .. first + count - 1."""
+
+    def __init__(self, folder: Path, window: tuple[int, int] | None):
+        self.folder, self.window, self.running = folder, window, False
+
+    def before(self, step: int) -> None:
+        if self.window and step == self.window[0]:
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
+
+    def after(self, step: int, state: Any) -> None:
+        if self.running and step == sum(self.window) - 1:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        if self.running:
+            jax.profiler.stop_trace()
+            self.running = False

@@ -1,0 +1,216 @@
+"""Training from a config to a finished run folder, read downwards."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from longattn.config import Config
+from longattn.train import data, record
+from longattn.train.checkpoint import Checkpoints
+from longattn.train.evaluate import initial_params, run_evaluation
+from longattn.train.step import State, batch_shapes, init_state, train_step
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended."""
+
+    run_dir: Path
+    status: Literal["finished", "already finished", "stopped"]  # stopped: by SIGTERM, after saving
+    steps: int  # done
+    nll: float | None  # of the last evaluation, nats per weighted token
+    bits: float | None  # the same in bits: bits per byte for ByteLM
+    accuracy: float | None  # share of weighted tokens predicted exactly
+    history: list[dict[str, Any]]  # the records of metrics.jsonl
+
+
+def train(config: Config, *, resume: bool = True, quiet: bool = False, console: Console | None = None) -> Summary:
+    """Train as the config says, continuing from the run folder's newest checkpoint.
+
+    Raises ValueError for a folder that holds another run, data that cannot be read or a step that does not fit in memory (all
+    before anything is written), FloatingPointError when the loss is no longer finite, OSError when the disk is full.
+    """
+    console = console or Console(stderr=True, quiet=quiet)
+    folder = Path(config.run.dir, config.run.name)
+    started = record.check_folder(folder, config, resume=resume)
+    if started and (folder / "checkpoints").is_dir():
+        with Checkpoints(folder / "checkpoints", read_only=True) as saved:
+            if saved.latest() is not None and saved.latest() >= config.run.steps:
+                console.print(f"{folder} is finished: {saved.latest()} steps; choose another --run.name to train again")
+                return _summary(folder, config, "already finished", saved.latest(), record.history(folder))
+
+    if config.run.tensorboard:
+        record.scalar_writer()
+    sources = {split: data.source(config.data, seed=config.run.seed, split=split) for split in ("train", "valid")}
+    shapes = jax.eval_shape(functools.partial(init_state, config), config.run.seed)
+    loaded = initial_params(config, shapes.params) if config.run.init_from and not started else None
+    console.print(
+        f"compiling {sum(a.size for a in jax.tree.leaves(shapes.params)):,} parameters at B={config.data.B}, T={config.data.T}"
+    )
+    step_fn = compile_step(config, shapes)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(record.claim(folder, config))
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.run.keep))
+        state = checkpoints.restore(shapes)
+        if state is None:
+            state = jax.jit(functools.partial(init_state, config))(config.run.seed)
+            if config.run.init_from:
+                state = state._replace(params=loaded or initial_params(config, shapes.params))
+        start = int(state.step)
+        if start:
+            console.print(f"continuing {folder} after step {start}")
+        info = {split: source.info for split, source in sources.items()}
+        ideal = ideal_seconds(config)
+        recorder = stack.enter_context(
+            record.Recorder(folder, config, console, start=start, ideal_seconds=ideal, info=info)
+        )
+        stop = stack.enter_context(_sigterm())
+        steps = _loop(config, state, step_fn, sources, checkpoints, recorder, stop)
+        checkpoints.wait()
+        status = "finished" if steps == config.run.steps else "stopped"
+        return _summary(folder, config, status, steps, recorder.history)
+
+
+def _loop(
+    config: Config,
+    state: State,
+    step_fn: Any,
+    sources: dict[str, Any],
+    checkpoints: Checkpoints,
+    recorder: record.Recorder,
+    stop: threading.Event,
+) -> int:
+    """Trains until the last step or a SIGTERM; returns the number of steps done."""
+    run = config.run
+    start = step = int(state.step)
+    profiler = record.Profiler(Path(run.dir, run.name, "profile"), run.profile)
+    batches = iter(data.loader(sources["train"], start))
+    pending = None  # (step, its metrics on the device, seconds waited for its batch)
+    clock = time.perf_counter()
+
+    def settle() -> dict[str, float]:
+        """Wait for the pending step's metrics; refuse to go on unless they are finite."""
+        nonlocal clock
+        at, metrics, wait = pending
+        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        recorder.time(now - clock, wait)
+        clock = now
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            good = checkpoints.latest()
+            raise FloatingPointError(
+                f"step {at}: loss={metrics['loss']}, grad_norm={metrics['grad_norm']}; stopped; "
+                + (f"the last good checkpoint is step {good}" if good else "no checkpoint was saved yet")
+                + f"; lower --optimiser.lr={config.optimiser.lr} or raise --optimiser.warmup={config.optimiser.warmup}"
+            )
+        return metrics
+
+    while step < run.steps and not stop.is_set():
+        profiler.before(step + 1)
+        asked = time.perf_counter()
+        _, batch = next(batches)
+        wait = time.perf_counter() - asked
+        state, metrics = step_fn(state, batch)
+        # The metrics of step n-1 are fetched after step n is dispatched, so that the device never waits for the host.
+        if pending is not None:
+            settled = settle()
+            if step % run.log_every == 0:
+                recorder.write(step, settled)
+        step += 1
+        pending = (step, metrics, wait)
+        profiler.after(step, state)
+
+        last = step == run.steps
+        evaluate_now = last or (run.eval_every and step % run.eval_every == 0)
+        if evaluate_now or step % run.save_every == 0 or stop.is_set():
+            # Only a state whose loss was seen finite is saved, and only after its line is on disk (see record.py).
+            settled, pending, valid = settle(), None, None
+            if evaluate_now:
+                valid = run_evaluation(config, state.params, sources["valid"], run.eval_batches)
+            if evaluate_now or step % run.log_every == 0:
+                recorder.write(step, settled, valid)
+            checkpoints.save(step, state, valid and valid["nll"])
+            clock = time.perf_counter()
+        elif step % run.log_every == 0:
+            checkpoints.poll()
+    profiler.close()
+    return step
+
+
+def compile_step(config: Config, shapes: State) -> Any:
+    """The training step compiled ahead of time. Raises ValueError if it needs more memory than there is."""
+    held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+    itemsize = np.dtype(config.model.dtype).itemsize
+    # Even full rematerialisation keeps each layer's input: refuse before tracing what would take hours to compile.
+    tokens = config.data.B * config.data.T // config.optimiser.accumulate
+    refuse_beyond_memory(config, held + tokens * config.model.E * itemsize * (config.model.N + 1))
+    try:
+        compiled = train_step(config).lower(shapes, batch_shapes(config)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(_too_large(config, "more memory than the device has")) from error
+    m = compiled.memory_analysis()
+    if m is not None:
+        outputs = m.output_size_in_bytes - m.alias_size_in_bytes
+        refuse_beyond_memory(config, m.argument_size_in_bytes + m.temp_size_in_bytes + outputs)
+    return compiled
+
+
+def refuse_beyond_memory(config: Config, needed: int) -> None:
+    """Raise ValueError if `needed` bytes exceed what is available."""
+    available = record.available_memory()
+    if available is not None and needed > available:
+        raise ValueError(_too_large(config, f"{needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are available"))
+
+
+def _too_large(config: Config, needs: str) -> str:
+    return (
+        f"data.T={config.data.T} with data.B={config.data.B} needs {needs}; lower --data.T or --data.B, "
+        "raise --optimiser.accumulate, or choose --model.remat full"
+    )
+
+
+def ideal_seconds(config: Config) -> float | None:
+    """Seconds of one step at the device's peak rate; None where the peak is not known.
+
+    Model FLOPs: causal attention counts the visible pairs only, recomputation is not counted.
+    """
+    from longattn.analysis import cost, hardware
+
+    peak = hardware.detect().peak_flops
+    return cost.step_flops(config) / peak if peak else None
+
+
+def _summary(folder: Path, config: Config, status: Any, steps: int, history: list[dict[str, Any]]) -> Summary:
+    valid = next((r["valid"] for r in reversed(history) if "valid" in r), None)
+    nll = valid and valid["nll"]
+    return Summary(folder, status, steps, nll, nll and nll / math.log(2), valid and valid["accuracy"], history)
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, so that the loop saves before it ends. Only the main thread may listen to signals."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
