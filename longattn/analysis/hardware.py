@@ -1,7 +1,7 @@
 """Chips and their published limits, and the device this process runs on.
 
-Every figure is per chip and comes from the vendor's page named in `Chip.source`; GPU peaks are dense, without the doubling
-for 2:4 sparsity, and for the SXM or HGX board. None of them was measured here.
+Every figure is per chip and comes from the vendor's page named in `Chip.source`; GPU peaks are dense, without the
+doubling for 2:4 sparsity, and for the SXM or HGX board. None of them was measured here.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def _matmul_flops(size: int = 1024, repeats: int = 8) -> float:
 def detect() -> Device:
     """The default device and its peak: published for a known chip, measured once for a CPU.
 
-    The devices of one host's CPU share its cores, and two JAX devices may share a chip: `peak_flops` is one device's part.
+    The devices of one host's CPU share its cores, and two JAX devices may share a chip: `peak_flops` is one device's
+    part.
     """
     first = jax.devices()[0]
     kind, n = first.device_kind, jax.device_count()

@@ -1,0 +1,255 @@
+"""What attention and models cost, by formula: visible pairs, FLOPs, parameters, bytes of training state.
+
+Conventions. A multiply-add is 2 FLOPs; only matrix products count. Attention costs its visible (query, key) pairs, so
+causal attention counts half of T x T, whatever a kernel computes besides. Training is forward + backward;
+recomputation (blockwise attention's own, or a remat policy's) is listed apart and is no part of the MFU.
+(Megatron-LM, arXiv:2104.04473, and PaLM, arXiv:2204.02311 appendix B, count all T x T: their figures are higher.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from longattn.config import Config, Mixer, Model, Softmax
+from longattn.mask import FULL, PARTIAL, And, Causal, Dilated, Full, Mask, Not, Or, Window
+
+_LEAF = 16  # below this edge a block's pairs are counted one by one
+_PIECE = 4096  # blocks looked at together: bounds the memory of the count
+
+
+def _of_distance(mask: Mask) -> bool:
+    """Whether the mask reads positions only through q - k."""
+    if isinstance(mask, And | Or):
+        return _of_distance(mask.a) and _of_distance(mask.b)
+    if isinstance(mask, Not):
+        return _of_distance(mask.a)
+    return isinstance(mask, Full | Causal | Window | Dilated)
+
+
+def _pairs_by_distance(mask: Mask, T: int, S: int) -> int:
+    """Sum over the distances d = q - k that the mask shows of the pairs at that distance: O(T + S)."""
+    d = np.arange(1 - S, T, dtype=np.int64)
+    at_distance = np.minimum(T, S + d) - np.maximum(0, d)
+    return int(at_distance[mask(d, np.zeros_like(d))].sum())
+
+
+def _pairs_in(mask: Mask, blocks: np.ndarray) -> np.ndarray:
+    """Visible pairs in blocks [J 4] of inclusive bounds (q_lo, q_hi, k_lo, k_hi), halving those that are PARTIAL.
+
+    Returns int64 [1 1], or [B H] for a mask with array leaves (1 where it does not vary).
+    """
+    q_lo, q_hi, k_lo, k_hi = (blocks[:, i : i + 1] for i in range(4))
+    kind = _per_head(mask.kind(q_lo, q_hi, k_lo, k_hi))  # [B H J 1]
+    split = (kind == PARTIAL).any((0, 1, 3))
+    area = ((q_hi - q_lo + 1).astype(np.int64) * (k_hi - k_lo + 1))[None, None]
+    total = np.where((kind == FULL) & ~split[None, None, :, None], area, 0).sum((2, 3))
+    rest = blocks[split]
+    tiny = np.maximum(rest[:, 1] - rest[:, 0], rest[:, 3] - rest[:, 2]) < _LEAF
+    if tiny.any():
+        total = total + _pairs_one_by_one(mask, rest[tiny])
+    rest = rest[~tiny]
+    q_mid, k_mid = (rest[:, 0] + rest[:, 1]) // 2, (rest[:, 2] + rest[:, 3]) // 2
+    quarters = np.concatenate(
+        [
+            np.stack([q_lo, q_hi, k_lo, k_hi], 1)
+            for q_lo, q_hi in ((rest[:, 0], q_mid), (q_mid + 1, rest[:, 1]))
+            for k_lo, k_hi in ((rest[:, 2], k_mid), (k_mid + 1, rest[:, 3]))
+        ]
+    )
+    quarters = quarters[(quarters[:, 0] <= quarters[:, 1]) & (quarters[:, 2] <= quarters[:, 3])]
+    for start in range(0, len(quarters), _PIECE):
+        total = total + _pairs_in(mask, quarters[start : start + _PIECE])
+    return total
+
+
+def _pairs_one_by_one(mask: Mask, blocks: np.ndarray) -> np.ndarray:
+    """Visible pairs in blocks of at most _LEAF x _LEAF, as `_pairs_in`."""
+    i, j = (x.reshape(1, -1).astype(np.int32) for x in np.indices((_LEAF, _LEAF)))
+    q, k = blocks[:, 0:1] + i, blocks[:, 2:3] + j  # [J _LEAF**2]
+    inside = (q <= blocks[:, 1:2]) & (k <= blocks[:, 3:4])
+    return (_per_head(mask(q, k)) & inside[None, None]).sum((2, 3))
+
+
+def _per_head(x: Any) -> np.ndarray:
+    """[B H . .] of a mask's answer, which has rank 2 unless the mask holds arrays."""
+    x = np.asarray(x)
+    return x if x.ndim == 4 else x[None, None]
+
+
+@functools.lru_cache(maxsize=4096)
+def _pairs(mask: Mask, T: int, S: int) -> int:
+    if _of_distance(mask):
+        return _pairs_by_distance(mask, T, S)
+    return int(_pairs_in(mask, np.array([[0, T - 1, 0, S - 1]], np.int32))[0, 0])
+
+
+def visible_pairs(mask: Mask, T: int, S: int | None = None, documents: Iterable[int] | None = None) -> int | float:
+    """Pairs (query, key) that one head of one sequence computes: exact, and never by a T x S array.
+
+    Masks of q - k are summed over the distances, in O(T + S); others by halving blocks that `mask.kind` calls
+    PARTIAL, in O(T) for masks with an edge, O(T S) for `Fn`.
+
+    Args:
+      mask: at positions arange(T), arange(S). With array leaves the result is the mean over their sequences and
+      heads. T: queries. S: keys; None is T. documents: lengths of the packed documents, with positions that restart
+      in each; their sum is at most T, the rest is
+        padding that nobody attends to. Not together with another S.
+
+    Raises:
+      ValueError: for lengths that do not fit.
+    """
+    S = T if S is None else S
+    if T < 0 or S < 0:
+        raise ValueError(f"{T=} and {S=} must not be negative")
+    if documents is not None:
+        lengths = [int(n) for n in documents]
+        if S != T:
+            raise ValueError(f"{S=} must be {T=} with documents: they are packed for queries and keys alike")
+        if min(lengths, default=0) < 0 or sum(lengths) > T:
+            raise ValueError(f"documents of {sum(lengths)} tokens must fit into {T=}")
+        return sum(visible_pairs(mask, n) for n in lengths)
+    if T == 0 or S == 0:
+        return 0
+    if not jax.tree.leaves(mask):
+        return _pairs(mask, T, S)
+    mask = jax.tree.map(np.asarray, mask)
+    return float(_pairs_in(mask, np.array([[0, T - 1, 0, S - 1]], np.int32)).mean())
+
+
+@dataclass(frozen=True)
+class AttentionFlops:
+    """FLOPs of softmax attention itself: no projections."""
+
+    forward: float  # q k^T and p v: 2 pairs H (D + V)
+    backward: float  # dv, dp, dq, dk: twice the forward
+    recompute: float  # q k^T once more, by a backward pass that has kept only out and lse; no part of the MFU
+
+
+def attention_flops(pairs: float, H: int, D: int, V: int | None = None) -> AttentionFlops:
+    """FLOPs of H heads over `pairs` visible pairs each (arXiv:2205.14135: 4 D, 8 D and 2 D per pair where V = D)."""
+    V = D if V is None else V
+    forward = 2.0 * pairs * H * (D + V)
+    return AttentionFlops(forward, 2 * forward, 2.0 * pairs * H * D)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs by part of the model."""
+
+    attention: float  # what the visible pairs cost
+    projections: float  # q, k, v and out
+    mlp: float
+    head: float  # of the vocabulary; the embedding is a look-up
+
+    @property
+    def total(self) -> float:
+        return sum(astuple(self))
+
+    def __mul__(self, factor: float) -> Flops:
+        return Flops(*(factor * x for x in astuple(self)))
+
+
+def _softmax(mixer: Softmax, model: Model, T: int, documents: tuple[int, ...] | None) -> tuple[float, float]:
+    pairs = visible_pairs(mixer.mask, T, documents=documents)
+    return attention_flops(pairs, model.H, model.D).forward, 4.0 * T * model.E * model.D * (model.H + model.K)
+
+
+# Per class of mixer: forward FLOPs of one layer over one sequence, (attention, projections). A new mixer joins here ...
+_MIXER_FLOPS: dict[type, Callable[..., tuple[float, float]]] = {Softmax: _softmax}
+
+
+def _softmax_parameters(mixer: Softmax, model: Model) -> int:
+    return 2 * model.E * model.D * (model.H + model.K) + 2 * model.D * mixer.qk_norm + model.H * mixer.sinks
+
+
+# ... and here: parameters of one layer's mixer.
+_MIXER_PARAMETERS: dict[type, Callable[..., int]] = {Softmax: _softmax_parameters}
+
+
+def layer_flops(mixer: Mixer, model: Model, T: int, documents: Iterable[int] | None = None) -> Flops:
+    """Forward FLOPs of one layer over one sequence of T tokens (`documents`: as for `visible_pairs`)."""
+    documents = None if documents is None else tuple(documents)
+    attention, projections = _MIXER_FLOPS[type(mixer)](mixer, model, T, documents)
+    return Flops(attention, projections, 6.0 * T * model.E * model.F, 0.0)
+
+
+def forward_flops(model: Model, T: int, documents: Iterable[int] | None = None) -> Flops:
+    """Forward FLOPs of a model over one sequence of T tokens (`documents`: as for `visible_pairs`)."""
+    documents = None if documents is None else tuple(documents)
+    layers = [layer_flops(mixer, model, T, documents) for mixer in model.layers]
+    parts = [sum(part) for part in zip(*(astuple(layer) for layer in layers), strict=True)]
+    return Flops(*parts[:3], head=2.0 * T * model.E * model.W)
+
+
+def flops_per_token(model: Model, T: int, *, training: bool = True, documents: Iterable[int] | None = None) -> Flops:
+    """FLOPs per token of sequences of T tokens: forward + backward (three forwards); training=False: forward only."""
+    return forward_flops(model, T, documents) * ((3 if training else 1) / T)
+
+
+def step_flops(config: Config) -> float:
+    """FLOPs of one training step over all devices, recomputation left out.
+
+    Rows count as one document of T tokens, so that steps are comparable; where short documents are packed, fewer
+    pairs are visible than counted here.
+    """
+    return config.data.B * 3 * forward_flops(config.model, config.data.T).total
+
+
+def attention_share(model: Model, T: int, *, head: bool = True) -> float:
+    """Attention's part of the FLOPs of the whole model at length T, in [0, 1]; head=False: of its layers alone.
+
+    Forward and training have the same shares: the backward pass is twice the forward in every part.
+    """
+    flops = forward_flops(model, T)
+    return flops.attention / (flops.total - (0 if head else flops.head))
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters by part of the model."""
+
+    embedding: int
+    mixers: int
+    mlp: int
+    norms: int
+    head: int  # 0 where it is tied to the embedding
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+
+def parameters(model: Model) -> Parameters:
+    """How many parameters `models.init_params` makes."""
+    return Parameters(
+        embedding=model.W * model.E,
+        mixers=sum(_MIXER_PARAMETERS[type(mixer)](mixer, model) for mixer in model.layers),
+        mlp=3 * model.N * model.E * model.F,
+        norms=(2 * model.N + 1) * model.E,
+        head=0 if model.tie else model.W * model.E,
+    )
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes that training holds whatever the batch and the length."""
+
+    parameters: int  # float32
+    optimiser: int  # AdamW's two moments, float32
+    gradients: int  # float32, alive between the backward pass and the update
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+
+def training_state_bytes(model: Model) -> StateBytes:
+    """16 bytes per parameter: float32 parameters, AdamW's moments, gradients (not counting scalars such as the step)."""
+    n = 4 * parameters(model).total
+    return StateBytes(n, 2 * n, n)
