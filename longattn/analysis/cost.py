@@ -96,10 +96,11 @@ def visible_pairs(mask: Mask, T: int, S: int | None = None, documents: Iterable[
     PARTIAL, in O(T) for masks with an edge, O(T S) for `Fn`.
 
     Args:
-      mask: at positions arange(T), arange(S). With array leaves the result is the mean over their sequences and
-      heads. T: queries. S: keys; None is T. documents: lengths of the packed documents, with positions that restart
-      in each; their sum is at most T, the rest is
-        padding that nobody attends to. Not together with another S.
+      mask: at positions arange(T), arange(S). With array leaves the result is the mean over their sequences and heads.
+      T: queries.
+      S: keys; None is T.
+      documents: lengths of the packed documents, with positions that restart in each; their sum is at most T, and the
+        rest is padding that nobody attends to. Not together with another S.
 
     Raises:
       ValueError: for lengths that do not fit.
@@ -250,6 +251,6 @@ class StateBytes:
 
 
 def training_state_bytes(model: Model) -> StateBytes:
-    """16 bytes per parameter: float32 parameters, AdamW's moments, gradients (not counting scalars such as the step)."""
+    """16 bytes per parameter: float32 parameters, AdamW's moments, gradients (without scalars such as the step)."""
     n = 4 * parameters(model).total
     return StateBytes(n, 2 * n, n)
