@@ -1,0 +1,16 @@
+"""Flax Linen models: the only part of longattn that imports flax."""
+
+from longattn.models.mixers import MIXERS, Context, attention_fn, bytes_read_per_token, state_elements
+from longattn.models.transformer import REMAT, Transformer, head, init_params
+
+__all__ = [
+    "MIXERS",
+    "REMAT",
+    "Context",
+    "Transformer",
+    "attention_fn",
+    "bytes_read_per_token",
+    "head",
+    "init_params",
+    "state_elements",
+]

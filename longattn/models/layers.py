@@ -1,0 +1,107 @@
+"""What every layer is made of: RMSNorm, rotary positions, SwiGLU. Parameters are float32; the computation has the inputs' dtype."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from longattn import config
+
+
+def fan_in(
+    in_axis: int | tuple[int, ...], out_axis: int | tuple[int, ...], scale: float = 1.0
+) -> nn.initializers.Initializer:
+    """Truncated normal of standard deviation sqrt(scale / fan-in)."""
+    return nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, computed in float32 (arXiv:1910.07467)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + self.eps)
+        return (wide * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+
+
+def rope_frequencies(rope: config.RoPE, D: int) -> np.ndarray:
+    """Angle per position (radians) of each of the D/2 pairs, float64.
+
+    none: base**(-2i/D). linear: that over `factor` (arXiv:2306.15595). yarn: "NTK-by-parts" (arXiv:2309.00071, section 3.2):
+    pairs that turn more than 32 times within original_T keep their frequency, those that turn less than once are divided by
+    `factor`, those between are interpolated linearly in the number of turns.
+    """
+    plain = rope.base ** (-np.arange(0, D, 2) / D)
+    if rope.scaling == "none":
+        return plain
+    if rope.scaling == "linear":
+        return plain / rope.factor
+    turns = rope.original_T * plain / (2 * math.pi)
+    keep = np.clip((turns - 1) / (32 - 1), 0, 1)  # alpha = 1 and beta = 32, the paper's values for LLaMA
+    return keep * plain + (1 - keep) * plain / rope.factor
+
+
+def rope_temperature(rope: config.RoPE | None) -> float:
+    """What YaRN multiplies the logits by: (0.1 ln(factor) + 1)**2 (arXiv:2309.00071, section 3.4); 1 for the others."""
+    if rope is None or rope.scaling != "yarn":
+        return 1.0
+    return (0.1 * math.log(rope.factor) + 1) ** 2
+
+
+def rotate(
+    x: Float[Array, "B T H D"], positions: Int32[Array, "B T"] | None, frequencies: np.ndarray
+) -> Float[Array, "B T H D"]:
+    """Rotates the pairs (x[i], x[i + D/2]) by position * frequency; positions=None is arange(T).
+
+    Angles are kept in turns as 32-bit fixed point, where integer overflow is the reduction modulo one turn: q^T k depends on
+    the difference of positions exactly, at any position. (The float32 product of a position near 10**6 and a frequency is off
+    by up to 0.03 radians, differently for q and k.) Frequencies are rounded by at most 2**-33 turns.
+    """
+    steps = jnp.asarray(np.round(frequencies / (2 * math.pi) * 2.0**32).astype(np.uint32))
+    if positions is None:
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    turns = positions.astype(jnp.uint32)[:, :, None, None] * steps[None, None, None]  # modulo 2**32
+    angle = turns.astype(jnp.int32).astype(jnp.float32) * (math.pi * 2.0**-31)  # in [-pi, pi]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def swiglu(
+    x: Float[Array, "B T E"], gate: Float[Array, "E F"], up: Float[Array, "E F"], down: Float[Array, "F E"]
+) -> Float[Array, "B T E"]:
+    """(silu(x gate) * (x up)) down (arXiv:2002.05202)."""
+    gate, up, down = (w.astype(x.dtype) for w in (gate, up, down))
+    hidden = nn.silu(jnp.einsum("BTE,EF->BTF", x, gate)) * jnp.einsum("BTE,EF->BTF", x, up)
+    return jnp.einsum("BTF,FE->BTE", hidden, down)
+
+
+class SwiGLU(nn.Module):
+    """The block's MLP. With `model.mlp_chunk` it runs over pieces of the sequence, so that [B T F] never exists, forward or backward."""
+
+    model: config.Model
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        E, F, chunk = self.model.E, self.model.F, self.model.mlp_chunk
+        gate = self.param("gate", fan_in(0, 1), (E, F), jnp.float32)
+        up = self.param("up", fan_in(0, 1), (E, F), jnp.float32)
+        down = self.param("down", fan_in(0, 1, 1 / (2 * self.model.N)), (F, E), jnp.float32)
+        B, T, _ = x.shape
+        if chunk is None or chunk >= T:
+            return swiglu(x, gate, up, down)
+        # The weights are cast inside each piece, so their gradients are summed over the pieces in float32.
+        piece = jax.checkpoint(lambda x: swiglu(x, gate, up, down), prevent_cse=False)
+        whole = T // chunk * chunk
+        pieces = jnp.moveaxis(x[:, :whole].reshape(B, -1, chunk, E), 1, 0)
+        y = jnp.moveaxis(jax.lax.map(piece, pieces), 0, 1).reshape(B, whole, E)
+        return y if whole == T else jnp.concatenate([y, piece(x[:, whole:])], 1)

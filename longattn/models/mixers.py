@@ -1,0 +1,169 @@
+"""The ways to attend, as modules (x, positions, segment_ids, state) -> (y, state), and the table of them.
+
+A mixer is a class named like its config in `longattn.config`, with the fields of `Softmax` and its two static methods; once it
+is in `MIXERS`, the transformer, the trainer and the study use it without a change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from longattn import config
+from longattn.mask import EMPTY, Full, Mask
+from longattn.models.layers import RMSNorm, fan_in, rope_frequencies, rope_temperature, rotate
+from longattn.ops.attention import attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Where and how the ops run: static, hashable, the same for every layer. None in its place is one device, best back end."""
+
+    implementation: str | tuple[str, ...] | None = None  # as in `longattn.attention`
+
+
+def no_state(state: Any) -> None:
+    """Refuses a cache: raises ValueError unless `state` is None."""
+    if state is not None:
+        raise ValueError(
+            f"state={type(state).__name__} must be None: models run whole sequences, there is no decoding with a cache"
+        )
+
+
+class Softmax(nn.Module):
+    """Exact softmax attention: projections, optional RMSNorm of q and k, rotary positions, grouped key/value heads."""
+
+    config: config.Softmax
+    model: config.Model
+    context: Context | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        positions: Int32[Array, "B T"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        state: None = None,
+    ) -> tuple[Float[Array, "B T E"], None]:
+        no_state(state)
+        cfg, m = self.config, self.model
+        heads = fan_in(0, (1, 2))
+        wq, wk, wv = (
+            self.param(n, heads, (m.E, h, m.D), jnp.float32).astype(x.dtype) for n, h in zip("qkv", (m.H, m.K, m.K))
+        )
+        wo = self.param("out", fan_in((0, 1), 2, 1 / (2 * m.N)), (m.H, m.D, m.E), jnp.float32).astype(x.dtype)
+        q = jnp.einsum("BTE,EHD->BTHD", x, wq)
+        k = jnp.einsum("BSE,EKD->BSKD", x, wk)
+        v = jnp.einsum("BSE,EKV->BSKV", x, wv)
+        if cfg.qk_norm:
+            q, k = RMSNorm(m.norm_eps, name="q_norm")(q), RMSNorm(m.norm_eps, name="k_norm")(k)
+        if cfg.rope is not None:
+            frequencies = rope_frequencies(cfg.rope, m.D)
+            q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        y = attention(
+            q, k, v, mask=cfg.mask, segment_ids=segment_ids, positions=positions,
+            scale=m.D**-0.5 * rope_temperature(cfg.rope), softcap=cfg.softcap,
+            sinks=self.param("sinks", nn.initializers.zeros, (m.H,), jnp.float32) if cfg.sinks else None,
+            implementation=self.context.implementation if self.context else None,
+        )  # fmt: skip
+        return jnp.einsum("BTHV,HVE->BTE", y, wo), None
+
+    @staticmethod
+    def state_elements(mixer: config.Softmax, model: config.Model, T: int) -> int:
+        """Keys and values of the tokens before T that a query at T - 1 or later may see."""
+        keys, last = np.arange(T, dtype=np.int32), np.int32(T - 1)
+        needed = mixer.mask.kind(last, np.int32(2**30), keys, keys) != EMPTY
+        return model.K * 2 * model.D * int(np.sum(needed))
+
+    @staticmethod
+    def bytes_read_per_token(mixer: config.Softmax, model: config.Model, T: int, itemsize: int = 2) -> int:
+        """Keys and values visible to the query at T - 1."""
+        visible = mixer.mask(np.int32(T - 1), np.arange(T, dtype=np.int32))
+        return model.K * 2 * model.D * int(np.sum(np.asarray(visible))) * itemsize
+
+
+MIXERS: dict[str, type[nn.Module]] = {"Softmax": Softmax}
+
+
+def state_elements(mixer: config.Mixer, model: config.Model, T: int) -> int:
+    """Elements that one layer of this mixer keeps per sequence, to go on after T tokens."""
+    return MIXERS[type(mixer).__name__].state_elements(mixer, model, T)
+
+
+def bytes_read_per_token(mixer: config.Mixer, model: config.Model, T: int, itemsize: int = 2) -> int:
+    """Bytes of state that one layer of this mixer reads per sequence to predict token T from T tokens, at `itemsize` bytes an element."""
+    return MIXERS[type(mixer).__name__].bytes_read_per_token(mixer, model, T, itemsize)
+
+
+def attention_fn(
+    query: Float[Array, "*B T H D"],
+    key: Float[Array, "*B S H D"],
+    value: Float[Array, "*B S H V"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Mask | None = None,
+    *,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    broadcast_dropout: bool = True,
+    deterministic: bool = True,
+    dtype: Any = None,
+    precision: Any = None,
+    force_fp32_for_softmax: bool = False,
+    qk_attn_weights_einsum: Any = None,
+    attn_weights_value_einsum: Any = None,
+    module: nn.Module | None = None,
+    segment_ids: Any = None,
+    positions: Any = None,
+    softcap: float | None = None,
+    implementation: str | tuple[str, ...] | None = None,
+) -> Float[Array, "*B T H V"]:
+    """`longattn.attention` in the place of `flax.linen.dot_product_attention`.
+
+        attend = nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=longattn.models.attention_fn)
+        y = attend(x, mask=Causal() & Window(512))
+
+    Flax hands the call's `mask` through, so it is a longattn mask here; None attends to everything, as in Flax. Bind the keyword
+    arguments that Flax does not know (segment_ids, positions, softcap, implementation) with `functools.partial`. The softmax is
+    always in float32 and float32 products are full float32 ones, so `precision` and `force_fp32_for_softmax` ask for no less.
+
+    Raises:
+        ValueError: for a dense mask array.
+        NotImplementedError: for dropout of the weights, sowing them, or replaced einsums.
+    """
+    del dropout_rng, broadcast_dropout, precision, force_fp32_for_softmax
+    if mask is not None and not isinstance(mask, Mask):
+        raise ValueError(
+            f"mask is a {type(mask).__name__} but must be a longattn mask, such as mask=Causal() or Causal() & Window(512); "
+            "a dense [T S] array would cost what this attention avoids. Padding and packing: functools.partial(attention_fn, "
+            "segment_ids=...)"
+        )
+    if dropout_rate > 0 and not deterministic:
+        raise NotImplementedError(
+            f"{dropout_rate=}: attention weights are never stored, so they cannot be dropped; use dropout_rate=0"
+        )
+    if module is not None:
+        raise NotImplementedError("sow_weights=True: attention weights are never stored, so they cannot be sown")
+    if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
+        raise NotImplementedError(
+            "qk_attn_weights_einsum_cls and attn_weights_value_einsum_cls have no place in blockwise attention"
+        )
+    dtype = dtype or jnp.result_type(query, key, value)
+    *batch, T, H, _ = query.shape
+    q, k, v = (a.astype(dtype).reshape(-1, *a.shape[-3:]) for a in (query, key, value))
+    if bias is not None:
+        bias = (
+            jnp.broadcast_to(bias, (*batch, *bias.shape[-3:])).reshape(-1, *bias.shape[-3:])
+            if len(batch) != 1
+            else bias
+        )
+    out = attention(
+        q, k, v, mask=Full() if mask is None else mask, bias=bias, segment_ids=segment_ids, positions=positions,
+        softcap=softcap, implementation=implementation,
+    )  # fmt: skip
+    return out.reshape(*batch, T, H, -1)

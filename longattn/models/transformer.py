@@ -1,0 +1,147 @@
+"""A decoder-only transformer: pre-norm residual blocks of (mixer, SwiGLU), one mixer per layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray, UInt32
+
+from longattn import config as configs
+from longattn.models.layers import RMSNorm, SwiGLU
+from longattn.models.mixers import MIXERS, Context, no_state
+
+_policies = jax.checkpoint_policies
+_attention = _policies.save_only_these_names("attention_out", "attention_lse")
+
+# What a block keeps for the backward pass besides its input; the rest is recomputed there. "none" is not here: it keeps all.
+REMAT = {
+    "full": _policies.nothing_saveable,
+    "attention": _attention,  # attention's out and lse, so its forward does not run twice
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _attention
+    ),  # and all projections
+}
+
+
+class Block(nn.Module):
+    """x += mixer(norm(x)); x += mlp(norm(x))."""
+
+    mixer: configs.Mixer
+    model: configs.Model
+    context: Context | None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T E"], positions: Int32[Array, "B T"] | None, segment_ids: Int32[Array, "B T"] | None
+    ) -> Float[Array, "B T E"]:
+        name = type(self.mixer).__name__
+        mixer = MIXERS[name](self.mixer, self.model, self.context, name="mixer")
+        y, _ = mixer(RMSNorm(self.model.norm_eps, name="mixer_norm")(x), positions, segment_ids, None)
+        x = x + y
+        return x + SwiGLU(self.model, name="mlp")(RMSNorm(self.model.norm_eps, name="mlp_norm")(x))
+
+
+class Period(nn.Module):
+    """The blocks of one period of the pattern of mixers: the body of the scan over the layers."""
+
+    mixers: tuple[configs.Mixer, ...]
+    model: configs.Model
+    context: Context | None
+
+    @nn.compact
+    def __call__(self, x: Any, positions: Any, segment_ids: Any) -> tuple[Any, None]:
+        for i, mixer in enumerate(self.mixers):
+            # Within a scan nothing can merge the recomputation with the forward pass; outside, XLA must be kept from it.
+            x = _remat(self.model, in_scan=True)(mixer, self.model, self.context, name=f"layer_{i}")(
+                x, positions, segment_ids
+            )
+        return x, None
+
+
+def _remat(model: configs.Model, *, in_scan: bool) -> type[Block]:
+    if model.remat == "none":
+        return Block
+    return nn.remat(Block, policy=REMAT[model.remat], prevent_cse=not in_scan)
+
+
+def period(model: configs.Model) -> int:
+    """Layers per step of the scan: the shortest period of the mixers that divides N; N where there is none or no scan."""
+    layers = model.layers
+    if not model.scan:
+        return model.N
+    return next(p for p in range(1, model.N + 1) if model.N % p == 0 and layers == layers[:p] * (model.N // p))
+
+
+class Transformer(nn.Module):
+    """Tokens to logits. The only collection is `params`; it holds float32 arrays:
+
+    embedding [W E]; norm/scale [E]; head [W E] where not tied; and per layer mixer_norm/scale, mixer/{q [E H D], k, v [E K D],
+    out [H D E], ...}, mlp_norm/scale, mlp/{gate, up [E F], down [F E]}: under layers/layer_i with a leading axis of N / period
+    where layers are scanned, under layer_i where they are not.
+    """
+
+    config: configs.Model
+    context: Context | None = None
+
+    def setup(self) -> None:
+        c = self.config
+        # With final activations of RMS 1 the first logits have standard deviation 0.5 (GPT-2's 0.02 at its widths), tied or not.
+        small = nn.initializers.truncated_normal(0.5 * c.E**-0.5)
+        self.embedding = self.param("embedding", small, (c.W, c.E), jnp.float32)
+        if not c.tie:
+            self.head = self.param("head", small, (c.W, c.E), jnp.float32)
+        self.norm = RMSNorm(c.norm_eps)
+        p = period(c)
+        if p == c.N:
+            self.layer = [_remat(c, in_scan=False)(mixer, c, self.context) for mixer in c.layers]
+        else:
+            scan = nn.scan(
+                Period, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=c.N // p
+            )
+            self.layers = scan(c.layers[:p], c, self.context)
+
+    def hidden(
+        self,
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        state: None = None,
+    ) -> tuple[Float[Array, "B T E"], None]:
+        """The normed input of the head, in the compute dtype. Tokens attend within equal segment ids; positions=None is arange(T)."""
+        no_state(state)
+        # Rows first, cast after: their gradients are summed in float32.
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        if period(self.config) == self.config.N:
+            for layer in self.layer:
+                x = layer(x, positions, segment_ids)
+        else:
+            x, _ = self.layers(x, positions, segment_ids)
+        return self.norm(x), None
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        state: None = None,
+    ) -> tuple[Float32[Array, "B T W"], None]:
+        """Logits of the token that follows each token. For training take `hidden` and the loss in chunks instead."""
+        x, state = self.hidden(tokens, positions, segment_ids, state)
+        w = (self.embedding if self.config.tie else self.head).astype(x.dtype)
+        return jnp.einsum("BTE,WE->BTW", x, w, preferred_element_type=jnp.float32), state
+
+
+def head(params: dict[str, Any], config: configs.Model) -> Float32[Array, "W E"]:
+    """The output head: the embedding where it is tied."""
+    return params["embedding" if config.tie else "head"]
+
+
+def init_params(config: configs.Model, key: PRNGKeyArray | UInt32[Array, "2"]) -> dict[str, Any]:
+    """Fresh parameters, a nested dict of float32 arrays."""
+    tokens = jnp.zeros(
+        (1, 1), jnp.int32
+    )  # parameters depend on no length, and of one token the reference costs nothing
+    return jax.jit(lambda key: Transformer(config, Context("reference")).init(key, tokens)["params"])(key)

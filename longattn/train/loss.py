@@ -1,0 +1,153 @@
+"""Cross-entropy of next tokens, in chunks, so that logits [B T W] never exist at once.
+
+    nll_t = lse(w x_t) - (w x_t)[label_t],    loss = sum_t weight_t (nll_t + z_loss * lse(w x_t)^2)
+
+The forward rule computes the gradient with respect to the logits of a chunk while they exist, and keeps dx [B T E] and dw [W E];
+the backward rule multiplies them by the scalar cotangent. No logits are computed twice (three matrix products per chunk, where
+recomputation takes four), for dw's W E floats held from forward to backward. The z-loss is PaLM's, arXiv:2204.02311 section 5.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+
+def labels_and_weights(
+    tokens: Int32[Array, "B T"],
+    positions: Int32[Array, "#B T"] | None,
+    segment_ids: Int32[Array, "#B T"] | None,
+    weights: Float[Array, "B T"],
+) -> tuple[Int32[Array, "B T"], Float[Array, "B T"]]:
+    """What each token has to predict, and the weight of its loss.
+
+    The label of token t is token t + 1 where that has the same segment id and the next position, with weight `weights[t + 1]`
+    (the weight of predicting it); elsewhere, and at the last token, the weight is 0 and the label 0.
+    """
+    follows = jnp.ones((1, tokens.shape[1] - 1), bool)
+    if positions is not None:
+        follows &= positions[:, 1:] == positions[:, :-1] + 1
+    if segment_ids is not None:
+        follows = follows & (segment_ids[:, 1:] == segment_ids[:, :-1])
+    last = ((0, 0), (0, 1))
+    labels = jnp.pad(jnp.where(follows, tokens[:, 1:], 0), last)
+    return labels, jnp.pad(jnp.where(follows, weights[:, 1:], 0), last)
+
+
+def cross_entropy(
+    x: Float[Array, "B T E"],
+    w: Float[Array, "W E"],
+    labels: Int32[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    chunk: int,
+    z_loss: float = 0.0,
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, "..."]]]:
+    """Weighted sum over all tokens of the loss; the caller divides by the weights' sum over the whole batch.
+
+    Args:
+        x: inputs of the output head; the products take its dtype and accumulate in float32.
+        w: the output head. Its gradient is summed over the chunks in float32.
+        labels: int32 in [0, W).
+        weights: 0 for tokens that predict nothing.
+        chunk: tokens whose logits exist at once; a piece is `chunk // B` positions (at least one) of all B rows, so that
+            rows stay where they are on a mesh.
+        z_loss: weight of the squared log-partition.
+
+    Returns:
+        The loss (nats) and a dict that carries no gradient: nll_sum (weighted), weight_sum and nll [B T] (not weighted).
+    """
+    if x.ndim != 3 or w.ndim != 2 or x.shape[-1] != w.shape[-1]:
+        raise ValueError(f"{x.shape=} and {w.shape=} must be [B T E] and [W E] with the same E")
+    if labels.shape != x.shape[:2] or weights.shape != x.shape[:2]:
+        raise ValueError(f"{labels.shape=} and {weights.shape=} must be {x.shape[:2]}, the [B T] of x")
+    if chunk < 1:
+        raise ValueError(f"{chunk=} must be at least 1")
+    piece = max(1, min(chunk // x.shape[0], x.shape[1]))
+    weights = weights.astype(jnp.float32)
+    # In a shard_map w may be the same on all devices while x differs: made varying here, its gradient is summed over them.
+    varying = frozenset.union(*(jax.typeof(a).manual_axis_type.varying for a in (x, w, labels, weights)))
+    args = []
+    for a in (x, w, labels, weights):
+        missing = tuple(varying - jax.typeof(a).manual_axis_type.varying)
+        args.append(jax.lax.pcast(a, missing, to="varying") if missing else a)
+    loss, nll = _loss(piece, float(z_loss), *args)
+    nll = jax.lax.stop_gradient(nll)
+    return loss, {"nll_sum": jnp.sum(weights * nll), "weight_sum": jnp.sum(weights), "nll": nll}
+
+
+def _piece(x: Array, w: Array, labels: Array, weights: Array, z_loss: float, grad: bool) -> tuple[Any, ...]:
+    """Logits of x [B t E] and what follows from them: nll and lse [B t]; with `grad` dx [B t E] and dw [W E] too."""
+    logits = jnp.einsum("BTE,WE->BTW", x, w, preferred_element_type=jnp.float32)
+    top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+    shifted = jnp.exp(logits - top)
+    total = jnp.sum(shifted, -1)
+    lse = top[..., 0] + jnp.log(total)
+    nll = lse - jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    if not grad:
+        return nll, lse
+    scale = weights * (1 + 2 * z_loss * lse) / total
+    hit = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 2) == labels[..., None]
+    dlogits = (shifted * scale[..., None] - jnp.where(hit, weights[..., None], 0)).astype(x.dtype)
+    dx = jnp.einsum("BTW,WE->BTE", dlogits, w)
+    dw = jnp.einsum("BTW,BTE->WE", dlogits, x, preferred_element_type=jnp.float32)
+    return nll, lse, dx, dw
+
+
+def _pieces(
+    piece: int, z_loss: float, x: Array, w: Array, labels: Array, weights: Array, grad: bool
+) -> tuple[Any, ...]:
+    """`_piece` over the whole sequence: nll, lse, and with `grad` dx, dw (float32)."""
+    T = x.shape[1]
+    whole = T // piece
+    cast = w.astype(x.dtype)
+    # The output buffers are carried, not stacked, and dx takes the place of x, so no transposed copies of [B T E] are made.
+    carry: dict[str, Array] = {"nll": jnp.zeros_like(weights), "lse": jnp.zeros_like(weights)}
+    if grad:
+        carry |= {"dx": x, "dw": jnp.zeros_like(w, jnp.float32)}
+
+    def step(carry: dict[str, Array], start: Any, size: int) -> dict[str, Array]:
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+        nll, lse, *grads = _piece(cut(carry["dx"] if grad else x), cast, cut(labels), cut(weights), z_loss, grad)
+        new = {"nll": put(carry["nll"], nll), "lse": put(carry["lse"], lse)}
+        if grad:
+            new |= {"dx": put(carry["dx"], grads[0]), "dw": carry["dw"] + grads[1]}
+        return new
+
+    if whole == 1:
+        carry = step(carry, 0, piece)
+    else:
+        carry, _ = jax.lax.scan(
+            lambda c, j: (step(c, j * piece, piece), None), carry, jnp.arange(whole, dtype=jnp.int32)
+        )
+    if T % piece:
+        carry = step(carry, whole * piece, T % piece)
+    return tuple(carry[name] for name in ("nll", "lse", "dx", "dw") if name in carry)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(piece: int, z_loss: float, x: Array, w: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
+    nll, lse = _pieces(piece, z_loss, x, w, labels, weights, grad=False)
+    return jnp.sum(weights * (nll + z_loss * lse**2)), nll
+
+
+def _loss_forward(piece: int, z_loss: float, x: Array, w: Array, labels: Array, weights: Array) -> tuple[Any, Any]:
+    nll, lse, dx, dw = _pieces(piece, z_loss, x, w, labels, weights, grad=True)
+    per_token = nll + z_loss * lse**2
+    # An array of no elements carries w's dtype, which is no array type itself.
+    return (jnp.sum(weights * per_token), nll), (dx, dw, per_token, jnp.zeros_like(w, shape=(0,)))
+
+
+def _loss_backward(piece: int, z_loss: float, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    del piece, z_loss
+    dx, dw, per_token, like_w = residuals
+    scalar, _ = cotangents  # the nll carries no gradient
+    return (dx * scalar.astype(dx.dtype)), (dw * scalar).astype(like_w.dtype), None, per_token * scalar
+
+
+_loss.defvjp(_loss_forward, _loss_backward)
