@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import lzma
 import os
 import sysconfig
@@ -132,6 +133,7 @@ def test_splits_share_no_document_and_do_not_move(corpus: Path) -> None:
 
 def test_info_and_hash(corpus: Path) -> None:
     train, valid = (data.source(bytelm(corpus), seed=0, split=s) for s in ("train", "valid"))
+    assert json.loads(json.dumps(train.info)) == train.info
     assert train.info["empty_files_skipped"] == 2
     assert train.info["corpus_documents"] == 38
     assert train.info["corpus_sha256"] == valid.info["corpus_sha256"]
