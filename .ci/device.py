@@ -1,6 +1,6 @@
 """Prints the device that jax sees; exits 1 with the remedy where the machine has an accelerator that jax does not see.
 
-    python .ci/device.py cpu|cuda|tpu      # what the machine was found to have
+python .ci/device.py cpu|cuda|tpu      # what the machine was found to have
 """
 
 import os
@@ -14,7 +14,9 @@ try:
 except RuntimeError as error:
     sys.exit(f"longattn: jax finds no device: {error}")
 platform = devices[0].platform
-print(f"Device: {len(devices)} x {devices[0].device_kind} ({platform}), {os.cpu_count()} host cores, jax {jax.__version__}")
+print(
+    f"Device: {len(devices)} x {devices[0].device_kind} ({platform}), {os.cpu_count()} host cores, jax {jax.__version__}"
+)
 if expected != "cpu" and platform == "cpu":
     chosen = os.environ.get("JAX_PLATFORMS")
     remedy = (
@@ -22,4 +24,6 @@ if expected != "cpu" and platform == "cpu":
         if chosen
         else "free it if another process holds it, update its driver, or run `make clean` and try again"
     )
-    sys.exit(f"longattn: this machine has a {expected} device, but jax sees only the CPU: {remedy}; EXTRA=cpu uses the CPU")
+    sys.exit(
+        f"longattn: this machine has a {expected} device, but jax sees only the CPU: {remedy}; EXTRA=cpu uses the CPU"
+    )
