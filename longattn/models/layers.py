@@ -1,4 +1,7 @@
-"""What every layer is made of: RMSNorm, rotary positions, SwiGLU. Parameters are float32; the computation has the inputs' dtype."""
+"""What every layer is made of: RMSNorm, rotary positions, SwiGLU.
+
+Parameters are float32; the computation has the dtype of the inputs.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,9 @@ class RMSNorm(nn.Module):
 def rope_frequencies(rope: config.RoPE, D: int) -> np.ndarray:
     """Angle per position (radians) of each of the D/2 pairs, float64.
 
-    none: base**(-2i/D). linear: that over `factor` (arXiv:2306.15595). yarn: "NTK-by-parts" (arXiv:2309.00071, section 3.2):
-    pairs that turn more than 32 times within original_T keep their frequency, those that turn less than once are divided by
-    `factor`, those between are interpolated linearly in the number of turns.
+    none: base**(-2i/D). linear: that over `factor` (arXiv:2306.15595). yarn: "NTK-by-parts" (arXiv:2309.00071,
+    section 3.2): pairs that turn more than 32 times within original_T keep their frequency, those that turn less than
+    once have it divided by `factor`, those between are interpolated linearly in the number of turns.
     """
     plain = rope.base ** (-np.arange(0, D, 2) / D)
     if rope.scaling == "none":
@@ -62,9 +65,9 @@ def rotate(
 ) -> Float[Array, "B T H D"]:
     """Rotates the pairs (x[i], x[i + D/2]) by position * frequency; positions=None is arange(T).
 
-    Angles are kept in turns as 32-bit fixed point, where integer overflow is the reduction modulo one turn: q^T k depends on
-    the difference of positions exactly, at any position. (The float32 product of a position near 10**6 and a frequency is off
-    by up to 0.03 radians, differently for q and k.) Frequencies are rounded by at most 2**-33 turns.
+    Angles are kept in turns as 32-bit fixed point, where integer overflow is the reduction modulo one turn: q^T k
+    depends on the difference of positions only, at any position. (The float32 product of a position near 10**6 and a
+    frequency is off by up to 0.03 radians, differently for q and k.) Frequencies are rounded by at most 2**-33 turns.
     """
     steps = jnp.asarray(np.round(frequencies / (2 * math.pi) * 2.0**32).astype(np.uint32))
     if positions is None:
@@ -86,7 +89,7 @@ def swiglu(
 
 
 class SwiGLU(nn.Module):
-    """The block's MLP. With `model.mlp_chunk` it runs over pieces of the sequence, so that [B T F] never exists, forward or backward."""
+    """The block's MLP; with `model.mlp_chunk` in pieces of the sequence: [B T F] never exists, forward or backward."""
 
     model: config.Model
 

@@ -1,7 +1,7 @@
 """The ways to attend, as modules (x, positions, segment_ids, state) -> (y, state), and the table of them.
 
-A mixer is a class named like its config in `longattn.config`, with the fields of `Softmax` and its two static methods; once it
-is in `MIXERS`, the transformer, the trainer and the study use it without a change.
+A mixer is a class named like its config in `longattn.config`, with the fields of `Softmax` and its two static methods;
+once it is in `MIXERS`, the transformer, the trainer and the study use it without a change.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
@@ -23,7 +22,7 @@ from longattn.ops.attention import attention
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Where and how the ops run: static, hashable, the same for every layer. None in its place is one device, best back end."""
+    """Where and how the ops run: static and hashable. None in its place is one device and the best back end."""
 
     implementation: str | tuple[str, ...] | None = None  # as in `longattn.attention`
 
@@ -92,12 +91,12 @@ MIXERS: dict[str, type[nn.Module]] = {"Softmax": Softmax}
 
 
 def state_elements(mixer: config.Mixer, model: config.Model, T: int) -> int:
-    """Elements that one layer of this mixer keeps per sequence, to go on after T tokens."""
+    """Elements of state that one layer keeps per sequence after T tokens, to go on with token T."""
     return MIXERS[type(mixer).__name__].state_elements(mixer, model, T)
 
 
 def bytes_read_per_token(mixer: config.Mixer, model: config.Model, T: int, itemsize: int = 2) -> int:
-    """Bytes of state that one layer of this mixer reads per sequence to predict token T from T tokens, at `itemsize` bytes an element."""
+    """Bytes of state that one layer reads per sequence to predict token T, at `itemsize` bytes an element."""
     return MIXERS[type(mixer).__name__].bytes_read_per_token(mixer, model, T, itemsize)
 
 
@@ -128,9 +127,10 @@ def attention_fn(
         attend = nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=longattn.models.attention_fn)
         y = attend(x, mask=Causal() & Window(512))
 
-    Flax hands the call's `mask` through, so it is a longattn mask here; None attends to everything, as in Flax. Bind the keyword
-    arguments that Flax does not know (segment_ids, positions, softcap, implementation) with `functools.partial`. The softmax is
-    always in float32 and float32 products are full float32 ones, so `precision` and `force_fp32_for_softmax` ask for no less.
+    Flax hands the call's `mask` through, so it is a longattn mask here; None attends to everything, as in Flax. Bind
+    the arguments that Flax does not know (segment_ids, positions, softcap, implementation) with `functools.partial`.
+    The softmax is always in float32, with full float32 products of float32 inputs: no less than `precision` and
+    `force_fp32_for_softmax` ask for.
 
     Raises:
         ValueError: for a dense mask array.
@@ -139,9 +139,9 @@ def attention_fn(
     del dropout_rng, broadcast_dropout, precision, force_fp32_for_softmax
     if mask is not None and not isinstance(mask, Mask):
         raise ValueError(
-            f"mask is a {type(mask).__name__} but must be a longattn mask, such as mask=Causal() or Causal() & Window(512); "
-            "a dense [T S] array would cost what this attention avoids. Padding and packing: functools.partial(attention_fn, "
-            "segment_ids=...)"
+            f"mask is a {type(mask).__name__} but must be a longattn mask, such as mask=Causal() & Window(9): a dense "
+            "array costs the memory that this attention saves. For packing and padding bind segment_ids: "
+            "functools.partial(attention_fn, segment_ids=...)"
         )
     if dropout_rate > 0 and not deterministic:
         raise NotImplementedError(
@@ -156,12 +156,9 @@ def attention_fn(
     dtype = dtype or jnp.result_type(query, key, value)
     *batch, T, H, _ = query.shape
     q, k, v = (a.astype(dtype).reshape(-1, *a.shape[-3:]) for a in (query, key, value))
-    if bias is not None:
-        bias = (
-            jnp.broadcast_to(bias, (*batch, *bias.shape[-3:])).reshape(-1, *bias.shape[-3:])
-            if len(batch) != 1
-            else bias
-        )
+    if bias is not None and len(batch) != 1:
+        S = key.shape[-3]
+        bias = jnp.broadcast_to(bias, (*batch, H, T, S)).reshape(-1, H, T, S)
     out = attention(
         q, k, v, mask=Full() if mask is None else mask, bias=bias, segment_ids=segment_ids, positions=positions,
         softcap=softcap, implementation=implementation,

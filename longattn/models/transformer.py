@@ -16,7 +16,7 @@ from longattn.models.mixers import MIXERS, Context, no_state
 _policies = jax.checkpoint_policies
 _attention = _policies.save_only_these_names("attention_out", "attention_lse")
 
-# What a block keeps for the backward pass besides its input; the rest is recomputed there. "none" is not here: it keeps all.
+# What a block keeps for the backward pass besides its input; the rest is recomputed there. "none", not here, keeps all.
 REMAT = {
     "full": _policies.nothing_saveable,
     "attention": _attention,  # attention's out and lse, so its forward does not run twice
@@ -54,7 +54,6 @@ class Period(nn.Module):
     @nn.compact
     def __call__(self, x: Any, positions: Any, segment_ids: Any) -> tuple[Any, None]:
         for i, mixer in enumerate(self.mixers):
-            # Within a scan nothing can merge the recomputation with the forward pass; outside, XLA must be kept from it.
             x = _remat(self.model, in_scan=True)(mixer, self.model, self.context, name=f"layer_{i}")(
                 x, positions, segment_ids
             )
@@ -62,13 +61,15 @@ class Period(nn.Module):
 
 
 def _remat(model: configs.Model, *, in_scan: bool) -> type[Block]:
+    """Block under the model's remat policy."""
     if model.remat == "none":
         return Block
+    # In a scan the recomputation cannot be merged with the forward pass; outside, XLA must be kept from it.
     return nn.remat(Block, policy=REMAT[model.remat], prevent_cse=not in_scan)
 
 
 def period(model: configs.Model) -> int:
-    """Layers per step of the scan: the shortest period of the mixers that divides N; N where there is none or no scan."""
+    """Layers per step of the scan: the shortest period of the layers that divides N; N where nothing is scanned."""
     layers = model.layers
     if not model.scan:
         return model.N
@@ -78,9 +79,9 @@ def period(model: configs.Model) -> int:
 class Transformer(nn.Module):
     """Tokens to logits. The only collection is `params`; it holds float32 arrays:
 
-    embedding [W E]; norm/scale [E]; head [W E] where not tied; and per layer mixer_norm/scale, mixer/{q [E H D], k, v [E K D],
-    out [H D E], ...}, mlp_norm/scale, mlp/{gate, up [E F], down [F E]}: under layers/layer_i with a leading axis of N / period
-    where layers are scanned, under layer_i where they are not.
+    embedding [W E]; norm/scale [E]; head [W E] where not tied; and per layer mixer_norm/scale, mixer/{q [E H D],
+    k, v [E K D], out [H D E], ...}, mlp_norm/scale, mlp/{gate, up [E F], down [F E]}: under layer_i, or where layers
+    are scanned under layers/layer_i with a leading axis of N / period.
     """
 
     config: configs.Model
@@ -88,7 +89,7 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        # With final activations of RMS 1 the first logits have standard deviation 0.5 (GPT-2's 0.02 at its widths), tied or not.
+        # Activations of RMS 1 then give logits of standard deviation about 0.5, tied or not, as GPT-2's 0.02 does.
         small = nn.initializers.truncated_normal(0.5 * c.E**-0.5)
         self.embedding = self.param("embedding", small, (c.W, c.E), jnp.float32)
         if not c.tie:
@@ -110,7 +111,7 @@ class Transformer(nn.Module):
         segment_ids: Int32[Array, "B T"] | None = None,
         state: None = None,
     ) -> tuple[Float[Array, "B T E"], None]:
-        """The normed input of the head, in the compute dtype. Tokens attend within equal segment ids; positions=None is arange(T)."""
+        """The normed input of the head, in the compute dtype. No positions: arange(T); no segment ids: one segment."""
         no_state(state)
         # Rows first, cast after: their gradients are summed in float32.
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)

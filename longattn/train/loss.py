@@ -2,9 +2,10 @@
 
     nll_t = lse(w x_t) - (w x_t)[label_t],    loss = sum_t weight_t (nll_t + z_loss * lse(w x_t)^2)
 
-The forward rule computes the gradient with respect to the logits of a chunk while they exist, and keeps dx [B T E] and dw [W E];
-the backward rule multiplies them by the scalar cotangent. No logits are computed twice (three matrix products per chunk, where
-recomputation takes four), for dw's W E floats held from forward to backward. The z-loss is PaLM's, arXiv:2204.02311 section 5.
+The forward rule computes the gradient with respect to a chunk's logits while they exist, and keeps dx [B T E] and
+dw [W E]; the backward rule multiplies them by the scalar cotangent. So no logits are computed twice (three matrix
+products per chunk, where recomputation takes four), for the W E floats of dw. The z-loss is PaLM's, arXiv:2204.02311
+section 5.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def labels_and_weights(
 ) -> tuple[Int32[Array, "B T"], Float[Array, "B T"]]:
     """What each token has to predict, and the weight of its loss.
 
-    The label of token t is token t + 1 where that has the same segment id and the next position, with weight `weights[t + 1]`
-    (the weight of predicting it); elsewhere, and at the last token, the weight is 0 and the label 0.
+    The label of token t is token t + 1 where that has the same segment id and the next position, with weight
+    `weights[t + 1]` (the weight of predicting it); elsewhere, and at the last token, the weight is 0 and the label 0.
     """
     follows = jnp.ones((1, tokens.shape[1] - 1), bool)
     if positions is not None:
@@ -54,12 +55,12 @@ def cross_entropy(
         w: the output head. Its gradient is summed over the chunks in float32.
         labels: int32 in [0, W).
         weights: 0 for tokens that predict nothing.
-        chunk: tokens whose logits exist at once; a piece is `chunk // B` positions (at least one) of all B rows, so that
-            rows stay where they are on a mesh.
+        chunk: tokens whose logits exist at once; a piece is `chunk // B` positions (at least one) of all B rows, so
+            that rows stay where they are on a mesh.
         z_loss: weight of the squared log-partition.
 
     Returns:
-        The loss (nats) and a dict that carries no gradient: nll_sum (weighted), weight_sum and nll [B T] (not weighted).
+        The loss (nats), and without gradient a dict: nll_sum (weighted), weight_sum and nll [B T] (not weighted).
     """
     if x.ndim != 3 or w.ndim != 2 or x.shape[-1] != w.shape[-1]:
         raise ValueError(f"{x.shape=} and {w.shape=} must be [B T E] and [W E] with the same E")
@@ -69,7 +70,7 @@ def cross_entropy(
         raise ValueError(f"{chunk=} must be at least 1")
     piece = max(1, min(chunk // x.shape[0], x.shape[1]))
     weights = weights.astype(jnp.float32)
-    # In a shard_map w may be the same on all devices while x differs: made varying here, its gradient is summed over them.
+    # In a shard_map w may be the same on all devices and x not: made varying here, its gradient is summed over them.
     varying = frozenset.union(*(jax.typeof(a).manual_axis_type.varying for a in (x, w, labels, weights)))
     args = []
     for a in (x, w, labels, weights):
@@ -105,7 +106,7 @@ def _pieces(
     T = x.shape[1]
     whole = T // piece
     cast = w.astype(x.dtype)
-    # The output buffers are carried, not stacked, and dx takes the place of x, so no transposed copies of [B T E] are made.
+    # Outputs are carried, not stacked, and dx takes the place of x: no transposed copies of [B T E] are made.
     carry: dict[str, Array] = {"nll": jnp.zeros_like(weights), "lse": jnp.zeros_like(weights)}
     if grad:
         carry |= {"dx": x, "dw": jnp.zeros_like(w, jnp.float32)}
