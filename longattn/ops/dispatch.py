@@ -14,6 +14,20 @@ import jax
 from longattn.shapes import suggest
 
 
+def vary_together(tree: Any) -> Any:
+    """The same arrays, each varying over every manual mesh axis that any of them varies over.
+
+    Under shard_map(check_vma=True) a replicated array meets sharded ones here, once, so that a back end sees one axis
+    type in its loop carries and cotangents; the transpose sums the gradient of what was replicated. Elsewhere it does
+    nothing.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    varying = [jax.typeof(x).manual_axis_type.varying for x in leaves]
+    axes = sorted(frozenset().union(*varying))
+    missing = [tuple(axis for axis in axes if axis not in own) for own in varying]
+    return treedef.unflatten(jax.lax.pcast(x, m, to="varying") if m else x for x, m in zip(leaves, missing))
+
+
 class Target(NamedTuple):
     """What a program is compiled for."""
 

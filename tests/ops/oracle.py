@@ -57,7 +57,15 @@ def attention(q, k, v, visible, *, scale, softcap=None, bias=None, sinks=None, d
     dq = r(scale * np.einsum("BHTS,BSHD->BTHD", ds, k))
     dk = r(scale * np.einsum("BHTS,BTHD->BSHD", ds, q))
     dk, dv = (r(x.reshape(*x.shape[:2], K, G, -1).sum(3)) for x in (dk, dv))
-    results = {"out": out, "lse": lse.transpose(0, 2, 1), "dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "dsinks": dsinks}
+    results = {
+        "out": out,
+        "lse": lse.transpose(0, 2, 1),
+        "dq": dq,
+        "dk": dk,
+        "dv": dv,
+        "dbias": dbias,
+        "dsinks": dsinks,
+    }
     return {name: None if x is None else x.astype(np.float64) for name, x in results.items()}
 
 
@@ -68,7 +76,7 @@ def unbroadcast(x, shape):
 
 
 def assert_accurate(got: Mapping[str, Any], truth: Mapping[str, Any], plain: Mapping[str, Any], work: Any) -> None:
-    """Each result's error is at most twice the plain implementation's, both against the truth, beside rounding in `work`.
+    """Each result's error is at most twice the plain implementation's, both against the truth, beside rounding.
 
     Errors are Euclidean norms. Rounding of the result and of sums of n terms, n up to the size of the array, is allowed
     sqrt(n) units in the last place.

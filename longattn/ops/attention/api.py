@@ -117,13 +117,15 @@ def _prepare(
 
 @functools.partial(jax.jit, static_argnames=("spec", "name", "dtype"))
 def _attention(q, k, v, extras, sinks, *, spec, name, dtype):
+    q, k, v, extras, sinks = dispatch.vary_together((q, k, v, extras, sinks))
     out, lse = _MODULES[name].attend(q, k, v, extras, spec)
     return partials.finish(Partial(out, lse), sinks, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "name"))
 def _backward_partial(q, k, v, extras, out, lse, do, dlse, *, spec, name):
-    return _MODULES[name].backward_partial(q, k, v, extras, out, lse, do, dlse, spec)
+    arrays = dispatch.vary_together((q, k, v, extras, out, lse, do, dlse))
+    return _MODULES[name].backward_partial(*arrays, spec)
 
 
 def attention_with_lse(
