@@ -1,0 +1,98 @@
+"""The notebooks: clean, thin, and run in an environment where only their first cell has installed anything."""
+
+import ast
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+BY_NAME = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def sources(path: pathlib.Path) -> list[str]:
+    """The code cells, without their magics."""
+    cells = nbformat.read(path, as_version=4).cells
+    return [re.sub(r"(?m)^%.*$", "pass", cell.source) for cell in cells if cell.cell_type == "code"]
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@BY_NAME
+def test_is_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [], "clear the outputs before committing"
+            assert cell.execution_count is None
+
+
+@BY_NAME
+def test_defines_nothing(path):
+    """Functions and classes belong in the package; what a slider calls is the exception, and short."""
+    for source in sources(path):
+        for node in ast.walk(ast.parse(source)):
+            assert not isinstance(node, ast.ClassDef), node.name
+            if isinstance(node, ast.FunctionDef):
+                assert any("interact" in ast.unparse(d) for d in node.decorator_list), node.name
+                assert node.end_lineno - node.lineno <= 12, f"{node.name} is long enough to belong in the package"
+
+
+@BY_NAME
+def test_first_cell_asks_for_a_restart(path, monkeypatch):
+    """An imported numpy of another version than the installed one stops the notebook and says what to do."""
+    monkeypatch.chdir(ROOT / "notebooks")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    first = sources(path)[0]
+    exec(first, {})
+    assert pathlib.Path.cwd() == ROOT
+    monkeypatch.setattr(np, "__version__", "1.0")
+    with pytest.raises(SystemExit, match=r"(?i)restart.*numpy 1\.0"):
+        exec(first, {})
+
+
+@BY_NAME
+def test_first_cell_asks_for_a_repository(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="REPOSITORY"):
+        exec(sources(path)[0], {})
+
+
+@pytest.mark.slow
+@BY_NAME
+def test_runs_where_only_its_first_cell_installed_anything(path, tmp_path, monkeypatch):
+    from nbclient import NotebookClient
+
+    clone, env = tmp_path / "longattn", tmp_path / "env"
+    leave = shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, clone, ignore=leave)
+    subprocess.run([sys.executable, "-m", "venv", env], check=True)
+    python = env / "bin" / "python"
+    monkeypatch.setenv("PIP_CONSTRAINT", str(clone / "constraints.txt"))  # CI pins what a reader need not
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "ipykernel"], check=True)
+
+    spec = tmp_path / "jupyter" / "kernels" / "fresh"
+    spec.mkdir(parents=True)
+    start = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (spec / "kernel.json").write_text(json.dumps({"argv": start, "display_name": "fresh", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    for name in [n for n in os.environ if n.startswith(("PYTEST_", "COV_"))] + ["PYTHONPATH", "MPLBACKEND"]:
+        monkeypatch.delenv(name, raising=False)  # the kernel is no part of this suite
+
+    notebook = nbformat.read(path, as_version=4)
+    folder = {"metadata": {"path": str(clone / "notebooks")}}
+    NotebookClient(notebook, kernel_name="fresh", timeout=1200, resources=folder).execute()
+    pictures = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    widgets = json.dumps(notebook.get("metadata", {}).get("widgets", {}))
+    assert len(pictures) + widgets.count("image/png") >= 3
