@@ -13,10 +13,8 @@ try:
     devices = jax.devices()
 except RuntimeError as error:
     sys.exit(f"longattn: jax finds no device: {error}")
-platform = devices[0].platform
-print(
-    f"Device: {len(devices)} x {devices[0].device_kind} ({platform}), {os.cpu_count()} host cores, jax {jax.__version__}"
-)
+platform, kind = devices[0].platform, devices[0].device_kind
+print(f"Device: {len(devices)} x {kind}, platform {platform}, {os.cpu_count()} cores, jax {jax.__version__}")
 if expected != "cpu" and platform == "cpu":
     chosen = os.environ.get("JAX_PLATFORMS")
     remedy = (
