@@ -6,14 +6,16 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 2 t
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longattn.config import Config
@@ -76,7 +78,9 @@ def _train(arguments: list[str]) -> int:
         return _fail("train needs a config file first, such as: longattn train configs/bytelm_small.py")
     path, *overrides = arguments
     # The shorter name that the documentation uses.
-    overrides = ["--run.init_from" + a[len("--init-from") :] if a.split("=")[0] == "--init-from" else a for a in overrides]
+    overrides = [
+        "--run.init_from" + a[len("--init-from") :] if a.split("=")[0] == "--init-from" else a for a in overrides
+    ]
     config = _parse(Config, overrides, f"train {path}", default=load_config(path))
     _compilation_cache()
     from longattn.train.run import train
@@ -96,16 +100,19 @@ def _train(arguments: list[str]) -> int:
 class EvalOptions:
     """Evaluate the best checkpoint of a run on its held-out data."""
 
-    run: Annotated[str, "positional"]  # the folder that `longattn train` wrote
+    run: str  # the folder that `longattn train` wrote
     T: int | None = None  # another length than the run was trained with
     B: int | None = None  # another batch size
     glob: str | None = None  # other files (ByteLM, Needle)
+    overlap: int | None = None  # bytes of context that a piece of a long file reads again, without loss (ByteLM)
     batches: int = 0  # how many batches; 0: the whole held-out set
     newest: bool = False  # the newest checkpoint instead of the best
     json: bool = False  # print one JSON document
 
 
 def _eval(arguments: list[str]) -> int:
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--run", *arguments]
     options = _parse(EvalOptions, arguments, "eval")
     _compilation_cache()
     from longattn.train.evaluate import evaluate
@@ -115,6 +122,7 @@ def _eval(arguments: list[str]) -> int:
         T=options.T,
         B=options.B,
         glob=options.glob,
+        overlap=options.overlap,
         batches=options.batches,
         newest=options.newest,
     )
@@ -126,7 +134,9 @@ def _eval(arguments: list[str]) -> int:
     if "bits_per_byte" in result:
         print(f"bits per byte   {result['bits_per_byte']:.4f}")
     if "xz" in result:
-        print(f"xz -9           {result['xz']['per_file']:.4f} each file by itself   {result['xz']['concatenated']:.4f} concatenated")
+        print(
+            f"xz -9           {result['xz']['per_file']:.4f} each file by itself   {result['xz']['concatenated']:.4f} concatenated"
+        )
     print("loss by number of tokens read")
     for group in result["by_position"]:
         print(f"  {group['from']:>7} - {group['to']:<7} {group['nll']:.4f}   ({group['weight']:,.0f})")
@@ -180,15 +190,33 @@ def _parse(kind: Any, arguments: list[str], command: str, default: Any = None) -
         )
 
     settings = {} if default is None else {"default": default}
-    with registry:
-        return tyro.cli(
-            kind,
-            args=arguments,
-            prog=f"longattn {command}",
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff if default is not None else tyro.conf.FlagCreatePairsOff),
-            use_underscores=True,
-            **settings,
-        )
+    flags = tyro.conf.FlagCreatePairsOff if default is None else tyro.conf.FlagConversionOff
+    said = io.StringIO()
+    try:
+        with registry, contextlib.redirect_stderr(said):
+            return tyro.cli(
+                kind,
+                args=arguments,
+                prog=f"longattn {command}",
+                config=(tyro.conf.AvoidSubcommands, flags),
+                use_underscores=True,
+                **settings,
+            )
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise ValueError(_one_line(said.getvalue())) from error
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box: its first paragraph and the first name that it proposes."""
+    rows = [row.strip("│ ") for row in box.splitlines()]
+    rows = [row for row in rows if row and row[0] not in "╭╰"]
+    rule = next((i for i, row in enumerate(rows) if row.startswith("─")), len(rows))
+    proposed = next((rows[i + 1] for i, row in enumerate(rows[:-1]) if row.startswith("Perhaps you meant")), None)
+    return " ".join(rows[:rule]) + (
+        f"; did you mean {proposed.split()[0]}?" if proposed else "; --help lists the options"
+    )
 
 
 def load_config(path: str) -> Config:

@@ -45,7 +45,7 @@ class Checkpoints:
                 read_only=read_only,
                 create=not read_only,
             ),
-            item_names=("params", "rest"),
+            item_handlers={name: ocp.StandardCheckpointHandler() for name in ("params", "rest")},
         )
 
     def __enter__(self) -> Checkpoints:
@@ -103,8 +103,7 @@ class Checkpoints:
 
     def params(self, like: Params, step: int) -> Params:
         """The parameters of one step. Raises ValueError naming the first parameter that differs from `like`."""
-        saved = self._manager.item_metadata(step)["params"]
-        check_same(getattr(saved, "tree", saved), like, f"the checkpoint {self.folder}/{step}")
+        check_same(self._manager.item_metadata(step)["params"], like, f"the checkpoint {self.folder}/{step}")
         return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))["params"]
 
     def poll(self) -> None:
@@ -143,9 +142,8 @@ def check_same(saved: Any, wanted: Any, source: str) -> None:
     have, want = leaves(saved), leaves(wanted)
     for path in sorted(have.keys() | want.keys()):
         if have.get(path) != want.get(path):
-            words = {path: f"shape {list(have[path])}" if path in have else "nothing"}
-            needs = f"shape {list(want[path])}" if path in want else "no such parameter"
+            old, new = (f"shape {list(t[path])}" if path in t else "nothing" for t in (have, want))
             raise ValueError(
-                f"{source} is of another model: at {path} it holds {words[path]}, this config's model has {needs}; "
+                f"{source} is of another model: at {path} it holds {old}, this config's model {new}; "
                 "give both the same model.* fields"
             )

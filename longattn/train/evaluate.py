@@ -45,25 +45,28 @@ def run_evaluation(config: Config, params: Params, source: Any, batches: int) ->
 def load_params(run_dir: str | Path, *, newest: bool = False) -> tuple[Config, Params]:
     """A run's config and the parameters of its best (or newest) checkpoint."""
     config = record.read_config(Path(run_dir))
-    shapes = jax.eval_shape(functools.partial(init_state, config), config.run.seed)
-    with Checkpoints(Path(run_dir) / "checkpoints", read_only=True) as saved:
+    return config, restore_params(Path(run_dir), config, newest=newest)[0]
+
+
+def restore_params(folder: Path, config: Config, *, newest: bool = False) -> tuple[Params, int]:
+    """The parameters of a run's best (or newest) checkpoint, and its step.
+
+    Raises ValueError where there is none, or none of the model that `config` describes.
+    """
+    with Checkpoints(folder / "checkpoints", read_only=True) as saved:
         step = saved.latest() if newest else saved.best()
         if step is None:
-            raise ValueError(f"{run_dir} has no complete checkpoint yet; let it train to its first save")
-        return config, saved.params(shapes.params, step)
+            raise ValueError(f"{folder} has no complete checkpoint yet; let it train to its first save")
+        return saved.params(jax.eval_shape(functools.partial(init_state, config), config.run.seed).params, step), step
 
 
-def initial_params(config: Config, like: Params) -> Params:
+def initial_params(config: Config) -> Params:
     """The best parameters of the run that `run.init_from` names. Raises ValueError if its model is another one."""
     folder = Path(config.run.init_from)
     if not folder.is_dir():
         folder = Path(config.run.dir, config.run.init_from)
     record.read_config(folder)
-    with Checkpoints(folder / "checkpoints", read_only=True) as saved:
-        step = saved.best()
-        if step is None:
-            raise ValueError(f"{folder} has no complete checkpoint to start from; let it train to its first save")
-        return saved.params(like, step)
+    return restore_params(folder, config)[0]
 
 
 def evaluate(
@@ -72,16 +75,17 @@ def evaluate(
     T: int | None = None,
     B: int | None = None,
     glob: str | None = None,
+    overlap: int | None = None,
     batches: int = 0,
     newest: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a run's best checkpoint on its held-out data, optionally at another length, batch size or on other files.
 
-    `batches=0`: the whole held-out set. For ByteLM the whole set also gets the bits per byte of `xz -9`, per file and of the
-    files concatenated.
+    `batches=0`: the whole held-out set; for ByteLM it comes with the bits per byte of `xz -9`. `overlap`: ByteLM only, how
+    many bytes a piece of a long file reads again, without loss, so that its first predictions have context too.
     """
-    config, params = load_params(run_dir, newest=newest)
-    given = {"T": T, "B": B, "glob": glob}
+    config = record.read_config(Path(run_dir))
+    given = {"T": T, "B": B, "glob": glob, "overlap": overlap}
     known = {f.name for f in dataclasses.fields(config.data)}
     for name in given.keys() - known:
         if given[name] is not None:
@@ -95,10 +99,18 @@ def evaluate(
         optimiser=dataclasses.replace(config.optimiser, accumulate=1),
     )
     source = data.source(config.data, seed=config.run.seed, split="valid")
+    params, step = restore_params(Path(run_dir), config, newest=newest)
     result = run_evaluation(config, params, source, batches)
     if isinstance(config.data, ByteLM) and not batches:
         result["xz"] = xz_bits_per_byte(source)
-    return {"version": EVALUATION_VERSION, "run": str(run_dir), "T": config.data.T, **result, "data": source.info}
+    return {
+        "version": EVALUATION_VERSION,
+        "run": str(run_dir),
+        "step": step,
+        "T": config.data.T,
+        **result,
+        "data": source.info,
+    }
 
 
 def xz_bits_per_byte(source: Any) -> dict[str, float]:

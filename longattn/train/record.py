@@ -66,6 +66,19 @@ def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
     return True
 
 
+def check_data(folder: Path, info: dict[str, Any]) -> None:
+    """Raise ValueError if the files that a started run was reading are no longer the same."""
+    with contextlib.suppress(FileNotFoundError):
+        before = json.loads((folder / "env.json").read_text())["data"]
+        for split in info.keys() & before.keys():
+            old, new = (d[split].get("corpus_sha256") for d in (before, info))
+            if old != new:
+                raise ValueError(
+                    f"the corpus changed since {folder} was started (sha256 {old[:12]}, now {new[:12]}); "
+                    "restore the files or choose another --run.name"
+                )
+
+
 def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any, Any] | None:
     """The first field at which two JSON values differ: its dotted path and both values; None if they are equal."""
     if isinstance(a, dict) and isinstance(b, dict):

@@ -55,8 +55,10 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
     if config.run.tensorboard:
         record.scalar_writer()
     sources = {split: data.source(config.data, seed=config.run.seed, split=split) for split in ("train", "valid")}
+    info = {split: source.info for split, source in sources.items()}
+    record.check_data(folder, info)
     shapes = jax.eval_shape(functools.partial(init_state, config), config.run.seed)
-    loaded = initial_params(config, shapes.params) if config.run.init_from and not started else None
+    loaded = initial_params(config) if config.run.init_from and not started else None
     console.print(
         f"compiling {sum(a.size for a in jax.tree.leaves(shapes.params)):,} parameters at B={config.data.B}, T={config.data.T}"
     )
@@ -67,13 +69,12 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.run.keep))
         state = checkpoints.restore(shapes)
         if state is None:
-            state = jax.jit(functools.partial(init_state, config))(config.run.seed)
+            state = init_state(config, config.run.seed)
             if config.run.init_from:
-                state = state._replace(params=loaded or initial_params(config, shapes.params))
+                state = state._replace(params=loaded or initial_params(config))
         start = int(state.step)
         if start:
             console.print(f"continuing {folder} after step {start}")
-        info = {split: source.info for split, source in sources.items()}
         ideal = ideal_seconds(config)
         recorder = stack.enter_context(
             record.Recorder(folder, config, console, start=start, ideal_seconds=ideal, info=info)

@@ -68,8 +68,9 @@ def optimiser(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(c.clip), adamw) if c.clip else adamw
 
 
-def init_state(config: Config, seed: int) -> State:
-    """A fresh state: parameters drawn from `seed`, zero moments, step 0. Call under jit (or `jax.eval_shape`)."""
+@functools.partial(jax.jit, static_argnums=0)
+def init_state(config: Config, seed: int | Int[Array, ""]) -> State:
+    """A fresh state: parameters drawn from `seed`, zero moments, step 0."""
     params = init_params(config.model, jax.random.key(seed))
     return State(params, optimiser(config).init(params), jnp.zeros((), jnp.int32))
 

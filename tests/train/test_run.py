@@ -1,0 +1,308 @@
+"""Whole runs of a tiny model: resuming after any end, refusing what must not start, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from longattn.config import ByteLM, Config, Model, Optimiser, RoPE, Run, Softmax, to_json
+from longattn.train import checkpoint, data, evaluate, load_params, record, train
+
+SOURCES = str(Path(__file__).parents[2] / "longattn" / "train" / "*.py")
+MODEL = Model(N=2, E=16, F=24, H=2, K=1, D=8, dtype="float32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory):
+    """Runs of one model share their compiled programs, also with the processes that the tests start."""
+    import jax
+
+    folder = str(tmp_path_factory.mktemp("cache"))
+    before = {name: getattr(jax.config, name) for name in (_CACHE, _TIME)}
+    jax.config.update(_CACHE, folder)
+    jax.config.update(_TIME, 0.1)
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+_CACHE, _TIME = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+
+
+def config(folder: Path, **run) -> Config:
+    settings = {"name": "a", "steps": 12, "log_every": 2, "eval_every": 6, "eval_batches": 2, "save_every": 4, **run}
+    return Config(
+        model=MODEL,
+        data=ByteLM(glob=SOURCES, T=32, B=2, valid=0.3),
+        optimiser=Optimiser(lr=3e-3, warmup=3, loss_chunk=32),
+        run=Run(dir=str(folder), **settings),
+    )
+
+
+def of_model(c: Config, **changes) -> Config:
+    return dataclasses.replace(c, model=dataclasses.replace(c.model, **changes))
+
+
+def losses(folder: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [r["step"] for r in records]
+    assert steps == sorted(set(steps)), steps  # each step once
+    return {r["step"]: r["loss"] for r in records}
+
+
+def steps_saved(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def quiet(c: Config, **kwargs):
+    return train(c, quiet=True, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    c = config(tmp_path_factory.mktemp("runs"))
+    summary = quiet(c)
+    assert (summary.status, summary.steps) == ("finished", 12)
+    return c
+
+
+def folder(c: Config) -> Path:
+    return Path(c.run.dir, c.run.name)
+
+
+def test_what_a_run_leaves(finished: Config) -> None:
+    assert list(losses(folder(finished))) == [2, 4, 6, 8, 10, 12]
+    records = record.history(folder(finished))
+    assert [r["step"] for r in records if "valid" in r] == [6, 12]
+    assert records[-1]["valid"]["bits_per_byte"] == pytest.approx(records[-1]["valid"]["nll"] / np.log(2))
+    fields = {
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens_per_second_per_device",
+        "mfu",
+        "data_wait",
+        "step_spread",
+        "peak_memory_bytes",
+    }
+    assert fields | {"eta_seconds"} <= records[0].keys()
+    env = json.loads((folder(finished) / "env.json").read_text())
+    assert env["data"]["train"]["corpus_sha256"]
+    assert record.read_config(folder(finished)) == finished
+    best = min((r for r in records if "valid" in r), key=lambda r: r["valid"]["nll"])["step"]
+    assert steps_saved(folder(finished)) == sorted({8, 12, best})  # the newest two and the best
+
+
+def test_finished_again_says_so_and_changes_nothing(finished: Config) -> None:
+    before = (folder(finished) / "metrics.jsonl").read_bytes()
+    console = Console(record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    summary = train(finished, console=console)
+    assert (summary.status, summary.steps) == ("already finished", 12)
+    assert summary.nll == record.history(folder(finished))[-1]["valid"]["nll"]
+    assert "is finished" in console.export_text()
+    assert (folder(finished) / "metrics.jsonl").read_bytes() == before
+
+
+def test_stopped_in_process_and_continued_bitwise(finished: Config, tmp_path: Path, monkeypatch) -> None:
+    c = config(tmp_path)
+    loader = data.loader
+
+    def failing(source, start):
+        for step, batch in loader(source, start):
+            if step == 7 and start == 0:
+                raise RuntimeError("the power went")
+            yield step, batch
+
+    monkeypatch.setattr(data, "loader", failing)
+    with pytest.raises(RuntimeError, match="power"):
+        quiet(c)
+    assert max(losses(folder(c))) >= 6
+    with open(folder(c) / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "loss": 3.')
+    assert quiet(c).status == "finished"
+    assert losses(folder(c)) == losses(folder(finished))
+    mine, theirs = load_params(folder(c), newest=True)[1], load_params(folder(finished), newest=True)[1]
+    import jax
+
+    jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+
+
+def start(c: Config, cache: str, tmp_path: Path) -> subprocess.Popen:
+    (tmp_path / "c.json").write_text(to_json(c))
+    env = {**os.environ, _CACHE.upper(): cache, _TIME.upper(): "0.1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "longattn", "train", str(tmp_path / "c.json")]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_step(c: Config, step: int) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if max((r["step"] for r in record.history(folder(c))), default=0) >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def test_killed_and_terminated_runs_continue_bitwise(compiled_once: str, tmp_path: Path) -> None:
+    long = {"steps": 400, "log_every": 1, "eval_every": 0, "save_every": 20}
+    c = config(tmp_path, **long)
+    first = start(c, compiled_once, tmp_path)
+    wait_for_step(c, 50)
+    first.kill()
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+
+    second = start(c, compiled_once, tmp_path)
+    wait_for_step(c, max(losses(folder(c))) + 30)
+    second.send_signal(signal.SIGTERM)
+    _, errors = second.communicate(timeout=120)
+    assert second.returncode == 143, errors
+    assert "stopped by SIGTERM after saving step" in errors
+    assert max(steps_saved(folder(c))) == max(losses(folder(c)))  # it saved where it stopped
+
+    third = start(c, compiled_once, tmp_path)
+    out, errors = third.communicate(timeout=240)
+    assert third.returncode == 0, errors
+    assert "finished, 400 steps" in out
+
+    whole = config(tmp_path, **long, name="whole")
+    reference = start(whole, compiled_once, tmp_path)
+    reference.communicate(timeout=240)
+    assert losses(folder(c)) == losses(folder(whole))
+    assert list(losses(folder(c))) == list(range(1, 401))
+
+
+def test_half_written_checkpoints_are_not_picked_up(finished: Config, tmp_path: Path) -> None:
+    import shutil
+
+    c = config(tmp_path)
+    shutil.copytree(folder(finished), folder(c))
+    newest = folder(c) / "checkpoints" / "12"
+    newest.rename(newest.with_name("12.orbax-checkpoint-tmp"))  # as a kill during the save leaves it
+    assert quiet(c).status == "finished"
+    assert losses(folder(c)) == losses(folder(finished))
+    assert 12 in steps_saved(folder(c))
+
+
+def test_nan_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    c, loader = config(tmp_path), data.loader
+
+    def poisoned(source, start):
+        for step, batch in loader(source, start):
+            yield step, batch._replace(weights=batch.weights * (np.float32("nan") if step == 7 else 1))
+
+    monkeypatch.setattr(data, "loader", poisoned)
+    with pytest.raises(FloatingPointError, match="step 8: loss=nan.*last good checkpoint is step 6"):
+        quiet(c)
+    assert steps_saved(folder(c)) == [4, 6]
+    assert all(np.isfinite(list(losses(folder(c)).values())))
+
+
+def test_full_disk_is_an_error_and_the_last_good_checkpoint_stays(
+    finished: Config, tmp_path: Path, monkeypatch
+) -> None:
+    c, save = config(tmp_path), checkpoint.ocp.CheckpointManager.save
+
+    def full(self, step, *args, **kwargs):
+        if step > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
+        with pytest.raises(OSError, match="no space left on device; the last good checkpoint, step 4, is untouched"):
+            quiet(c)
+    assert steps_saved(folder(c)) == [4]
+    assert quiet(c).status == "finished"
+    assert losses(folder(c)) == losses(folder(finished))
+
+
+def test_a_folder_of_another_run_is_refused(finished: Config) -> None:
+    before = {p: p.stat().st_mtime_ns for p in folder(finished).rglob("*")}
+    with pytest.raises(ValueError, match=r"model\.F=24, now 28; choose another --run.name"):
+        quiet(of_model(finished, F=28))
+    with pytest.raises(ValueError, match="resume=False"):
+        quiet(finished, resume=False)
+    assert before == {p: p.stat().st_mtime_ns for p in folder(finished).rglob("*")}
+
+
+@pytest.mark.parametrize("T", [2**20, 2**40])
+def test_too_long_for_memory_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch, T: int) -> None:
+    monkeypatch.setattr(record, "available_memory", lambda: 2**26)
+    c = config(tmp_path)
+    c = dataclasses.replace(c, data=dataclasses.replace(c.data, T=T))
+    with pytest.raises(ValueError, match=f"T={T}.*lower"):
+        quiet(c)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compiled_memory_decides(tmp_path: Path, monkeypatch) -> None:
+    """A length whose parameters and layer inputs fit, but whose step does not."""
+    monkeypatch.setattr(record, "available_memory", lambda: 150_000)
+    with pytest.raises(ValueError, match="data.T=32 with data.B=2 needs .* GiB"):
+        quiet(config(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_data_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    c = config(tmp_path / "runs")
+    with pytest.raises(ValueError, match="glob"):
+        quiet(dataclasses.replace(c, data=dataclasses.replace(c.data, glob=str(tmp_path / "*.none"))))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_init_from_another_length_and_scaling(finished: Config, tmp_path: Path) -> None:
+    c = config(tmp_path, init_from=str(folder(finished)), steps=2, log_every=1)
+    c = of_model(c, mixers=(Softmax(rope=RoPE(scaling="linear", factor=2.0)),))
+    c = dataclasses.replace(c, data=dataclasses.replace(c.data, T=64))
+    quiet(c)
+    assert losses(folder(c))[1] < losses(folder(finished))[2]  # it starts from what was learned
+    wrong = of_model(dataclasses.replace(c, run=dataclasses.replace(c.run, name="wrong")), E=32)
+    with pytest.raises(ValueError, match=r"of another model: at embedding it holds shape \[257, 16\].* \[257, 32\]"):
+        quiet(wrong)
+    with pytest.raises(ValueError, match="is no run"):
+        quiet(config(tmp_path, name="b", init_from="nowhere"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_evaluate_reads_every_byte_once(finished: Config) -> None:
+    result = evaluate(folder(finished))
+    assert result["tokens"] == result["data"]["bytes"]
+    assert result["bits_per_byte"] == pytest.approx(result["nll"] / np.log(2))
+    assert sum(g["weight"] for g in result["by_position"]) == result["tokens"]
+    assert sum(g["weight"] * g["nll"] for g in result["by_position"]) == pytest.approx(result["nll"] * result["tokens"])
+    assert 0 < result["xz"]["concatenated"] < result["xz"]["per_file"] < 8
+    longer = evaluate(folder(finished), T=64, batches=1)
+    assert (longer["T"], "xz" in longer) == (64, False)
+    with pytest.raises(ValueError, match="is no run"):
+        evaluate(folder(finished).parent)
+
+
+def test_corpus_that_changed_is_refused(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(f"some words {i} " * 30)
+    c = config(tmp_path, steps=4, save_every=2)
+    c = dataclasses.replace(c, data=dataclasses.replace(c.data, glob=str(tmp_path / "*.txt")))
+    quiet(c)
+    (folder(c) / "checkpoints" / "4").rename(tmp_path / "gone")
+    (tmp_path / "3.txt").write_text("other words")
+    with pytest.raises(ValueError, match="corpus.*changed"):
+        quiet(c)
+
+
+@pytest.mark.slow
+def test_profile_window(tmp_path: Path) -> None:
+    c = config(tmp_path, steps=6, profile=(3, 2))
+    quiet(c)
+    assert list((folder(c) / "profile").rglob("*.xplane.pb"))

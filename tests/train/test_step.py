@@ -1,0 +1,135 @@
+"""The update and the evaluation step on a model small enough to check by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longattn.config import ByteLM, Config, Model, Optimiser, Run
+from longattn.models.transformer import Transformer
+from longattn.train.data import Batch
+from longattn.train.loss import labels_and_weights
+from longattn.train.step import State, batch_shapes, decays, eval_step, init_state, learning_rate, train_step
+
+CONFIG = Config(
+    model=Model(N=2, E=16, F=24, H=2, K=1, D=8, W=257, dtype="float32"),
+    data=ByteLM(T=11, B=4),
+    optimiser=Optimiser(lr=1e-2, warmup=3, loss_chunk=7, clip=0.5),
+    run=Run(steps=10),
+)
+
+
+def with_(config: Config, **changes) -> Config:
+    return dataclasses.replace(config, optimiser=dataclasses.replace(config.optimiser, **changes))
+
+
+def batch(seed: int = 0) -> Batch:
+    """Two documents a row, the second one of uneven weight, and a padded tail."""
+    rng = np.random.default_rng(seed)
+    B, T = CONFIG.data.B, CONFIG.data.T
+    segments = np.array([[1] * 4 + [2] * 5 + [0] * 2] * B, np.int32)
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1]] * B, np.int32)
+    weights = rng.uniform(0, 1, (B, T)).astype(np.float32) * (segments > 0)
+    weights[0] = 0  # a micro-batch with little weight
+    return Batch(rng.integers(0, 257, (B, T)).astype(np.int32), positions, segments, weights)
+
+
+@functools.cache
+def fresh() -> State:
+    return init_state(CONFIG, 0)
+
+
+def copy(state: State) -> State:
+    return jax.tree.map(jnp.copy, state)  # the step donates what it is given
+
+
+def test_loss_is_the_global_token_mean() -> None:
+    b = batch()
+    labels, weights = labels_and_weights(*map(jnp.asarray, b))
+    logits, _ = Transformer(CONFIG.model).apply({"params": fresh().params}, b.tokens, b.positions, b.segment_ids)
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)[..., 0]
+    expected = float((nll * weights).sum() / weights.sum())
+    _, metrics = train_step(CONFIG)(copy(fresh()), b)
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(metrics["weight_sum"]) == pytest.approx(float(weights.sum()), rel=1e-6)
+
+    sums = eval_step(CONFIG)(fresh().params, b)
+    assert float(sums["nll_sum"]) == pytest.approx(float((nll * weights).sum()), rel=1e-5)
+    hits = (jnp.argmax(logits, -1) == labels) * weights
+    assert float(sums["correct_sum"]) == pytest.approx(float(hits.sum()), abs=1e-6)
+    for p in range(5):
+        at = b.positions == p
+        np.testing.assert_allclose(sums["nll_by_position"][p], (nll * weights * at).sum(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(sums["weight_by_position"][p], (weights * at).sum(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_accumulation_changes_nothing_but_rounding(pieces: int) -> None:
+    # A mean of the micro-batches' means would differ: their weights do.
+    whole, m = train_step(CONFIG)(copy(fresh()), batch())
+    split, n = train_step(with_(CONFIG, accumulate=pieces))(copy(fresh()), batch())
+    for key in m:
+        np.testing.assert_allclose(m[key], n[key], rtol=1e-5)
+    # After one step Adam's update is the sign of the gradient, so compare the first moments.
+    for a, b in zip(jax.tree.leaves(whole.opt_state), jax.tree.leaves(split.opt_state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-8)
+
+
+def test_a_batch_without_weight_changes_no_parameter_by_gradient() -> None:
+    b = batch()._replace(weights=np.zeros_like(batch().weights))
+    state, metrics = train_step(with_(CONFIG, weight_decay=0.0))(copy(fresh()), b)
+    assert float(metrics["loss"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, fresh().params)
+
+
+def test_clipping_bounds_the_first_moment() -> None:
+    _, metrics = train_step(CONFIG)(copy(fresh()), batch())
+    assert float(metrics["grad_norm"]) > CONFIG.optimiser.clip  # else this tests nothing
+    state, _ = train_step(with_(CONFIG, clip=0.01))(copy(fresh()), batch())
+    adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+    norm = jnp.sqrt(sum(jnp.sum(m**2) for m in jax.tree.leaves(adam.mu)))
+    assert float(norm) == pytest.approx(0.01 * (1 - CONFIG.optimiser.b1), rel=1e-4)
+
+
+def test_decay_is_on_matrices_only() -> None:
+    flat = jax.tree_util.tree_flatten_with_path(decays(fresh().params))[0]
+    marks = {jax.tree_util.keystr(path, simple=True, separator="/"): mark for path, mark in flat}
+    assert marks["embedding"]
+    assert all(mark != path.endswith("scale") for path, mark in marks.items()), marks
+    assert not all(marks.values())
+
+
+def test_learning_rate() -> None:
+    c = Optimiser(lr=2.0, warmup=4, final=0.1)
+    rates = [float(learning_rate(c, 20)(jnp.int32(i))) for i in range(20)]
+    np.testing.assert_allclose(rates[:4], [0.5, 1.0, 1.5, 2.0], rtol=1e-6)
+    assert rates[-1] == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert np.isfinite([float(learning_rate(Optimiser(warmup=0), 1)(jnp.int32(0)))]).all()
+
+
+def test_float32_state_under_bfloat16_compute() -> None:
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dtype="bfloat16"))
+    state, metrics = train_step(config)(init_state(config, 0), batch())
+    assert {a.dtype.name for a in jax.tree.leaves(state.params)} == {"float32"}
+    assert {a.dtype.name for a in jax.tree.leaves(metrics)} == {"float32"}
+    assert int(state.step) == 1
+
+
+def test_it_learns_a_batch_by_heart() -> None:
+    state, b, losses = copy(fresh()), batch(), []
+    step = train_step(with_(CONFIG, lr=1e-2, warmup=1, weight_decay=0.0))
+    for _ in range(10):
+        state, metrics = step(state, b)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.5, losses
+
+
+def test_batch_shapes_are_those_of_a_batch() -> None:
+    for shape, array in zip(batch_shapes(CONFIG), batch(), strict=True):
+        assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
