@@ -28,6 +28,11 @@ KeyIds = Int32[Array, "#B S"]
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
+def statistics_dtype(dtype: Any) -> np.dtype:
+    """The dtype of accumulators, softmax statistics and states: float64 for float64 inputs, else float32."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the closest known one, and all of them."""
     known = list(known)

@@ -8,7 +8,6 @@ out    = sum_k exp(logits - lse) v
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,25 +19,15 @@ from longattn import shapes
 from longattn.mask import Causal, Mask
 from longattn.ops import dispatch
 from longattn.ops import partial as partials
+from longattn.ops.attention import reference, xla
 from longattn.ops.attention.spec import Extras, Spec
 from longattn.ops.partial import Partial
 from longattn.shapes import Key, KeyIds, Out, Query, QueryIds, Statistic, Value
 
 Ids = QueryIds | tuple[QueryIds, KeyIds]
 
-BACK_ENDS = {  # best first; a Pallas back end joins here
-    "xla": "longattn.ops.attention.xla",
-    "reference": "longattn.ops.attention.reference",
-}
+BACK_ENDS = {"xla": xla, "reference": reference}  # best first; a Pallas back end joins here
 DEFAULT = ("xla",)  # never the reference: nothing silently becomes O(T S) in memory
-
-
-class _Modules(dict):
-    def __missing__(self, name: str) -> Any:
-        return importlib.import_module(BACK_ENDS[name])
-
-
-_MODULES = _Modules()
 
 
 def _pair(name: str, given: Any, q: Any, k: Any) -> tuple[Array, Array]:
@@ -90,7 +79,7 @@ def _prepare(
     if tuning is not None:
         if implementation is None or len(names) != 1:
             raise ValueError(f"{tuning=} must come with exactly one named implementation; {implementation=}")
-        expected = getattr(_MODULES[names[0]], "Tuning", type(None))
+        expected = getattr(BACK_ENDS[names[0]], "Tuning", type(None))
         if not isinstance(tuning, expected):
             raise ValueError(f"{tuning=} must be None or a Tuning of {names[0]!r}")
     if bias is not None:
@@ -107,25 +96,25 @@ def _prepare(
     spec = Spec(
         scale=D**-0.5 if scale is None else shapes.check_positive("scale", scale),
         softcap=None if softcap is None else shapes.check_positive("softcap", softcap),
-        out_dtype=(q.dtype if rounded else jnp.promote_types(q.dtype, jnp.float32)).name,
+        out_dtype=(q.dtype if rounded else shapes.statistics_dtype(q.dtype)).name,
         tuning=tuning,
         contiguous=positions is None,
     )
-    name = dispatch.choose(names, _MODULES, lambda back_end: back_end.check(q, k, v, extras, spec))
+    name = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(q, k, v, extras, spec))
     return q, k, v, extras, spec, name
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "name", "dtype"))
 def _attention(q, k, v, extras, sinks, *, spec, name, dtype):
     q, k, v, extras, sinks = dispatch.vary_together((q, k, v, extras, sinks))
-    out, lse = _MODULES[name].attend(q, k, v, extras, spec)
+    out, lse = BACK_ENDS[name].attend(q, k, v, extras, spec)
     return partials.finish(Partial(out, lse), sinks, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "name"))
 def _backward_partial(q, k, v, extras, out, lse, do, dlse, *, spec, name):
     arrays = dispatch.vary_together((q, k, v, extras, out, lse, do, dlse))
-    return _MODULES[name].backward_partial(*arrays, spec)
+    return BACK_ENDS[name].backward_partial(*arrays, spec)
 
 
 def attention_with_lse(

@@ -17,6 +17,11 @@ from longattn.ops.attention.spec import Extras, Spec
 from longattn.shapes import Key, Logits, Out, Query, Statistic, Value
 
 
+def _wide(*arrays: Array) -> list[Array]:
+    """float64 stays, everything else becomes float32."""
+    return [x if x.dtype == jnp.float64 else x.astype(jnp.float32) for x in arrays]
+
+
 def check(*call: object) -> None:
     """Accepts every valid call."""
 
@@ -37,7 +42,7 @@ def _logits(q: Array, k: Array, extras: Extras, spec: Spec) -> Logits:
 
 def attend(q: Query, k: Key, v: Value, extras: Extras, spec: Spec) -> tuple[Out, Statistic]:
     """out [B T H V] and lse [B T H]; zeros and -inf where no key is visible."""
-    q, k, v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v))
+    q, k, v = _wide(q, k, v)
     logits = _logits(q, k, extras, spec)
     m = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
     m = jnp.where(m == -jnp.inf, 0.0, m)
@@ -55,7 +60,7 @@ def backward_partial(
     q: Query, k: Key, v: Value, extras: Extras, out: Out, lse: Statistic, do: Out, dlse: Statistic, spec: Spec
 ) -> tuple[Query, Key, Value]:
     """dq, dk, dv from these keys, given the global out and lse: P = exp(logits - lse), dS = P (do v^T - D + dlse)."""
-    q, k, v, out, do = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v, out, do))
+    q, k, v, out, do = _wide(q, k, v, out, do)
     logits, pull = jax.vjp(lambda q, k: _logits(q, k, extras, spec), q, k)
     repeated, gather = jax.vjp(lambda v: jnp.repeat(v, q.shape[2] // v.shape[2], axis=2), v)
     lse, dlse, D = (jnp.transpose(x, (0, 2, 1))[..., None] for x in (lse, dlse, jnp.sum(do * out, axis=-1)))

@@ -140,7 +140,7 @@ def test_names_in_the_package():
 
 def test_default_device_of_an_abstract_mesh_reaches_check(monkeypatch):
     seen = []
-    back_end = api._MODULES["reference"]
+    back_end = api.BACK_ENDS["reference"]
     monkeypatch.setattr(back_end, "check", lambda *_: seen.append(dispatch.target().kind))
     device = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, PartitionSpec
 import longattn
 from longattn import mask as m
 from longattn.ops import partial as partials
+from longattn.ops.attention import xla
 from tests.ops import oracle
 
 
@@ -33,7 +34,7 @@ class BackEnd:
         return self.name
 
 
-BACK_ENDS = [BackEnd("reference", names_residuals=False)]
+BACK_ENDS = [BackEnd("xla", tuning=xla.Tuning(16, 8)), BackEnd("reference", names_residuals=False)]
 every_back_end = pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
 
 
