@@ -80,7 +80,10 @@ class Interval:
         return f"{self.value:.3g} [{self.low:.3g} {self.high:.3g}]"
 
 
-def ratio(a: Sequence[float], b: Sequence[float], draws: int = 2000) -> Interval:
+Samples = Sequence[float] | np.ndarray
+
+
+def ratio(a: Samples, b: Samples, draws: int = 2000) -> Interval:
     """median(a) / median(b) of samples that were taken in turns, with a bootstrap interval over the rounds."""
     x, y = np.asarray(a), np.asarray(b)
     rounds = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
@@ -89,9 +92,7 @@ def ratio(a: Sequence[float], b: Sequence[float], draws: int = 2000) -> Interval
     return Interval(float(np.median(x) / np.median(y)), float(low), float(high))
 
 
-def fit_exponent(
-    sizes: Sequence[float], values: Sequence[float] | Sequence[Sequence[float]], draws: int = 2000
-) -> Interval:
+def fit_exponent(sizes: Samples, values: Samples | Sequence[Samples], draws: int = 2000) -> Interval:
     """The exponent e of value ~ size**e, by least squares of the logarithms.
 
     With several samples per size: of their medians, and a bootstrap interval over the samples. With one value per size:
@@ -105,7 +106,7 @@ def fit_exponent(
         raise ValueError(f"{sizes=} must be at least two, with a positive value each: {values=}")
     x = x - x.mean()
 
-    def slope(y: np.ndarray) -> np.ndarray:
+    def slope(y: np.ndarray) -> Any:
         return np.log(y) @ x / (x @ x)
 
     medians = np.array([np.median(v) for v in samples])
@@ -371,7 +372,13 @@ def _row(
     temp: dict[str, int] = {}
     skipped: dict[str, str] = {}
     for name, attend in _attends(options, peers).items():
-        compiled = _program(attend, what).lower(*arrays).compile()
+        try:
+            compiled = _program(attend, what).lower(*arrays).compile()
+        except (ValueError, NotImplementedError) as error:
+            if name in ("longattn", "window"):
+                raise
+            skipped[name] = f"refuses: {str(error).splitlines()[0]}"
+            continue
         memory = compiled.memory_analysis()
         temp[name] = int(memory.temp_size_in_bytes)
         needs, free = temp[name] + memory.output_size_in_bytes, available_memory()
@@ -473,13 +480,15 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("T", "", "", "time", "GFLOP/s", "scratch", "at 2T", "ratio"):
         table.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
+    reasons: dict[str, str] = dict(document["skipped"])
     for row in rows:
         first = [f"{row['T']:,}", {"forward": "fwd", "forward_backward": "fwd+bwd"}[row["what"]]]
-        for name in dict.fromkeys([*row["temp_bytes"], *row["median"]]):
+        for name in dict.fromkeys([*row["temp_bytes"], *row["median"], *row["skipped"]]):
             label = f"window {options['window']}" if name == "window" else name
             scratch = _mebibytes(row["temp_bytes"].get(name))
             if name in row["skipped"]:
-                table.add_row(*first, label, "-", "-", scratch, "", row["skipped"][name])
+                table.add_row(*first, label, "-", "-", scratch)
+                reasons[f"{name} at T={row['T']:,} ({row['what']})"] = row["skipped"][name]
             else:
                 growth = f"x{row['temp_bytes_at_2T'] / row['temp_bytes'][name]:.2f}" if name == "longattn" else ""
                 faster = str(Interval(**row["ratio"][name])) if name in row["ratio"] else ""
@@ -498,9 +507,9 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
     where = environment["host"]["cpu"] if device["platform"] == "cpu" else device["kind"]
     notes.append(
         f"{where}, {document['cores'] or '-'} cores, load {document['load']:.1f} before; {options['repeats']} rounds "
-        f"in turns; jax {versions['jax']}, torch {document['torch'] or '-'}; commit {(environment['commit'] or '-')[:12]}."
+        f"in turns; jax {versions['jax']}, torch {document['torch'] or '-'}; commit {str(environment['commit'])[:12]}."
     )
-    notes += [f"{name}: {why}." for name, why in document["skipped"].items()]
+    notes += [f"{name}: {why}." for name, why in reasons.items()]
     console.print("\n".join(notes), highlight=False)
 
 
