@@ -1,0 +1,452 @@
+"""Blockwise exact attention in plain XLA, on any device: online softmax over the visible blocks, with its own backward.
+
+    S = scale * q k^T;  m' = max(m, rowmax S);  P = exp(S - m');  l' = e^(m - m') l + rowsum P;  O' = e^(m - m') O + P v
+    out = O / l;  lse = m + log l
+
+Algorithm 1 of arXiv:2205.14135 in the loop order of arXiv:2307.08691 (queries outside, keys inside); the backward pass
+recomputes P = exp(S - lse) from the saved out and lse. Memory is O(T). Per block of queries the blocks of keys are
+sorted by `mask.kind`: full ones run without a mask, partial ones with it, empty ones not at all.
+
+Tiles stand transposed, S^T [keys, queries]: reductions over keys then run along vectors, the statistics of a row lie
+beside each other, and every product is one of the two forms (NN, NT) that CPU libraries run fastest. A row of ones under
+v^T makes the last row of O the sum l.
+
+Not supported: jvp and second derivatives (the reference has them).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+
+from longattn import shapes
+from longattn.mask import EMPTY, FULL, PARTIAL, Mask
+from longattn.ops import dispatch
+from longattn.ops.attention.spec import Extras, Spec
+from longattn.shapes import Key, Out, Query, Statistic, Value
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Tile sizes. They change the result by rounding only."""
+
+    block_q: int = 256  # queries of a tile
+    block_k: int = 256  # keys of a tile
+
+    def __post_init__(self) -> None:
+        if self.block_q < 1 or self.block_k < 1:
+            raise ValueError(f"{self} must have block sizes of at least 1")
+
+
+def default_tuning(rows: int, T: int, S: int) -> Tuning:
+    """Tiles of about 2**19 logits over the `rows` = (batch and heads) computed at once, which stay in a CPU's cache.
+
+    Smaller tiles spend their time between the products; larger ones compute more of what the mask hides.
+    """
+    size = 2 ** round(math.log2(max(2**19 / max(rows, 1), 1)) / 2)
+    size = min(max(size, 128), 1024)
+    return Tuning(max(min(size, T), 1), max(min(size, S), 1))
+
+
+def check(*call: object) -> None:
+    """Accepts every valid call."""
+
+
+class _Layout(NamedTuple):
+    """Static sizes. The batch is walked `outer` times over `inner` sequences, together where all see the same blocks."""
+
+    outer: int
+    inner: int
+    T: int
+    S: int
+    K: int
+    G: int
+    D: int
+    V: int
+    Jq: int
+    Jk: int
+    bq: int
+    bk: int
+    operand: Any  # dtype of the products' operands
+    dtype: Any  # of statistics and accumulators
+
+
+def _layout(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> _Layout:
+    (B, T, H, D), (S, K), V = q.shape, k.shape[1:3], v.shape[3]
+    arrays = (extras.q_segments, extras.q_positions, *jax.tree.leaves(extras.mask))
+    inner = 1 if any(x is not None and x.shape[0] > 1 for x in arrays) else B
+    tuning = spec.tuning or default_tuning(inner * H, T, S)
+    bq, bk = tuning.block_q, tuning.block_k
+    dtype = shapes.statistics_dtype(q.dtype)
+    # A CPU widens half-precision operands anyway, so there the tiles of P keep their precision too.
+    operand = dtype if dispatch.target().platform == "cpu" else q.dtype
+    return _Layout(B // max(inner, 1), inner, T, S, K, H // K, D, V, -(-T // bq), -(-S // bk), bq, bk, operand, dtype)
+
+
+def _tiles(x: Array, n: _Layout, block: int, value: float = 0.0, edge: bool = False) -> Array:
+    """[B T ...] -> [outer J inner block ...], padded with `value` or with the last row."""
+    B, T = x.shape[:2]
+    J = -(-T // block)
+    pad = [(0, 0), (0, J * block - T)] + [(0, 0)] * (x.ndim - 2)
+    if J * block > T:
+        x = jnp.pad(x, pad, mode="edge") if edge else jnp.pad(x, pad, constant_values=value)
+    inner = min(n.inner, B)
+    return x.reshape(B // inner, inner, J, block, *x.shape[2:]).swapaxes(1, 2)
+
+
+def _queries(x: Array, n: _Layout, value: float = 0.0) -> Array:
+    """[B T H ...] -> [outer Jq inner K (G bq) ...]: the G query heads of a key head stand in one row of a tile."""
+    x = _tiles(x, n, n.bq, value)
+    x = x.reshape(*x.shape[:4], n.K, n.G, *x.shape[5:])
+    x = jnp.moveaxis(x, 3, 5)
+    return x.reshape(*x.shape[:4], n.G * n.bq, *x.shape[6:])
+
+
+def _unqueries(x: Array, n: _Layout) -> Array:
+    """[outer Jq inner K (G bq) ...] -> [B T H ...]."""
+    x = x.reshape(*x.shape[:4], n.G, n.bq, *x.shape[5:])
+    x = jnp.moveaxis(x, (2, 5), (1, 3))  # outer inner Jq bq K G ...
+    return x.reshape(n.outer * n.inner, n.Jq * n.bq, n.K * n.G, *x.shape[6:])[:, : n.T]
+
+
+def _keys(x: Array, n: _Layout) -> Array:
+    """[B S K ...] -> [outer Jk inner K bk ...]."""
+    return jnp.moveaxis(_tiles(x, n, n.bk), 3, 4)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, like: Array, value: float = 0.0) -> Array:
+    """A loop carry's first value, varying over the mesh axes that `like` varies over."""
+    x = jnp.full(shape, value, dtype)
+    axes = tuple(jax.typeof(like).manual_axis_type.varying)
+    return lax.pcast(x, axes, to="varying") if axes else x
+
+
+def _dot(equation: str, a: Array, b: Array, n: _Layout) -> Array:
+    return jnp.einsum(
+        equation,
+        a.astype(n.operand),
+        b.astype(n.operand),
+        precision=lax.Precision.HIGHEST if n.operand in (jnp.float32, jnp.float64) else None,
+        preferred_element_type=n.dtype,
+    )
+
+
+_EXP2 = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)  # of 2**r, Taylor
+
+
+def _exp(x: Array) -> Array:
+    """exp(x) for x <= 0 or barely above; exactly 0 below -88.
+
+    On a CPU in float32 by 2**floor(y) * 2**r with y = x log2(e) and a polynomial for 2**r, |r| <= 1/2 (relative error
+    2e-7 where the result matters): half the instructions of the general function.
+    """
+    if x.dtype != jnp.float32 or dispatch.target().platform != "cpu":
+        return jnp.exp(x)
+    y = jnp.maximum(x * math.log2(math.e), -127.0)
+    whole = jnp.round(y)
+    r = y - whole
+    p = jnp.full_like(r, _EXP2[0])
+    for c in _EXP2[1:]:
+        p = p * r + c
+    bits = lax.bitcast_convert_type(p, jnp.int32) + lax.shift_left(whole.astype(jnp.int32), jnp.full_like(r, 23, jnp.int32))
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+class _Side(NamedTuple):
+    """The side arrays in tiles: positions and segments [outer|1 J inner|1 block], bounds of both per tile."""
+
+    mask: Mask
+    q_positions: Array
+    k_positions: Array
+    q_segments: Array | None
+    k_segments: Array | None
+    bias: Array | None  # [#B #H #(Jq bq) #(Jk bk)]
+
+
+def _side(extras: Extras, n: _Layout) -> _Side:
+    def ids(x: Array | None, block: int) -> Array | None:
+        return None if x is None else _tiles(x, n, block, edge=True)
+
+    bias = extras.bias
+    if bias is not None:
+        T, S = n.Jq * n.bq - n.T, n.Jk * n.bk - n.S
+        pads = [(0, 0), (0, 0), (0, T if bias.shape[2] > 1 else 0), (0, S if bias.shape[3] > 1 else 0)]
+        bias = jnp.pad(bias, pads)
+    return _Side(
+        extras.mask,
+        ids(extras.q_positions, n.bq),
+        ids(extras.k_positions, n.bk),
+        ids(extras.q_segments, n.bq),
+        ids(extras.k_segments, n.bk),
+        bias,
+    )
+
+
+def _at(x: Array, b: Array, i: Array) -> Array:
+    """Tile i of sequence group b of [outer|1 J ...]."""
+    b = b if x.shape[0] > 1 else jnp.zeros_like(b)
+    return lax.dynamic_slice(x, (b, i) + (jnp.zeros_like(b),) * (x.ndim - 2), (1, 1, *x.shape[2:]))[0, 0]
+
+
+def _mask(side: _Side, b: Array, n: _Layout) -> Mask:
+    """The mask of sequence group b: its leaves lead with the batch or with 1."""
+    return jax.tree.map(
+        lambda x: lax.dynamic_slice_in_dim(x, b, 1) if n.inner == 1 and x.shape[0] > 1 else x, side.mask
+    )
+
+
+def _order(side: _Side, b: Array, i: Array, n: _Layout) -> tuple[Array, Array, Array]:
+    """Tiles of keys for tile i of queries, full ones first, then partial ones; the number of each."""
+
+    def bounds(x: Array) -> tuple[Array, Array]:
+        return x.min(-1), x.max(-1)
+
+    def row(x: Array) -> tuple[Array, Array]:  # every tile of keys: [inner|1 1 1 Jk]
+        x = lax.dynamic_index_in_dim(x, b if x.shape[0] > 1 else jnp.zeros_like(b), keepdims=False)
+        return tuple(y.T[:, None, None, :] for y in bounds(x))
+
+    q_lo, q_hi = (x[:, None, None, None] for x in bounds(_at(side.q_positions, b, i)))
+    kind = _mask(side, b, n).kind(q_lo, q_hi, *row(side.k_positions))
+    if side.q_segments is not None:
+        q_lo, q_hi = (x[:, None, None, None] for x in bounds(_at(side.q_segments, b, i)))
+        k_lo, k_hi = row(side.k_segments)
+        same = jnp.where((q_lo == q_hi) & (k_lo == k_hi) & (q_lo == k_lo), FULL, PARTIAL)
+        kind = jnp.minimum(kind, jnp.where((q_hi < k_lo) | (k_hi < q_lo), EMPTY, same).astype(kind.dtype))
+    kind = jnp.broadcast_to(kind, (*kind.shape[:3], n.Jk)).reshape(-1, n.Jk)
+    full, empty = (kind == FULL).all(0), (kind == EMPTY).all(0)
+    if n.Jk * n.bk > n.S:
+        full = full & (jnp.arange(n.Jk) < n.Jk - 1)
+    rank = jnp.where(empty, 2, jnp.where(full, 0, 1))
+    order = jnp.argsort(rank, stable=True).astype(jnp.int32)
+    return order, (rank == 0).sum(dtype=jnp.int32), (rank < 2).sum(dtype=jnp.int32)
+
+
+def _heads(x: Array, n: _Layout) -> Array:
+    """[b|1 H|1 bk|1 bq|1] -> [b|1 K|1 bk|1 G|1 bq|1], which broadcasts to a tile."""
+    b, h, bk, bq = x.shape
+    if h == 1:
+        return x.reshape(b, 1, bk, 1, bq)
+    return jnp.moveaxis(x.reshape(b, n.K, n.G, bk, bq), 2, 3)
+
+
+def _visible(side: _Side, b: Array, i: Array, j: Array, n: _Layout) -> Array:
+    """Visible pairs of tile (i, j), to broadcast to [inner K bk G bq]."""
+
+    def pair(q: Array, k: Array) -> tuple[Array, Array]:
+        return _at(q, b, i)[:, None, None, :], _at(k, b, j)[:, None, :, None]
+
+    visible = _mask(side, b, n)(*pair(side.q_positions, side.k_positions))
+    if side.q_segments is not None:
+        q, k = pair(side.q_segments, side.k_segments)
+        visible = visible & (q == k)
+    if n.Jk * n.bk > n.S:
+        visible = visible & (j * n.bk + jnp.arange(n.bk) < n.S)[None, None, :, None]
+    return _heads(visible, n)
+
+
+def _bias_slice(side: _Side, b: Array, i: Array, j: Array, n: _Layout) -> tuple[tuple[Array, ...], tuple[int, ...]]:
+    """Where tile (i, j) stands in the bias: starts and sizes."""
+    B, H, T, S = side.bias.shape
+    zero = jnp.zeros_like(i)
+    starts = (b * n.inner if B > 1 else zero, zero, i * n.bq if T > 1 else zero, j * n.bk if S > 1 else zero)
+    return starts, (n.inner if B > 1 else 1, H, n.bq if T > 1 else 1, n.bk if S > 1 else 1)
+
+
+def _logits(
+    qb: Array, kb: Array, side: _Side, b: Array, i: Array, j: Array, masked: bool, n: _Layout, spec: Spec
+) -> tuple[Array, Array | None, Array | None]:
+    """S^T of a tile [inner K bk (G bq)], the visible pairs where masked, and the slope of the soft cap."""
+    s = _dot("bkcd,bkrd->bkcr", kb, qb, n)
+    if n.operand != n.dtype:
+        s = s * spec.scale  # else it is already in q
+    slope = None
+    if spec.softcap is not None:
+        t = jnp.tanh(s / spec.softcap)
+        s, slope = spec.softcap * t, 1 - t * t
+    tile = (n.inner, n.K, n.bk, n.G, n.bq)
+    if side.bias is not None:
+        bias = lax.dynamic_slice(side.bias, *_bias_slice(side, b, i, j, n)).swapaxes(2, 3)
+        s = (s.reshape(tile) + _heads(bias, n).astype(s.dtype)).reshape(s.shape)
+    if not masked:
+        return s, None, slope
+    visible = jnp.broadcast_to(_visible(side, b, i, j, n), tile).reshape(s.shape)
+    return s, visible, slope
+
+
+def _scaled(q: Array, n: _Layout, spec: Spec) -> Array:
+    """q with the scale folded in, where its dtype bears it without another rounding to half precision."""
+    return q.astype(n.dtype) * spec.scale if n.operand == n.dtype else q
+
+
+def _walk(side: _Side, b: Array, i: Array, n: _Layout, tile: Any, carry: Any) -> Any:
+    """`tile(masked)(j, carry)` over the full, then the partial tiles of keys that tile i of queries sees."""
+    order, full, seen = _order(side, b, i, n)
+    carry = lax.fori_loop(0, full, lambda t, c: tile(False)(order[t], c), carry)
+    return lax.fori_loop(full, seen, lambda t, c: tile(True)(order[t], c), carry)
+
+
+def _index(n: _Layout) -> tuple[Array, Array]:
+    """(sequence group, tile of queries) of every step of the outer loop."""
+    steps = jnp.arange(n.outer * n.Jq, dtype=jnp.int32)
+    return steps // n.Jq, steps % n.Jq
+
+
+def _forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, spec: Spec) -> tuple[Array, Array]:
+    n = _layout(q, k, v, extras, spec)
+    extras = extras._replace(bias=bias)
+    B, T, H, V = *q.shape[:3], n.V
+    if 0 in (B, T, H, n.S):
+        out = _zeros((B, T, H, V), spec.out_dtype, q)
+        return out, _zeros((B, T, H), n.dtype, q, -jnp.inf)
+    side = _side(extras, n)
+    queries, keys = _queries(_scaled(q, n, spec), n), _keys(k.astype(n.operand), n)
+    ones = jnp.ones((*v.shape[:3], 1), n.operand)
+    values = _keys(jnp.concatenate([v.astype(n.operand), ones], -1), n).swapaxes(-1, -2)  # [outer Jk inner K V+1 bk]
+
+    def row(_: None, index: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        b, i = index
+        qb = _at(queries, b, i)
+
+        def tile(masked: bool) -> Any:
+            def step(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                acc, m = carry
+                s, visible, _ = _logits(qb, _at(keys, b, j), side, b, i, j, masked, n, spec)
+                if visible is not None:
+                    s = jnp.where(visible, s, -jnp.inf)
+                new = jnp.maximum(m, s.max(2))
+                base = jnp.where(new == -jnp.inf, 0.0, new)
+                p = _exp(s - base[:, :, None])
+                acc = acc * _exp(m - base)[:, :, None] + _dot("bkvc,bkcr->bkvr", _at(values, b, j), p, n)
+                return acc, new
+
+            return step
+
+        shape = (n.inner, n.K, n.V + 1, n.G * n.bq)
+        carry = _zeros(shape, n.dtype, q), _zeros((*shape[:2], shape[3]), n.dtype, q, -jnp.inf)
+        acc, m = _walk(side, b, i, n, tile, carry)
+        total = acc[:, :, -1]
+        empty = total == 0
+        total = jnp.where(empty, 1.0, total)
+        out = (acc[:, :, :-1] / total[:, :, None]).astype(spec.out_dtype)
+        return None, (out.swapaxes(2, 3), jnp.where(empty, -jnp.inf, m + jnp.log(total)))
+
+    _, (out, lse) = lax.scan(row, None, _index(n))
+    shape = (n.outer, n.Jq)
+    return _unqueries(out.reshape(*shape, *out.shape[1:]), n), _unqueries(lse.reshape(*shape, *lse.shape[1:]), n)
+
+
+def _backward(
+    q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, out: Array, lse: Array, do: Array, dlse: Array,
+    spec: Spec,
+) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
+    """dq, dk, dv, dbias in the statistics' dtype: dS = P (do v^T - rowsum(do out) + dlse)."""
+    n = _layout(q, k, v, extras, spec)
+    extras = extras._replace(bias=bias)
+    if 0 in (*q.shape[:3], n.S):
+        zeros = [None if x is None else _zeros(x.shape, n.dtype, q) for x in (q, k, v, bias)]
+        return tuple(zeros)
+    side = _side(extras, n)
+    empty = lse == -jnp.inf
+    delta = jnp.where(empty, 0.0, (do.astype(n.dtype) * out.astype(n.dtype)).sum(-1) - dlse)
+    queries, cotangents = _queries(_scaled(q, n, spec), n), _queries(do.astype(n.operand), n)
+    deltas = _queries(delta, n)
+    shifts = _queries(jnp.where(empty, 1e30, lse), n, 1e30)  # P = exp(S - 1e30) = 0 in rows without a key
+    keys, values = _keys(k.astype(n.operand), n), _keys(v.astype(n.operand), n)
+
+    def row(carry: Any, index: tuple[Array, Array]) -> tuple[Any, Array]:
+        b, i = index
+        qb, db = _at(queries, b, i), _at(cotangents, b, i)
+        delta, shift = _at(deltas, b, i)[:, :, None], _at(shifts, b, i)[:, :, None]
+
+        def tile(masked: bool) -> Any:
+            def step(j: Array, carry: Any) -> Any:
+                dq, dk, dv, dbias = carry
+                kb = _at(keys, b, j)
+                s, visible, slope = _logits(qb, kb, side, b, i, j, masked, n, spec)
+                p = _exp(s - shift)
+                if visible is not None:
+                    p = jnp.where(visible, p, 0.0)
+                dp = _dot("bkcv,bkrv->bkcr", _at(values, b, j), db, n)
+                ds = p * (dp - delta)
+                if dbias is not None:
+                    starts, sizes = _bias_slice(side, b, i, j, n)
+                    x = jnp.moveaxis(ds.reshape(n.inner, n.K, n.bk, n.G, n.bq), 2, 4)
+                    x = x.reshape(n.inner, n.K * n.G, n.bq, n.bk)
+                    x = x.sum([axis for axis in range(4) if sizes[axis] == 1 < x.shape[axis]], keepdims=True)
+                    dbias = lax.dynamic_update_slice(dbias, lax.dynamic_slice(dbias, starts, sizes) + x, starts)
+                if slope is not None:
+                    ds = ds * slope
+                dq = dq + _dot("bkdc,bkcr->bkdr", kb.swapaxes(2, 3), ds, n)
+                dk = _add(dk, _dot("bkcr,bkrd->bkcd", ds, qb, n), b, j)
+                dv = _add(dv, _dot("bkcr,bkrv->bkcv", p, db, n), b, j)
+                return dq, dk, dv, dbias
+
+            return step
+
+        dq = _zeros((n.inner, n.K, n.D, n.G * n.bq), n.dtype, q)
+        dq, *carry = _walk(side, b, i, n, tile, (dq, *carry))
+        return tuple(carry), dq.swapaxes(2, 3)
+
+    carry = (
+        _zeros(keys.shape, n.dtype, q),
+        _zeros(values.shape, n.dtype, q),
+        None if bias is None else _zeros(side.bias.shape, n.dtype, q),
+    )
+    (dk, dv, dbias), dq = lax.scan(row, carry, _index(n))
+    dq = _unqueries(dq.reshape(n.outer, n.Jq, *dq.shape[1:]), n) * spec.scale
+    if n.operand != n.dtype:
+        dk = dk * spec.scale  # q came unscaled
+
+    def unkeys(x: Array) -> Array:
+        x = jnp.moveaxis(x, (2, 4), (1, 3))  # outer inner Jk bk K D
+        return x.reshape(n.outer * n.inner, n.Jk * n.bk, n.K, x.shape[-1])[:, : n.S]
+
+    if dbias is not None:
+        dbias = lax.slice(dbias, (0,) * 4, bias.shape)
+    return dq, unkeys(dk), unkeys(dv), dbias
+
+
+def _add(x: Array, tile: Array, b: Array, j: Array) -> Array:
+    """x[b, j] += tile, in place inside a loop."""
+    starts = (b, j) + (jnp.zeros_like(j),) * tile.ndim
+    return lax.dynamic_update_slice(x, (_at(x, b, j) + tile)[None, None], starts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, spec: Spec) -> tuple[Array, Array]:
+    return _forward(q, k, v, bias, extras, spec)
+
+
+def _attend_forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, spec: Spec) -> Any:
+    out, lse = _forward(q, k, v, bias, extras, spec)
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    return (out, lse), (q, k, v, bias, extras, out, lse)
+
+
+def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
+    q, k, v, bias, *_ = residuals
+    grads = _backward(*residuals, *cotangents, spec)
+    return *(None if x is None else g.astype(x.dtype) for x, g in zip((q, k, v, bias), grads, strict=True)), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def attend(q: Query, k: Key, v: Value, extras: Extras, spec: Spec) -> tuple[Out, Statistic]:
+    """out [B T H V] in spec.out_dtype and lse [B T H]; zeros and -inf where no key is visible."""
+    return _attend(q, k, v, extras.bias, extras._replace(bias=None), spec)
+
+
+def backward_partial(
+    q: Query, k: Key, v: Value, extras: Extras, out: Out, lse: Statistic, do: Out, dlse: Statistic, spec: Spec
+) -> tuple[Query, Key, Value]:
+    """dq, dk, dv from these keys, given the global out and lse."""
+    return _backward(q, k, v, extras.bias, extras._replace(bias=None), out, lse, do, dlse, spec)[:3]
