@@ -29,7 +29,7 @@ def test_plain_and_linear_frequencies():
 
 
 def test_yarn_by_hand():
-    """D 128, base 10^4, L 4096, s 16. Pair i turns 4096 / (2 pi 10^(4 i / 64)) times: 32 at i = 20.94, 1 at i = 45.03."""
+    """D 128, base 10^4, L 4096, s 16: pair i turns 4096 / (2 pi 10^(i / 16)) times, 32 at i = 20.94, 1 at i = 45.03."""
     rope = RoPE(scaling="yarn", factor=16.0, original_T=4096)
     got, plain = rope_frequencies(rope, 128), rope_frequencies(RoPE(), 128)
     np.testing.assert_allclose(got[:21], plain[:21], rtol=1e-12)
