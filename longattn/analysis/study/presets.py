@@ -1,0 +1,179 @@
+"""How large a study is: what each part measures, and for how long it may."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from longattn import config
+from longattn.config import MQAR, ByteLM, Needle
+
+
+@dataclass(frozen=True)
+class CostPlan:
+    """Part 1. The three largest lengths of each way are fitted."""
+
+    seconds: float = 110  # the part's budget
+    H: int = 4  # heads of the timed layer
+    D: int = 64  # size of a head
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    windows: tuple[int, ...] = (256,)
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    dense_limit: int = 4096  # no length above it for the way that stores every score
+    repeats: int = 6  # timings of each; the range of six holds their median with 97%
+    tokens: int = 4096  # per batch of the throughput measurement
+    share_windows: tuple[int, ...] = (4096,)
+    share_lengths: tuple[int, ...] = (1024, 4096, 16384, 65536, 262144, 1048576)
+    every: bool = False  # every way at every point; else those beyond the third get one
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Part 2. Training steps compiled from shapes alone at `lengths`, checked at `check`."""
+
+    seconds: float = 110
+    model: config.Model = config.Model(N=12, E=768, F=2048, H=12, K=12, D=64, W=257)  # 85 million parameters
+    windows: tuple[int, ...] = (1024,)
+    lengths: tuple[int, ...] = (2048, 4096, 8192)
+    check: int = 16384
+    remats: tuple[str, ...] = ("attention", "none", "full")
+    batch_at: int = 8192  # the T of the largest batch
+    every: bool = False
+
+
+@dataclass(frozen=True)
+class RecallPlan:
+    """Part 3a. Small models on MQAR and needle: two layers, the first a window of two tokens."""
+
+    seconds: float = 210
+    model: config.Model = config.Model(N=2, E=64, F=128, H=1, K=1, D=64, W=257, tie=False, dtype="float32", scan=False)
+    windows: tuple[int, ...] = (16, 64)
+    mqar: tuple[MQAR, ...] = (MQAR(T=128, B=32, pairs=8, vocabulary=64),)
+    mqar_steps: int = 300
+    needle: tuple[Needle, ...] = (Needle(T=192, B=32, digits=4),)
+    needle_steps: int = 300
+    lr: float = 3e-3
+    seeds: tuple[int, ...] = (0, 1, 2)
+    questions: int = 1024  # held-out rows
+    every: bool = False
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """Part 3b. A byte language model on real text at three context lengths, and what it loses without its context."""
+
+    seconds: float = 130
+    model: config.Model = config.Model(N=2, E=128, F=352, H=2, K=2, D=64, W=257, dtype="float32", scan=False)
+    windows: tuple[int, ...] = (64,)
+    data: ByteLM = ByteLM()
+    lengths: tuple[int, ...] = (128, 512, 1024)
+    tokens: int = 4096  # per step
+    steps: int = 120
+    lr: float = 3e-3
+    seeds: tuple[int, ...] = (0,)
+    eval_tokens: int = 131072  # held-out tokens of the loss by position
+    tail: int = 512  # bytes whose loss the control measures
+    keep: tuple[int, ...] = (0, 8, 32, 128, 512)  # bytes before the tail that stay
+    documents: int = 48  # of the control
+    every: bool = False
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A whole study."""
+
+    cost: CostPlan = CostPlan()
+    memory: MemoryPlan = MemoryPlan()
+    recall: RecallPlan = RecallPlan()
+    context: ContextPlan = ContextPlan()
+
+
+QUICK = Preset()
+
+_SMALL = config.Model(N=4, E=256, F=704, H=4, K=4, D=64, W=257, dtype="float32", scan=False)
+_HOUR = 3600.0
+
+FULL = Preset(
+    CostPlan(
+        seconds=2 * _HOUR,
+        H=8,
+        windows=(256, 1024),
+        lengths=(1024, 2048, 4096, 8192, 16384, 32768),
+        dense_limit=8192,
+        repeats=12,
+        tokens=32768,
+        every=True,
+    ),
+    MemoryPlan(
+        seconds=_HOUR,
+        windows=(1024, 4096),
+        lengths=(4096, 8192, 16384),
+        check=32768,
+        remats=("attention", "none", "full", "dots"),
+        every=True,
+    ),
+    RecallPlan(
+        seconds=4 * _HOUR,
+        windows=(8, 16, 32, 64),
+        mqar=tuple(MQAR(T=T, B=64, pairs=pairs, vocabulary=256) for T, pairs in ((256, 16), (128, 8), (512, 32))),
+        mqar_steps=2000,
+        needle=tuple(Needle(T=T, B=32, digits=4) for T in (256, 512)),
+        needle_steps=2000,
+        seeds=(0, 1, 2, 3, 4),
+        questions=3000,
+        every=True,
+    ),
+    ContextPlan(
+        seconds=5 * _HOUR,
+        model=_SMALL,
+        windows=(64, 256),
+        lengths=(256, 1024, 4096),
+        tokens=8192,
+        steps=3000,
+        seeds=(0, 1, 2),
+        eval_tokens=2**21,
+        keep=(0, 8, 32, 128, 512, 1024, 2048),
+        documents=100,
+        every=True,
+    ),
+)
+
+_TINY = config.Model(N=2, E=16, F=32, H=2, K=2, D=8, W=257, dtype="float32")
+
+SMOKE = Preset(  # seconds: whether every part runs; its numbers mean nothing
+    CostPlan(
+        H=1,
+        D=8,
+        windows=(16,),
+        lengths=(32, 64, 128),
+        dense_limit=128,
+        repeats=2,
+        tokens=64,
+        share_lengths=(1024, 4096),
+    ),
+    MemoryPlan(model=_TINY, windows=(), lengths=(64, 128, 256), check=512, remats=("attention",), batch_at=256),
+    RecallPlan(
+        model=config.Model(N=2, E=16, F=32, H=1, K=1, D=16, tie=False, dtype="float32", scan=False),
+        windows=(4,),
+        mqar=(MQAR(T=16, B=4, pairs=2, vocabulary=16),),
+        mqar_steps=2,
+        needle=(Needle(T=128, B=4, digits=2),),
+        needle_steps=2,
+        seeds=(0, 1),
+        questions=8,
+    ),
+    ContextPlan(
+        model=_TINY,
+        windows=(),
+        data=ByteLM(max_bytes=2_000_000),
+        lengths=(32, 64),
+        tokens=128,
+        steps=2,
+        eval_tokens=256,
+        tail=16,
+        keep=(0, 8),
+        documents=4,
+    ),
+)
+
+PRESETS = {"quick": QUICK, "full": FULL, "smoke": SMOKE}

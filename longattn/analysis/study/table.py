@@ -1,0 +1,67 @@
+"""The table of the ways to attend that a study compares, and the small model that carries each.
+
+It is derived from `models.MIXERS`: a mixer that joins there joins every part of the study. `VARIANTS` says which settings of a
+mixer are worth a row; a mixer without an entry gets one row with its defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from longattn import config
+from longattn.mask import Causal, Window
+from longattn.models import MIXERS, Context
+
+FIRST = 3  # ways that get every point of the quick preset; those after them get one
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to attend: a mixer's config, and which implementation computes it."""
+
+    name: str  # in keys of numbers and on the command line
+    title: str  # in figures and tables
+    mixer: config.Mixer
+    implementation: str | None = None  # as in `longattn.attention`
+    time_exponent: float | None = None  # of T, in theory
+    memory_exponent: float | None = None
+    same_as: str | None = None  # the way that computes the same function: it is not trained again
+
+    @property
+    def context(self) -> Context:
+        return Context(implementation=self.implementation)
+
+
+def _softmax(windows: tuple[int, ...]) -> list[Way]:
+    causal = config.Softmax(mask=Causal())
+    local = [
+        Way(f"window_{n}", f"window {n}", config.Softmax(mask=Causal() & Window(n - 1)), None, 1, 1) for n in windows
+    ]
+    return [
+        Way("exact", "exact, blockwise", causal, None, 2, 1),
+        *local,
+        Way("dense", "exact, dense", causal, "reference", 2, 2, same_as="exact"),
+    ]
+
+
+VARIANTS: dict[str, Callable[[tuple[int, ...]], list[Way]]] = {"Softmax": _softmax}
+
+
+def ways(windows: tuple[int, ...]) -> list[Way]:
+    """Every way to attend. `windows`: how many keys each sliding window sees, the query's own among them."""
+    table = []
+    for name in MIXERS:
+        table += VARIANTS[name](windows) if name in VARIANTS else [Way(name.lower(), name, getattr(config, name)())]
+    return table
+
+
+def trained(windows: tuple[int, ...]) -> list[Way]:
+    """The ways that are different functions: those that learn differently."""
+    return [w for w in ways(windows) if w.same_as is None]
+
+
+def without_positions(way: Way) -> config.Mixer:
+    """The mixer with its rotary positions off, where it has them: content is all that its queries can match."""
+    return dataclasses.replace(way.mixer, rope=None) if hasattr(way.mixer, "rope") else way.mixer
