@@ -1,7 +1,7 @@
 """The command line: `longattn train|eval|bench|study`. The one place that knows tyro.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 2 the caller's mistake (one line, with the remedy),
-130 interrupted, 143 stopped by SIGTERM after saving. Everything heavy is imported by the command that needs it.
+Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 2 the caller's mistake (one line, with the
+remedy), 130 interrupted, 143 stopped by SIGTERM after saving. What is heavy is imported by the command that needs it.
 """
 
 from __future__ import annotations
@@ -134,9 +134,8 @@ def _eval(arguments: list[str]) -> int:
     if "bits_per_byte" in result:
         print(f"bits per byte   {result['bits_per_byte']:.4f}")
     if "xz" in result:
-        print(
-            f"xz -9           {result['xz']['per_file']:.4f} each file by itself   {result['xz']['concatenated']:.4f} concatenated"
-        )
+        each, together = result["xz"]["per_file"], result["xz"]["concatenated"]
+        print(f"xz -9           {each:.4f} each file by itself   {together:.4f} concatenated")
     print("loss by number of tokens read")
     for group in result["by_position"]:
         print(f"  {group['from']:>7} - {group['to']:<7} {group['nll']:.4f}   ({group['weight']:,.0f})")
@@ -220,7 +219,7 @@ def _one_line(box: str) -> str:
 
 
 def load_config(path: str) -> Config:
-    """The `config` that a Python file defines, or that a run's config.json holds. Raises ValueError for anything else."""
+    """The `config` of a Python file, or the one that a run's config.json holds. Raises ValueError for anything else."""
     import runpy
     import traceback
 
@@ -244,7 +243,7 @@ def load_config(path: str) -> Config:
 
 
 def _compilation_cache() -> None:
-    """Keep compiled programs between processes, under the user's cache folder unless JAX_COMPILATION_CACHE_DIR says where."""
+    """Keep compiled programs between processes: in JAX_COMPILATION_CACHE_DIR, else in the user's cache folder."""
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written in the background by orbax, the newest N and the best kept.
 
-orbax writes into a temporary folder and renames it when complete, so a checkpoint is either whole or absent; old ones are
-deleted only after the new one is in place.
+orbax writes into a temporary folder and renames it when complete, so a checkpoint is either whole or absent; old ones
+are deleted only after the new one is in place.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Checkpoints:
         Waits for the save before this one, and raises OSError if that one failed.
         """
         if jax.devices()[0].platform == "cpu":
-            # orbax reads CPU buffers without copying while the next step is already free to overwrite them (they are donated).
+            # orbax reads CPU buffers without copying, while the next step, to which they are donated, overwrites them.
             state = jax.tree.map(lambda a: a.copy(), state)
         items = {
             "params": ocp.args.StandardSave(state.params),
@@ -91,7 +91,7 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def restore(self, like: State) -> State | None:
-        """The newest state, or None where there is none. `like` gives shapes, dtypes (and shardings) by ShapeDtypeStruct."""
+        """The newest state, or None where there is none. `like`: its shapes and dtypes as ShapeDtypeStructs."""
         step = self.latest()
         if step is None:
             return None

@@ -79,10 +79,10 @@ def evaluate(
     batches: int = 0,
     newest: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a run's best checkpoint on its held-out data, optionally at another length, batch size or on other files.
+    """Evaluate a run's best checkpoint on its held-out data, optionally at another length or batch size or on other files.
 
-    `batches=0`: the whole held-out set; for ByteLM it comes with the bits per byte of `xz -9`. `overlap`: ByteLM only, how
-    many bytes a piece of a long file reads again, without loss, so that its first predictions have context too.
+    `batches=0`: the whole held-out set; for ByteLM it comes with the bits per byte of `xz -9`. `overlap`: ByteLM only,
+    how many bytes a piece of a long file reads again, without loss, so that its first predictions have context too.
     """
     config = record.read_config(Path(run_dir))
     given = {"T": T, "B": B, "glob": glob, "overlap": overlap}
@@ -114,7 +114,7 @@ def evaluate(
 
 
 def xz_bits_per_byte(source: Any) -> dict[str, float]:
-    """What `xz -9` makes of a source's documents, in bits per byte: each file by itself, and all of them concatenated."""
+    """What `xz -9` makes of a source's documents, in bits per byte: each file by itself, and all concatenated."""
     texts = [source.corpus.read(d) for d in source.documents]
     size = sum(map(len, texts))
     return {

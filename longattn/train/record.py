@@ -1,7 +1,7 @@
 """What a run leaves behind: config.json, env.json, metrics.jsonl, one line per log on the terminal.
 
-metrics.jsonl holds one JSON object per logged step. A line is on disk before the checkpoint of its step is begun, and lines
-beyond the restored step are dropped on restart, so that each step appears once however often the run was killed.
+metrics.jsonl holds one JSON object per logged step. A line is on disk before the checkpoint of its step is begun, and
+lines beyond the restored step are dropped on restart, so that each step appears once however often the run was killed.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def peak_memory() -> int:
 
 
 def by_position(nll: np.ndarray, weight: np.ndarray) -> list[dict[str, float]]:
-    """Mean loss (nats) of predictions grouped by how many tokens they had read: 1, 2, 3-4, 5-8, ... (`from` to `to`)."""
+    """Mean loss (nats) of predictions by how many tokens they had read: 1, 2, 3-4, 5-8, ... (`from` to `to`)."""
     T, low, groups = len(nll), 1, []
     while low <= T:
         high = min(T, 1 << (low - 1).bit_length())
@@ -225,12 +225,12 @@ class Recorder:
         ideal_seconds: float | None,
         info: dict[str, Any],
     ):
-        """Continues after step `start`. `ideal_seconds`: a step at the device's peak rate, for the MFU; None if unknown."""
+        """Continues after step `start`. `ideal_seconds`: a step at the device's peak, for the MFU; None if unknown."""
         self.config, self.console, self.ideal_seconds = config, console, ideal_seconds
         self.history = history(folder, start)
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
         self._write_environment(folder, start, info)
-        self.file = open(folder / "metrics.jsonl", "a")
+        self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed in __exit__)
         self.board = scalar_writer()(str(folder / "tensorboard")) if config.run.tensorboard else None
         self.seconds: list[float] = []  # of each step since the last record
         self.waits: list[float] = []
@@ -323,7 +323,7 @@ def scalar_writer() -> Any:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ValueError(
-            "run.tensorboard=True needs tensorboardX: pip install tensorboardX, or leave it off (metrics.jsonl has every number)"
+            "run.tensorboard=True needs tensorboardX: pip install tensorboardX, or leave it off (metrics.jsonl has all)"
         ) from error
     return SummaryWriter
 

@@ -40,8 +40,8 @@ class Summary:
 def train(config: Config, *, resume: bool = True, quiet: bool = False, console: Console | None = None) -> Summary:
     """Train as the config says, continuing from the run folder's newest checkpoint.
 
-    Raises ValueError for a folder that holds another run, data that cannot be read or a step that does not fit in memory (all
-    before anything is written), FloatingPointError when the loss is no longer finite, OSError when the disk is full.
+    Raises ValueError for a folder that holds another run, data that cannot be read or a step that does not fit in memory
+    (all before anything is written), FloatingPointError when the loss is no longer finite, OSError when the disk is full.
     """
     console = console or Console(stderr=True, quiet=quiet)
     folder = Path(config.run.dir, config.run.name)
@@ -59,9 +59,8 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
     record.check_data(folder, info)
     shapes = jax.eval_shape(functools.partial(init_state, config), config.run.seed)
     loaded = initial_params(config) if config.run.init_from and not started else None
-    console.print(
-        f"compiling {sum(a.size for a in jax.tree.leaves(shapes.params)):,} parameters at B={config.data.B}, T={config.data.T}"
-    )
+    size = sum(a.size for a in jax.tree.leaves(shapes.params))
+    console.print(f"compiling {size:,} parameters at B={config.data.B}, T={config.data.T}")
     step_fn = compile_step(config, shapes)
 
     with contextlib.ExitStack() as stack:

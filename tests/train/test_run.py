@@ -203,7 +203,7 @@ def test_nan_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path: Path, m
             yield step, batch._replace(weights=batch.weights * (np.float32("nan") if step == 7 else 1))
 
     monkeypatch.setattr(data, "loader", poisoned)
-    with pytest.raises(FloatingPointError, match="step 8: loss=nan.*last good checkpoint is step 6"):
+    with pytest.raises(FloatingPointError, match=r"step 8: loss=nan.*last good checkpoint is step 6"):
         quiet(c)
     assert steps_saved(folder(c)) == [4, 6]
     assert all(np.isfinite(list(losses(folder(c)).values())))
@@ -250,7 +250,7 @@ def test_too_long_for_memory_is_refused_before_anything_is_written(tmp_path: Pat
 def test_compiled_memory_decides(tmp_path: Path, monkeypatch) -> None:
     """A length whose parameters and layer inputs fit, but whose step does not."""
     monkeypatch.setattr(record, "available_memory", lambda: 150_000)
-    with pytest.raises(ValueError, match="data.T=32 with data.B=2 needs .* GiB"):
+    with pytest.raises(ValueError, match=r"data\.T=32 with data.B=2 needs .* GiB"):
         quiet(config(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
@@ -297,7 +297,7 @@ def test_corpus_that_changed_is_refused(tmp_path: Path) -> None:
     quiet(c)
     (folder(c) / "checkpoints" / "4").rename(tmp_path / "gone")
     (tmp_path / "3.txt").write_text("other words")
-    with pytest.raises(ValueError, match="corpus.*changed"):
+    with pytest.raises(ValueError, match=r"corpus.*changed"):
         quiet(c)
 
 

@@ -1,0 +1,52 @@
+"""A byte-level language model of the Python standard library's own sources, below `xz -9`.
+
+command   longattn train configs/bytelm_small.py
+device    2 CPU cores, float32
+time      about one hour
+expected  fewer bits per byte on the held-out files than `xz -9` needs for each of them by itself
+"""
+
+from longattn.config import ByteLM, Config, Model, Optimiser, RoPE, Run, Softmax
+from longattn.mask import Causal, Window
+
+rope = RoPE(base=10_000.0)  # periods reach well beyond T
+near = Softmax(mask=Causal() & Window(256), rope=rope, qk_norm=True)  # spelling and syntax: little context, cheap
+far = Softmax(mask=Causal(), rope=rope, qk_norm=True)  # copies names and idioms from anywhere in the row
+
+config = Config(
+    model=Model(
+        N=4,  # layers; on two cores width uses the matrix units better than depth
+        E=192,  # model width
+        F=512,  # MLP width, 8/3 E
+        H=6,  # query heads; many small ones, since copying needs several
+        K=6,  # key/value heads
+        D=32,  # size of a head
+        W=257,  # 256 bytes and the token that begins a document
+        mixers=(near, far),  # layers alternate
+        tie=True,  # bytes are few, so the head is small either way
+        dtype="float32",  # CPUs have no fast bfloat16 products
+    ),
+    data=ByteLM(
+        glob="",  # the standard library's sources, which every machine has: about 30 MB
+        T=1024,  # bytes of context
+        B=4,  # rows per step: small steps learn more per byte read, and bytes are what an hour limits
+        valid=0.05,  # share of the documents held out
+    ),
+    optimiser=Optimiser(
+        lr=3e-3,  # high, as small models bear with QK-norm
+        warmup=200,  # steps
+        final=0.01,  # decays almost to 0: the last steps settle
+        b2=0.98,  # a longer memory for small batches
+        weight_decay=0.1,
+        clip=1.0,
+        loss_chunk=4096,  # all logits at once: 257 per token are few
+    ),
+    run=Run(
+        name="bytelm_small",
+        steps=3000,  # about 12 million bytes
+        log_every=20,
+        eval_every=500,
+        eval_batches=24,  # about 100,000 held-out bytes; `longattn eval` reads them all
+        save_every=250,
+    ),
+)

@@ -1,0 +1,121 @@
+"""The command line: exit codes, one-line errors with a remedy, typed overrides, nothing heavy for the help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longattn import cli
+from longattn.config import Config, RoPE
+from longattn.mask import Causal, Window
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def parse(*arguments: str) -> Config:
+    return cli._parse(Config, list(arguments), "train c.py", default=Config())
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a refused command prints."""
+    assert cli.main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("longattn: ")
+    return err
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = (
+        "import sys; from longattn import cli; code = cli.main(['--help']); "
+        "heavy = {'flax', 'optax', 'orbax', 'grain', 'tyro', 'rich', 'matplotlib'} & set(sys.modules); "
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in cli.COMMANDS:
+        assert command in done.stdout
+
+
+def test_unknown_command_suggests(capsys) -> None:
+    assert "did you mean 'train'" in fails(capsys, "trian")
+    assert "attention" in fails(capsys, "bench", "conv")
+    assert "config file" in fails(capsys, "train")
+    assert cli.main([]) == 2
+
+
+def test_typed_overrides() -> None:
+    config = parse(
+        "--model.D", "128", "--model.mlp_chunk", "64", "--run.profile", "3", "4", "--model.tie", "False",
+        "--model.mixers.0.mask", "Causal() & Window(512)", "--model.mixers.0.rope.base", "500", "--run.init_from", "x",
+    )  # fmt: skip
+    assert (config.model.D, config.model.mlp_chunk, config.model.tie) == (128, 64, False)
+    assert config.run.profile == (3, 4)
+    assert config.model.mixers[0].mask == Causal() & Window(512)
+    assert config.model.mixers[0].rope == RoPE(base=500.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.DD", "3"], "did you mean --model.D?"),
+        (["--model.D", "wide"], "--model.D"),
+        (["--model.K", "3"], "Model.K=3 must divide Model.H=4"),
+        (["--model.mixers.0.mask", "Causl()"], "did you mean 'Causal'?"),
+        (["--data.T", "-1"], "ByteLM.T=-1 must be at least 1"),
+    ],
+)
+def test_mistaken_overrides_are_one_line(capsys, tmp_path: Path, arguments: list[str], message: str) -> None:
+    path = tmp_path / "c.py"
+    path.write_text("from longattn.config import Config\nconfig = Config()\n")
+    assert message in fails(capsys, "train", str(path), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("config = 3", "must define `config = Config(...)`"),
+        ("import nothing_here", "c.py:1: ModuleNotFoundError"),
+        ("\nx = 1 / 0", "c.py:2: ZeroDivisionError"),
+        ("config = (", "c.py: SyntaxError"),
+        ("from longattn.config import Model\nModel(D=3)", "Model.D=3 must be even"),
+    ],
+)
+def test_bad_config_files_are_one_line(capsys, tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.py"
+    path.write_text(text)
+    assert message in fails(capsys, "train", str(path))
+    assert "did you mean 'c.py'" in fails(capsys, "train", str(tmp_path / "d.py"))
+
+
+def test_config_of_another_version_is_one_line(capsys, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"version": 0, "config": {}}))
+    assert "written by another version" in fails(capsys, "train", str(path))
+
+
+def test_eval_of_no_run_is_one_line(capsys, tmp_path: Path) -> None:
+    assert "is no run" in fails(capsys, "eval", str(tmp_path))
+
+
+def test_interrupt_is_one_line(capsys, monkeypatch) -> None:
+    def interrupted(_: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "train", interrupted)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_configs_load_and_are_documented(path: Path) -> None:
+    config = cli.load_config(str(path))
+    assert config.run.name == path.stem
+    text = path.read_text()
+    for header in ("command", "device", "time", "expected"):
+        assert f"\n{header} " in text, header
