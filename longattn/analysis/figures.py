@@ -1,4 +1,6 @@
-"""The figures of the study's page: SVG text whose colours are CSS variables, so that they follow the page into the dark."""
+"""The figures of the study's page: SVG text whose colours are CSS variables, so that they follow the page into the
+dark.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from longattn.analysis.store import Number, Store, family
 
@@ -23,6 +25,7 @@ _VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", PANEL: "var(--panel)"} | {
     c: f"var(--s{i})" for i, c in enumerate(SERIES)
 }
 MARKERS = "oDs^vP*X"
+_IN_AXES: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 8}
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: readable by machines and by ear
     "svg.hashsalt": "longattn",
@@ -94,9 +97,11 @@ def _inline(svg: str, name: str, title: str, description: str) -> str:
 
 def powers(axis: Any, values: Sequence[float], show: Callable[[float], str]) -> None:
     """Ticks of a logarithmic axis exactly at `values`."""
-    axis.set_major_locator(matplotlib.ticker.FixedLocator(sorted(set(values))))
+    ticks = sorted(set(values))
+    axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // 6)]))  # more labels would touch each other
     axis.set_major_formatter(FuncFormatter(lambda v, _: show(float(v))))
-    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(FixedLocator([]))
 
 
 def short(n: float) -> str:
@@ -114,7 +119,9 @@ def _bars(n: Number) -> list[list[float]] | None:
 
 
 def recall(store: Store, titles: dict[str, str], recorded: Sequence[tuple[str, Store]] = ()) -> str | None:
-    """Accuracy with its interval and the chance line against bytes read per token: a point per way, a panel per task."""
+    """Accuracy with its interval and the chance line against bytes read per token: a point per way, a panel per
+    task.
+    """
     points = store.select("recall", "accuracy")
     tasks = list(dict.fromkeys(n.at["task"] for n in points))
     if not tasks:
@@ -131,9 +138,18 @@ def recall(store: Store, titles: dict[str, str], recorded: Sequence[tuple[str, S
                 xs.append(read.value)
                 c, m = colour(n.way, ways)
                 ax.errorbar(
-                    read.value, n.value, yerr=_bars(n), fmt=m, color=c, ecolor=c, capsize=4, markersize=9 if not label else 7,
-                    markerfacecolor=c if not label else "none", alpha=1 if not label else 0.6, zorder=3,
-                )  # fmt: skip
+                    read.value,
+                    n.value,
+                    yerr=_bars(n),
+                    fmt=m,
+                    color=c,
+                    ecolor=c,
+                    capsize=4,
+                    markersize=9 if not label else 7,
+                    markerfacecolor=c if not label else "none",
+                    alpha=1 if not label else 0.6,
+                    zorder=3,
+                )
                 high = n.value > 0.8
                 text = titles.get(n.way, n.way) + (f" ({label})" if label else "")
                 ax.annotate(
@@ -147,26 +163,10 @@ def recall(store: Store, titles: dict[str, str], recorded: Sequence[tuple[str, S
         chances = {n.value for n in store.select("recall", "chance", task=task)}
         for chance in chances:
             ax.axhline(chance, color=INK, linestyle=":", linewidth=1.2)
-            ax.annotate(
-                "chance",
-                (1, chance),
-                (-2, 3),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                ha="right",
-                fontsize=8,
-            )
+            ax.annotate("chance", (1, chance), (-2, 3), ha="right", **_IN_AXES)
         for guess in {n.value for n in store.select("recall", "guess", task=task)}:
             ax.axhline(guess, color=INK, linestyle=(0, (1, 4)), linewidth=1)
-            ax.annotate(
-                "knows the values, not their keys",
-                (1, guess),
-                (-2, 3),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                ha="right",
-                fontsize=8,
-            )
+            ax.annotate("knows the values, not their keys", (1, guess), (-2, 3), ha="right", **_IN_AXES)
         ax.set_xscale("log", base=2)
         powers(ax.xaxis, xs, short)
         ax.set_xlim(min(xs) / 2.2, max(xs) * 2.2)
@@ -201,8 +201,16 @@ def _lines(
         mine = sorted((n for n in numbers if n.way == way), key=lambda n: n.at[x])
         c, m = colour(way, ways_of(numbers))
         label = titles.get(way, way) + (f" ({dashed})" if dashed else "")
-        ax.plot([n.at[x] for n in mine], [n.value * scale for n in mine], marker=m, color=c, label=label,
-                linestyle="--" if dashed else "-", markerfacecolor="none" if dashed else c, alpha=0.6 if dashed else 1)  # fmt: skip
+        ax.plot(
+            [n.at[x] for n in mine],
+            [n.value * scale for n in mine],
+            marker=m,
+            color=c,
+            label=label,
+            linestyle="--" if dashed else "-",
+            markerfacecolor="none" if dashed else c,
+            alpha=0.6 if dashed else 1,
+        )
         spread = [n for n in mine if n.low is not None]
         ax.fill_between(
             [n.at[x] for n in spread],
@@ -229,9 +237,11 @@ def cost(store: Store, titles: dict[str, str], recorded: Sequence[tuple[str, Sto
         return None
 
     def draw(time: Any, memory: Any, rate: Any) -> None:
-        panels = ((time, "seconds_forward_backward", 1e3, "ms", "Time, forward + backward"),
-                  (memory, "scratch_forward_backward", 2**-20, "MiB", "Scratch memory"),
-                  (rate, "tokens_per_second", 1e-3, "thousand tokens/s", "Throughput, tokens per batch fixed"))  # fmt: skip
+        panels = (
+            (time, "seconds_forward_backward", 1e3, "ms", "Time, forward + backward"),
+            (memory, "scratch_forward_backward", 2**-20, "MiB", "Scratch memory"),
+            (rate, "tokens_per_second", 1e-3, "thousand tokens/s", "Throughput at a fixed batch"),
+        )
         for ax, quantity, scale, unit, title in panels:
             shown = store.select("cost", quantity)
             _lines(ax, store, "cost", quantity, titles, scale)
@@ -266,7 +276,9 @@ def share(store: Store, titles: dict[str, str]) -> str | None:
 
 
 def memory(store: Store, titles: dict[str, str]) -> str | None:
-    """What a training step holds against T: compiled points, fitted lines, the chips' memory; a panel per remat policy."""
+    """What a training step holds against T: compiled points, fitted lines, the chips' memory; a panel per remat
+    policy.
+    """
     numbers = store.select("memory", "step_bytes")
     if not numbers:
         return None
@@ -282,7 +294,7 @@ def memory(store: Store, titles: dict[str, str]) -> str | None:
             for way in ways_of(numbers):
                 c, m = colour(way, ways_of(numbers))
                 seen = store.select("memory", "step_bytes", way, remat=remat)
-                fitted = store.select("memory", "fitted_bytes", way, remat=remat)
+                fitted = [n for n in store.select("memory", "fitted_bytes", way, remat=remat) if n.at["T"] <= 2**20]
                 if seen:
                     ax.plot(
                         [n.at["T"] for n in seen],
@@ -292,19 +304,14 @@ def memory(store: Store, titles: dict[str, str]) -> str | None:
                         label=titles.get(way, way),
                     )
                     ax.plot([n.at["T"] for n in fitted], [n.value / 2**30 for n in fitted], "-", color=c, linewidth=1.2)
-            for chip in ("v5e", "h100"):
-                if chip in chips:
-                    ax.axhline(chips[chip] / 2**30, color=INK, linestyle=":", linewidth=1)
-                    ax.annotate(
-                        chip,
-                        (0, chips[chip] / 2**30),
-                        (3, 3),
-                        xycoords=("axes fraction", "data"),
-                        textcoords="offset points",
-                        fontsize=8,
-                    )
             ax.set_yscale("log")
             ax.set_ylim(None, min(top / 2**30, 2000) * 1.5)
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{float(v):g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+            for chip in ("v5e", "h100"):
+                if chip in chips and chips[chip] / 2**30 < ax.get_ylim()[1]:
+                    ax.axhline(chips[chip] / 2**30, color=INK, linestyle=":", linewidth=1)
+                    ax.annotate(chip, (0, chips[chip] / 2**30), (3, 3), **_IN_AXES)
             _lengths(ax, lengths, "GiB", f"remat: {remat}")
         axes[0].legend(fontsize=9)
 

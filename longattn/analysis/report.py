@@ -1,7 +1,7 @@
 """The study's page, its summary in the terminal, and the page that compares two studies: all read from study.jsonl.
 
-A number on the page is an element `<data value=... data-key=...>` whose value is the JSONL's, and whose title says where it
-comes from. Nothing is computed here that is not in the JSONL, but for the words around it.
+A number on the page is an element `<data value=... data-key=...>` whose value is the JSONL's, and whose title says
+where it comes from. Nothing is computed here that is not in the JSONL, but for the words around it.
 """
 
 from __future__ import annotations
@@ -124,8 +124,9 @@ def show(n: Number) -> str:
         return f"{v:.1%}"
     if unit in ("tokens", "sequences", "elements"):
         return f"{v:,.0f}"
-    text = f"{v:.3f}"
-    return f"{text} {unit}".strip()
+    if n.quantity.startswith(("exponent", "theory")):
+        return f"{v:.2f}"
+    return f"{v:.3f} {unit}".strip()
 
 
 def _interval(n: Number) -> str:
@@ -165,8 +166,8 @@ def number_html(n: Number, study: Study, interval: bool = True) -> Markup:
     store = next((s.store for s in (study, *study.recorded) if s.store.numbers.get(n.key) is n), study.store)
     text = f"<span class=i>{escape(_interval(n))}</span>" if interval else ""
     return Markup(
-        f'<data class="n" value="{n.value!r}" data-key="{escape(n.key)}" title="{escape(provenance(n, store))}">{escape(show(n))}'
-        f'{text}<abbr class="b {n.badge}" title="{n.badge}">{n.badge[0].upper()}</abbr></data>'
+        f'<data class="n" value="{n.value!r}" data-key="{escape(n.key)}" title="{escape(provenance(n, store))}">'
+        f'{escape(show(n))}<abbr class="b {n.badge}" title="{n.badge}">{n.badge[0].upper()}</abbr>{text}</data>'
     )
 
 
@@ -186,7 +187,9 @@ def separate(a: Number, b: Number) -> bool:
 
 
 def ranking(numbers: Sequence[Number], word: str) -> str:
-    """ "x is WORD than y" for the neighbours that separate when sorted by value, "x and y: not resolved ..." for the others."""
+    """ "x is WORD than y" for the neighbours that separate when sorted by value, "x and y: not resolved ..." for
+    the others.
+    """
     ordered = sorted(numbers, key=lambda n: n.value)
     said = []
     for a, b in zip(ordered, ordered[1:], strict=False):
@@ -251,7 +254,7 @@ def _longest(store: Store) -> Sentence | None:
     if not found:
         return None
     return [
-        "The longest sequence that one training step of the 85-million-parameter model fits into a v5e (remat: attention): ",
+        "The longest sequence whose training step fits into a v5e (85 million parameters, remat: attention): ",
         *_listed(found),
         " tokens.",
     ]
@@ -276,9 +279,7 @@ def _context(store: Store) -> Sentence | None:
     if not excess:
         return None
     if not used:
-        return [
-            f"Whether the model of text uses bytes further back than k = {min(n.at['k'] for n in excess)} is {UNRESOLVED}."
-        ]
+        return [f"Text: use of bytes further back than k = {min(n.at['k'] for n in excess)} is {UNRESOLVED}."]
     far, tail = max(used, key=lambda n: n.at["k"]), excess[0].at["tail"]
     return [
         f"Text: replacing everything further back than {far.at['k']} bytes costs {_title(far.way)} ",
@@ -320,7 +321,13 @@ def headline(study: Study) -> Table:
             recalled[0] if recalled else ("as exact, blockwise" if name == "dense" else None),
         ))  # fmt: skip
     windows = {
-        part: sorted({w for w in (n.way for n in store.numbers.values() if n.part == part) if family(w) == "window"})
+        part: sorted(
+            {
+                w
+                for w in (n.way for n in store.numbers.values() if n.part == part and n.quantity != "attention_share")
+                if family(w) == "window"
+            }
+        )
         for part in ("cost", "memory", "recall")
     }
     said = ", ".join(
@@ -377,32 +384,82 @@ def tables(study: Study) -> dict[str, list[Table]]:
     lengths = sorted({n.at["T"] for s in (study, *study.recorded) for n in s.store.select("context", "bits_per_byte")})
     ks = sorted({n.at["k"] for s in (study, *study.recorded) for n in s.store.select("context", "tail_excess")})
     made = {
-        "cost": [_matrix(study, "Exponents of T", "cost", exponents, _rows(study, "cost", "exponent_time_training", []), "Least squares in logarithms over the three largest lengths.")],
+        "cost": [
+            _matrix(
+                study,
+                "Exponents of T",
+                "cost",
+                exponents,
+                _rows(study, "cost", "exponent_time_training", []),
+                "Least squares in logarithms over the three largest lengths.",
+            )
+        ],
         "memory": [
-            _matrix(study, "Longest T of one sequence", "memory", [(c, "longest_T", {"chip": c}) for c in chips], policies, "Tokens; 90% of the memory of one device."),
-            _matrix(study, f"Largest batch at T = {'/'.join(f'{b:,}' for b in batch)}", "memory", [(c, "largest_batch", {"chip": c}) for c in chips], policies, "Sequences."),
-            _matrix(study, f"What a step holds at T = {'/'.join(f'{c:,}' for c in checked)}", "memory", [*held, ("error of the fit there", "fit_error", {})], policies, "Attention: scratch of one layer, compiled alone."),
+            _matrix(
+                study,
+                "Longest T of one sequence",
+                "memory",
+                [(c, "longest_T", {"chip": c}) for c in chips],
+                policies,
+                "Tokens; 90% of the memory of one device.",
+            ),
+            _matrix(
+                study,
+                f"Largest batch at T = {'/'.join(f'{b:,}' for b in batch)}",
+                "memory",
+                [(c, "largest_batch", {"chip": c}) for c in chips],
+                policies,
+                "Sequences.",
+            ),
+            _matrix(
+                study,
+                f"What a step holds at T = {'/'.join(f'{c:,}' for c in checked)}",
+                "memory",
+                [*held, ("error of the fit there", "fit_error", {})],
+                policies,
+                "Attention: scratch of one layer, compiled alone.",
+            ),
         ],
-        "recall": [_matrix(study, "Recall", "recall", [("right", "accuracy", {}), ("chance", "chance", {}), ("state, elements per layer", "state_elements", {}), ("read per token", "bytes_read", {})], recalled)],
+        "recall": [
+            _matrix(
+                study,
+                "Recall",
+                "recall",
+                [
+                    ("right", "accuracy", {}),
+                    ("chance", "chance", {}),
+                    ("state, elements per layer", "state_elements", {}),
+                    ("read per token", "bytes_read", {}),
+                ],
+                recalled,
+            )
+        ],
         "context": [
-            _matrix(study, "Held-out bits per byte", "context", [(f"T = {T:,}", "bits_per_byte", {"T": T}) for T in lengths], _rows(study, "context", "bits_per_byte", [])),
-            _matrix(study, "Extra bits per byte when all further back than k is replaced", "context", [(f"k = {k}", "tail_excess", {"k": k}) for k in ks], _rows(study, "context", "tail_excess", [])),
+            _matrix(
+                study,
+                "Held-out bits per byte",
+                "context",
+                [(f"T = {T:,}", "bits_per_byte", {"T": T}) for T in lengths],
+                _rows(study, "context", "bits_per_byte", []),
+            ),
+            _matrix(
+                study,
+                "Extra bits per byte when all further back than k is replaced",
+                "context",
+                [(f"k = {k}", "tail_excess", {"k": k}) for k in ks],
+                _rows(study, "context", "tail_excess", []),
+            ),
         ],
-    }  # fmt: skip
+    }
     return {section: [t for t in found if t.rows] for section, found in made.items()}
 
 
 # ---- pages
 
 
-def _environment() -> jinja2.Environment:
-    env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return env
-
-
 def _template() -> jinja2.Template:
     text = resources.files("longattn.analysis").joinpath("report.html.j2").read_text()
-    return _environment().from_string(text)
+    return jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
 
 
 def _figures(study: Study) -> dict[str, Markup]:
@@ -418,21 +475,50 @@ def _figures(study: Study) -> dict[str, Markup]:
     return {name: Markup(svg) for name, svg in made.items() if svg}
 
 
+TEXTS = {
+    "cost": (
+        "Cost against length",
+        "One attention layer, its projections shrunk to nothing, so that any mixer is timed the same way. Ways take "
+        "turns; bands hold the median with 95%. Exact attention costs the square of T either way; blockwise "
+        "only keeps the memory linear. What a whole model costs is a matter of attention's share.",
+    ),
+    "memory": (
+        "Memory of a training step",
+        "The training step is compiled from shapes alone; dots are compiled programs, lines are fitted to the three "
+        "shortest and checked at the longest. Remat policies say what the backward pass recomputes: nothing (none), "
+        "all but attention (attention), everything (full).",
+    ),
+    "recall": (
+        "Recall",
+        "Two-layer models: the first layer sees two tokens and is the same for all, the second is the way under test. "
+        "Intervals are the wider of the one over seeds and the one over questions.",
+    ),
+    "context": (
+        "Real text",
+        "A byte-level language model. Loss by position suggests what more context is worth; the control tells if it "
+        "is used: the same last bytes are predicted with everything further back than k bytes before them taken from "
+        "another document.",
+    ),
+}
+
+
 def _sections(study: Study) -> list[dict[str, Any]]:
-    texts = {
-        "cost": ("Cost against length", "One attention layer, its projections shrunk to nothing, so that any mixer is timed the same way. Ways take turns; bands hold the median with 95%. Exact attention costs the square of T however it is computed; blockwise only keeps the memory linear. What a whole model costs is a matter of attention's share."),
-        "memory": ("Memory of a training step", "The training step is compiled from shapes alone; dots are compiled programs, lines are fitted to the three shortest and checked at the longest. Remat policies say what the backward pass recomputes: nothing (none), all but attention (attention), everything (full)."),
-        "recall": ("Recall", "Two-layer models: the first layer sees two tokens and is the same for all, the second is the way under test. Intervals are the wider of the one over seeds and the one over questions."),
-        "context": ("Real text", "A byte-level language model. Loss by position suggests what more context is worth; the control tells whether it is used: the same last bytes are predicted with everything further back than k bytes before them taken from another document."),
-    }  # fmt: skip
     pictures = {"cost": ("cost", "share"), "memory": ("memory",), "recall": (), "context": ("context",)}
     drawn, tabled = _figures(study), tables(study)
     sections = []
-    for name, (title, text) in texts.items():
+    for name, (title, text) in TEXTS.items():
         part = study.store.parts.get(name, {})
         if any(n.part == name for n in study.store.numbers.values()):
-            sections.append({"name": name, "title": title, "text": text, "figures": [drawn[f] for f in pictures[name] if f in drawn],
-                             "tables": tabled[name], "skipped": part.get("skipped", []), "seconds": part.get("seconds")})  # fmt: skip
+            sections.append(
+                {
+                    "name": name,
+                    "title": title,
+                    "text": text,
+                    "figures": [drawn[f] for f in pictures[name] if f in drawn],
+                    "tables": tabled[name],
+                    "skipped": part.get("skipped", []),
+                }
+            )
     return sections
 
 
@@ -515,7 +601,9 @@ def summary(study: Study, console: Console, page: Path) -> None:
 
 
 def _compared(a: Study, b: Study) -> Table:
-    """Every number that both have and that has an interval, or differs: values, ratio, and whether the intervals separate."""
+    """Every number that both have and that has an interval, or differs: values, ratio, and whether the intervals
+    separate.
+    """
     rows: list[tuple[Cell, ...]] = []
     for key, x in a.store.numbers.items():
         y = b.store.numbers.get(key)
@@ -578,8 +666,8 @@ def compare_summary(a: Study, b: Study, console: Console, page: Path) -> None:
     """What differs beyond the intervals, in the terminal."""
     table = _compared(a, b)
     apart = [row for row in table.rows if row[-1] == "apart"]
-    console.print(
-        f"[bold]{a.name}[/] ({device(a.store)}) and [bold]{b.name}[/] ({device(b.store)}): {len(table.rows)} numbers in both, {len(apart)} apart"
-    )
-    console.print(_rich(dataclasses.replace(table, title="Apart", rows=tuple(apart[:40]))))
+    console.print(f"[bold]{a.name}[/] ({device(a.store)}) and [bold]{b.name}[/] ({device(b.store)})")
+    console.print(f"{len(table.rows)} numbers in both, the intervals of {len(apart)} are apart")
+    for key, x, y, ratio, _ in apart[:20]:
+        console.print(f"  {key}: {number_text(x)}, {number_text(y)}, x{ratio}", soft_wrap=True, markup=False)
     console.print(f"{page}", soft_wrap=True)

@@ -1,4 +1,5 @@
-"""The numbers of a study: one JSON object per line, appended unit by unit, so that an interrupted study goes on where it stopped.
+"""The numbers of a study: one JSON object per line, appended unit by unit, so that an interrupted study goes on where
+it stopped.
 
 Lines of four kinds:
 
@@ -122,7 +123,9 @@ class Store:
         self.parts[part] = {"part": part, **facts}
 
     def select(self, part: str, quantity: str, way: str | None = None, **at: Any) -> list[Number]:
-        """The numbers of a part and quantity, optionally of one way and with these labels, in the order they were made."""
+        """The numbers of a part and quantity, optionally of one way and with these labels, in the order they were
+        made.
+        """
         return [
             n
             for n in self.numbers.values()

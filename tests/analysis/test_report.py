@@ -36,9 +36,7 @@ def make(folder: Path, *, width: float = 0.02, shift: float = 0.0) -> Path:
 
     def add(part, quantity, way, value, unit, badge="measured", spread=True, **at):
         low, high = (value * (1 - width), value * (1 + width)) if spread else (None, None)
-        numbers.append(
-            Number(part, quantity, way, value, unit, badge, at, low, high, seeds=(0, 1), environment=here)
-        )
+        numbers.append(Number(part, quantity, way, value, unit, badge, at, low, high, seeds=(0, 1), environment=here))
 
     for i, T in enumerate((1024, 2048, 4096)):
         for way, time, scratch in (("exact", 4.0, 2.0), ("window_256", 2.0, 2.0), ("dense", 4.0, 4.0)):
@@ -82,9 +80,19 @@ def make(folder: Path, *, width: float = 0.02, shift: float = 0.0) -> Path:
                 add("context", "bits_at", way, 4 / n**0.2, "bits", spread=False, T=T, **{"from": n // 2 + 1, "to": n})
         for k in (0, 32, 512):
             numbers.append(
-                Number("context", "tail_excess", way, 0.1 / (k + 1), "bits", "measured", {"T": 1024, "k": k, "tail": 512},
-                       0.1 / (k + 1) - 0.01, 0.1 / (k + 1) + 0.01, environment=here)
-            )  # fmt: skip
+                Number(
+                    "context",
+                    "tail_excess",
+                    way,
+                    0.1 / (k + 1),
+                    "bits",
+                    "measured",
+                    {"T": 1024, "k": k, "tail": 512},
+                    0.1 / (k + 1) - 0.01,
+                    0.1 / (k + 1) + 0.01,
+                    environment=here,
+                )
+            )
     for part in ("cost", "memory", "recall", "context"):
         store.unit(f"{part}/all", [n for n in numbers if n.part == part], part=part, seconds=1.0)
         store.part(part, seconds=1.0, skipped=["cost/T=8192"] if part == "cost" else [])

@@ -1,8 +1,9 @@
 """Part 3b, text: a byte language model at several context lengths, and whether it uses its context.
 
-Loss by position shows what more context could be worth; it also falls because rows start with fresh documents. The control
-separates the two: the same last bytes of the same documents are predicted with everything further back than k bytes before them
-replaced by another document. Differences are paired by document, which is why their intervals are narrow.
+Loss by position shows what more context could be worth; it also falls because rows start with fresh documents. The
+control separates the two: the same last bytes of the same documents are predicted with everything further back than k
+bytes before them replaced by another document. Differences are paired by document, which is why their intervals are
+narrow.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def _octaves(T: int) -> list[tuple[int, int]]:
 def _control(plan: ContextPlan, model: Learned) -> Iterable[tuple[str, int, float, float, float]]:
     """(quantity, k, bits per byte, low, high): the loss of the tail when only k bytes before it are its own document's.
 
-    "tail_bits" is the mean over documents, "tail_excess" that minus the loss with the whole context, paired by document.
+    "tail_bits" is the mean over documents, "tail_excess" that minus the loss with the whole context, paired by
+    document.
     """
     T = model.config.data.T
     rows = documents(model.config.data, plan.documents)

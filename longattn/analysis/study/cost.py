@@ -1,7 +1,8 @@
-"""Part 1, cost against T: time, scratch memory, FLOPs and throughput of one attention layer, and attention's share of a model.
+"""Part 1, cost against T: time, scratch memory, FLOPs and throughput of one attention layer, and attention's share of
+a model.
 
-What is timed is the mixer's own module with a model width of `WIDTH`, so that its projections cost next to nothing and any
-mixer can be timed, whatever its arguments.
+What is timed is the mixer's own module with a model width of `WIDTH`, so that its projections cost next to nothing
+and any mixer can be timed, whatever its arguments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Trains the study's small models: several seeds side by side in one program, steps fixed in advance so that numbers repeat."""
+"""Trains the study's small models: several seeds side by side in one program, steps fixed in advance so that
+numbers repeat.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,9 @@ class Learned:
 def _start(config: Config, seed: Any, spread: bool) -> State:
     state = init_state(config, seed)
     if spread:
-        # Rows of the embedding start with RMS 1 instead of 0.5 / sqrt(E), so that the first blocks' outputs do not drown the
-        # tokens that recall has to compare, and logits with deviation 2 instead of 0.5: MQAR is then learned in about 100
-        # steps, else in more than 500.
+        # Rows of the embedding start with RMS 1 instead of 0.5 / sqrt(E), so that the first blocks' outputs do not
+        # drown the tokens that recall has to compare, and logits with deviation 2 instead of 0.5: MQAR is then
+        # learned in about 100 steps, else in more than 500.
         state.params["embedding"] = state.params["embedding"] * (2 * math.sqrt(config.model.E))
         state.params["head"] = state.params["head"] * 4
     return state

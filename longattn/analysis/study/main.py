@@ -97,7 +97,9 @@ def compare(run_a: str, run_b: str, dir: str = "runs") -> Path:
 
 
 def run_part(part: Part, preset: Preset, store: Store, here: str, console: Console) -> None:
-    """The units of a part that are not stored yet, until its budget is spent. Skipped units are named in the part's line."""
+    """The units of a part that are not stored yet, until its budget is spent. Skipped units are named in the part's
+    line.
+    """
     if part.name in store.parts:
         console.print(f"[dim]{part.title}: done before, {store.parts[part.name]['seconds']:.0f} s[/]")
         return
@@ -125,7 +127,7 @@ def run_part(part: Part, preset: Preset, store: Store, here: str, console: Conso
                 share = unit.weight / sum(u.weight for u in units[i:])
                 clock = Clock(
                     max(0.0, left) * min(1.0, 1.5 * share),
-                    lambda f, w=unit.weight: progress.update(bar, completed=done + f * w),
+                    lambda f, w=unit.weight, d=done: progress.update(bar, completed=d + f * w),
                 )
                 began = time.monotonic()
                 numbers = [_stamp(n, here, part.name) for n in unit.work(clock)]

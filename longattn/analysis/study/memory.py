@@ -1,8 +1,8 @@
 """Part 2, memory: what a training step holds against T, and the longest T and largest batch that fit each chip.
 
-Nothing runs: the step of train/step.py is compiled from shapes alone at three lengths, a polynomial in T is fitted to the bytes
-it holds, and the fit is checked at a fourth length that it has not seen. The compiler is this machine's, so the bytes are those
-of its programs; on a CPU bfloat16 products are computed, and partly kept, in float32.
+Nothing runs: the step of train/step.py is compiled from shapes alone at three lengths, a polynomial in T is fitted to
+the bytes it holds, and the fit is checked at a fourth length that it has not seen. The compiler is this machine's, so
+the bytes are those of its programs; on a CPU bfloat16 products are computed, and partly kept, in float32.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _config(plan: MemoryPlan, way: Way, remat: str, T: int, B: int = 1) -> confi
 
 
 def _program(cfg: config.Config, way: Way) -> Any:
-    """The jitted training step. The trainer always takes the best back end; for a way that names another one, the same step
-    is put together here from the same parts."""
+    """The jitted training step. The trainer always takes the best back end; for a way that names another one, the
+    same step is put together here from the same parts."""
     if way.implementation is None:
         return train_step(cfg)
 
@@ -91,7 +91,9 @@ def _compiled(program: Any, *arguments: Any) -> Any:
 
 
 def step_bytes(cfg: config.Config, way: Way) -> int:
-    """Bytes that one training step holds at once, by XLA's account of the compiled program: state, batch, scratch, results."""
+    """Bytes that one training step holds at once, by XLA's account of the compiled program: state, batch, scratch,
+    results.
+    """
     state = jax.eval_shape(lambda: init_state(cfg, 0))
     m = _compiled(_program(cfg, way), state, batch_shapes(cfg))
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes

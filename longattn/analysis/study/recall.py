@@ -1,8 +1,8 @@
 """Part 3a, recall: small models trained on associative recall and on a passkey, beside what their mixers keep and read.
 
-As in Zoology (arXiv:2312.04927) the model has two layers. Zoology puts a short convolution before every mixer; here the first
-layer is softmax attention over two tokens, the same for every way, and the second is the way under test, without rotary
-positions: what differs between two points is the second layer alone.
+As in Zoology (arXiv:2312.04927) the model has two layers. Zoology puts a short convolution before every mixer; here
+the first layer is softmax attention over two tokens, the same for every way, and the second is the way under test,
+without rotary positions: what differs between two points is the second layer alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ Task = config.MQAR | config.Needle
 
 
 def units(plan: RecallPlan, store: Store) -> list[Unit]:
-    """Per task and way one training; the hardest setting of each task first, which is the only one for ways beyond FIRST."""
+    """Per task and way one training; the hardest setting of each task first, which is the only one for ways beyond
+    FIRST.
+    """
     made = []
     for task, steps in [(t, plan.mqar_steps) for t in plan.mqar] + [(t, plan.needle_steps) for t in plan.needle]:
         rank = (plan.mqar + plan.needle).index(task)

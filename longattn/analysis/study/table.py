@@ -1,7 +1,7 @@
 """The table of the ways to attend that a study compares, and the small model that carries each.
 
-It is derived from `models.MIXERS`: a mixer that joins there joins every part of the study. `VARIANTS` says which settings of a
-mixer are worth a row; a mixer without an entry gets one row with its defaults.
+It is derived from `models.MIXERS`: a mixer that joins there joins every part of the study. `VARIANTS` says which
+settings of a mixer are worth a row; a mixer without an entry gets one row with its defaults.
 """
 
 from __future__ import annotations

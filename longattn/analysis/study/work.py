@@ -29,7 +29,9 @@ class Clock:
 
 @dataclass(frozen=True)
 class Unit:
-    """Work that gives numbers. `weight`: its expected share of the part's time. `always`: done even after the budget."""
+    """Work that gives numbers. `weight`: its expected share of the part's time. `always`: done even after the
+    budget.
+    """
 
     key: str
     work: Callable[[Clock], Iterable[Number]]
@@ -56,8 +58,8 @@ def wilson(hits: float, n: float) -> tuple[float, float]:
 
 
 def share_interval(hits: Sequence[float], n: float) -> tuple[float, float]:
-    """The 95% interval of a share measured with several seeds, `hits` of `n` each: the wider at each end of the interval over
-    seeds (where there are several) and of the one over questions."""
+    """The 95% interval of a share measured with several seeds, `hits` of `n` each: the wider at each end of the
+    interval over seeds (where there are several) and of the one over questions."""
     low, high = wilson(sum(hits), n * len(hits))
     if len(hits) > 1:
         t_low, t_high = t_interval([h / n for h in hits])

@@ -1,0 +1,170 @@
+"""The study's parts: resumable, within their budget, and the same for a mixer that joins later."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from longattn import config
+from longattn.analysis import report
+from longattn.analysis.store import FILE, Number, Store
+from longattn.analysis.study import StudyOptions, context, cost, main, memory, recall, run, table
+from longattn.analysis.study.presets import PRESETS, SMOKE
+from longattn.analysis.study.work import Clock, Unit, share_interval, t_interval, wilson
+from longattn.models import MIXERS
+
+
+def fake(calls: list[str], fail: str = "", slow: str = "") -> main.Part:
+    """A part of three units that note that they ran; `fail` is interrupted, `slow` asks for more time than there is."""
+
+    def work(key: str, clock: Clock) -> list[Number]:
+        if key == fail:
+            raise KeyboardInterrupt
+        calls.append(key)
+        return [Number("", "value", "exact", float(len(calls)), "", "measured", {"key": key})]
+
+    def units(plan: object, store: Store) -> list[Unit]:
+        made = [Unit(k, lambda clock, k=k: work(k, clock)) for k in ("a", "b", "c")]
+        return [*made, Unit("fit", lambda clock: work("fit", clock), always=True)]
+
+    return main.Part("cost", "a part", units)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def test_interrupted_part_goes_on_and_done_part_rests(tmp_path: Path) -> None:
+    calls: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        main.run_part(fake(calls, fail="b"), SMOKE, Store(tmp_path / FILE), "e0", quiet())
+    with open(tmp_path / FILE, "a") as file:  # killed while it wrote: a number without its unit, and a torn line
+        file.write(json.dumps({"kind": "number", "unit_of_work": "b", "key": "k"}) + "\n" + '{"kind": "num')
+    store = Store(tmp_path / FILE)
+    store.trim()
+    assert list(store.units) == ["a"]
+    main.run_part(fake(calls), SMOKE, store, "e1", quiet())
+    assert calls == ["a", "b", "c", "fit"]
+    again = Store(tmp_path / FILE)
+    main.run_part(fake(calls), SMOKE, again, "e2", quiet())
+    assert calls == ["a", "b", "c", "fit"]
+    assert [n.environment for n in again.numbers.values()] == ["e0", "e1", "e1", "e1"]
+    assert {n.part for n in again.numbers.values()} == {"cost"}
+    assert again.numbers == store.numbers
+
+
+def test_budget_skips_and_says_so(tmp_path: Path) -> None:
+    calls: list[str] = []
+    store = Store(tmp_path / FILE)
+    preset = dataclasses.replace(SMOKE, cost=dataclasses.replace(SMOKE.cost, seconds=0))
+    main.run_part(fake(calls), preset, store, "e0", quiet())
+    assert calls == ["fit"]  # what sums up is always done
+    assert store.parts["cost"]["skipped"] == ["a", "b", "c"]
+
+
+def test_store_refuses_another_version(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text('{"kind": "environment", "id": "e0", "version": 99}\n')
+    with pytest.raises(ValueError, match="version 99"):
+        Store(tmp_path / FILE)
+
+
+def test_folder_of_another_preset_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "study.json").write_text('{"preset": "quick", "plan": {}}')
+    before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(ValueError, match="preset quick"):
+        run(StudyOptions(preset="smoke", name="s", dir=str(tmp_path)))
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_a_new_mixer_joins_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Nothing(config.Softmax):
+        pass
+
+    monkeypatch.setitem(MIXERS, "Nothing", object)
+    monkeypatch.setattr(config, "Nothing", Nothing, raising=False)
+    store, quick, full = Store(tmp_path / FILE), PRESETS["quick"], PRESETS["full"]
+    assert table.ways((16,))[-1].name == "nothing"
+    for units, name in ((memory.units, "memory"), (recall.units, "recall"), (context.units, "context")):
+        few, many = (sum("nothing" in u.key for u in units(getattr(p, name), store)) for p in (quick, full))
+        assert 1 <= few <= 2  # one point per task
+        assert many > few
+    assert sum("nothing" in [w.name for w in cost._at(quick.cost, T)] for T in quick.cost.lengths) == 1
+    assert sum("nothing" in [w.name for w in cost._at(full.cost, T)] for T in full.cost.lengths) == len(
+        full.cost.lengths
+    )
+
+
+@pytest.mark.parametrize("fit", [memory.Fit(1e9, 2e5, 0.0), memory.Fit(1e9, 2e5, 48.0)])
+def test_memory_fit(fit: memory.Fit) -> None:
+    T = (2048, 4096, 8192)
+    found = memory.fit(T, [fit(t) for t in T])
+    assert found(65536) == pytest.approx(fit(65536), rel=1e-6)
+    assert (found.c == 0) == (fit.c == 0)
+    limit = 16 * 2**30
+    longest = found.longest(limit)
+    assert longest % 128 == 0
+    assert found(longest) <= limit < found(longest + 128)
+    batch = found.largest_batch(4096, limit)
+    assert found(4096, batch) <= limit < found(4096, batch + 1)
+    assert found.longest(found.a / 2) == 0
+    assert found.largest_batch(4096, found.a / 2) == 0
+
+
+def test_intervals() -> None:
+    assert t_interval([1.0]) == (-math.inf, math.inf)
+    low, high = t_interval([0.8, 0.9, 1.0])
+    assert (low, high) == pytest.approx((0.9 - 4.303 * 0.1 / 3**0.5, 0.9 + 4.303 * 0.1 / 3**0.5))
+    assert wilson(0, 100)[0] == 0 < wilson(0, 100)[1] < 0.05
+    assert share_interval([100, 100], 100)[1] == 1
+    assert share_interval([50, 90], 100) == (0, 1)  # two seeds that far apart say nothing
+    assert cost.median_interval([3, 1, 2]) == (1, 3)
+    assert cost.median_interval(range(12)) == (2, 9)  # P(fewer than 3 of 12 below the median) = 1.9%
+
+
+def test_control_replaces_only_what_is_further_back() -> None:
+    rows = np.arange(12, dtype=np.int32).reshape(3, 4)
+    assert (context.replace_before(rows, 0) == rows).all()
+    assert (context.replace_before(rows, 3) == [[4, 5, 6, 3], [8, 9, 10, 7], [0, 1, 2, 11]]).all()
+    found = context.documents(config.ByteLM(T=64, max_bytes=2_000_000), 3)
+    assert found.shape == (3, 64)
+    assert (found[:, 0] == 256).all()
+    assert len({bytes(r[1:].astype(np.uint8)) for r in found}) == 3
+
+
+def test_smoke(tmp_path: Path) -> None:
+    """The recall part and the page, as the command runs them; a second start only writes the page again."""
+    options = StudyOptions(preset="smoke", name="s", dir=str(tmp_path), parts=("recall",), recorded="")
+    page = run(options)
+    lines = (tmp_path / "s" / FILE).read_text().splitlines()
+    store = report.load(tmp_path / "s").store
+    assert {n.way for n in store.select("recall", "accuracy")} == {"exact", "window_4"}
+    for n in store.select("recall", "accuracy"):
+        assert 0 <= n.low <= n.value <= n.high <= 1
+        assert n.seeds == (0, 1)
+        assert len(n.samples) == 2
+    page.unlink()
+    assert run(options).is_file()
+    assert (tmp_path / "s" / FILE).read_text().splitlines()[: len(lines)] == lines
+    assert len(Store(tmp_path / "s" / FILE).numbers) == len(store.numbers)
+
+
+@pytest.mark.slow
+def test_smoke_of_every_part(tmp_path: Path) -> None:
+    run(StudyOptions(preset="smoke", name="s", dir=str(tmp_path), recorded=""))
+    store = Store(tmp_path / "s" / FILE)
+    assert set(store.parts) == {"cost", "memory", "recall", "context"}
+    assert not any(p["skipped"] for p in store.parts.values())
+    assert abs(store.select("memory", "fit_error", "exact")[0].value) < 0.05
+    for n in store.select("context", "tail_excess"):
+        assert n.low <= n.value <= n.high
+    assert store.select("context", "tail_excess", "exact", k=64 - 16)[0].value == 0
