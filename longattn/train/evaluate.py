@@ -79,7 +79,7 @@ def evaluate(
     batches: int = 0,
     newest: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a run's best checkpoint on its held-out data, optionally at another length or batch size or on other files.
+    """Evaluate a run's best checkpoint on its held-out data, optionally at another length or on other files.
 
     `batches=0`: the whole held-out set; for ByteLM it comes with the bits per byte of `xz -9`. `overlap`: ByteLM only,
     how many bytes a piece of a long file reads again, without loss, so that its first predictions have context too.

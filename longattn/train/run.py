@@ -40,8 +40,9 @@ class Summary:
 def train(config: Config, *, resume: bool = True, quiet: bool = False, console: Console | None = None) -> Summary:
     """Train as the config says, continuing from the run folder's newest checkpoint.
 
-    Raises ValueError for a folder that holds another run, data that cannot be read or a step that does not fit in memory
-    (all before anything is written), FloatingPointError when the loss is no longer finite, OSError when the disk is full.
+    Raises ValueError for a folder that holds another run, data that cannot be read or a step that does not fit in
+    memory, all before anything is written; FloatingPointError when the loss is no longer finite; OSError when the
+    disk is full.
     """
     console = console or Console(stderr=True, quiet=quiet)
     folder = Path(config.run.dir, config.run.name)

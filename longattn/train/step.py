@@ -98,7 +98,7 @@ def _sum_loss(params: Params, batch: Batch, config: Config) -> tuple[Float[Array
 
 def _train_step(config: Config, state: State, batch: Batch) -> tuple[State, Metrics]:
     pieces = config.optimiser.accumulate
-    # The mean is over all weighted tokens of the step: micro-batches divided by their own count would weigh them unequally.
+    # The mean is over all weighted tokens of the step; a mean of the micro-batches' means would weigh them unequally.
     weight_sum = labels_and_weights(*batch)[1].sum()
     scale = 1 / jnp.maximum(weight_sum, 1)
 
@@ -166,8 +166,8 @@ def _eval_step(config: Config, params: Params, batch: Batch) -> dict[str, Array]
 def eval_step(config: Config) -> Callable[[Params, Batch], dict[str, Array]]:
     """The jitted evaluation (params, Batch) -> float32 sums over weighted tokens.
 
-    nll_sum, weight_sum, correct_sum (argmax hits) are scalars; nll_by_position and weight_by_position `[T]` are indexed by
-    the position of the last token read, so entry p speaks of predictions from p + 1 tokens of context.
+    nll_sum, weight_sum, correct_sum (argmax hits) are scalars; nll_by_position and weight_by_position `[T]` are indexed
+    by the position of the last token read, so entry p speaks of predictions from p + 1 tokens of context.
     """
     return jax.jit(functools.partial(_eval_step, config))
 
