@@ -77,7 +77,7 @@ def test_mlp_in_chunks_equals_whole(chunk):
     params = whole.init(jax.random.key(2), x)["params"]
     shapes = {name: p.shape for name, p in params.items()}
     assert shapes == {"gate": (8, 20), "up": (8, 20), "down": (20, 8)}
-    run = lambda mlp: jax.jit(jax.vjp(lambda p, x: mlp.apply({"params": p}, x), params, x)[1])(cotangent)  # noqa: E731
+    run = lambda mlp: jax.jit(jax.vjp(lambda p, x: mlp.apply({"params": p}, x), params, x)[1])(cotangent)
     pieces = SwiGLU(Model(N=2, E=8, F=20, mlp_chunk=chunk))
     y = pieces.apply({"params": params}, x)
     np.testing.assert_allclose(y, whole.apply({"params": params}, x), rtol=1e-5, atol=1e-6)
@@ -114,7 +114,7 @@ def test_mlp_gradients_in_chunks_are_summed_in_float32():
         return jax.grad(lambda p: jnp.sum(mlp.apply({"params": p}, x).astype(jnp.float32)))(params)
 
     exact = jax.grad(lambda p: jnp.sum(swiglu(x.astype(jnp.float32), **p)))(params)
-    distance = lambda g: {n: float(jnp.linalg.norm(g[n] - exact[n])) for n in g}  # noqa: E731
+    distance = lambda g: {n: float(jnp.linalg.norm(g[n] - exact[n])) for n in g}
     pieces, whole = distance(grads(8)), distance(grads(None))
     for name in params:
         assert pieces[name] <= 2 * whole[name]
