@@ -248,7 +248,7 @@ def _visible(side: _Side, b: Array, i: Array, j: Array, n: _Layout) -> Array:
         q, k = pair(side.q_segments, side.k_segments)
         visible = visible & (q == k)
     if n.Jk * n.bk > n.S:
-        visible = visible & (j * n.bk + jnp.arange(n.bk) < n.S)[None, None, :, None]
+        visible = visible & (j * n.bk + jnp.arange(n.bk, dtype=jnp.int32) < n.S)[None, None, :, None]
     return _heads(visible, n)
 
 

@@ -86,9 +86,12 @@ DOMAINS = {
     "logits": ["plain", "sinks", "bias", "all"],
     "dtype": ["float32", "bfloat16", "float64", "float16"],
 }
-SAMPLE = [Case(**row) for row in oracle.pairwise(DOMAINS)]
+# Every pair of three values per factor, for compiling is what takes the time; then a random part of the whole grid.
+FEWER = {"lengths": ["T<S", "T>S", "T=1"], "ids": ["none", "segments", "both"], "logits": ["plain", "bias", "all"]}
+FEWER["dtype"] = ["float32", "bfloat16", "float64"]
+SAMPLE = [Case(**row) for row in oracle.pairwise(DOMAINS | FEWER)] + [Case(dtype="float16")]
 _everything = [Case(*values) for values in itertools.product(*DOMAINS.values())]
-REST = [_everything[i] for i in np.random.default_rng(1).permutation(len(_everything))[:200]]
+REST = [_everything[i] for i in np.random.default_rng(1).permutation(len(_everything))[:150]]
 
 
 @functools.cache
@@ -235,16 +238,17 @@ def test_large_logits(back_end):
 
 
 @every_back_end
-@pytest.mark.parametrize("lost", [np.inf, -np.inf, np.nan])
-def test_empty_rows_send_no_gradient_whatever_their_cotangent(back_end, lost):
+def test_empty_rows_send_no_gradient_whatever_their_cotangent(back_end):
     """The gradient of lse**2 at lse = -inf is infinite: it must not spread."""
     case = Case(mask="distant")
     f, (arrays, cotangents, traced) = function(back_end, case)
+    f = jax.jit(f)
     truth, plain = expected(case)
     empty = np.isneginf(truth["lse"])
     assert 0 < empty.mean() < 1
-    cotangents = {"out": cotangents["out"], "lse": np.where(empty, lost, cotangents["lse"])}
-    oracle.assert_accurate(jax.jit(f)(arrays, cotangents, traced), truth, plain, np.float32)
+    for lost in (np.inf, -np.inf, np.nan):
+        changed = {"out": cotangents["out"], "lse": np.where(empty, lost, cotangents["lse"])}
+        oracle.assert_accurate(f(arrays, changed, traced), truth, plain, np.float32)
 
 
 @every_back_end
@@ -369,7 +373,7 @@ def test_halves_of_the_keys_merge_to_the_whole(back_end, case):
 
 
 @every_back_end
-@pytest.mark.parametrize("case", [*SPLIT, dataclasses.replace(SPLIT[0], dtype="bfloat16")], ids=str)
+@pytest.mark.parametrize("case", [dataclasses.replace(SPLIT[0], dtype="bfloat16"), SPLIT[1]], ids=str)
 def test_backward_partials_sum_to_the_whole(back_end, case):
     arrays, _, cotangents, _ = inputs(case)
     truth, plain = expected(case)
