@@ -1,0 +1,99 @@
+"""What only the blockwise back end promises: linear memory, and no work where nothing is visible."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import longattn
+from longattn import mask as m
+from longattn.ops.attention import xla
+
+H, D = 2, 16
+
+
+def loss(q, k, v, mask):
+    out, lse = longattn.attention_with_lse(q, k, v, mask=mask, implementation="xla")
+    return jnp.sum(out**2) + jnp.sum(lse)
+
+
+def temporary_bytes(T, mask):
+    x = jax.ShapeDtypeStruct((1, T, H, D), jnp.float32)
+    f = jax.jit(jax.grad(functools.partial(loss, mask=mask), (0, 1, 2)))
+    return f.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("mask", [m.Causal(), m.Window(64)], ids=str)
+def test_memory_is_linear_in_length(mask):
+    """Forward and backward. From 4096 on the tiles have their full size."""
+    small, large = temporary_bytes(4096, mask), temporary_bytes(8192, mask)
+    assert large <= 2 * small
+    assert large < 8192 * 8192 * 4 * H / 8  # far below one [B H T S] matrix
+
+
+@pytest.mark.parametrize(
+    ("mask", "reach"),
+    [(m.Window(31), 32), (m.Causal() & m.Chunked(64), 64), (m.Causal() & ~m.Prefix(64), 0)],
+    ids=str,
+)
+def test_empty_tiles_are_never_computed(mask, reach):
+    """Their keys hold NaN, which even a weight of zero would spread."""
+    T, poisoned, tuning = 256, 64, xla.Tuning(16, 16)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, T, H, D)), jnp.float32) for _ in range(3))
+    poison = jnp.where(jnp.arange(T) < poisoned, jnp.nan, 0.0)[None, :, None, None]
+    attend = functools.partial(longattn.attention_with_lse, mask=mask, implementation="xla", tuning=tuning)
+    (out, lse), pull = jax.vjp(attend, q, k + poison, v + poison)
+    clean = poisoned + reach  # queries from here on see no tile with NaN
+    expected, expected_lse = attend(q, k, v)
+    np.testing.assert_array_equal(out[:, clean:], expected[:, clean:])
+    np.testing.assert_array_equal(lse[:, clean:], expected_lse[:, clean:])
+    dq, _, _ = pull((jnp.ones_like(out), jnp.ones_like(lse)))
+    assert np.isfinite(dq[:, clean:]).all()
+
+
+def test_segments_skip_tiles_too():
+    T, tuning = 128, xla.Tuning(16, 16)
+    ids = jnp.asarray(np.arange(T) // 32 % 3, jnp.int32)[None]  # documents 0 1 2 0
+    x = jnp.ones((1, T, H, D))
+    v = x.at[:, 32:64].set(jnp.nan)  # document 1
+    out = longattn.attention(x, x, v, mask=m.Full(), segment_ids=ids, implementation="xla", tuning=tuning)
+    assert np.isnan(out[:, 32:64]).all()
+    np.testing.assert_allclose(out[:, :32], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(out[:, 64:], 1.0, rtol=1e-6)
+
+
+def test_tuning_changes_the_result_by_rounding_only():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 100, H, D)), jnp.float32) for _ in range(3))
+    one, other = (
+        longattn.attention(q, k, v, implementation="xla", tuning=tuning)
+        for tuning in (xla.Tuning(7, 13), xla.Tuning(64, 32))
+    )
+    np.testing.assert_allclose(one, other, rtol=0, atol=32 * np.finfo(np.float32).eps)  # weights sum to 1, |v| < 4
+
+
+def test_tuning_errors():
+    with pytest.raises(ValueError, match="sizes of at least 1"):
+        xla.Tuning(0, 16)
+
+
+def test_second_order_is_an_error():
+    q = jnp.ones((1, 8, H, D))
+    with pytest.raises(ValueError, match="Reverse-mode differentiation"):
+        jax.grad(lambda q: jnp.sum(jax.grad(loss)(q, q, q, m.Causal())))(q)
+
+
+def test_exp():
+    """The CPU's own exp: relative error of a few units in the last place down to the smallest normal numbers."""
+    x = np.concatenate([np.linspace(-87, 0.5, 20001), [-88.5, -100, -1e30, -np.inf]]).astype(np.float32)
+    got, truth = np.asarray(jax.jit(xla._exp)(x), np.float64), np.exp(x.astype(np.float64))
+    normal = x > -87
+    error = np.abs(got - truth)[normal] / truth[normal]
+    assert error.max() < 1e-5  # x log2(e) is rounded once, at up to 126: 2**-24 * 126 * ln 2
+    assert (error[x[normal] > -20]).max() < 2e-6
+    assert not got[x < -88.4].any()
