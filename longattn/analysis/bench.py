@@ -37,6 +37,7 @@ from longattn.train.record import available_memory, environment
 VERSION = 1
 WORKER = Path(__file__).with_name("torch_worker.py")
 TORCH_PYTHON = "LONGATTN_TORCH_PYTHON"
+WIDTH = 96  # the table's: a narrower terminal wraps it rather than losing digits
 
 # ---- timing, for any callables
 
@@ -77,7 +78,7 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g} {self.high:.3g}]"
+        return f"{self.value:.2f} [{self.low:.2f} {self.high:.2f}]"
 
 
 Samples = Sequence[float] | np.ndarray
@@ -318,7 +319,7 @@ def attention(options: AttentionOptions, console: Console | None = None) -> dict
       ValueError: for options that make no sense, or PyTorch asked for and not there.
       FloatingPointError: if two candidates disagree; nothing is timed then.
     """
-    console = console or Console()
+    console = console or Console(width=max(WIDTH, Console().width))
     progress = Console(stderr=True)
     peers = ("torch", "jax") if options.against is None else options.against
     with contextlib.ExitStack() as stack:
@@ -344,7 +345,10 @@ def attention(options: AttentionOptions, console: Console | None = None) -> dict
         for T in options.T:
             for what in options.what:
                 with progress.status(f"T={T} {what}"):
-                    document["rows"].append(_row(options, T, what, peers, torch, n))
+                    row = _row(options, T, what, peers, torch, n)
+                document["rows"].append(row)
+                times = ", ".join(f"{name} {_time(median)}" for name, median in row["median"].items())
+                progress.print(f"T={T} {what}: {times}", highlight=False, soft_wrap=True)
     document["exponents"] = _exponents(document["rows"])
     if options.json:
         print(json.dumps(document))
@@ -357,7 +361,7 @@ def _inputs(options: AttentionOptions, T: int) -> dict[str, np.ndarray]:
     """q, k, v and the cotangent do: standard normal float32 [B T H|K D], rounded to the dtype under test."""
     rng = np.random.default_rng(T)
     heads = {"q": options.H, "k": options.heads, "v": options.heads, "do": options.H}
-    shape = lambda h: (options.B, T, h, options.D)  # noqa: E731
+    shape = lambda h: (options.B, T, h, options.D)
     rounded = np.dtype(jnp.dtype(options.dtype))
     return {n: rng.standard_normal(shape(h), np.float32).astype(rounded).astype(np.float32) for n, h in heads.items()}
 
@@ -507,15 +511,15 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
     where = environment["host"]["cpu"] if device["platform"] == "cpu" else device["kind"]
     notes.append(
         f"{where}, {document['cores'] or '-'} cores, load {document['load']:.1f} before; {options['repeats']} rounds "
-        f"in turns; jax {versions['jax']}, torch {document['torch'] or '-'}; commit {str(environment['commit'])[:12]}."
+        f"in turns; jax {versions['jax']}, torch {document['torch'] or '-'}; commit {(environment['commit'] or 'unknown')[:12]}."
     )
     notes += [f"{name}: {why}." for name, why in reasons.items()]
     console.print("\n".join(notes), highlight=False)
 
 
 def _mebibytes(n: int | None) -> str:
-    return "" if n is None else f"{n / 2**20:,.1f} MiB"
+    return "" if n is None else f"{n / 2**20:.1f} MiB"
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 10 else f"{seconds * 1e3:.1f} ms"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
