@@ -80,7 +80,9 @@ class Model:
     norm_eps: float = 1e-6  # of every RMSNorm
     mlp_chunk: int | None = None  # the MLP runs over the sequence in pieces of this many tokens
     scan: bool = True  # scan over the layers where all mixers are equal
-    remat: Literal["none", "full", "attention", "dots"] = "none"  # what the backward pass recomputes; see models/transformer.py
+    remat: Literal["none", "full", "attention", "dots"] = (
+        "none"  # what the backward pass recomputes; see models/transformer.py
+    )
 
     def __post_init__(self) -> None:
         _positive(self, "N", "E", "F", "H", "K", "D", "W", "mlp_chunk")
@@ -128,9 +130,13 @@ class MQAR:
     def __post_init__(self) -> None:
         _positive(self, "T", "B", "pairs")
         if 4 * self.pairs > self.T:
-            raise ValueError(f"MQAR.pairs={self.pairs} must be at most T/4={self.T // 4}: pairs and queries take two tokens each")
+            raise ValueError(
+                f"MQAR.pairs={self.pairs} must be at most T/4={self.T // 4}: pairs and queries take two tokens each"
+            )
         if self.pairs > self.vocabulary // 2 - 1:
-            raise ValueError(f"MQAR.pairs={self.pairs} must be at most vocabulary/2 - 1={self.vocabulary // 2 - 1}: keys are distinct")
+            raise ValueError(
+                f"MQAR.pairs={self.pairs} must be at most vocabulary/2 - 1={self.vocabulary // 2 - 1}: keys are distinct"
+            )
 
 
 @dataclass(frozen=True)
@@ -216,10 +222,14 @@ class Config:
             raise ValueError(f"{self.optimiser.accumulate=} must divide {self.data.B=}")
         vocabulary = self.data.vocabulary if isinstance(self.data, MQAR) else 257
         if self.model.W < vocabulary:
-            raise ValueError(f"{self.model.W=} must be at least {vocabulary}, the vocabulary of {type(self.data).__name__}")
+            raise ValueError(
+                f"{self.model.W=} must be at least {vocabulary}, the vocabulary of {type(self.data).__name__}"
+            )
 
 
-_CLASSES: dict[str, type] = {c.__name__: c for c in (RoPE, Softmax, Model, ByteLM, MQAR, Needle, Optimiser, Run, Config)}
+_CLASSES: dict[str, type] = {
+    c.__name__: c for c in (RoPE, Softmax, Model, ByteLM, MQAR, Needle, Optimiser, Run, Config)
+}
 
 
 def _encode(value: Any) -> Any:
@@ -248,7 +258,9 @@ def _decode(value: Any) -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
     if given.keys() != known:
         extra, missing = sorted(given.keys() - known), sorted(known - given.keys())
-        raise ValueError(f"{name} in the JSON has unknown fields {extra} and lacks {missing}: it was written by another version")
+        raise ValueError(
+            f"{name} in the JSON has unknown fields {extra} and lacks {missing}: it was written by another version"
+        )
     return cls(**given)
 
 
@@ -261,7 +273,9 @@ def from_json(text: str) -> Config:
     """The inverse of `to_json`. Raises ValueError for another version, unknown classes or fields."""
     document = json.loads(text)
     if document.get("version") != VERSION:
-        raise ValueError(f"config version {document.get('version')!r} must be {VERSION}: it was written by another version of longattn")
+        raise ValueError(
+            f"config version {document.get('version')!r} must be {VERSION}: it was written by another version of longattn"
+        )
     config = _decode(document["config"])
     if not isinstance(config, Config):
         raise ValueError(f"the JSON holds a {type(config).__name__}, not a Config")

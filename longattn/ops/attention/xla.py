@@ -40,20 +40,21 @@ class Tuning:
 
     block_q: int = 256  # queries of a tile
     block_k: int = 256  # keys of a tile
+    heads: int | None = None  # key/value heads computed at once, a divisor of K; None is all
 
     def __post_init__(self) -> None:
-        if self.block_q < 1 or self.block_k < 1:
-            raise ValueError(f"{self} must have block sizes of at least 1")
+        if self.block_q < 1 or self.block_k < 1 or (self.heads is not None and self.heads < 1):
+            raise ValueError(f"{self} must have sizes of at least 1")
 
 
-def default_tuning(rows: int, T: int, S: int) -> Tuning:
-    """Tiles of about 2**19 logits over the `rows` = (batch and heads) computed at once, which stay in a CPU's cache.
+def default_tuning(B: int, T: int, S: int, K: int, G: int) -> Tuning:
+    """Tiles of 256 x 256 over as many heads as keep the logits of B sequences in a CPU's cache: about 2**17 of them.
 
-    Smaller tiles spend their time between the products; larger ones compute more of what the mask hides.
+    Smaller ones spend their time between the products; larger ones wait for memory, and compute what the mask hides.
     """
-    size = 2 ** round(math.log2(max(2**19 / max(rows, 1), 1)) / 2)
-    size = min(max(size, 128), 1024)
-    return Tuning(max(min(size, T), 1), max(min(size, S), 1))
+    bq, bk = max(min(256, T), 1), max(min(256, S), 1)
+    fit = max(2**17 // (max(B, 1) * G * bq * bk), 1)
+    return Tuning(bq, bk, max(h for h in range(1, K + 1) if K % h == 0 and h <= fit))
 
 
 def check(*call: object) -> None:
@@ -61,13 +62,14 @@ def check(*call: object) -> None:
 
 
 class _Layout(NamedTuple):
-    """Static sizes. The batch is walked `outer` times over `inner` sequences, together where all see the same blocks."""
+    """Static sizes. The outer loop walks over groups of sequences and heads; a tile holds one group at once."""
 
-    outer: int
-    inner: int
+    sequences: int  # groups of sequences
+    groups: int  # groups of heads
+    inner: int  # sequences in a group: all where they see the same blocks and are short, else one
     T: int
     S: int
-    K: int
+    K: int  # key/value heads in a group
     G: int
     D: int
     V: int
@@ -82,17 +84,23 @@ class _Layout(NamedTuple):
 def _layout(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> _Layout:
     (B, T, H, D), (S, K), V = q.shape, k.shape[1:3], v.shape[3]
     arrays = (extras.q_segments, extras.q_positions, *jax.tree.leaves(extras.mask))
-    inner = 1 if any(x is not None and x.shape[0] > 1 for x in arrays) else B
-    tuning = spec.tuning or default_tuning(inner * H, T, S)
-    bq, bk = tuning.block_q, tuning.block_k
+    alike = not any(x is not None and x.shape[0] > 1 for x in arrays)
+    inner = B if alike and B * H * min(T, 256) * min(S, 256) <= 2**19 else 1
+    tuning = spec.tuning or default_tuning(inner, T, S, K, H // K)
+    bq, bk, heads = tuning.block_q, tuning.block_k, tuning.heads or K
+    if K % heads:
+        raise ValueError(f"{tuning}: heads must divide the {K=} key/value heads")
     dtype = shapes.statistics_dtype(q.dtype)
     # A CPU widens half-precision operands anyway, so there the tiles of P keep their precision too.
     operand = dtype if dispatch.target().platform == "cpu" else q.dtype
-    return _Layout(B // max(inner, 1), inner, T, S, K, H // K, D, V, -(-T // bq), -(-S // bk), bq, bk, operand, dtype)
+    J = -(-T // bq), -(-S // bk)
+    return _Layout(
+        B // max(inner, 1), K // heads, inner, T, S, heads, H // K, D, V, *J, bq, bk, operand, dtype
+    )  # fmt: skip
 
 
 def _tiles(x: Array, n: _Layout, block: int, value: float = 0.0, edge: bool = False) -> Array:
-    """[B T ...] -> [outer J inner block ...], padded with `value` or with the last row."""
+    """[B T ...] -> [sequences J inner block ...], padded with `value` or with the last row."""
     B, T = x.shape[:2]
     J = -(-T // block)
     pad = [(0, 0), (0, J * block - T)] + [(0, 0)] * (x.ndim - 2)
@@ -102,24 +110,43 @@ def _tiles(x: Array, n: _Layout, block: int, value: float = 0.0, edge: bool = Fa
     return x.reshape(B // inner, inner, J, block, *x.shape[2:]).swapaxes(1, 2)
 
 
+def _group(x: Array, n: _Layout) -> Array:
+    """[sequences J inner (groups K) ...] -> [outer J inner K ...], outer = (sequences groups)."""
+    x = jnp.moveaxis(x.reshape(*x.shape[:3], n.groups, n.K, *x.shape[4:]), 3, 1)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _ungroup(x: Array, n: _Layout) -> Array:
+    """The inverse of `_group`."""
+    x = jnp.moveaxis(x.reshape(n.sequences, n.groups, *x.shape[1:]), 1, 3)
+    return x.reshape(*x.shape[:3], n.groups * n.K, *x.shape[5:])
+
+
 def _queries(x: Array, n: _Layout, value: float = 0.0) -> Array:
     """[B T H ...] -> [outer Jq inner K (G bq) ...]: the G query heads of a key head stand in one row of a tile."""
     x = _tiles(x, n, n.bq, value)
-    x = x.reshape(*x.shape[:4], n.K, n.G, *x.shape[5:])
+    x = x.reshape(*x.shape[:4], n.groups * n.K, n.G, *x.shape[5:])
     x = jnp.moveaxis(x, 3, 5)
-    return x.reshape(*x.shape[:4], n.G * n.bq, *x.shape[6:])
+    return _group(x.reshape(*x.shape[:4], n.G * n.bq, *x.shape[6:]), n)
 
 
 def _unqueries(x: Array, n: _Layout) -> Array:
     """[outer Jq inner K (G bq) ...] -> [B T H ...]."""
+    x = _ungroup(x, n)
     x = x.reshape(*x.shape[:4], n.G, n.bq, *x.shape[5:])
-    x = jnp.moveaxis(x, (2, 5), (1, 3))  # outer inner Jq bq K G ...
-    return x.reshape(n.outer * n.inner, n.Jq * n.bq, n.K * n.G, *x.shape[6:])[:, : n.T]
+    x = jnp.moveaxis(x, (2, 5), (1, 3))  # sequences inner Jq bq K G ...
+    return x.reshape(n.sequences * n.inner, n.Jq * n.bq, n.groups * n.K * n.G, *x.shape[6:])[:, : n.T]
 
 
 def _keys(x: Array, n: _Layout) -> Array:
     """[B S K ...] -> [outer Jk inner K bk ...]."""
-    return jnp.moveaxis(_tiles(x, n, n.bk), 3, 4)
+    return _group(jnp.moveaxis(_tiles(x, n, n.bk), 3, 4), n)
+
+
+def _unkeys(x: Array, n: _Layout) -> Array:
+    """[outer Jk inner K bk D] -> [B S K D]."""
+    x = jnp.moveaxis(_ungroup(x, n), (2, 4), (1, 3))  # sequences inner Jk bk K D
+    return x.reshape(n.sequences * n.inner, n.Jk * n.bk, n.groups * n.K, x.shape[-1])[:, : n.S]
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, like: Array, value: float = 0.0) -> Array:
@@ -156,12 +183,14 @@ def _exp(x: Array) -> Array:
     p = jnp.full_like(r, _EXP2[0])
     for c in _EXP2[1:]:
         p = p * r + c
-    bits = lax.bitcast_convert_type(p, jnp.int32) + lax.shift_left(whole.astype(jnp.int32), jnp.full_like(r, 23, jnp.int32))
+    bits = lax.bitcast_convert_type(p, jnp.int32) + lax.shift_left(
+        whole.astype(jnp.int32), jnp.full_like(r, 23, jnp.int32)
+    )
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 class _Side(NamedTuple):
-    """The side arrays in tiles: positions and segments [outer|1 J inner|1 block], bounds of both per tile."""
+    """The side arrays in tiles: positions and segments [sequences|1 J inner|1 block]."""
 
     mask: Mask
     q_positions: Array
@@ -190,31 +219,39 @@ def _side(extras: Extras, n: _Layout) -> _Side:
     )
 
 
-def _at(x: Array, b: Array, i: Array) -> Array:
-    """Tile i of sequence group b of [outer|1 J ...]."""
-    b = b if x.shape[0] > 1 else jnp.zeros_like(b)
-    return lax.dynamic_slice(x, (b, i) + (jnp.zeros_like(b),) * (x.ndim - 2), (1, 1, *x.shape[2:]))[0, 0]
+def _at(x: Array, o: Array, i: Array) -> Array:
+    """Tile i of group o of [outer J ...], or of the only group."""
+    o = o if x.shape[0] > 1 else jnp.zeros_like(o)
+    return lax.dynamic_slice(x, (o, i) + (jnp.zeros_like(o),) * (x.ndim - 2), (1, 1, *x.shape[2:]))[0, 0]
 
 
-def _mask(side: _Side, b: Array, n: _Layout) -> Mask:
-    """The mask of sequence group b: its leaves lead with the batch or with 1."""
-    return jax.tree.map(
-        lambda x: lax.dynamic_slice_in_dim(x, b, 1) if n.inner == 1 and x.shape[0] > 1 else x, side.mask
-    )
+def _mask(side: _Side, o: Array, n: _Layout) -> Mask:
+    """The mask of group o: its leaves lead with the batch, and with the heads where there is a second axis."""
+
+    def leaf(x: Array) -> Array:
+        if n.inner == 1 and x.shape[0] > 1:
+            x = lax.dynamic_slice_in_dim(x, o // n.groups, 1)
+        if x.ndim > 1 and x.shape[1] > 1:
+            x = lax.dynamic_slice_in_dim(x, o % n.groups * (n.K * n.G), n.K * n.G, axis=1)
+        return x
+
+    return jax.tree.map(leaf, side.mask)
 
 
-def _order(side: _Side, b: Array, i: Array, n: _Layout) -> tuple[Array, Array, Array]:
+def _order(side: _Side, o: Array, i: Array, n: _Layout) -> tuple[Array, Array, Array]:
     """Tiles of keys for tile i of queries, full ones first, then partial ones; the number of each."""
 
     def bounds(x: Array) -> tuple[Array, Array]:
         return x.min(-1), x.max(-1)
+
+    b = o // n.groups
 
     def row(x: Array) -> tuple[Array, Array]:  # every tile of keys: [inner|1 1 1 Jk]
         x = lax.dynamic_index_in_dim(x, b if x.shape[0] > 1 else jnp.zeros_like(b), keepdims=False)
         return tuple(y.T[:, None, None, :] for y in bounds(x))
 
     q_lo, q_hi = (x[:, None, None, None] for x in bounds(_at(side.q_positions, b, i)))
-    kind = _mask(side, b, n).kind(q_lo, q_hi, *row(side.k_positions))
+    kind = _mask(side, o, n).kind(q_lo, q_hi, *row(side.k_positions))
     if side.q_segments is not None:
         q_lo, q_hi = (x[:, None, None, None] for x in bounds(_at(side.q_segments, b, i)))
         k_lo, k_hi = row(side.k_segments)
@@ -237,13 +274,13 @@ def _heads(x: Array, n: _Layout) -> Array:
     return jnp.moveaxis(x.reshape(b, n.K, n.G, bk, bq), 2, 3)
 
 
-def _visible(side: _Side, b: Array, i: Array, j: Array, n: _Layout) -> Array:
+def _visible(side: _Side, o: Array, i: Array, j: Array, n: _Layout) -> Array:
     """Visible pairs of tile (i, j), to broadcast to [inner K bk G bq]."""
 
     def pair(q: Array, k: Array) -> tuple[Array, Array]:
-        return _at(q, b, i)[:, None, None, :], _at(k, b, j)[:, None, :, None]
+        return _at(q, o // n.groups, i)[:, None, None, :], _at(k, o // n.groups, j)[:, None, :, None]
 
-    visible = _mask(side, b, n)(*pair(side.q_positions, side.k_positions))
+    visible = _mask(side, o, n)(*pair(side.q_positions, side.k_positions))
     if side.q_segments is not None:
         q, k = pair(side.q_segments, side.k_segments)
         visible = visible & (q == k)
@@ -252,16 +289,18 @@ def _visible(side: _Side, b: Array, i: Array, j: Array, n: _Layout) -> Array:
     return _heads(visible, n)
 
 
-def _bias_slice(side: _Side, b: Array, i: Array, j: Array, n: _Layout) -> tuple[tuple[Array, ...], tuple[int, ...]]:
+def _bias_slice(side: _Side, o: Array, i: Array, j: Array, n: _Layout) -> tuple[tuple[Array, ...], tuple[int, ...]]:
     """Where tile (i, j) stands in the bias: starts and sizes."""
-    B, H, T, S = side.bias.shape
-    zero = jnp.zeros_like(i)
-    starts = (b * n.inner if B > 1 else zero, zero, i * n.bq if T > 1 else zero, j * n.bk if S > 1 else zero)
-    return starts, (n.inner if B > 1 else 1, H, n.bq if T > 1 else 1, n.bk if S > 1 else 1)
+    firsts = (o // n.groups * n.inner, o % n.groups * (n.K * n.G), i * n.bq, j * n.bk)
+    sizes = (n.inner, n.K * n.G, n.bq, n.bk)
+    many = [size > 1 for size in side.bias.shape]
+    return tuple(x if m else jnp.zeros_like(o) for x, m in zip(firsts, many)), tuple(
+        x if m else 1 for x, m in zip(sizes, many)
+    )
 
 
 def _logits(
-    qb: Array, kb: Array, side: _Side, b: Array, i: Array, j: Array, masked: bool, n: _Layout, spec: Spec
+    qb: Array, kb: Array, side: _Side, o: Array, i: Array, j: Array, masked: bool, n: _Layout, spec: Spec
 ) -> tuple[Array, Array | None, Array | None]:
     """S^T of a tile [inner K bk (G bq)], the visible pairs where masked, and the slope of the soft cap."""
     s = _dot("bkcd,bkrd->bkcr", kb, qb, n)
@@ -273,11 +312,11 @@ def _logits(
         s, slope = spec.softcap * t, 1 - t * t
     tile = (n.inner, n.K, n.bk, n.G, n.bq)
     if side.bias is not None:
-        bias = lax.dynamic_slice(side.bias, *_bias_slice(side, b, i, j, n)).swapaxes(2, 3)
+        bias = lax.dynamic_slice(side.bias, *_bias_slice(side, o, i, j, n)).swapaxes(2, 3)
         s = (s.reshape(tile) + _heads(bias, n).astype(s.dtype)).reshape(s.shape)
     if not masked:
         return s, None, slope
-    visible = jnp.broadcast_to(_visible(side, b, i, j, n), tile).reshape(s.shape)
+    visible = jnp.broadcast_to(_visible(side, o, i, j, n), tile).reshape(s.shape)
     return s, visible, slope
 
 
@@ -286,17 +325,22 @@ def _scaled(q: Array, n: _Layout, spec: Spec) -> Array:
     return q.astype(n.dtype) * spec.scale if n.operand == n.dtype else q
 
 
-def _walk(side: _Side, b: Array, i: Array, n: _Layout, tile: Any, carry: Any) -> Any:
+def _walk(side: _Side, o: Array, i: Array, n: _Layout, tile: Any, carry: Any) -> Any:
     """`tile(masked)(j, carry)` over the full, then the partial tiles of keys that tile i of queries sees."""
-    order, full, seen = _order(side, b, i, n)
+    order, full, seen = _order(side, o, i, n)
     carry = lax.fori_loop(0, full, lambda t, c: tile(False)(order[t], c), carry)
     return lax.fori_loop(full, seen, lambda t, c: tile(True)(order[t], c), carry)
 
 
 def _index(n: _Layout) -> tuple[Array, Array]:
-    """(sequence group, tile of queries) of every step of the outer loop."""
-    steps = jnp.arange(n.outer * n.Jq, dtype=jnp.int32)
+    """(group, tile of queries) of every step of the outer loop."""
+    steps = jnp.arange(n.sequences * n.groups * n.Jq, dtype=jnp.int32)
     return steps // n.Jq, steps % n.Jq
+
+
+def _split(x: Array, n: _Layout) -> Array:
+    """What the outer loop stacked, [(outer Jq) ...] -> [outer Jq ...]."""
+    return x.reshape(-1, n.Jq, *x.shape[1:])
 
 
 def _forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, spec: Spec) -> tuple[Array, Array]:
@@ -312,26 +356,26 @@ def _forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, s
     values = _keys(jnp.concatenate([v.astype(n.operand), ones], -1), n).swapaxes(-1, -2)  # [outer Jk inner K V+1 bk]
 
     def row(_: None, index: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
-        b, i = index
-        qb = _at(queries, b, i)
+        o, i = index
+        qb = _at(queries, o, i)
 
         def tile(masked: bool) -> Any:
             def step(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
                 acc, m = carry
-                s, visible, _ = _logits(qb, _at(keys, b, j), side, b, i, j, masked, n, spec)
+                s, visible, _ = _logits(qb, _at(keys, o, j), side, o, i, j, masked, n, spec)
                 if visible is not None:
                     s = jnp.where(visible, s, -jnp.inf)
                 new = jnp.maximum(m, s.max(2))
                 base = jnp.where(new == -jnp.inf, 0.0, new)
                 p = _exp(s - base[:, :, None])
-                acc = acc * _exp(m - base)[:, :, None] + _dot("bkvc,bkcr->bkvr", _at(values, b, j), p, n)
+                acc = acc * _exp(m - base)[:, :, None] + _dot("bkvc,bkcr->bkvr", _at(values, o, j), p, n)
                 return acc, new
 
             return step
 
         shape = (n.inner, n.K, n.V + 1, n.G * n.bq)
         carry = _zeros(shape, n.dtype, q), _zeros((*shape[:2], shape[3]), n.dtype, q, -jnp.inf)
-        acc, m = _walk(side, b, i, n, tile, carry)
+        acc, m = _walk(side, o, i, n, tile, carry)
         total = acc[:, :, -1]
         empty = total == 0
         total = jnp.where(empty, 1.0, total)
@@ -339,8 +383,7 @@ def _forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, s
         return None, (out.swapaxes(2, 3), jnp.where(empty, -jnp.inf, m + jnp.log(total)))
 
     _, (out, lse) = lax.scan(row, None, _index(n))
-    shape = (n.outer, n.Jq)
-    return _unqueries(out.reshape(*shape, *out.shape[1:]), n), _unqueries(lse.reshape(*shape, *lse.shape[1:]), n)
+    return _unqueries(_split(out, n), n), _unqueries(_split(lse, n), n)
 
 
 def _backward(
@@ -362,22 +405,22 @@ def _backward(
     keys, values = _keys(k.astype(n.operand), n), _keys(v.astype(n.operand), n)
 
     def row(carry: Any, index: tuple[Array, Array]) -> tuple[Any, Array]:
-        b, i = index
-        qb, db = _at(queries, b, i), _at(cotangents, b, i)
-        delta, shift = _at(deltas, b, i)[:, :, None], _at(shifts, b, i)[:, :, None]
+        o, i = index
+        qb, db = _at(queries, o, i), _at(cotangents, o, i)
+        delta, shift = _at(deltas, o, i)[:, :, None], _at(shifts, o, i)[:, :, None]
 
         def tile(masked: bool) -> Any:
             def step(j: Array, carry: Any) -> Any:
                 dq, dk, dv, dbias = carry
-                kb = _at(keys, b, j)
-                s, visible, slope = _logits(qb, kb, side, b, i, j, masked, n, spec)
+                kb = _at(keys, o, j)
+                s, visible, slope = _logits(qb, kb, side, o, i, j, masked, n, spec)
                 p = _exp(s - shift)
                 if visible is not None:
                     p = jnp.where(visible, p, 0.0)
-                dp = _dot("bkcv,bkrv->bkcr", _at(values, b, j), db, n)
+                dp = _dot("bkcv,bkrv->bkcr", _at(values, o, j), db, n)
                 ds = p * (dp - delta)
                 if dbias is not None:
-                    starts, sizes = _bias_slice(side, b, i, j, n)
+                    starts, sizes = _bias_slice(side, o, i, j, n)
                     x = jnp.moveaxis(ds.reshape(n.inner, n.K, n.bk, n.G, n.bq), 2, 4)
                     x = x.reshape(n.inner, n.K * n.G, n.bq, n.bk)
                     x = x.sum([axis for axis in range(4) if sizes[axis] == 1 < x.shape[axis]], keepdims=True)
@@ -385,14 +428,14 @@ def _backward(
                 if slope is not None:
                     ds = ds * slope
                 dq = dq + _dot("bkdc,bkcr->bkdr", kb.swapaxes(2, 3), ds, n)
-                dk = _add(dk, _dot("bkcr,bkrd->bkcd", ds, qb, n), b, j)
-                dv = _add(dv, _dot("bkcr,bkrv->bkcv", p, db, n), b, j)
+                dk = _add(dk, _dot("bkcr,bkrd->bkcd", ds, qb, n), o, j)
+                dv = _add(dv, _dot("bkcr,bkrv->bkcv", p, db, n), o, j)
                 return dq, dk, dv, dbias
 
             return step
 
         dq = _zeros((n.inner, n.K, n.D, n.G * n.bq), n.dtype, q)
-        dq, *carry = _walk(side, b, i, n, tile, (dq, *carry))
+        dq, *carry = _walk(side, o, i, n, tile, (dq, *carry))
         return tuple(carry), dq.swapaxes(2, 3)
 
     carry = (
@@ -401,23 +444,19 @@ def _backward(
         None if bias is None else _zeros(side.bias.shape, n.dtype, q),
     )
     (dk, dv, dbias), dq = lax.scan(row, carry, _index(n))
-    dq = _unqueries(dq.reshape(n.outer, n.Jq, *dq.shape[1:]), n) * spec.scale
+    dq = _unqueries(_split(dq, n), n) * spec.scale
     if n.operand != n.dtype:
         dk = dk * spec.scale  # q came unscaled
 
-    def unkeys(x: Array) -> Array:
-        x = jnp.moveaxis(x, (2, 4), (1, 3))  # outer inner Jk bk K D
-        return x.reshape(n.outer * n.inner, n.Jk * n.bk, n.K, x.shape[-1])[:, : n.S]
-
     if dbias is not None:
         dbias = lax.slice(dbias, (0,) * 4, bias.shape)
-    return dq, unkeys(dk), unkeys(dv), dbias
+    return dq, _unkeys(dk, n), _unkeys(dv, n), dbias
 
 
-def _add(x: Array, tile: Array, b: Array, j: Array) -> Array:
-    """x[b, j] += tile, in place inside a loop."""
-    starts = (b, j) + (jnp.zeros_like(j),) * tile.ndim
-    return lax.dynamic_update_slice(x, (_at(x, b, j) + tile)[None, None], starts)
+def _add(x: Array, tile: Array, o: Array, j: Array) -> Array:
+    """x[o, j] += tile, in place inside a loop."""
+    starts = (o, j) + (jnp.zeros_like(j),) * tile.ndim
+    return lax.dynamic_update_slice(x, (_at(x, o, j) + tile)[None, None], starts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
