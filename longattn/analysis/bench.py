@@ -509,9 +509,10 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
         notes.append(f"Before timing the results agreed; largest relative error against {text}.")
     device, versions = environment["device"], environment["versions"]
     where = environment["host"]["cpu"] if device["platform"] == "cpu" else device["kind"]
+    commit = (environment["commit"] or "unknown")[:12]
     notes.append(
         f"{where}, {document['cores'] or '-'} cores, load {document['load']:.1f} before; {options['repeats']} rounds "
-        f"in turns; jax {versions['jax']}, torch {document['torch'] or '-'}; commit {(environment['commit'] or 'unknown')[:12]}."
+        f"in turns; jax {versions['jax']}, torch {document['torch'] or '-'}; commit {commit}."
     )
     notes += [f"{name}: {why}." for name, why in reasons.items()]
     console.print("\n".join(notes), highlight=False)
