@@ -1,6 +1,7 @@
 """Configurations: frozen, hashable dataclasses that hold choices, never arrays, functions or meshes.
 
-A config is a Python file that builds a `Config`; `to_json` and `from_json` round-trip it with a version and class names.
+A config is a Python file that builds a `Config`; `to_json` and `from_json` round-trip it with a version and
+class names.
 Kernel block sizes are not here: they belong to each back end's `Tuning`.
 """
 
@@ -135,7 +136,7 @@ class MQAR:
             )
         if self.pairs > self.vocabulary // 2 - 1:
             raise ValueError(
-                f"MQAR.pairs={self.pairs} must be at most vocabulary/2 - 1={self.vocabulary // 2 - 1}: keys are distinct"
+                f"MQAR.pairs={self.pairs} must be at most {self.vocabulary // 2 - 1}, vocabulary/2 - 1: keys are distinct"
             )
 
 
@@ -221,7 +222,7 @@ class Config:
         if self.data.B % self.optimiser.accumulate:
             raise ValueError(f"{self.optimiser.accumulate=} must divide {self.data.B=}")
         vocabulary = self.data.vocabulary if isinstance(self.data, MQAR) else 257
-        if self.model.W < vocabulary:
+        if vocabulary > self.model.W:
             raise ValueError(
                 f"{self.model.W=} must be at least {vocabulary}, the vocabulary of {type(self.data).__name__}"
             )
@@ -273,9 +274,7 @@ def from_json(text: str) -> Config:
     """The inverse of `to_json`. Raises ValueError for another version, unknown classes or fields."""
     document = json.loads(text)
     if document.get("version") != VERSION:
-        raise ValueError(
-            f"config version {document.get('version')!r} must be {VERSION}: it was written by another version of longattn"
-        )
+        raise ValueError(f"config version {document.get('version')!r} must be {VERSION}: another longattn wrote it")
     config = _decode(document["config"])
     if not isinstance(config, Config):
         raise ValueError(f"the JSON holds a {type(config).__name__}, not a Config")

@@ -8,8 +8,8 @@ recomputes P = exp(S - lse) from the saved out and lse. Memory is O(T). Per bloc
 sorted by `mask.kind`: full ones run without a mask, partial ones with it, empty ones not at all.
 
 Tiles stand transposed, S^T [keys, queries]: reductions over keys then run along vectors, the statistics of a row lie
-beside each other, and every product is one of the two forms (NN, NT) that CPU libraries run fastest. A row of ones under
-v^T makes the last row of O the sum l.
+beside each other, and every product is one of the two forms (NN, NT) that CPU libraries run fastest. A row of ones
+under v^T makes the last row of O the sum l.
 
 Not supported: jvp and second derivatives (the reference has them).
 """
