@@ -623,24 +623,18 @@ def _compared(a: Study, b: Study) -> Table:
 
 def compare_page(a: Study, b: Study) -> str:
     """Two studies on one page, figure by figure and number by number."""
+    drawn = [_figures(a), _figures(b)]
     pairs: list[dict[str, Any]] = []
-    drawn = {s.name: _figures(s) for s in (a, b)}
-    for name in ("headline", "cost", "memory", "context"):
-        both = [(s.name, drawn[s.name][name]) for s in (a, b) if name in drawn[s.name]]
-        unique = [
-            (
-                label,
-                Markup(
-                    str(svg)
-                    .replace(f'"{svg_name(svg)}-', f'"{svg_name(svg)}{i}-')
-                    .replace(f"#{svg_name(svg)}-", f"#{svg_name(svg)}{i}-")
-                    .replace(f" {svg_name(svg)}-d", f" {svg_name(svg)}{i}-d")
-                ),
-            )
-            for i, (label, svg) in enumerate(both)
+    for name, title in (("headline", "Recall"), ("cost", "Cost"), ("memory", "Memory"), ("context", "Real text")):
+        # Both pages' figures have the same ids: the second one's are renamed.
+        prefix = "recall" if name == "headline" else name
+        both = [
+            (study.name, Markup(str(made[name]).replace(f"{prefix}-", f"{prefix}-{i}-")))
+            for i, (study, made) in enumerate(zip((a, b), drawn, strict=True))
+            if name in made
         ]
-        if unique:
-            pairs.append({"title": name, "figures": unique})
+        if both:
+            pairs.append({"title": title, "figures": both})
     stores = {id(n): s for s in (a, b) for n in s.store.numbers.values()}
     return _template().render(
         mode="compare",
@@ -655,11 +649,6 @@ def compare_page(a: Study, b: Study) -> str:
         is_number=lambda x: isinstance(x, Number),
         device=None,
     )
-
-
-def svg_name(svg: str) -> str:
-    """The prefix of a figure's ids."""
-    return str(svg).split('aria-labelledby="')[1].split("-t")[0]
 
 
 def compare_summary(a: Study, b: Study, console: Console, page: Path) -> None:

@@ -96,8 +96,8 @@ def test_a_new_mixer_joins_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert table.ways((16,))[-1].name == "nothing"
     for units, name in ((memory.units, "memory"), (recall.units, "recall"), (context.units, "context")):
         few, many = (sum("nothing" in u.key for u in units(getattr(p, name), store)) for p in (quick, full))
-        assert 1 <= few <= 2  # one point per task
-        assert many > few
+        assert 1 <= few <= 3  # a point per task; text counts two ways before it
+        assert many >= few
     assert sum("nothing" in [w.name for w in cost._at(quick.cost, T)] for T in quick.cost.lengths) == 1
     assert sum("nothing" in [w.name for w in cost._at(full.cost, T)] for T in full.cost.lengths) == len(
         full.cost.lengths

@@ -11,19 +11,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-import jax
 import numpy as np
 
 from longattn import config
 from longattn.analysis.store import Number, Store
-from longattn.analysis.study.learn import Learned, learn, score
+from longattn.analysis.study.learn import Learned, evaluate, learn, score
 from longattn.analysis.study.presets import ContextPlan
 from longattn.analysis.study.table import FIRST, Way, trained
 from longattn.analysis.study.work import Clock, Unit
 from longattn.models import bytes_read_per_token, state_elements
 from longattn.tasks.bytelm import BOS
 from longattn.train import data
-from longattn.train.step import eval_step
 
 LN2 = float(np.log(2))
 
@@ -98,7 +96,6 @@ def _control(plan: ContextPlan, model: Learned) -> Iterable[tuple[str, int, floa
     """
     T = model.config.data.T
     rows = documents(model.config.data, plan.documents)
-    step = jax.jit(jax.vmap(eval_step(model.config), in_axes=(0, None)))
     per_k = {}
     for k in (*sorted(k for k in plan.keep if k < T - plan.tail), T - plan.tail):
         losses = []
@@ -106,7 +103,7 @@ def _control(plan: ContextPlan, model: Learned) -> Iterable[tuple[str, int, floa
             weights = np.zeros((1, T), np.float32)
             weights[0, T - plan.tail :] = 1
             batch = data.Batch(row[None], np.arange(T, dtype=np.int32)[None], np.ones((1, T), np.int32), weights)
-            sums = step(model.params, batch)
+            sums = evaluate(model, [batch])
             losses.append(np.mean(sums["nll_sum"] / sums["weight_sum"]) / LN2)
         per_k[k] = np.array(losses)
     for k, losses in per_k.items():

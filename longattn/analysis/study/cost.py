@@ -7,6 +7,7 @@ and any mixer can be timed, whatever its arguments.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import math
 import statistics
@@ -76,6 +77,12 @@ def _programs(plan: CostPlan, way: Way, B: int, T: int) -> dict[str, tuple[Any, 
     }
 
 
+def _all_programs(plan: CostPlan, chosen: Sequence[Way], B: int, T: int) -> dict[str, Any]:
+    """The programs of several ways; XLA compiles outside the interpreter's lock, so two at a time."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip([w.name for w in chosen], pool.map(lambda w: _programs(plan, w, B, T), chosen), strict=True))
+
+
 def median_interval(samples: Sequence[float]) -> tuple[float, float]:
     """Order statistics that hold the median with at least 95%, or the whole range of fewer than six samples."""
     ordered, n, k, below = sorted(samples), len(samples), 0, 0.5 ** len(samples)
@@ -96,9 +103,10 @@ def _timed(fns: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[st
 
 def _length(plan: CostPlan, T: int) -> Iterable[Number]:
     fns: dict[str, Callable[[], Any]] = {}
-    chosen = {w.name: w for w in _at(plan, T)}
-    for way in chosen.values():
-        for what, (program, arguments) in _programs(plan, way, 1, T).items():
+    chosen = _at(plan, T)
+    programs = _all_programs(plan, chosen, 1, T)
+    for way in chosen:
+        for what, (program, arguments) in programs[way.name].items():
             scratch = program.memory_analysis().temp_size_in_bytes
             note = "" if _fits_here(scratch) else "not run: it does not fit into the memory of this device"
             yield Number("cost", f"scratch_{what}", way.name, scratch, "B", "compiled", {"T": T}, note=note)
@@ -126,10 +134,10 @@ def _fits_here(scratch: int) -> bool:
 
 def _throughput(plan: CostPlan, T: int) -> Iterable[Number]:
     fns, B = {}, plan.tokens // T
-    for way in _at(plan, T):
-        program, arguments = _programs(plan, way, B, T)["forward_backward"]
+    for name, programs in _all_programs(plan, _at(plan, T), B, T).items():
+        program, arguments = programs["forward_backward"]
         if _fits_here(program.memory_analysis().temp_size_in_bytes):
-            fns[way.name] = functools.partial(program, *arguments)
+            fns[name] = functools.partial(program, *arguments)
     for name, timed in _timed(fns, plan.repeats).items():
         rate = {"value": B * T / timed["value"], "low": B * T / timed["high"], "high": B * T / timed["low"]}
         samples = tuple(B * T / s for s in timed["samples"])

@@ -88,7 +88,9 @@ def run(options: StudyOptions) -> Path:
 
 def compare(run_a: str, run_b: str, dir: str = "runs") -> Path:
     """One page of two studies, DIR/compare_A_B/index.html; gives its path."""
-    a, b = report.load(Path(run_a), recorded=""), report.load(Path(run_b), recorded="")
+    a, b = report.load(Path(run_a)), report.load(Path(run_b))
+    if a.name == b.name:  # from different parents
+        a, b = (dataclasses.replace(s, name=f"{s.name}_{i}") for i, s in enumerate((a, b), start=1))
     page = Path(dir) / f"compare_{a.name}_{b.name}" / "index.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, report.compare_page(a, b))

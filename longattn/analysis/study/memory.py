@@ -7,6 +7,7 @@ the bytes are those of its programs; on a CPU bfloat16 products are computed, an
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
@@ -120,7 +121,7 @@ class Fit:
         return low * 128
 
     def largest_batch(self, T: int, limit: float) -> int:
-        return max(0, math.floor((limit - self.a) / (self(T) - self.a)))
+        return max(0, math.floor((limit - self.a) / max(self(T) - self.a, 1)))
 
 
 def fit(lengths: Iterable[int], values: Iterable[float]) -> Fit:
@@ -129,7 +130,7 @@ def fit(lengths: Iterable[int], values: Iterable[float]) -> Fit:
     b, a = np.polyfit(T, y, 1)
     if (np.abs(a + b * T - y) <= 0.01 * y).all():
         return Fit(float(a), float(b), 0.0)
-    c, b, a = np.polyfit(T, y, 2)
+    c, b, a = np.polyfit(T, y, 2) if len(T) > 2 else (0.0, b, a)
     return Fit(float(a), float(b), float(c))
 
 
@@ -140,10 +141,13 @@ def _policy(plan: MemoryPlan, way: Way, remat: str, clock: Clock) -> Iterable[Nu
     )
     lengths = (*plan.lengths, plan.check)
     held = {}
-    for i, T in enumerate(lengths):
-        held[T] = step_bytes(_config(plan, way, remat, T), way)
-        clock.report((i + 1) / len(lengths))
-        yield number("step_bytes", held[T], "B", "compiled", {"T": T}, note="checks the fit" if plan.check == T else "")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # XLA compiles outside the interpreter's lock
+        sizes = pool.map(lambda T: step_bytes(_config(plan, way, remat, T), way), lengths)
+        for T, size in zip(lengths, sizes, strict=True):
+            held[T] = size
+            clock.report(len(held) / (len(lengths) + 1))
+            note = "checks the fit" if plan.check == T else ""
+            yield number("step_bytes", size, "B", "compiled", {"T": T}, note=note)
     line = fit(plan.lengths, [held[T] for T in plan.lengths])
     yield number(
         "fit_error",

@@ -94,4 +94,4 @@ def _recall(plan: RecallPlan, way: Way, task: Task, steps: int, clock: Clock) ->
     yield number("chance", module.chance(task), "", "predicted")
     if isinstance(task, config.MQAR):
         yield number("guess", mqar.guess(task), "", "predicted", note="knows the values of the row, not their keys")
-    yield number("train_loss", model.loss[-1].mean(), "nats", "measured", seeds=plan.seeds, note=model.note)
+    yield number("train_loss", sum(model.loss) / len(model.loss), "nats", "measured", seeds=plan.seeds, note=model.note)
