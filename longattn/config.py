@@ -136,7 +136,7 @@ class MQAR:
             )
         if self.pairs > self.vocabulary // 2 - 1:
             raise ValueError(
-                f"MQAR.pairs={self.pairs} must be at most {self.vocabulary // 2 - 1}, vocabulary/2 - 1: keys are distinct"
+                f"MQAR.pairs={self.pairs} must be at most {self.vocabulary // 2 - 1}, the number of distinct keys"
             )
 
 
@@ -274,7 +274,9 @@ def from_json(text: str) -> Config:
     """The inverse of `to_json`. Raises ValueError for another version, unknown classes or fields."""
     document = json.loads(text)
     if document.get("version") != VERSION:
-        raise ValueError(f"config version {document.get('version')!r} must be {VERSION}: another longattn wrote it")
+        raise ValueError(
+            f"config version {document.get('version')!r} must be {VERSION}: it was written by another version"
+        )
     config = _decode(document["config"])
     if not isinstance(config, Config):
         raise ValueError(f"the JSON holds a {type(config).__name__}, not a Config")
