@@ -168,7 +168,7 @@ def _fits(plan: CostPlan, store: Store) -> Iterable[Number]:
             ("memory", "scratch_forward_backward", way.memory_exponent),
         ):
             numbers = sorted(store.select("cost", quantity, way.name), key=lambda n: n.at["T"])[-FITTED:]
-            if len(numbers) < FITTED:
+            if len(numbers) < FITTED or min(n.value for n in numbers) <= 0:
                 continue
             sizes = [n.at["T"] for n in numbers]
             fit = bench.fit_exponent(sizes, [n.samples or [n.value] for n in numbers])

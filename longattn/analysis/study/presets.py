@@ -13,7 +13,7 @@ from longattn.config import MQAR, ByteLM, Needle
 class CostPlan:
     """Part 1. The three largest lengths of each way are fitted."""
 
-    seconds: float = 90  # the part's budget
+    seconds: float = 80  # the part's budget
     H: int = 4  # heads of the timed layer
     D: int = 64  # size of a head
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -31,7 +31,7 @@ class CostPlan:
 class MemoryPlan:
     """Part 2. Training steps compiled from shapes alone at `lengths`, checked at `check`."""
 
-    seconds: float = 110
+    seconds: float = 100
     model: config.Model = config.Model(N=12, E=768, F=2048, H=12, K=12, D=64, W=257)  # 85 million parameters
     windows: tuple[int, ...] = (1024,)
     lengths: tuple[int, ...] = (2048, 4096, 8192)
@@ -45,15 +45,16 @@ class MemoryPlan:
 class RecallPlan:
     """Part 3a. Small models on MQAR and needle: two layers, the first a window of two tokens."""
 
-    seconds: float = 200
+    seconds: float = 230
     model: config.Model = config.Model(N=2, E=64, F=128, H=1, K=1, D=64, W=257, tie=False, dtype="float32", scan=False)
     windows: tuple[int, ...] = (8, 32)
     mqar: tuple[MQAR, ...] = (MQAR(T=64, B=64, pairs=8, vocabulary=64),)
     mqar_steps: int = 130
     needle: tuple[Needle, ...] = (Needle(T=144, B=32, digits=4),)
     needle_steps: int = 130
-    lr: float = 3e-3
-    seeds: tuple[int, ...] = (0, 1, 2)
+    lr: float = 4e-3
+    seeds: tuple[int, ...] = (0, 1, 2)  # of MQAR
+    needle_seeds: tuple[int, ...] = (0,)
     questions: int = 1024  # held-out rows
     every: bool = False
 
@@ -62,19 +63,19 @@ class RecallPlan:
 class ContextPlan:
     """Part 3b. A byte language model on real text at three context lengths, and what it loses without its context."""
 
-    seconds: float = 140
-    model: config.Model = config.Model(N=2, E=96, F=256, H=2, K=2, D=48, W=257, dtype="float32", scan=False)
+    seconds: float = 130
+    model: config.Model = config.Model(N=2, E=96, F=256, H=2, K=2, D=48, W=257, dtype="float32")
     windows: tuple[int, ...] = (64,)
     data: ByteLM = ByteLM()
     lengths: tuple[int, ...] = (128, 512, 1024)
     tokens: int = 2048  # per step
-    steps: int = 120
+    steps: int = 100
     lr: float = 3e-3
     seeds: tuple[int, ...] = (0,)
     eval_tokens: int = 131072  # held-out tokens of the loss by position
     tail: int = 512  # bytes whose loss the control measures
     keep: tuple[int, ...] = (0, 8, 32, 128, 512)  # bytes before the tail that stay
-    documents: int = 48  # of the control
+    documents: int = 32  # of the control
     every: bool = False
 
 
@@ -120,6 +121,7 @@ FULL = Preset(
         needle=tuple(Needle(T=T, B=32, digits=4) for T in (256, 512)),
         needle_steps=2000,
         seeds=(0, 1, 2, 3, 4),
+        needle_seeds=(0, 1, 2),
         questions=3000,
         every=True,
     ),
@@ -160,6 +162,7 @@ SMOKE = Preset(  # seconds: whether every part runs; its numbers mean nothing
         needle=(Needle(T=128, B=4, digits=2),),
         needle_steps=2,
         seeds=(0, 1),
+        needle_seeds=(0, 1),
         questions=8,
     ),
     ContextPlan(

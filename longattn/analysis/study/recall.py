@@ -36,10 +36,16 @@ def units(plan: RecallPlan, store: Store) -> list[Unit]:
                 key = f"recall/{way.name}/{_name(task)}"
                 made.append(
                     Unit(
-                        key, lambda clock, t=task, w=way, s=steps: _recall(plan, w, t, s, clock), weight=steps * task.T
+                        key,
+                        lambda clock, t=task, w=way, s=steps: _recall(plan, w, t, s, clock),
+                        weight=steps * task.B * task.T * len(_seeds(plan, task)),
                     )
                 )
     return made
+
+
+def _seeds(plan: RecallPlan, task: Task) -> tuple[int, ...]:
+    return plan.seeds if isinstance(task, config.MQAR) else plan.needle_seeds
 
 
 def _name(task: Task) -> str:
@@ -61,7 +67,8 @@ def _config(plan: RecallPlan, way: Way, task: Task, steps: int) -> config.Config
 
 def _recall(plan: RecallPlan, way: Way, task: Task, steps: int, clock: Clock) -> Iterable[Number]:
     cfg = _config(plan, way, task, steps)
-    model = learn(cfg, plan.seeds, clock, spread=True)
+    seeds = _seeds(plan, task)
+    model = learn(cfg, seeds, clock, spread=True)
     sums = score(model, -(-plan.questions // task.B))
     hits, n = sums["correct_sum"], float(sums["weight_sum"][0])
     low, high = share_interval(hits.tolist(), n)
@@ -82,7 +89,7 @@ def _recall(plan: RecallPlan, way: Way, task: Task, steps: int, clock: Clock) ->
         low=low,
         high=high,
         samples=tuple((hits / n).tolist()),
-        seeds=plan.seeds,
+        seeds=seeds,
         note=model.note,
     )
     mixer = cfg.model.layers[-1]
@@ -94,4 +101,4 @@ def _recall(plan: RecallPlan, way: Way, task: Task, steps: int, clock: Clock) ->
     yield number("chance", module.chance(task), "", "predicted")
     if isinstance(task, config.MQAR):
         yield number("guess", mqar.guess(task), "", "predicted", note="knows the values of the row, not their keys")
-    yield number("train_loss", sum(model.loss) / len(model.loss), "nats", "measured", seeds=plan.seeds, note=model.note)
+    yield number("train_loss", sum(model.loss) / len(model.loss), "nats", "measured", seeds=seeds, note=model.note)
