@@ -86,7 +86,7 @@ def test_json_errors(edit, message):
         (lambda: c.ByteLM(valid=1.5), r"must lie in \[0, 1\]"),
         (lambda: c.ByteLM(T=16, overlap=16), "must be less than T=16"),
         (lambda: c.MQAR(T=32, pairs=16), "must be at most T/4"),
-        (lambda: c.MQAR(T=256, pairs=32, vocabulary=64), "must be at most vocabulary/2 - 1"),
+        (lambda: c.MQAR(T=256, pairs=32, vocabulary=64), "MQAR.pairs=32 must be at most 31"),
         (lambda: c.Needle(depth=2.0), r"must lie in \[0, 1\]"),
         (lambda: c.Optimiser(lr=0.0), "must be positive"),
         (lambda: c.Optimiser(clip=-1.0), "must not be negative"),
