@@ -397,11 +397,12 @@ def parse(text: str) -> Mask:
         return ValueError(f"{ast.unparse(node)!r} in the mask {text!r} {why}")
 
     def integer(node: ast.expr) -> int:
-        negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
-        constant = node.operand if negative else node
+        sign, constant = 1, node
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            sign, constant = -1, node.operand
         if not isinstance(constant, ast.Constant) or type(constant.value) is not int:
             raise wrong(node, "must be an integer")
-        return -constant.value if negative else constant.value
+        return sign * constant.value
 
     def build(node: ast.expr) -> Mask:
         match node:
