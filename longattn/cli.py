@@ -2,6 +2,7 @@
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 2 the caller's mistake (one line, with the
 remedy), 130 interrupted, 143 stopped by SIGTERM after saving. What is heavy is imported by the command that needs it.
+LONGATTN_TRACEBACK=1 shows where a refusal came from.
 """
 
 from __future__ import annotations

@@ -15,19 +15,19 @@ import numpy as np
 from longattn.config import ByteLM, Config
 from longattn.train import data, record
 from longattn.train.checkpoint import Checkpoints
-from longattn.train.step import Params, eval_step, init_state
+from longattn.train.step import Params, batch_shapes, eval_step, init_state
 
 EVALUATION_VERSION = 1
 
 
-def run_evaluation(config: Config, params: Params, source: Any, batches: int) -> dict[str, Any]:
-    """Loss over the first `batches` batches of a source (0: all of it), deterministic.
+def run_evaluation(config: Config, step_fn: Any, params: Params, source: Any, batches: int) -> dict[str, Any]:
+    """Loss by `step_fn` (step.eval_step) over the first `batches` batches of a source (0: all of it), deterministic.
 
     nll: nats per weighted token; accuracy; tokens: the weights' sum; by_position: see record.by_position; ByteLM also
     bits_per_byte.
     """
     count = min(batches or source.num_batches, source.num_batches)
-    parts = jax.device_get([eval_step(config)(params, source.batch(i)) for i in range(count)])
+    parts = jax.device_get([step_fn(params, source.batch(i)) for i in range(count)])
     sums = {k: np.sum([np.asarray(p[k], np.float64) for p in parts], axis=0) for k in parts[0]}
     tokens = max(1.0, float(sums["weight_sum"]))
     nll = float(sums["nll_sum"]) / tokens
@@ -100,7 +100,10 @@ def evaluate(
     )
     source = data.source(config.data, seed=config.run.seed, split="valid")
     params, step = restore_params(Path(run_dir), config, newest=newest)
-    result = run_evaluation(config, params, source, batches)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+    step_fn = eval_step(config).lower(shapes, batch_shapes(config)).compile()
+    record.refuse_program(config, step_fn)
+    result = run_evaluation(config, step_fn, params, source, batches)
     if isinstance(config.data, ByteLM) and not batches:
         result["xz"] = xz_bits_per_byte(source)
     return {

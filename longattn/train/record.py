@@ -185,6 +185,29 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def refuse_program(config: Config, compiled: Any) -> None:
+    """Raise ValueError if a compiled program (`jax.stages.Compiled`) needs more memory than is available."""
+    m = compiled.memory_analysis()
+    if m is not None:
+        outputs = m.output_size_in_bytes - m.alias_size_in_bytes
+        refuse_beyond_memory(config, m.argument_size_in_bytes + m.temp_size_in_bytes + outputs)
+
+
+def refuse_beyond_memory(config: Config, needed: int) -> None:
+    """Raise ValueError if `needed` bytes are more than is available."""
+    available = available_memory()
+    if available is not None and needed > available:
+        raise ValueError(too_large(config, f"{needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are available"))
+
+
+def too_large(config: Config, needs: str) -> str:
+    """What to say of a step that does not fit, and the remedies."""
+    return (
+        f"data.T={config.data.T} with data.B={config.data.B} needs {needs}; lower T or B, "
+        "or in training raise --optimiser.accumulate or choose --model.remat full"
+    )
+
+
 # ---- metrics
 
 

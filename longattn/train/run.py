@@ -21,7 +21,7 @@ from longattn.config import Config
 from longattn.train import data, record
 from longattn.train.checkpoint import Checkpoints
 from longattn.train.evaluate import initial_params, run_evaluation
-from longattn.train.step import State, batch_shapes, init_state, train_step
+from longattn.train.step import State, batch_shapes, eval_step, init_state, train_step
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _loop(
             # Only a state whose loss was seen finite is saved, and only after its line is on disk (see record.py).
             settled, pending, valid = settle(), None, None
             if evaluate_now:
-                valid = run_evaluation(config, state.params, sources["valid"], run.eval_batches)
+                valid = run_evaluation(config, eval_step(config), state.params, sources["valid"], run.eval_batches)
             if evaluate_now or step % run.log_every == 0:
                 recorder.write(step, settled, valid)
             checkpoints.save(step, state, valid and valid["nll"])
@@ -158,32 +158,15 @@ def compile_step(config: Config, shapes: State) -> Any:
     itemsize = np.dtype(config.model.dtype).itemsize
     # Even full rematerialisation keeps each layer's input: refuse before tracing what would take hours to compile.
     tokens = config.data.B * config.data.T // config.optimiser.accumulate
-    refuse_beyond_memory(config, held + tokens * config.model.E * itemsize * (config.model.N + 1))
+    record.refuse_beyond_memory(config, held + tokens * config.model.E * itemsize * (config.model.N + 1))
     try:
         compiled = train_step(config).lower(shapes, batch_shapes(config)).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(_too_large(config, "more memory than the device has")) from error
-    m = compiled.memory_analysis()
-    if m is not None:
-        outputs = m.output_size_in_bytes - m.alias_size_in_bytes
-        refuse_beyond_memory(config, m.argument_size_in_bytes + m.temp_size_in_bytes + outputs)
+        raise ValueError(record.too_large(config, "more memory than the device has")) from error
+    record.refuse_program(config, compiled)
     return compiled
-
-
-def refuse_beyond_memory(config: Config, needed: int) -> None:
-    """Raise ValueError if `needed` bytes exceed what is available."""
-    available = record.available_memory()
-    if available is not None and needed > available:
-        raise ValueError(_too_large(config, f"{needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are available"))
-
-
-def _too_large(config: Config, needs: str) -> str:
-    return (
-        f"data.T={config.data.T} with data.B={config.data.B} needs {needs}; lower --data.T or --data.B, "
-        "raise --optimiser.accumulate, or choose --model.remat full"
-    )
 
 
 def ideal_seconds(config: Config) -> float | None:

@@ -146,17 +146,26 @@ def _eval_step(config: Config, params: Params, batch: Batch) -> dict[str, Array]
     x, w = _hidden(params, batch, config), head(params, config.model)
     _, aux = cross_entropy(x, w, labels, weights, chunk=config.optimiser.loss_chunk)
 
-    def hits(pair: tuple[Float[Array, "T E"], Int[Array, " T"]]) -> Float[Array, " T"]:
-        row, label = pair
-        return (jnp.argmax(row @ w.T.astype(row.dtype), axis=-1) == label).astype(jnp.float32)
+    B, T = batch.tokens.shape
+    chunk = min(config.optimiser.loss_chunk, B * T)  # logits of this many tokens exist at once, here too
+    short = -B * T % chunk
 
-    T = batch.tokens.shape[1]
+    def hits(pair: tuple[Float[Array, "C E"], Int[Array, " C"]]) -> Float[Array, " C"]:
+        x, label = pair
+        return (jnp.argmax(x @ w.T.astype(x.dtype), axis=-1) == label).astype(jnp.float32)
+
+    pieces = (
+        jnp.pad(x.reshape(B * T, -1), ((0, short), (0, 0))).reshape(-1, chunk, x.shape[-1]),
+        jnp.pad(labels.reshape(-1), (0, short)).reshape(-1, chunk),
+    )
+    correct = jax.lax.map(hits, pieces).reshape(-1)[: B * T]
+
     seen = jnp.clip(batch.positions, 0, T - 1).reshape(-1)  # a prediction at position p has read p + 1 tokens
     zeros = jnp.zeros(T, jnp.float32)
     return {
         "nll_sum": aux["nll_sum"],
         "weight_sum": aux["weight_sum"],
-        "correct_sum": jnp.sum(jax.lax.map(hits, (x, labels)) * weights),
+        "correct_sum": jnp.sum(correct * weights.reshape(-1)),
         "nll_by_position": zeros.at[seen].add((aux["nll"] * weights).reshape(-1)),
         "weight_by_position": zeros.at[seen].add(weights.reshape(-1)),
     }

@@ -49,8 +49,8 @@ def copy(state: State) -> State:
 
 
 def test_loss_is_the_global_token_mean() -> None:
-    b = batch()
-    labels, weights = labels_and_weights(*map(jnp.asarray, b))
+    b = Batch(*map(jnp.asarray, batch()))
+    labels, weights = labels_and_weights(*b)
     logits, _ = Transformer(CONFIG.model).apply({"params": fresh().params}, b.tokens, b.positions, b.segment_ids)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)[..., 0]
     expected = float((nll * weights).sum() / weights.sum())
