@@ -54,7 +54,7 @@ def wilson(hits: float, n: float) -> tuple[float, float]:
     z = 1.96
     p, scale = hits / n, 1 + z**2 / n
     middle, half = (p + z**2 / (2 * n)) / scale, z / scale * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # rounding must not leave p outside
 
 
 def share_interval(hits: Sequence[float], n: float) -> tuple[float, float]:
