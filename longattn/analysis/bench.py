@@ -213,7 +213,7 @@ def _forward_backward(attend: Attend) -> Callable[..., Any]:
     return both
 
 
-def _program(attend: Attend, what: str) -> Callable[..., Any]:
+def _program(attend: Attend, what: str) -> Any:
     """The jitted candidate (q, k, v, do) -> (out,) or (out, dq, dk, dv)."""
     return jax.jit(_forward_backward(attend) if what == "forward_backward" else lambda q, k, v, do: (attend(q, k, v),))
 
@@ -330,7 +330,7 @@ def attention(options: AttentionOptions, console: Console | None = None) -> dict
             n = None
         torch, why = stack.enter_context(_torch(options))
         skipped = {"torch": why} if why and options.against is None else {}
-        document = {
+        document: dict[str, Any] = {
             "version": VERSION,
             "kind": "bench attention",
             "options": {**asdict(options), "mask": str(options.mask)},

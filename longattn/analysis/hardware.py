@@ -97,4 +97,4 @@ def detect() -> Device:
     if first.platform == "cpu":
         return Device(kind, first.platform, n, None, _matmul_flops() / jax.local_device_count(), True)
     chip = chip_of(kind)
-    return Device(kind, first.platform, n, chip, chip and chip.peak_bf16_flops / chip.devices, False)
+    return Device(kind, first.platform, n, chip, chip.peak_bf16_flops / chip.devices if chip else None, False)

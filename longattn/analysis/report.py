@@ -345,7 +345,7 @@ def _matrix(
     note: str = "",
 ) -> Table:
     """Rows (way, labels) by columns (heading, quantity, labels), of this study and of the recorded ones."""
-    made = []
+    made: list[tuple[Cell, ...]] = []
     for label, source in [("", study.store), *((r.label, r.store) for r in study.recorded)]:
         for way, labels in rows:
             cells = tuple(source.one(part, quantity, way, **{**labels, **more}) for _, quantity, more in columns)
@@ -654,7 +654,7 @@ def compare_page(a: Study, b: Study) -> str:
 def compare_summary(a: Study, b: Study, console: Console, page: Path) -> None:
     """What differs beyond the intervals, in the terminal."""
     table = _compared(a, b)
-    apart = [row for row in table.rows if row[-1] == "apart"]
+    apart: list[tuple[Any, ...]] = [row for row in table.rows if row[-1] == "apart"]
     console.print(f"[bold]{a.name}[/] ({device(a.store)}) and [bold]{b.name}[/] ({device(b.store)})")
     console.print(f"{len(table.rows)} numbers in both, the intervals of {len(apart)} are apart")
     for key, x, y, ratio, _ in apart[:20]:

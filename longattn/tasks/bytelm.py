@@ -74,9 +74,9 @@ def pack(length: Int64[np.ndarray, " n"], T: int, rng: np.random.Generator, wind
                 room, row = T, len(rows)
                 rows.append([i])
             bisect.insort(free, (room - n, row))
-    for row in rows:
-        if len(row) > 1:  # else every row would run from its longest piece to its shortest
-            rng.shuffle(row)
+    for pieces in rows:
+        if len(pieces) > 1:  # else every row would run from its longest piece to its shortest
+            rng.shuffle(pieces)
     ptr = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([len(row) for row in rows], out=ptr[1:])
     return Rows(np.array([i for row in rows for i in row], np.int64), ptr)

@@ -45,8 +45,13 @@ class Batch(NamedTuple):
 class Source(Protocol):
     """Random access to the batches of one split."""
 
-    num_batches: int  # per epoch; the last one may end in empty rows
-    info: dict[str, Any]  # what the data are, for the run's record
+    @property
+    def num_batches(self) -> int:
+        """Batches per epoch; the last one may end in empty rows."""
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the data are, for the run's record."""
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         """The batch of a step (any step >= 0: epochs follow one another), or only some of its rows."""

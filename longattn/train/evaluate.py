@@ -92,7 +92,7 @@ def evaluate(
             raise ValueError(
                 f"{name}={given[name]!r} does not apply to {type(config.data).__name__} data; leave it out"
             )
-    changed = {k: v for k, v in given.items() if v is not None}
+    changed: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, **changed),

@@ -100,7 +100,7 @@ def _loop(
     start = step = int(state.step)
     profiler = record.Profiler(Path(run.dir, run.name, "profile"), run.profile)
     batches = iter(data.loader(sources["train"], start))
-    pending = None  # (step, its metrics on the device, seconds waited for its batch)
+    pending: Any = None  # (step, its metrics on the device, seconds waited for its batch)
     clock = time.perf_counter()
 
     def settle() -> dict[str, float]:
@@ -144,7 +144,7 @@ def _loop(
                 valid = run_evaluation(config, eval_step(config), state.params, sources["valid"], run.eval_batches)
             if evaluate_now or step % run.log_every == 0:
                 recorder.write(step, settled, valid)
-            checkpoints.save(step, state, valid and valid["nll"])
+            checkpoints.save(step, state, valid["nll"] if valid else None)
             clock = time.perf_counter()
         elif step % run.log_every == 0:
             checkpoints.poll()
@@ -160,7 +160,8 @@ def compile_step(config: Config, shapes: State) -> Any:
     tokens = config.data.B * config.data.T // config.optimiser.accumulate
     record.refuse_beyond_memory(config, held + tokens * config.model.E * itemsize * (config.model.N + 1))
     try:
-        compiled = train_step(config).lower(shapes, batch_shapes(config)).compile()
+        step: Any = train_step(config)
+        compiled = step.lower(shapes, batch_shapes(config)).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -184,5 +184,5 @@ def eval_step(config: Config) -> Callable[[Params, Batch], dict[str, Array]]:
 def batch_shapes(config: Config) -> Batch:
     """The shapes and dtypes of one step's batch, to compile for without data."""
     shape = (config.data.B, config.data.T)
-    integers = [jax.ShapeDtypeStruct(shape, np.dtype(np.int32))] * 3
-    return Batch(*integers, jax.ShapeDtypeStruct(shape, np.dtype(np.float32)))
+    ids = jax.ShapeDtypeStruct(shape, np.dtype(np.int32))
+    return Batch(ids, ids, ids, jax.ShapeDtypeStruct(shape, np.dtype(np.float32)))

@@ -78,8 +78,9 @@ def _context(plan: ContextPlan, way: Way, T: int, control: bool, clock: Clock) -
         "bytes_read", bytes_read_per_token(mixer, cfg.model, T), "B", "predicted", {}, note="bfloat16, one layer"
     )
     if control:
-        for quantity, k, value, low, high in _control(plan, model):
-            yield number(quantity, value, "bits", "measured", {"k": k, "tail": plan.tail}, low=low, high=high, **about)
+        for quantity, k, value, *ends in _control(plan, model):
+            at = {"k": k, "tail": plan.tail}
+            yield number(quantity, value, "bits", "measured", at, low=ends[0], high=ends[1], **about)
 
 
 def _octaves(T: int) -> list[tuple[int, int]]:
@@ -94,8 +95,9 @@ def _control(plan: ContextPlan, model: Learned) -> Iterable[tuple[str, int, floa
     "tail_bits" is the mean over documents, "tail_excess" that minus the loss with the whole context, paired by
     document.
     """
-    T = model.config.data.T
-    rows = documents(model.config.data, plan.documents)
+    text: Any = model.config.data
+    T = text.T
+    rows = documents(text, plan.documents)
     per_k = {}
     for k in (*sorted(k for k in plan.keep if k < T - plan.tail), T - plan.tail):
         losses = []
@@ -106,9 +108,9 @@ def _control(plan: ContextPlan, model: Learned) -> Iterable[tuple[str, int, floa
             sums = evaluate(model, [batch])
             losses.append(np.mean(sums["nll_sum"] / sums["weight_sum"]) / LN2)
         per_k[k] = np.array(losses)
-    for k, losses in per_k.items():
-        yield "tail_bits", k, *_mean(losses)
-        yield "tail_excess", k, *_mean(losses - per_k[T - plan.tail])
+    for k, tail in per_k.items():
+        yield "tail_bits", k, *_mean(tail)
+        yield "tail_excess", k, *_mean(tail - per_k[T - plan.tail])
 
 
 def _mean(x: np.ndarray) -> tuple[float, float, float]:
@@ -121,7 +123,7 @@ def documents(cfg: config.ByteLM, count: int) -> np.ndarray:
 
     Raises ValueError if fewer than two do.
     """
-    source = data.source(cfg, seed=0, split="valid")
+    source: Any = data.source(cfg, seed=0, split="valid")
     long = [d for d in source.documents if d.size >= cfg.T - 1][:count]
     if len(long) < 2:
         raise ValueError(

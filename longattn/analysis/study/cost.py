@@ -11,7 +11,7 @@ import concurrent.futures
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from longattn import config
 from longattn.analysis import bench, cost
-from longattn.analysis.store import Number, Store
+from longattn.analysis.store import Badge, Number, Store
 from longattn.analysis.study.presets import CostPlan
 from longattn.analysis.study.table import FIRST, Way, ways
 from longattn.analysis.study.work import Unit
@@ -92,7 +92,7 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float]:
     return ordered[k], ordered[n - 1 - k]
 
 
-def _timed(fns: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
+def _timed(fns: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
     """Median, interval and samples of each callable, in seconds."""
     result = {}
     for name, samples in bench.interleave(fns, repeats).items():
@@ -173,7 +173,7 @@ def _fits(plan: CostPlan, store: Store) -> Iterable[Number]:
             sizes = [n.at["T"] for n in numbers]
             fit = bench.fit_exponent(sizes, [n.samples or [n.value] for n in numbers])
             note = f"fitted on T = {', '.join(map(str, sizes))}"
-            badge = "measured" if numbers[0].samples else "compiled"
+            badge: Badge = "measured" if numbers[0].samples else "compiled"
             yield Number(
                 "cost", f"exponent_{name}", way.name, fit.value, "", badge, low=fit.low, high=fit.high, note=note
             )

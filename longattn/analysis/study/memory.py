@@ -57,7 +57,7 @@ def _chips() -> Iterable[Number]:
         )
 
 
-def _config(plan: MemoryPlan, way: Way, remat: str, T: int, B: int = 1) -> config.Config:
+def _config(plan: MemoryPlan, way: Way, remat: Any, T: int, B: int = 1) -> config.Config:
     model = dataclasses.replace(plan.model, mixers=(way.mixer,), remat=remat)
     return config.Config(model=model, data=config.ByteLM(T=T, B=B))
 

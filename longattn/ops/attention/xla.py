@@ -471,8 +471,8 @@ def _attend_forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Ex
 
 
 def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
-    q, k, v, bias, *_ = residuals
-    grads = _backward(*residuals, *cotangents, spec)
+    q, k, v, bias, extras, out, lse = residuals
+    grads = _backward(q, k, v, bias, extras, out, lse, *cotangents, spec)
     return *(None if x is None else g.astype(x.dtype) for x, g in zip((q, k, v, bias), grads, strict=True)), None
 
 
