@@ -101,7 +101,8 @@ def evaluate(
     source = data.source(config.data, seed=config.run.seed, split="valid")
     params, step = restore_params(Path(run_dir), config, newest=newest)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-    step_fn = eval_step(config).lower(shapes, batch_shapes(config)).compile()
+    jitted: Any = eval_step(config)
+    step_fn = jitted.lower(shapes, batch_shapes(config)).compile()
     record.refuse_program(config, step_fn)
     result = run_evaluation(config, step_fn, params, source, batches)
     if isinstance(config.data, ByteLM) and not batches:
