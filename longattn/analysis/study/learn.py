@@ -56,7 +56,7 @@ def learn(config: Config, seeds: tuple[int, ...], clock: Clock, *, spread: bool 
         left = (clock.deadline - time.monotonic()) / (len(seeds) - i)
         end = time.monotonic() + left
         state, loss, taken = _one(
-            config, start(np.uint32(seed)), seed, end, steps, lambda f, i=i: clock.report((i + f) / len(seeds))
+            config, start(np.int32(seed)), seed, end, steps, lambda f, i=i: clock.report((i + f) / len(seeds))
         )
         steps = min(steps, taken)
         if not math.isfinite(loss):
