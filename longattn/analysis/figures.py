@@ -98,7 +98,7 @@ def _inline(svg: str, name: str, title: str, description: str) -> str:
 def powers(axis: Any, values: Sequence[float], show: Callable[[float], str]) -> None:
     """Ticks of a logarithmic axis exactly at `values`."""
     ticks = sorted(set(values))
-    axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // 6)]))  # more labels would touch each other
+    axis.set_major_locator(FixedLocator(ticks[:: max(1, -(-len(ticks) // 6))]))  # more labels would touch each other
     axis.set_major_formatter(FuncFormatter(lambda v, _: show(float(v))))
     axis.set_minor_formatter(NullFormatter())
     axis.set_minor_locator(FixedLocator([]))
@@ -249,7 +249,7 @@ def cost(store: Store, titles: dict[str, str], recorded: Sequence[tuple[str, Sto
                 _lines(ax, source, "cost", quantity, titles, scale, dashed=label)
                 shown = shown + source.select("cost", quantity)
             ax.set_yscale("log")
-            _lengths(ax, shown, unit, title)
+            _lengths(ax, shown, unit, title if shown else f"{title}: not measured")
         time.legend(fontsize=9)
 
     facts = "; ".join(f"{titles.get(n.way, n.way)} at {n.at['T']}: {n.value * 1e3:.3g} ms" for n in times)

@@ -45,13 +45,13 @@ class MemoryPlan:
 class RecallPlan:
     """Part 3a. Small models on MQAR and needle: two layers, the first a window of two tokens."""
 
-    seconds: float = 230
+    seconds: float = 270
     model: config.Model = config.Model(N=2, E=64, F=128, H=1, K=1, D=64, W=257, tie=False, dtype="float32", scan=False)
     windows: tuple[int, ...] = (8, 32)
     mqar: tuple[MQAR, ...] = (MQAR(T=64, B=64, pairs=8, vocabulary=64),)
-    mqar_steps: int = 130
+    mqar_steps: int = 150
     needle: tuple[Needle, ...] = (Needle(T=144, B=32, digits=4),)
-    needle_steps: int = 130
+    needle_steps: int = 420
     lr: float = 4e-3
     seeds: tuple[int, ...] = (0, 1, 2)  # of MQAR
     needle_seeds: tuple[int, ...] = (0,)
@@ -63,7 +63,7 @@ class RecallPlan:
 class ContextPlan:
     """Part 3b. A byte language model on real text at three context lengths, and what it loses without its context."""
 
-    seconds: float = 130
+    seconds: float = 110
     model: config.Model = config.Model(N=2, E=96, F=256, H=2, K=2, D=48, W=257, dtype="float32")
     windows: tuple[int, ...] = (64,)
     data: ByteLM = ByteLM()

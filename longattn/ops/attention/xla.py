@@ -66,7 +66,7 @@ class _Layout(NamedTuple):
 
     sequences: int  # groups of sequences
     groups: int  # groups of heads
-    inner: int  # sequences in a group: all where they see the same blocks and are short, else one
+    inner: int  # sequences in a group
     T: int
     S: int
     K: int  # key/value heads in a group
@@ -83,9 +83,9 @@ class _Layout(NamedTuple):
 
 def _layout(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> _Layout:
     (B, T, H, D), (S, K), V = q.shape, k.shape[1:3], v.shape[3]
-    arrays = (extras.q_segments, extras.q_positions, *jax.tree.leaves(extras.mask))
-    alike = not any(x is not None and x.shape[0] > 1 for x in arrays)
-    inner = B if alike and B * H * min(T, 256) * min(S, 256) <= 2**19 else 1
+    # Short sequences share a tile: what one of them sees is then computed for all, yet steps of the loop are not idle.
+    fit = 2**17 // max(H * min(T, 256) * min(S, 256), 1)
+    inner = max(b for b in range(1, max(B, 1) + 1) if max(B, 1) % b == 0 and (b == 1 or b <= fit))
     tuning = spec.tuning or default_tuning(inner, T, S, K, H // K)
     bq, bk, heads = tuning.block_q, tuning.block_k, tuning.heads or K
     if K % heads:
@@ -229,8 +229,8 @@ def _mask(side: _Side, o: Array, n: _Layout) -> Mask:
     """The mask of group o: its leaves lead with the batch, and with the heads where there is a second axis."""
 
     def leaf(x: Array) -> Array:
-        if n.inner == 1 and x.shape[0] > 1:
-            x = lax.dynamic_slice_in_dim(x, o // n.groups, 1)
+        if n.sequences > 1 and x.shape[0] > 1:
+            x = lax.dynamic_slice_in_dim(x, o // n.groups * n.inner, n.inner)
         if x.ndim > 1 and x.shape[1] > 1:
             x = lax.dynamic_slice_in_dim(x, o % n.groups * (n.K * n.G), n.K * n.G, axis=1)
         return x
