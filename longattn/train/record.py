@@ -127,7 +127,7 @@ def environment(data: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
         "version": ENVIRONMENT_VERSION,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": ["longattn", *sys.argv[1:]],  # no path of this machine
         "versions": versions,
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         "host": {"system": platform.platform(), "cpu": _cpu_name(), "cores": os.cpu_count()},

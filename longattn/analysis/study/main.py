@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -167,4 +166,4 @@ def _claim(options: StudyOptions) -> Iterator[Store]:
 
 def _environment(options: StudyOptions) -> dict[str, Any]:
     command = f"longattn study --preset {options.preset} --name {options.folder.name}"
-    return {**environment(), "command": command, "argv": sys.argv, "x64": jax.config.jax_enable_x64}
+    return {**environment(), "command": command, "x64": jax.config.jax_enable_x64}

@@ -13,7 +13,7 @@ from longattn.config import MQAR, ByteLM, Needle
 class CostPlan:
     """Part 1. The three largest lengths of each way are fitted."""
 
-    seconds: float = 80  # the part's budget
+    seconds: float = 90  # the part's budget
     H: int = 4  # heads of the timed layer
     D: int = 64  # size of a head
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -45,12 +45,12 @@ class MemoryPlan:
 class RecallPlan:
     """Part 3a. Small models on MQAR and needle: two layers, the first a window of two tokens."""
 
-    seconds: float = 270
+    seconds: float = 280
     model: config.Model = config.Model(N=2, E=64, F=128, H=1, K=1, D=64, W=257, tie=False, dtype="float32", scan=False)
     windows: tuple[int, ...] = (8, 32)
-    mqar: tuple[MQAR, ...] = (MQAR(T=64, B=64, pairs=8, vocabulary=64),)
-    mqar_steps: int = 150
-    needle: tuple[Needle, ...] = (Needle(T=144, B=32, digits=4),)
+    mqar: tuple[MQAR, ...] = (MQAR(T=64, B=32, pairs=8, vocabulary=64),)
+    mqar_steps: int = 350
+    needle: tuple[Needle, ...] = (Needle(T=144, B=16, digits=4),)
     needle_steps: int = 420
     lr: float = 4e-3
     seeds: tuple[int, ...] = (0, 1, 2)  # of MQAR
