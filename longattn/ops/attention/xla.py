@@ -83,8 +83,9 @@ class _Layout(NamedTuple):
 
 def _layout(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> _Layout:
     (B, T, H, D), (S, K), V = q.shape, k.shape[1:3], v.shape[3]
-    # Short sequences share a tile: what one of them sees is then computed for all, yet steps of the loop are not idle.
-    fit = 2**17 // max(H * min(T, 256) * min(S, 256), 1)
+    # Sequences of one tile share it, so that steps of the loop are not idle. Longer ones do not: each walks over the
+    # tiles that its own segments show, not over those of its neighbours.
+    fit = 2**17 // max(H * T * S, 1) if max(T, S) <= 256 else 1
     inner = max(b for b in range(1, max(B, 1) + 1) if max(B, 1) % b == 0 and (b == 1 or b <= fit))
     tuning = spec.tuning or default_tuning(inner, T, S, K, H // K)
     bq, bk, heads = tuning.block_q, tuning.block_k, tuning.heads or K
@@ -94,9 +95,7 @@ def _layout(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> _Layout
     # A CPU widens half-precision operands anyway, so there the tiles of P keep their precision too.
     operand = dtype if dispatch.target().platform == "cpu" else q.dtype
     J = -(-T // bq), -(-S // bk)
-    return _Layout(
-        B // max(inner, 1), K // heads, inner, T, S, heads, H // K, D, V, *J, bq, bk, operand, dtype
-    )  # fmt: skip
+    return _Layout(B // inner, K // heads, inner, T, S, heads, H // K, D, V, *J, bq, bk, operand, dtype)
 
 
 def _tiles(x: Array, n: _Layout, block: int, value: float = 0.0, edge: bool = False) -> Array:
@@ -172,8 +171,8 @@ _EXP2 = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6
 def _exp(x: Array) -> Array:
     """exp(x) for x <= 0 or barely above; exactly 0 below -88.
 
-    On a CPU in float32 by 2**floor(y) * 2**r with y = x log2(e) and a polynomial for 2**r, |r| <= 1/2 (relative error
-    2e-7 where the result matters): half the instructions of the general function.
+    On a CPU in float32 by 2**n * 2**r, x log2(e) = n + r with n an integer, |r| <= 1/2, and a polynomial for 2**r
+    (relative error 2e-7 where the result matters): half the instructions of the general function.
     """
     if x.dtype != jnp.float32 or dispatch.target().platform != "cpu":
         return jnp.exp(x)
