@@ -48,12 +48,14 @@ class Tuning:
 
 
 def default_tuning(B: int, T: int, S: int, K: int, G: int) -> Tuning:
-    """Tiles of 256 x 256 over as many heads as keep the logits of B sequences in a CPU's cache: about 2**17 of them.
+    """Tiles of 256 x 256 over as many heads as keep the logits of B sequences to 2**19; 512 x 512 over few heads.
 
-    Smaller ones spend their time between the products; larger ones wait for memory, and compute what the mask hides.
+    A step of fewer logits spends its time waking the other threads; one of more waits for memory, and a larger tile
+    computes what the mask hides.
     """
-    bq, bk = max(min(256, T), 1), max(min(256, S), 1)
-    fit = max(2**17 // (max(B, 1) * G * bq * bk), 1)
+    few = max(B, 1) * K * G <= 2 and min(T, S) >= 2048
+    bq, bk = (max(min(512 if few else 256, x), 1) for x in (T, S))
+    fit = max(2**19 // (max(B, 1) * G * bq * bk), 1)
     return Tuning(bq, bk, max(h for h in range(1, K + 1) if K % h == 0 and h <= fit))
 
 
