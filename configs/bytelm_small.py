@@ -30,24 +30,24 @@ config = Config(
     data=ByteLM(
         glob="",  # the standard library's sources, which every machine has: about 30 MB
         T=1024,  # bytes of context
-        B=2,  # rows per step: small steps learn more per byte, and bytes are what an hour limits
+        B=1,  # rows per step: small steps learn more per byte, and bytes are what an hour limits
         valid=0.05,  # share of the documents held out
     ),
     optimiser=Optimiser(
-        lr=3e-3,  # high, as small models bear with QK-norm
-        warmup=300,  # steps
+        lr=2e-3,  # high, as small models bear with QK-norm
+        warmup=500,  # steps
         final=0.01,  # decays almost to 0: the last steps settle
-        b2=0.98,  # a longer memory for small batches
+        b2=0.99,  # a longer memory for small batches
         weight_decay=0.1,
         clip=1.0,
         loss_chunk=4096,  # all logits at once: 257 per token are few
     ),
     run=Run(
         name="bytelm_small",
-        steps=4800,  # about 10 million bytes, a third of the corpus
-        log_every=50,
-        eval_every=1000,
-        eval_batches=48,  # about 100,000 held-out bytes; `longattn eval` reads them all
-        save_every=500,
+        steps=19000,  # about 19 million bytes, two thirds of the corpus
+        log_every=100,
+        eval_every=2000,
+        eval_batches=96,  # about 100,000 held-out bytes; `longattn eval` reads them all
+        save_every=1000,
     ),
 )

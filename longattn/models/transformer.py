@@ -89,11 +89,10 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        # Activations of RMS 1 then give logits of standard deviation about 0.5, tied or not, as GPT-2's 0.02 does.
-        small = nn.initializers.truncated_normal(0.5 * c.E**-0.5)
-        self.embedding = self.param("embedding", small, (c.W, c.E), jnp.float32)
+        unit = nn.initializers.truncated_normal(c.E**-0.5)  # rows of length 1
+        self.embedding = self.param("embedding", unit, (c.W, c.E), jnp.float32)
         if not c.tie:
-            self.head = self.param("head", small, (c.W, c.E), jnp.float32)
+            self.head = self.param("head", unit, (c.W, c.E), jnp.float32)
         self.norm = RMSNorm(c.norm_eps)
         p = period(c)
         if p == c.N:
@@ -113,8 +112,9 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, "B T E"], None]:
         """The normed input of the head, in the compute dtype. No positions: arange(T); no segment ids: one segment."""
         no_state(state)
-        # Rows first, cast after: their gradients are summed in float32.
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        # Tokens enter with RMS 1 (section 3.4 of arXiv:1706.03762), so that the blocks' outputs do not drown them, and
+        # leave through rows of length 1, tied or not. Rows first, cast after: their gradients are summed in float32.
+        x = (jnp.take(self.embedding, tokens, axis=0) * self.config.E**0.5).astype(self.config.dtype)
         if period(self.config) == self.config.N:
             for layer in self.layer:
                 x = layer(x, positions, segment_ids)

@@ -114,7 +114,8 @@ def _find(pattern: str) -> tuple[str, list[str]]:
     """The directory that names are relative to, and the paths that match, sorted."""
     if not pattern:
         root = sysconfig.get_path("stdlib")
-        skipped = {"site-packages", "dist-packages", "__pycache__"}
+        # pydoc_data is one generated text of 700 kB, which would decide the loss of whichever split it falls into.
+        skipped = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}
         paths = [str(p) for p in Path(root).rglob("*.py") if not skipped & set(p.relative_to(root).parts)]
     else:
         pattern = os.path.expanduser(pattern)

@@ -7,6 +7,9 @@ Algorithm 1 of arXiv:2205.14135 in the loop order of arXiv:2307.08691 (queries o
 recomputes P = exp(S - lse) from the saved out and lse. Memory is O(T). Per block of queries the blocks of keys are
 sorted by `mask.kind`: full ones run without a mask, partial ones with it, empty ones not at all.
 
+Where |q| |k| bounds every logit of a tile of queries by `SAFE`, exp needs no maximum to be subtracted: m stays 0, which
+saves its passes over the tile.
+
 Tiles stand transposed, S^T [keys, queries]: reductions over keys then run along vectors, the statistics of a row lie
 beside each other, and every product is one of the two forms (NN, NT) that CPU libraries run fastest. A row of ones
 under v^T makes the last row of O the sum l.
@@ -32,6 +35,9 @@ from longattn.mask import EMPTY, FULL, PARTIAL, Mask
 from longattn.ops import dispatch
 from longattn.ops.attention.spec import Extras, Spec
 from longattn.shapes import Key, Out, Query, Statistic, Value
+
+
+SAFE = 60.0  # exp(60) summed over 2**60 keys is finite in float32, and exp(-60) has full precision
 
 
 @dataclass(frozen=True)
@@ -326,11 +332,21 @@ def _scaled(q: Array, n: _Layout, spec: Spec) -> Array:
     return q.astype(n.dtype) * spec.scale if n.operand == n.dtype else q
 
 
-def _walk(side: _Side, o: Array, i: Array, n: _Layout, tile: Any, carry: Any) -> Any:
-    """`tile(masked)(j, carry)` over the full, then the partial tiles of keys that tile i of queries sees."""
-    order, full, seen = _order(side, o, i, n)
-    carry = lax.fori_loop(0, full, lambda t, c: tile(False)(order[t], c), carry)
-    return lax.fori_loop(full, seen, lambda t, c: tile(True)(order[t], c), carry)
+def _walk(order: tuple[Array, Array, Array], tile: Any, carry: Any) -> Any:
+    """`tile(masked)(j, carry)` over the full, then the partial tiles of keys of an `_order`."""
+    tiles, full, seen = order
+    carry = lax.fori_loop(0, full, lambda t, c: tile(False)(tiles[t], c), carry)
+    return lax.fori_loop(full, seen, lambda t, c: tile(True)(tiles[t], c), carry)
+
+
+def _small(queries: Array, keys: Array, n: _Layout, spec: Spec) -> Array:
+    """Whether no logit of a tile of queries can leave [-SAFE, SAFE], by Cauchy and Schwarz: bool [outer Jq]."""
+
+    def longest(x: Array, axes: tuple[int, ...]) -> Array:
+        return jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(n.dtype)), -1), axes))
+
+    bound = longest(queries, (2, 3, 4)) * longest(keys, (1, 2, 3, 4))[:, None]
+    return bound * (1.0 if n.operand == n.dtype else spec.scale) <= SAFE
 
 
 def _index(n: _Layout) -> tuple[Array, Array]:
@@ -356,27 +372,43 @@ def _forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, s
     ones = jnp.ones((*v.shape[:3], 1), n.operand)
     values = _keys(jnp.concatenate([v.astype(n.operand), ones], -1), n).swapaxes(-1, -2)  # [outer Jk inner K V+1 bk]
 
+    small = None if side.bias is not None else _small(queries, keys, n, spec)
+
     def row(_: None, index: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         o, i = index
         qb = _at(queries, o, i)
+        tiles, full, seen = _order(side, o, i, n)
 
-        def tile(masked: bool) -> Any:
+        def logits(j: Array, masked: bool) -> Array:
+            s, visible, _ = _logits(qb, _at(keys, o, j), side, o, i, j, masked, n, spec)
+            return s if visible is None else jnp.where(visible, s, -jnp.inf)
+
+        def add(acc: Array, p: Array, j: Array) -> Array:
+            return acc + _dot("bkvc,bkcr->bkvr", _at(values, o, j), p, n)
+
+        def bounded(masked: bool) -> Any:
+            return lambda j, acc: add(acc, _exp(logits(j, masked)), j)
+
+        def online(masked: bool) -> Any:
             def step(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
                 acc, m = carry
-                s, visible, _ = _logits(qb, _at(keys, o, j), side, o, i, j, masked, n, spec)
-                if visible is not None:
-                    s = jnp.where(visible, s, -jnp.inf)
+                s = logits(j, masked)
                 new = jnp.maximum(m, s.max(2))
                 base = jnp.where(new == -jnp.inf, 0.0, new)
-                p = _exp(s - base[:, :, None])
-                acc = acc * _exp(m - base)[:, :, None] + _dot("bkvc,bkcr->bkvr", _at(values, o, j), p, n)
-                return acc, new
+                return add(acc * _exp(m - base)[:, :, None], _exp(s - base[:, :, None]), j), new
 
             return step
 
         shape = (n.inner, n.K, n.V + 1, n.G * n.bq)
-        carry = _zeros(shape, n.dtype, q), _zeros((*shape[:2], shape[3]), n.dtype, q, -jnp.inf)
-        acc, m = _walk(side, o, i, n, tile, carry)
+        acc, m = _zeros(shape, n.dtype, q), _zeros((*shape[:2], shape[3]), n.dtype, q, -jnp.inf)
+        if small is None:
+            acc, m = _walk((tiles, full, seen), online, (acc, m))
+        else:
+            # Trip counts choose, not a cond: under vmap a cond would compute both sides.
+            safe = _at(small, o, i)
+            part = lambda chosen: (tiles, jnp.where(chosen, full, 0), jnp.where(chosen, seen, 0))
+            acc = _walk(part(safe), bounded, acc)
+            acc, m = _walk(part(~safe), online, (acc, jnp.where(safe, 0.0, m)))
         total = acc[:, :, -1]
         empty = total == 0
         total = jnp.where(empty, 1.0, total)
@@ -436,7 +468,7 @@ def _backward(
             return step
 
         dq = _zeros((n.inner, n.K, n.D, n.G * n.bq), n.dtype, q)
-        dq, *carry = _walk(side, o, i, n, tile, (dq, *carry))
+        dq, *carry = _walk(_order(side, o, i, n), tile, (dq, *carry))
         return tuple(carry), dq.swapaxes(2, 3)
 
     carry = (

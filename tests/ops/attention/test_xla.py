@@ -12,6 +12,8 @@ import pytest
 import longattn
 from longattn import mask as m
 from longattn.ops.attention import xla
+from longattn.ops.attention.spec import Extras, Spec
+from tests.ops import oracle
 
 H, D = 2, 16
 
@@ -49,7 +51,8 @@ def test_empty_tiles_are_never_computed(mask, reach):
     attend = functools.partial(longattn.attention_with_lse, mask=mask, implementation="xla", tuning=tuning)
     (out, lse), pull = jax.vjp(attend, q, k + poison, v + poison)
     clean = poisoned + reach  # queries from here on see no tile with NaN
-    expected, expected_lse = attend(q, k, v)
+    loud = jnp.where(jnp.isnan(poison), 1e18, 0.0)  # beyond SAFE like NaN: the same of the two loops runs
+    expected, expected_lse = attend(q, k + loud, v)
     np.testing.assert_array_equal(out[:, clean:], expected[:, clean:])
     np.testing.assert_array_equal(lse[:, clean:], expected_lse[:, clean:])
     dq, _, _ = pull((jnp.ones_like(out), jnp.ones_like(lse)))
@@ -80,6 +83,40 @@ def test_tuning_changes_the_result_by_rounding_only():
 def test_tuning_errors():
     with pytest.raises(ValueError, match="sizes of at least 1"):
         xla.Tuning(0, 16)
+
+
+@pytest.mark.parametrize("mask", [m.Causal(), m.Causal() & m.Window(40), m.Causal() & ~m.Window(40)], ids=str)
+def test_tiles_with_and_without_a_maximum_meet_in_one_call(mask):
+    """Queries of every second tile are long, so that logits reach 500 there and stay below SAFE elsewhere."""
+    T, tuning = 160, xla.Tuning(16, 32)
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((1, T, H, D)).astype(np.float32) for _ in range(3))
+    q *= np.where(np.arange(T) // 16 % 2, 100.0, 1.0).astype(np.float32)[None, :, None, None]
+    small = np.asarray(xla._small(*_tiled(q, k, tuning)))
+    assert small.any() and not small.all()
+    segment_ids = jnp.asarray(np.arange(T, dtype=np.int32) // 70)[None]
+    positions = np.arange(T, dtype=np.int32)
+    visible = np.asarray(mask(positions[:, None], positions[None])) & np.asarray(segment_ids.T == segment_ids)
+    do, dlse = rng.standard_normal(q.shape), rng.standard_normal(q.shape[:3])
+    truth, plain = (
+        oracle.attention(q, k, v, visible[None, None], scale=D**-0.5, do=do, dlse=dlse, dtype=dtype)
+        for dtype in (np.float64, np.float32)
+    )
+    attend = functools.partial(
+        longattn.attention_with_lse, mask=mask, segment_ids=segment_ids, implementation="xla", tuning=tuning
+    )
+    (out, lse), pull = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
+    grads = pull((jnp.asarray(do, jnp.float32), jnp.asarray(dlse, jnp.float32)))
+    got = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads)))
+    oracle.assert_accurate(got, {n: truth[n] for n in got}, {n: plain[n] for n in got}, np.float32)
+
+
+def _tiled(q, k, tuning):
+    """The tiles of one call of `_forward`, its layout and its spec."""
+    positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+    spec = Spec(scale=D**-0.5, softcap=None, out_dtype="float32", tuning=tuning)
+    n = xla._layout(q, k, k, Extras(m.Causal(), positions, positions), spec)
+    return xla._queries(xla._scaled(jnp.asarray(q), n, spec), n), xla._keys(jnp.asarray(k), n), n, spec
 
 
 def test_second_order_is_an_error():
