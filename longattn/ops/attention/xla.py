@@ -36,7 +36,6 @@ from longattn.ops import dispatch
 from longattn.ops.attention.spec import Extras, Spec
 from longattn.shapes import Key, Out, Query, Statistic, Value
 
-
 SAFE = 60.0  # exp(60) summed over 2**60 keys is finite in float32, and exp(-60) has full precision
 
 

@@ -96,7 +96,8 @@ def test_tiles_with_and_without_a_maximum_meet_in_one_call(mask):
     assert small.any() and not small.all()
     segment_ids = jnp.asarray(np.arange(T, dtype=np.int32) // 70)[None]
     positions = np.arange(T, dtype=np.int32)
-    visible = np.asarray(mask(positions[:, None], positions[None])) & np.asarray(segment_ids.T == segment_ids)
+    same = np.asarray(segment_ids[0, :, None] == segment_ids)
+    visible = np.asarray(mask(positions[:, None], positions[None])) & same
     do, dlse = rng.standard_normal(q.shape), rng.standard_normal(q.shape[:3])
     truth, plain = (
         oracle.attention(q, k, v, visible[None, None], scale=D**-0.5, do=do, dlse=dlse, dtype=dtype)
@@ -113,10 +114,11 @@ def test_tiles_with_and_without_a_maximum_meet_in_one_call(mask):
 
 def _tiled(q, k, tuning):
     """The tiles of one call of `_forward`, its layout and its spec."""
+    q, k = jnp.asarray(q), jnp.asarray(k)
     positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
     spec = Spec(scale=D**-0.5, softcap=None, out_dtype="float32", tuning=tuning)
     n = xla._layout(q, k, k, Extras(m.Causal(), positions, positions), spec)
-    return xla._queries(xla._scaled(jnp.asarray(q), n, spec), n), xla._keys(jnp.asarray(k), n), n, spec
+    return xla._queries(xla._scaled(q, n, spec), n), xla._keys(k, n), n, spec
 
 
 def test_second_order_is_an_error():
