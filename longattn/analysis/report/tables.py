@@ -1,0 +1,196 @@
+"""The tables of a report: the opening one, those of each section, and the comparison of two studies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from longattn.analysis.report.sentences import UNRESOLVED, common_T, separate
+from longattn.analysis.report.study import Cell, Study, Table, way_title
+from longattn.analysis.store import family
+
+CHIPS = ("v5e", "h100")  # of the opening table; the memory section has all of them
+
+
+def headline(study: Study) -> Table:
+    """Per family of ways: time, memory, recall, longest T."""
+    store, T = study.store, common_T(study.store)
+    names = list(dict.fromkeys(family(w) for w in study.titles))
+    first = lambda numbers, name: next((n for n in numbers if family(n.way) == name), None)
+    head = [
+        "way to attend",
+        f"forward + backward, T = {T:,}" if T else "forward + backward",
+        "time ~ T^",
+        "scratch",
+        "scratch ~ T^",
+    ]
+    head += [*(f"longest T on {c}" for c in CHIPS), "MQAR recall"]
+    rows = []
+    for name in names:
+        longest = [
+            first([n for n in store.select("memory", "longest_T", chip=c) if n.at["remat"] == "attention"], name)
+            for c in CHIPS
+        ]
+        recalled = [n for n in store.select("recall", "accuracy", task="mqar") if family(n.way) == name]
+        rows.append((
+            {"exact": "exact, blockwise", "dense": "exact, dense"}.get(name, name),
+            first(store.select("cost", "seconds_forward_backward", T=T), name),
+            first(store.select("cost", "exponent_time_training"), name),
+            first(store.select("cost", "scratch_forward_backward", T=T), name),
+            first(store.select("cost", "exponent_memory"), name),
+            *longest,
+            recalled[0] if recalled else ("as exact, blockwise" if name == "dense" else None),
+        ))  # fmt: skip
+    windows = {
+        part: sorted(
+            {
+                w
+                for w in (n.way for n in store.numbers.values() if n.part == part and n.quantity != "attention_share")
+                if family(w) == "window"
+            }
+        )
+        for part in ("cost", "memory", "recall")
+    }
+    said = ", ".join(
+        f"{part} {' and '.join(way_title(w).split()[-1] for w in found)}" for part, found in windows.items() if found
+    )
+    return Table("At a glance", tuple(head), tuple(rows), f"Window sizes: {said}." if said else "")
+
+
+def _matrix(
+    study: Study,
+    title: str,
+    part: str,
+    columns: Sequence[tuple[str, str, dict[str, Any]]],
+    rows: Sequence[tuple[str, dict[str, Any]]],
+    note: str = "",
+) -> Table:
+    """Rows (way, labels) by columns (heading, quantity, labels), of this study and of the recorded ones."""
+    made: list[tuple[Cell, ...]] = []
+    for label, source in [("", study.store), *((r.label, r.store) for r in study.recorded)]:
+        for way, labels in rows:
+            cells = tuple(source.one(part, quantity, way, **{**labels, **more}) for _, quantity, more in columns)
+            if any(cells):
+                name = ", ".join([way_title(way), *(f"{k} {v}" for k, v in labels.items())])
+                made.append((name + (f" ({label})" if label else ""), *cells))
+    return Table(title, ("way", *(heading for heading, *_ in columns)), tuple(made), note)
+
+
+def _rows(study: Study, part: str, quantity: str, labels: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for s in (study, *study.recorded):
+        for n in s.store.select(part, quantity):
+            row = n.way, {k: n.at[k] for k in labels if k in n.at}
+            found.setdefault(repr(row), row)
+    return list(found.values())
+
+
+def tables(study: Study) -> dict[str, list[Table]]:
+    """The tables of each section of the page."""
+    exponents = [
+        (f"{title}{kind}", f"{what}_{name}", {})
+        for name, title in (
+            ("time", "forward time"),
+            ("time_training", "forward + backward time"),
+            ("memory", "scratch memory"),
+        )
+        for what, kind in (("exponent", ""), ("theory", ", theory"))
+    ]
+    chips = list(dict.fromkeys(n.at["chip"] for n in study.store.select("memory", "chip_bytes")))
+    held = [(name, f"held_{name}", {}) for name in ("parameters", "optimiser", "gradients", "attention", "activations")]
+    policies = _rows(study, "memory", "longest_T", ["remat"])
+    checked = {n.at["T"] for n in study.store.select("memory", "fit_error")}
+    batch = {n.at["T"] for n in study.store.select("memory", "largest_batch")}
+    recalled = _rows(study, "recall", "accuracy", ["task", "T", "pairs", "digits"])
+    lengths = sorted({n.at["T"] for s in (study, *study.recorded) for n in s.store.select("context", "bits_per_byte")})
+    ks = sorted({n.at["k"] for s in (study, *study.recorded) for n in s.store.select("context", "tail_excess")})
+    made = {
+        "cost": [
+            _matrix(
+                study,
+                "Exponents of T",
+                "cost",
+                exponents,
+                _rows(study, "cost", "exponent_time_training", []),
+                "Least squares in logarithms over the three largest lengths.",
+            )
+        ],
+        "memory": [
+            _matrix(
+                study,
+                "Longest T of one sequence",
+                "memory",
+                [(c, "longest_T", {"chip": c}) for c in chips],
+                policies,
+                "Tokens; 90% of the memory of one device.",
+            ),
+            _matrix(
+                study,
+                f"Largest batch at T = {'/'.join(f'{b:,}' for b in batch)}",
+                "memory",
+                [(c, "largest_batch", {"chip": c}) for c in chips],
+                policies,
+                "Sequences.",
+            ),
+            _matrix(
+                study,
+                f"What a step holds at T = {'/'.join(f'{c:,}' for c in checked)}",
+                "memory",
+                [*held, ("error of the fit there", "fit_error", {})],
+                policies,
+                "Attention: scratch of one layer, compiled alone.",
+            ),
+        ],
+        "recall": [
+            _matrix(
+                study,
+                "Recall",
+                "recall",
+                [
+                    ("right", "accuracy", {}),
+                    ("chance", "chance", {}),
+                    ("state, elements per layer", "state_elements", {}),
+                    ("read per token", "bytes_read", {}),
+                ],
+                recalled,
+            )
+        ],
+        "context": [
+            _matrix(
+                study,
+                "Held-out bits per byte",
+                "context",
+                [(f"T = {T:,}", "bits_per_byte", {"T": T}) for T in lengths],
+                _rows(study, "context", "bits_per_byte", []),
+            ),
+            _matrix(
+                study,
+                "Extra bits per byte when all further back than k is replaced",
+                "context",
+                [(f"k = {k}", "tail_excess", {"k": k}) for k in ks],
+                _rows(study, "context", "tail_excess", []),
+            ),
+        ],
+    }
+    return {section: [t for t in found if t.rows] for section, found in made.items()}
+
+
+def compared(a: Study, b: Study) -> Table:
+    """Every number that both have and that has an interval, or differs: values, ratio, and whether the intervals
+    separate.
+    """
+    rows: list[tuple[Cell, ...]] = []
+    for key, x in a.store.numbers.items():
+        y = b.store.numbers.get(key)
+        if y is None or (x.badge == "predicted" and x.value == y.value):
+            continue
+        ratio = f"{y.value / x.value:.3g}" if x.value else "-"
+        verdict = (
+            ("apart" if separate(x, y) else UNRESOLVED.replace("preset", "pair"))
+            if x.low is not None
+            else ("equal" if x.value == y.value else "")
+        )
+        rows.append((key, x, y, ratio, verdict))
+    return Table(
+        "Every number that both have", ("number", a.name, b.name, f"{b.name} / {a.name}", "intervals"), tuple(rows)
+    )
