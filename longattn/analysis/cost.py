@@ -9,8 +9,8 @@ recomputation (blockwise attention's own, or a remat policy's) is listed apart a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import jax
@@ -193,13 +193,22 @@ def flops_per_token(model: Model, T: int, *, training: bool = True, documents: I
     return forward_flops(model, T, documents) * ((3 if training else 1) / T)
 
 
-def step_flops(config: Config) -> float:
+def step_flops(config: Config, documents: Mapping[int, float] | None = None) -> float:
     """FLOPs of one training step over all devices, recomputation left out.
 
-    Rows count as one document of T tokens, so that steps are comparable; where short documents are packed, fewer
-    pairs are visible than counted here.
+    `documents`: how many documents of each length a row holds on average, for attention sees no further; None is one
+    of T tokens. Padding is counted where it is computed, outside attention.
     """
-    return config.data.B * 3 * forward_flops(config.model, config.data.T).total
+    model, T = config.model, config.data.T
+    flops = forward_flops(model, T)
+    if documents is not None:
+        attention = [
+            rows * _MIXER_FLOPS[type(mixer)](mixer, model, length, None)[0]
+            for mixer in model.layers
+            for length, rows in documents.items()
+        ]
+        flops = replace(flops, attention=sum(attention))
+    return config.data.B * 3 * flops.total
 
 
 def attention_share(model: Model, T: int, *, head: bool = True) -> float:

@@ -28,6 +28,24 @@ def vary_together(tree: Any) -> Any:
     return treedef.unflatten(jax.lax.pcast(x, m, to="varying") if m else x for x, m in zip(leaves, missing))
 
 
+def once(backward: Callable[..., Any], *arrays: Any) -> Any:
+    """`backward(*arrays)`, the gradients of a back end; to differentiate them again is an error that says the remedy.
+
+    Raises:
+      NotImplementedError: in jvp, linearisation and reverse mode.
+    """
+    rule = jax.custom_jvp(backward)
+
+    @rule.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            "gradients of this back end cannot be differentiated again; implementation='reference' has derivatives "
+            "of any order, in both modes"
+        )
+
+    return rule(*arrays)
+
+
 class Target(NamedTuple):
     """What a program is compiled for."""
 

@@ -53,6 +53,10 @@ class Source(Protocol):
     def info(self) -> dict[str, Any]:
         """What the data are, for the run's record."""
 
+    @property
+    def lengths(self) -> dict[int, float]:
+        """How many documents of each length a row holds on average."""
+
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         """The batch of a step (any step >= 0: epochs follow one another), or only some of its rows."""
         ...
@@ -211,6 +215,13 @@ class Packed:
         """The documents of this split; `corpus.read(document)` gives the bytes."""
         return self.corpus.documents
 
+    @property
+    def lengths(self) -> dict[int, float]:
+        """Of the pieces."""
+        found, counts = np.unique(self.pieces.length, return_counts=True)
+        rows = len(self.rows.ptr) - 1
+        return {int(n): count / rows for n, count in zip(found, counts, strict=True)}
+
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         epoch, at = divmod(step, self.num_batches)
         order = _order(self.seed, epoch if self.shuffle else 0, len(self.rows.ptr) - 1)
@@ -266,6 +277,11 @@ class Generated:
     repeat: bool
     num_batches: int
     info: dict[str, Any]
+
+    @property
+    def lengths(self) -> dict[int, float]:
+        """One of T tokens."""
+        return {self.T: 1.0}
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         step = step % self.num_batches if self.repeat else step

@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +75,7 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
         start = int(state.step)
         if start:
             console.print(f"continuing {folder} after step {start}")
-        ideal = ideal_seconds(config)
+        ideal = ideal_seconds(config, sources["train"].lengths)
         recorder = stack.enter_context(
             record.Recorder(folder, config, console, start=start, ideal_seconds=ideal, info=info)
         )
@@ -170,15 +170,16 @@ def compile_step(config: Config, shapes: State) -> Any:
     return compiled
 
 
-def ideal_seconds(config: Config) -> float | None:
+def ideal_seconds(config: Config, documents: Mapping[int, float]) -> float | None:
     """Seconds of one step at the device's peak rate; None where the peak is not known.
 
-    Model FLOPs: causal attention counts the visible pairs only, recomputation is not counted.
+    Model FLOPs: attention counts the pairs that its mask and the packed `documents` (as for `cost.step_flops`) show,
+    recomputation is not counted.
     """
     from longattn.analysis import cost, hardware
 
     peak = hardware.detect().peak_flops
-    return cost.step_flops(config) / peak if peak else None
+    return cost.step_flops(config, documents) / peak if peak else None
 
 
 def _summary(folder: Path, config: Config, status: Any, steps: int, history: list[dict[str, Any]]) -> Summary:

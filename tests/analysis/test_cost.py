@@ -139,6 +139,8 @@ def test_breakdown_of_a_whole_model():
     assert packed.projections == flops.projections
     config = Config(model=Model(), data=ByteLM(T=64, B=4))
     assert cost.step_flops(config) == pytest.approx(4 * 64 * cost.flops_per_token(Model(), 64).total)
+    packed = 4 * 3 * cost.forward_flops(Model(), 64, documents=[20, 20, 24]).total
+    assert cost.step_flops(config, {20: 2, 24: 1}) == pytest.approx(packed)
 
 
 MODELS = {

@@ -113,7 +113,7 @@ def test_initial_scales():
     params = parameters(model)
     block = params["layers"]["layer_0"]
     for leaf, std in (
-        (params["embedding"], 0.5 * 64**-0.5),
+        (params["embedding"], 64**-0.5),
         (params["head"], 0.5 * 64**-0.5),
         (block["mixer"]["q"], 64**-0.5),
         (block["mlp"]["gate"], 64**-0.5),

@@ -100,6 +100,17 @@ def test_an_epoch_predicts_every_byte_once(corpus: Path, split: data.Split, B: i
         assert counts.sum() == source.info["bytes"] == sum(d.size for d in source.documents)
 
 
+def test_lengths_are_those_of_the_documents_in_the_rows(corpus: Path) -> None:
+    for cfg in configs(corpus):
+        source = data.source(cfg, seed=0, split="valid")
+        batches = [source.batch(i) for i in range(source.num_batches)]
+        tokens = sum(np.count_nonzero(b.segment_ids) for b in batches)
+        rows = sum((b.segment_ids != 0).any(1).sum() for b in batches)
+        starts = sum(np.count_nonzero((b.positions == 0) & (b.segment_ids != 0)) for b in batches)
+        assert sum(n * count for n, count in source.lengths.items()) == pytest.approx(tokens / rows)
+        assert sum(source.lengths.values()) == pytest.approx(starts / rows)
+
+
 def test_order_changes_with_seed_and_epoch_and_not_for_the_held_out_set(corpus: Path) -> None:
     cfg = bytelm(corpus)
     first = [data.source(cfg, seed=seed, split="train").batch(0).tokens for seed in (0, 1)]

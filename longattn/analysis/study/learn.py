@@ -34,29 +34,17 @@ class Learned:
         return f"stopped by its budget at step {self.steps} of {self.config.run.steps}"
 
 
-def _start(config: Config, seed: Any, spread: bool) -> State:
-    state = init_state(config, seed)
-    if spread:
-        # Rows of the embedding start with RMS 1, not 0.5 / sqrt(E), so that the first blocks' outputs do not drown
-        # the tokens that recall has to compare, and logits with deviation 2 instead of 0.5: MQAR is then learned in
-        # about 100 steps, else in more than 500.
-        state.params["embedding"] = state.params["embedding"] * (2 * math.sqrt(config.model.E))
-        state.params["head"] = state.params["head"] * 4
-    return state
-
-
-def learn(config: Config, seeds: tuple[int, ...], clock: Clock, *, spread: bool = False) -> Learned:
+def learn(config: Config, seeds: tuple[int, ...], clock: Clock) -> Learned:
     """Train one model per seed (of parameters and data) for `config.run.steps`, or until its share of the clock.
 
     Raises FloatingPointError where a loss is not finite.
     """
-    start = jax.jit(lambda seed: _start(config, seed, spread))
     params, losses, steps = [], [], config.run.steps
     for i, seed in enumerate(seeds):
         left = (clock.deadline - time.monotonic()) / (len(seeds) - i)
         end = time.monotonic() + left
         state, loss, taken = _one(
-            config, start(np.int32(seed)), seed, end, steps, lambda f, i=i: clock.report((i + f) / len(seeds))
+            config, init_state(config, seed), seed, end, steps, lambda f, i=i: clock.report((i + f) / len(seeds))
         )
         steps = min(steps, taken)
         if not math.isfinite(loss):

@@ -68,7 +68,7 @@ def _config(plan: RecallPlan, way: Way, task: Task, steps: int) -> config.Config
 def _recall(plan: RecallPlan, way: Way, task: Task, steps: int, clock: Clock) -> Iterable[Number]:
     cfg = _config(plan, way, task, steps)
     seeds = _seeds(plan, task)
-    model = learn(cfg, seeds, clock, spread=True)
+    model = learn(cfg, seeds, clock)
     sums = score(model, -(-plan.questions // task.B))
     hits, n = sums["correct_sum"], float(sums["weight_sum"][0])
     low, high = share_interval(hits.tolist(), n)

@@ -504,7 +504,7 @@ def _attend_forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Ex
 
 def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
     q, k, v, bias, extras, out, lse = residuals
-    grads = _backward(q, k, v, bias, extras, out, lse, *cotangents, spec)
+    grads = dispatch.once(lambda *x: _backward(*x, spec), q, k, v, bias, extras, out, lse, *cotangents)
     return *(None if x is None else g.astype(x.dtype) for x, g in zip((q, k, v, bias), grads, strict=True)), None
 
 
