@@ -8,6 +8,7 @@ LONGATTN_TRACEBACK=1 shows where a refusal came from.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import difflib
 import io
 import json
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 USAGE = """usage: longattn COMMAND ...
 
-  train CONFIG [--model.D 128 ...]   train as a config file says, or go on with the run where it stopped
+  train CONFIG [--model.D 128 ...]   train as a config file says, or go on with the run where it stopped (--json)
   eval RUN [--T 2048 ...]            loss, bits per byte and loss by position of a trained run
   bench attention [...]              time the back ends of attention against each other
   study [--preset quick ...]         measure cost and recall side by side; writes a page
@@ -78,18 +79,24 @@ def _train(arguments: list[str]) -> int:
             _parse(Config, ["--help"], "train CONFIG", default=Config())
         return _fail("train needs a config file first, such as: longattn train configs/bytelm_small.py")
     path, *overrides = arguments
+    as_json = "--json" in overrides
+    overrides = [a for a in overrides if a != "--json"]
     # The shorter name that the documentation uses.
     overrides = [
         "--run.init_from" + a[len("--init-from") :] if a.split("=")[0] == "--init-from" else a for a in overrides
     ]
     config = _parse(Config, overrides, f"train {path}", default=load_config(path))
     _compilation_cache()
+    _keep_freed_memory()
     from longattn.train.run import train
 
     summary = train(config)
     if summary.status == "stopped":
         print(f"longattn: stopped by SIGTERM after saving step {summary.steps} of {summary.run_dir}", file=sys.stderr)
         return 143
+    if as_json:
+        print(json.dumps({"version": 1, "kind": "train", **vars(summary), "run_dir": str(summary.run_dir)}))
+        return 0
     print(f"{summary.run_dir}: {summary.status}, {summary.steps} steps")
     if summary.nll is not None:
         unit = "bits per byte" if type(config.data).__name__ == "ByteLM" else "bits per answer token"
@@ -144,6 +151,8 @@ def _eval(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
+    if arguments[:1] in (["-h"], ["--help"]):
+        arguments = ["attention", *arguments]
     if not arguments or arguments[0] != "attention":
         given = f"{arguments[0]!r}" if arguments else "nothing"
         return _fail(f"bench needs what to measure, given {given}; it knows: attention")
@@ -250,6 +259,17 @@ def _compilation_cache() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "longattn" / "jax"))
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed. XLA's CPU programs take their scratch from malloc anew at every call; given back to
+    the system each time, it costs a training step of a small model more than a tenth of its time in page faults.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc's alone has these parameters
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from longattn import mask as masks
 
-VERSION = 1
+VERSION = 2
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -59,6 +59,17 @@ class Softmax:
     qk_norm: bool = False  # RMSNorm of q and k per head, before RoPE
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
     sinks: bool = False  # one learned extra logit per head in the denominator
+
+    def __post_init__(self) -> None:
+        try:
+            whole = masks.parse(str(self.mask)) == self.mask
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError(
+                f"Softmax.mask={self.mask} cannot be written to a run's config.json: build it of the masks of "
+                "longattn.mask without arrays and without Fn"
+            )
 
 
 Mixer = Softmax  # the union of every mixer's config; a new mixer joins here
@@ -207,6 +218,10 @@ class Run:
         for name in ("eval_every", "eval_batches"):
             if getattr(self, name) < 0:
                 raise ValueError(f"Run.{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"Run.seed={self.seed} must lie in [0, 2**31)")
+        if self.profile is not None and min(self.profile) < 1:
+            raise ValueError(f"Run.profile={self.profile} must be (first step, number of steps), both at least 1")
 
 
 @dataclass(frozen=True)
@@ -271,13 +286,18 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`. Raises ValueError for another version, unknown classes or fields."""
-    document = json.loads(text)
-    if document.get("version") != VERSION:
-        raise ValueError(
-            f"config version {document.get('version')!r} must be {VERSION}: it was written by another version"
-        )
-    config = _decode(document["config"])
+    """The inverse of `to_json`. Raises ValueError for anything else, also another version's."""
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the config is no JSON: {error}") from None
+    version = document.get("version") if isinstance(document, dict) else None
+    if version != VERSION:
+        raise ValueError(f"config version {version!r} must be {VERSION}: it was written by another version")
+    try:
+        config = _decode(document.get("config"))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"the JSON is no config: {error}") from error
     if not isinstance(config, Config):
         raise ValueError(f"the JSON holds a {type(config).__name__}, not a Config")
     return config

@@ -370,6 +370,13 @@ def _row(
     options: AttentionOptions, T: int, what: str, peers: Sequence[str], torch: Torch | None, threads: int | None
 ) -> dict[str, Any]:
     """Everything about one length and one direction."""
+    # Queries, keys, values and cotangent: drawn in float32, rounded, and once more in the results.
+    needs, free = 3 * 4 * options.B * T * 2 * (options.H + options.heads) * options.D, available_memory()
+    if free is not None and needs > free:
+        raise ValueError(
+            f"{T=} is too long for this machine: inputs and results take {needs / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free; choose a shorter one"
+        )
     inputs = _inputs(options, T)
     arrays = [jnp.asarray(x, options.dtype) for x in inputs.values()]
     fns: dict[str, Callable[[], Any]] = {}

@@ -9,6 +9,7 @@ recomputation (blockwise attention's own, or a remat policy's) is listed apart a
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -173,6 +174,11 @@ def _softmax_parameters(mixer: Softmax, model: Model) -> int:
 _MIXER_PARAMETERS: dict[type, Callable[..., int]] = {Softmax: _softmax_parameters}
 
 
+def known(model: Model) -> bool:
+    """Whether the FLOPs of all its mixers are known here."""
+    return all(type(mixer) in _MIXER_FLOPS for mixer in model.mixers)
+
+
 def layer_flops(mixer: Mixer, model: Model, T: int, documents: Iterable[int] | None = None) -> Flops:
     """Forward FLOPs of one layer over one sequence of T tokens (`documents`: as for `visible_pairs`)."""
     documents = None if documents is None else tuple(documents)
@@ -203,8 +209,8 @@ def step_flops(config: Config, documents: Mapping[int, float] | None = None) -> 
     flops = forward_flops(model, T)
     if documents is not None:
         attention = [
-            rows * _MIXER_FLOPS[type(mixer)](mixer, model, length, None)[0]
-            for mixer in model.layers
+            layers * rows * _MIXER_FLOPS[type(mixer)](mixer, model, length, None)[0]
+            for mixer, layers in Counter(model.layers).items()
             for length, rows in documents.items()
         ]
         flops = replace(flops, attention=sum(attention))

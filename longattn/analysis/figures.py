@@ -151,7 +151,7 @@ def recall(store: Store, titles: dict[str, str], recorded: Sequence[tuple[str, S
                     zorder=3,
                 )
                 high = n.value > 0.8
-                text = titles.get(n.way, n.way) + (f" ({label})" if label else "")
+                text = titles.get(n.way, n.way) + (f" ({label})" if label else "") + " (cut short)" * n.cut_short
                 ax.annotate(
                     text,
                     (read.value, n.value),

@@ -52,6 +52,11 @@ class Number:
     command: str = ""  # remakes it
 
     @property
+    def cut_short(self) -> bool:
+        """Whether its training was stopped by the budget."""
+        return self.note.startswith("stopped")
+
+    @property
     def key(self) -> str:
         """The number's name, unique in its study."""
         return "/".join([self.part, self.quantity, self.way or "-", *(f"{k}={v}" for k, v in self.at.items())])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray, UInt32
 
 from longattn import config as configs
-from longattn.models.layers import RMSNorm, SwiGLU
+from longattn.models.layers import RMSNorm, SwiGLU, fan_in
 from longattn.models.mixers import MIXERS, Context, no_state
 
 _policies = jax.checkpoint_policies
@@ -89,7 +89,7 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        unit = nn.initializers.truncated_normal(c.E**-0.5)  # rows of length 1
+        unit = fan_in(1, 0)  # rows of length 1
         self.embedding = self.param("embedding", unit, (c.W, c.E), jnp.float32)
         if not c.tie:
             self.head = self.param("head", unit, (c.W, c.E), jnp.float32)
@@ -113,7 +113,8 @@ class Transformer(nn.Module):
         """The normed input of the head, in the compute dtype. No positions: arange(T); no segment ids: one segment."""
         no_state(state)
         # Tokens enter with RMS 1 (section 3.4 of arXiv:1706.03762), so that the blocks' outputs do not drown them, and
-        # leave through rows of length 1, tied or not. Rows first, cast after: their gradients are summed in float32.
+        # leave through rows of length 1. (Where tied, a token's own logit starts high: the loss starts above ln W.)
+        # Rows first, cast after: their gradients are summed in float32.
         x = (jnp.take(self.embedding, tokens, axis=0) * self.config.E**0.5).astype(self.config.dtype)
         if period(self.config) == self.config.N:
             for layer in self.layer:

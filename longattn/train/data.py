@@ -143,9 +143,9 @@ def _load(pattern: str, root: str, files: tuple[tuple[str, int, int], ...], max_
     documents: list[Document] = []
     digest = hashlib.sha256()
     at = empty = 0
-    left = sum(size for _, size, _ in files) if max_bytes is None else max_bytes
+    left = sys.maxsize if max_bytes is None else max_bytes
     for path, *_ in files:
-        if left <= 0:
+        if left == 0:
             break
         try:
             with open(path, "rb") as file:

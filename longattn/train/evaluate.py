@@ -42,6 +42,16 @@ def run_evaluation(config: Config, step_fn: Any, params: Params, source: Any, ba
     }
 
 
+def evaluation_config(config: Config) -> Config:
+    """The config with batches of as many rows as its training computes at once, a micro-batch's."""
+    rows = config.data.B // config.optimiser.accumulate
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, B=rows),
+        optimiser=dataclasses.replace(config.optimiser, accumulate=1),
+    )
+
+
 def load_params(run_dir: str | Path, *, newest: bool = False) -> tuple[Config, Params]:
     """A run's config and the parameters of its best (or newest) checkpoint."""
     config = record.read_config(Path(run_dir))
@@ -79,7 +89,7 @@ def evaluate(
     batches: int = 0,
     newest: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a run's best checkpoint on its held-out data, optionally at another length or on other files.
+    """Evaluate a run's best checkpoint on its held-out data, optionally at another length, or on other files.
 
     `batches=0`: the whole held-out set; for ByteLM it comes with the bits per byte of `xz -9`. `overlap`: ByteLM only,
     how many bytes a piece of a long file reads again, without loss, so that its first predictions have context too.
@@ -93,17 +103,14 @@ def evaluate(
                 f"{name}={given[name]!r} does not apply to {type(config.data).__name__} data; leave it out"
             )
     changed: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, **changed),
-        optimiser=dataclasses.replace(config.optimiser, accumulate=1),
-    )
+    if glob is not None and isinstance(config.data, ByteLM):
+        changed["valid"] = 1.0  # other files than the run was trained on: all of them are held out
+    config = evaluation_config(config)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))
     source = data.source(config.data, seed=config.run.seed, split="valid")
     params, step = restore_params(Path(run_dir), config, newest=newest)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-    jitted: Any = eval_step(config)
-    step_fn = jitted.lower(shapes, batch_shapes(config)).compile()
-    record.refuse_program(config, step_fn)
+    step_fn = record.compile_program(config, eval_step(config), shapes, batch_shapes(config))
     result = run_evaluation(config, step_fn, params, source, batches)
     if isinstance(config.data, ByteLM) and not batches:
         result["xz"] = xz_bits_per_byte(source)

@@ -29,7 +29,8 @@ from rich.console import Console
 from longattn.config import Config, from_json, to_json
 
 ENVIRONMENT_VERSION = 1
-_PLACES = ("name", "dir")  # of Run: where a run lies does not change what it computes
+# Of Run, what does not change what is computed: a run goes on with other values of these.
+_FREE = ("name", "dir", "log_every", "save_every", "keep", "profile", "tensorboard")
 
 
 # ---- the folder
@@ -42,7 +43,7 @@ def read_config(folder: Path) -> Config:
         raise ValueError(f"{folder} is no run: it has no config.json; give the folder that `longattn train` wrote")
     try:
         return from_json(path.read_text())
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}; train again under another --run.name") from error
 
 
@@ -58,8 +59,8 @@ def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
     if not resume:
         raise ValueError(f"{folder} already holds a run and resume=False; choose another --run.name")
     have, want = (json.loads(to_json(c))["config"] for c in (saved, config))
-    for place in _PLACES:
-        have["run"][place] = want["run"][place]
+    for name in _FREE:
+        have["run"][name] = want["run"][name]
     if (difference := first_difference(have, want)) is not None:
         path, old, new = difference
         raise ValueError(f"{folder} was trained with {path}={old}, now {new}; choose another --run.name to keep both")
@@ -172,7 +173,9 @@ def available_memory() -> int | None:
         found.append(int(fields["MemAvailable"].split()[0]) * 1024)
     with contextlib.suppress(OSError, ValueError):  # a container's limit, "max" where there is none
         group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))  # a cache
+        found.append(int((group / "memory.max").read_text()) - used)
     return min(found, default=None)
 
 
@@ -185,12 +188,19 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def refuse_program(config: Config, compiled: Any) -> None:
-    """Raise ValueError if a compiled program (`jax.stages.Compiled`) needs more memory than is available."""
+def compile_program(config: Config, jitted: Any, *shapes: Any) -> Any:
+    """The program compiled for arguments of these shapes. Raises ValueError if it needs more memory than there is."""
+    try:
+        compiled = jitted.lower(*shapes).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(too_large(config, "more memory than the device has")) from error
     m = compiled.memory_analysis()
     if m is not None:
         outputs = m.output_size_in_bytes - m.alias_size_in_bytes
         refuse_beyond_memory(config, m.argument_size_in_bytes + m.temp_size_in_bytes + outputs)
+    return compiled
 
 
 def refuse_beyond_memory(config: Config, needed: int) -> None:

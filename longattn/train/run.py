@@ -20,7 +20,7 @@ from rich.console import Console
 from longattn.config import Config
 from longattn.train import data, record
 from longattn.train.checkpoint import Checkpoints
-from longattn.train.evaluate import initial_params, run_evaluation
+from longattn.train.evaluate import evaluation_config, initial_params, run_evaluation
 from longattn.train.step import State, batch_shapes, eval_step, init_state, train_step
 
 
@@ -55,7 +55,11 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
 
     if config.run.tensorboard:
         record.scalar_writer()
-    sources = {split: data.source(config.data, seed=config.run.seed, split=split) for split in ("train", "valid")}
+    evaluation = evaluation_config(config)
+    sources = {
+        "train": data.source(config.data, seed=config.run.seed, split="train"),
+        "valid": data.source(evaluation.data, seed=config.run.seed, split="valid"),
+    }
     info = {split: source.info for split, source in sources.items()}
     record.check_data(folder, info)
     shapes = jax.eval_shape(functools.partial(init_state, config), config.run.seed)
@@ -63,6 +67,7 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
     size = sum(a.size for a in jax.tree.leaves(shapes.params))
     console.print(f"compiling {size:,} parameters at B={config.data.B}, T={config.data.T}")
     step_fn = compile_step(config, shapes)
+    eval_fn = record.compile_program(evaluation, eval_step(evaluation), shapes.params, batch_shapes(evaluation))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(record.claim(folder, config))
@@ -80,7 +85,7 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
             record.Recorder(folder, config, console, start=start, ideal_seconds=ideal, info=info)
         )
         stop = stack.enter_context(_sigterm())
-        steps = _loop(config, state, step_fn, sources, checkpoints, recorder, stop)
+        steps = _loop(config, state, step_fn, eval_fn, sources, checkpoints, recorder, stop)
         checkpoints.wait()
         status = "finished" if steps == config.run.steps else "stopped"
         return _summary(folder, config, status, steps, recorder.history)
@@ -90,6 +95,7 @@ def _loop(
     config: Config,
     state: State,
     step_fn: Any,
+    eval_fn: Any,
     sources: dict[str, Any],
     checkpoints: Checkpoints,
     recorder: record.Recorder,
@@ -120,7 +126,8 @@ def _loop(
             )
         return metrics
 
-    while step < run.steps and not stop.is_set():
+    stopping = False
+    while step < run.steps and not stopping:
         profiler.before(step + 1)
         asked = time.perf_counter()
         _, batch = next(batches)
@@ -135,13 +142,14 @@ def _loop(
         pending = (step, metrics, wait)
         profiler.after(step, state)
 
-        last = step == run.steps
+        last, stopping = step == run.steps, stop.is_set()
         evaluate_now = last or (run.eval_every and step % run.eval_every == 0)
-        if evaluate_now or step % run.save_every == 0 or stop.is_set():
+        if evaluate_now or step % run.save_every == 0 or stopping:
             # Only a state whose loss was seen finite is saved, and only after its line is on disk (see record.py).
             settled, pending, valid = settle(), None, None
             if evaluate_now:
-                valid = run_evaluation(config, eval_step(config), state.params, sources["valid"], run.eval_batches)
+                count = run.eval_batches * config.optimiser.accumulate  # batches of as many rows as a micro-batch
+                valid = run_evaluation(config, eval_fn, state.params, sources["valid"], count)
             if evaluate_now or step % run.log_every == 0:
                 recorder.write(step, settled, valid)
             checkpoints.save(step, state, valid["nll"] if valid else None)
@@ -159,19 +167,11 @@ def compile_step(config: Config, shapes: State) -> Any:
     # Even full rematerialisation keeps each layer's input: refuse before tracing what would take hours to compile.
     tokens = config.data.B * config.data.T // config.optimiser.accumulate
     record.refuse_beyond_memory(config, held + tokens * config.model.E * itemsize * (config.model.N + 1))
-    try:
-        step: Any = train_step(config)
-        compiled = step.lower(shapes, batch_shapes(config)).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ValueError(record.too_large(config, "more memory than the device has")) from error
-    record.refuse_program(config, compiled)
-    return compiled
+    return record.compile_program(config, train_step(config), shapes, batch_shapes(config))
 
 
 def ideal_seconds(config: Config, documents: Mapping[int, float]) -> float | None:
-    """Seconds of one step at the device's peak rate; None where the peak is not known.
+    """Seconds of one step at the device's peak rate; None where the peak, or what a mixer costs, is not known.
 
     Model FLOPs: attention counts the pairs that its mask and the packed `documents` (as for `cost.step_flops`) show,
     recomputation is not counted.
@@ -179,7 +179,7 @@ def ideal_seconds(config: Config, documents: Mapping[int, float]) -> float | Non
     from longattn.analysis import cost, hardware
 
     peak = hardware.detect().peak_flops
-    return cost.step_flops(config, documents) / peak if peak else None
+    return cost.step_flops(config, documents) / peak if peak and cost.known(config.model) else None
 
 
 def _summary(folder: Path, config: Config, status: Any, steps: int, history: list[dict[str, Any]]) -> Summary:

@@ -152,7 +152,8 @@ def _eval_step(config: Config, params: Params, batch: Batch) -> dict[str, Array]
 
     def hits(pair: tuple[Float[Array, "C E"], Int[Array, " C"]]) -> Float[Array, " C"]:
         x, label = pair
-        return (jnp.argmax(x @ w.T.astype(x.dtype), axis=-1) == label).astype(jnp.float32)
+        logits = jnp.einsum("CE,WE->CW", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+        return (jnp.argmax(logits, axis=-1) == label).astype(jnp.float32)
 
     pieces = (
         jnp.pad(x.reshape(B * T, -1), ((0, short), (0, 0))).reshape(-1, chunk, x.shape[-1]),

@@ -73,7 +73,7 @@ def test_loader_reads_the_same_from_any_step(corpus: Path, task: int) -> None:
 
 def test_loader_hands_on_errors() -> None:
     class Broken:
-        num_batches, info = 1, {}
+        num_batches, info, lengths = 1, {}, {4: 1.0}
 
         def batch(self, step: int, rows: slice | None = None) -> data.Batch:
             raise ValueError("this step must be readable")

@@ -75,10 +75,11 @@ def number_html(n: Number, study: Study, interval: bool = True) -> Markup:
     text = f"<span class=i>{escape(interval_text(n))}</span>" if interval else ""
     return Markup(
         f'<data class="n" value="{n.value!r}" data-key="{escape(n.key)}" title="{escape(provenance(n, store))}">'
-        f'{escape(show(n))}<abbr class="b {n.badge}" title="{n.badge}">{n.badge[0].upper()}</abbr>{text}</data>'
+        f"{escape(show(n))}{' cut short' * n.cut_short}"
+        f'<abbr class="b {n.badge}" title="{n.badge}">{n.badge[0].upper()}</abbr>{text}</data>'
     )
 
 
 def number_text(n: Number) -> str:
     """A number for the terminal: its interval and the badge's first letter."""
-    return f"{show(n)}{interval_text(n)} ({n.badge[0].upper()})"
+    return f"{show(n)}{interval_text(n)}{' cut short' * n.cut_short} ({n.badge[0].upper()})"

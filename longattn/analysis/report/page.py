@@ -199,6 +199,13 @@ def compare_page(a: Study, b: Study) -> str:
     )
 
 
+def compare_document(a: Study, b: Study) -> dict[str, Any]:
+    """Two studies as one versioned JSON document: every number that both have."""
+    rows = compared(a, b).rows
+    numbers = [{"key": key, "a": vars(x), "b": vars(y), "intervals": verdict} for key, x, y, _, verdict in rows]
+    return {"version": VERSION, "kind": "study comparison", "a": a.name, "b": b.name, "numbers": numbers}
+
+
 def compare_summary(a: Study, b: Study, console: Console, page: Path) -> None:
     """What differs beyond the intervals, in the terminal."""
     table = compared(a, b)

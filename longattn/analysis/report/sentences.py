@@ -25,7 +25,7 @@ def ranking(numbers: Sequence[Number], word: str) -> str:
     said = []
     for a, b in zip(ordered, ordered[1:], strict=False):
         names = way_title(a.way), way_title(b.way)
-        whole = not (a.note.startswith("stopped") or b.note.startswith("stopped"))
+        whole = not (a.cut_short or b.cut_short)
         said.append(
             f"{names[0]} {word} {names[1]}"
             if whole and separate(a, b)
@@ -85,8 +85,10 @@ def _longest(store: Store) -> Sentence | None:
     found = [n for n in store.select("memory", "longest_T", chip="v5e") if n.at["remat"] == "attention"]
     if not found:
         return None
+    held = store.select("memory", "held_parameters", remat="attention")
+    size = f"{held[0].value / 4e6:,.3g} million parameters, " if held else ""  # float32
     return [
-        "The longest sequence whose training step fits into a v5e (85 million parameters, remat: attention): ",
+        f"The longest sequence whose training step fits into a v5e ({size}remat: attention): ",
         *_listed(found),
         " tokens.",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +71,14 @@ def load(folder: Path, recorded: str = "") -> Study:
         )
     others = []
     for path in sorted(Path(recorded).glob(f"*/{FILE}")) if recorded else []:
-        if path.parent.resolve() != folder.resolve():
-            others.append(dataclasses.replace(load(path.parent), store=_as_recorded(Store(path))))
+        if path.parent.resolve() == folder.resolve():
+            continue
+        try:
+            old = load(path.parent)
+        except ValueError as error:  # what stands beside this study must not cost it its own page
+            print(f"longattn: left out a recorded study: {error}", file=sys.stderr)
+            continue
+        others.append(dataclasses.replace(old, store=_as_recorded(old.store)))
     return Study(folder.name, json.loads(about.read_text())["preset"], Store(folder / FILE), tuple(others))
 
 

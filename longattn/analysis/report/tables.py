@@ -7,7 +7,7 @@ from typing import Any
 
 from longattn.analysis.report.sentences import UNRESOLVED, common_T, separate
 from longattn.analysis.report.study import Cell, Study, Table, way_title
-from longattn.analysis.store import family
+from longattn.analysis.store import Number, family
 
 CHIPS = ("v5e", "h100")  # of the opening table; the memory section has all of them
 
@@ -32,29 +32,25 @@ def headline(study: Study) -> Table:
             for c in CHIPS
         ]
         recalled = [n for n in store.select("recall", "accuracy", task="mqar") if family(n.way) == name]
-        rows.append((
-            {"exact": "exact, blockwise", "dense": "exact, dense"}.get(name, name),
+        cells = (
             first(store.select("cost", "seconds_forward_backward", T=T), name),
             first(store.select("cost", "exponent_time_training"), name),
             first(store.select("cost", "scratch_forward_backward", T=T), name),
             first(store.select("cost", "exponent_memory"), name),
             *longest,
             recalled[0] if recalled else ("as exact, blockwise" if name == "dense" else None),
-        ))  # fmt: skip
-    windows = {
-        part: sorted(
-            {
-                w
-                for w in (n.way for n in store.numbers.values() if n.part == part and n.quantity != "attention_share")
-                if family(w) == "window"
-            }
         )
-        for part in ("cost", "memory", "recall")
-    }
-    said = ", ".join(
-        f"{part} {' and '.join(way_title(w).split()[-1] for w in found)}" for part, found in windows.items() if found
-    )
-    return Table("At a glance", tuple(head), tuple(rows), f"Window sizes: {said}." if said else "")
+        rows.append((_name(name, cells), *cells))
+    return Table("At a glance", tuple(head), tuple(rows))
+
+
+def _name(name: str, cells: Sequence[Cell]) -> str:
+    """What a row is called: its way, or the size of each part's where a family's numbers are of several sizes."""
+    found = {n.part: n.way for n in cells if isinstance(n, Number)}
+    if len(set(found.values())) < 2:
+        return way_title(next(iter(found.values()), name))
+    sizes = ", ".join(f"{way.partition('_')[2]} in {part}" for part, way in found.items())
+    return f"{way_title(name)} ({sizes})"
 
 
 def _matrix(

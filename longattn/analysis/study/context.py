@@ -18,7 +18,7 @@ from longattn.analysis.store import Number, Store
 from longattn.analysis.study.learn import Learned, evaluate, learn, score
 from longattn.analysis.study.presets import ContextPlan
 from longattn.analysis.study.table import FIRST, Way, trained
-from longattn.analysis.study.work import Clock, Unit
+from longattn.analysis.study.work import Clock, Unit, t_interval
 from longattn.models import bytes_read_per_token, state_elements
 from longattn.tasks.bytelm import BOS
 from longattn.train import data
@@ -51,16 +51,8 @@ def _context(plan: ContextPlan, way: Way, T: int, control: bool, clock: Clock) -
         "context", quantity, way.name, float(value), unit, badge, at={"T": T, **at}, **more
     )
     bits = sums["nll_sum"] / sums["weight_sum"] / LN2
-    yield number(
-        "bits_per_byte",
-        bits.mean(),
-        "bits",
-        "measured",
-        {},
-        low=bits.min() if len(bits) > 1 else None,
-        high=bits.max() if len(bits) > 1 else None,
-        **about,
-    )
+    low, high = t_interval(bits.tolist()) if len(bits) > 1 else (None, None)
+    yield number("bits_per_byte", bits.mean(), "bits", "measured", {}, low=low, high=high, **about)
     nll, weight = sums["nll_by_position"].sum(0), sums["weight_by_position"].sum(0)
     for low, high in _octaves(T):
         if (total := weight[low - 1 : high].sum()) > 0:

@@ -16,6 +16,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from longattn import mask
 from longattn.analysis import report
 from longattn.analysis.store import FILE, Number, Store
 from longattn.analysis.study import context, cost, memory, recall
@@ -66,7 +67,7 @@ def run(options: StudyOptions) -> Path:
     Raises ValueError where the folder holds another preset's study or another process works in it.
     """
     if options.compare:
-        return compare(*options.compare, dir=options.dir)
+        return compare(*options.compare, dir=options.dir, as_json=options.json)
     if unknown := set(options.parts) - {p.name for p in PARTS}:
         raise ValueError(f"parts={sorted(unknown)} must be among {[p.name for p in PARTS]}")
     console = Console(stderr=True)
@@ -85,15 +86,18 @@ def run(options: StudyOptions) -> Path:
     return page
 
 
-def compare(run_a: str, run_b: str, dir: str = "runs") -> Path:
-    """One page of two studies, DIR/compare_A_B/index.html; gives its path."""
+def compare(run_a: str, run_b: str, dir: str = "runs", as_json: bool = False) -> Path:
+    """One page of two studies, DIR/compare_A_B/index.html; gives its path. Prints a summary, or one JSON document."""
     a, b = report.load(Path(run_a)), report.load(Path(run_b))
     if a.name == b.name:  # from different parents
         a, b = (dataclasses.replace(s, name=f"{s.name}_{i}") for i, s in enumerate((a, b), start=1))
     page = Path(dir) / f"compare_{a.name}_{b.name}" / "index.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, report.compare_page(a, b))
-    report.compare_summary(a, b, Console(highlight=False), page)
+    if as_json:
+        print(json.dumps(report.compare_document(a, b)))
+    else:
+        report.compare_summary(a, b, Console(highlight=False), page)
     return page
 
 
@@ -145,7 +149,7 @@ def _stamp(number: Number, here: str, part: str) -> Number:
 @contextlib.contextmanager
 def _claim(options: StudyOptions) -> Iterator[Store]:
     """The store of the study's folder, held for this process. The folder's study.json says which plan it follows."""
-    folder, plan = options.folder, json.loads(json.dumps(dataclasses.asdict(PRESETS[options.preset]), default=str))
+    folder, plan = options.folder, _plain(PRESETS[options.preset])
     about = folder / "study.json"
     if about.exists() and (saved := json.loads(about.read_text()))["plan"] != plan:
         raise ValueError(
@@ -162,6 +166,15 @@ def _claim(options: StudyOptions) -> Iterator[Store]:
         store = Store(folder / FILE)
         store.trim()
         yield store
+
+
+def _plain(value: Any) -> Any:
+    """A plan as JSON values; a mask as its expression."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, mask.Mask):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, mask.Mask) else value
 
 
 def _environment(options: StudyOptions) -> dict[str, Any]:

@@ -125,13 +125,15 @@ class Fit:
 
 
 def fit(lengths: Iterable[int], values: Iterable[float]) -> Fit:
-    """A line through the values where it is within 1% of all of them, else a parabola."""
+    """A line through the values where it is within 1% of all of them, else a parabola that rises."""
     T, y = np.array(list(lengths), float), np.array(list(values), float)
     b, a = np.polyfit(T, y, 1)
     if (np.abs(a + b * T - y) <= 0.01 * y).all():
         return Fit(float(a), float(b), 0.0)
-    c, b, a = np.polyfit(T, y, 2) if len(T) > 2 else (0.0, b, a)
-    return Fit(float(a), float(b), float(c))
+    if len(T) > 2 and (parabola := np.polyfit(T, y, 2))[0] > 0:  # else it would turn down somewhere
+        c, b, a = parabola
+        return Fit(float(a), float(b), float(c))
+    return Fit(float(a), float(b), 0.0)
 
 
 def _policy(plan: MemoryPlan, way: Way, remat: str, clock: Clock) -> Iterable[Number]:

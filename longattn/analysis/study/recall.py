@@ -71,7 +71,9 @@ def _recall(plan: RecallPlan, way: Way, task: Task, steps: int, clock: Clock) ->
     model = learn(cfg, seeds, clock)
     sums = score(model, -(-plan.questions // task.B))
     hits, n = sums["correct_sum"], float(sums["weight_sum"][0])
-    low, high = share_interval(hits.tolist(), n)
+    # The digits of one key stand or fall together: they count as one question.
+    together = task.digits if isinstance(task, config.Needle) else 1
+    low, high = share_interval((hits / together).tolist(), n / together)
     at = (
         {"task": "mqar", "T": task.T, "pairs": task.pairs}
         if isinstance(task, config.MQAR)
