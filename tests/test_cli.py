@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,27 @@ def test_unknown_command_suggests(capsys) -> None:
     assert "attention" in fails(capsys, "bench", "conv")
     assert "config file" in fails(capsys, "train")
     assert cli.main([]) == 2
+
+
+def test_help_of_bench(capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["bench", "--help"])
+    assert "--against" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt's parameters are glibc's")
+def test_training_keeps_the_memory_that_it_frees() -> None:
+    code = (
+        "import ctypes, resource; from longattn import cli; cli._keep_freed_memory(); libc = ctypes.CDLL(None); "
+        "libc.malloc.restype = ctypes.c_void_p; libc.free.argtypes = libc.memset.argtypes = [ctypes.c_void_p]; "
+        "faults = []"
+        "\nfor _ in range(3):\n p = libc.malloc(2**28); libc.memset(p, 1, 2**28); libc.free(p); "
+        "faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+        "\nprint(faults[2] - faults[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100  # of 65,536 pages
 
 
 def test_typed_overrides() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from longattn import config as c
@@ -58,19 +59,27 @@ def edited(edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda d: d.update(version=99), "version 99 must be 1"),
-        (lambda d: d.pop("version"), "version None must be 1"),
+        (lambda d: d.update(version=99), "version 99 must be 2"),
+        (lambda d: d.pop("version"), "version None must be 2"),
         (lambda d: d["config"]["model"].update({"class": "Modell"}), "'Modell' in the JSON is no config"),
         (lambda d: d["config"]["model"].update(depth=3), r"unknown fields \['depth'\]"),
         (lambda d: d["config"]["model"].pop("N"), r"lacks \['N'\]"),
         (lambda d: d["config"]["model"].update(N=0), "Model.N=0 must be at least 1"),
         (lambda d: d["config"]["model"]["mixers"][0]["mask"].update(expression="Cusal()"), "did you mean 'Causal'"),
         (lambda d: d.update(config=d["config"]["model"]), "holds a Model, not a Config"),
+        (lambda d: d.update(config=3), "holds a int, not a Config"),
+        (lambda d: d["config"]["data"].update(T="long"), "the JSON is no config"),
     ],
 )
 def test_json_errors(edit, message):
     with pytest.raises(ValueError, match=message):
         c.from_json(edited(edit))
+
+
+@pytest.mark.parametrize(("text", "message"), [("{torn", "is no JSON"), ("[]", "version None must be 2")])
+def test_what_is_no_config_at_all(text, message):
+    with pytest.raises(ValueError, match=message):
+        c.from_json(text)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +100,10 @@ def test_json_errors(edit, message):
         (lambda: c.Optimiser(lr=0.0), "must be positive"),
         (lambda: c.Optimiser(clip=-1.0), "must not be negative"),
         (lambda: c.Run(eval_every=-1), "must not be negative"),
+        (lambda: c.Run(seed=2**31), "must lie in"),
+        (lambda: c.Run(profile=(3, 0)), "both at least 1"),
+        (lambda: c.Softmax(mask=m.Fn(lambda q, k: q == k)), "cannot be written"),
+        (lambda: c.Softmax(mask=m.Prefix(np.array([3], np.int32))), "cannot be written"),
         (lambda: c.Config(optimiser=c.Optimiser(accumulate=3)), "must divide"),
         (lambda: c.Config(model=c.Model(W=256)), "must be at least 257"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -9,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -136,6 +138,34 @@ def test_stopped_in_process_and_continued_bitwise(finished: Config, tmp_path: Pa
     import jax
 
     jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+
+
+def test_a_signal_at_any_time_ends_in_a_checkpoint(finished: Config, tmp_path: Path, monkeypatch) -> None:
+    """Before the first step too: one step is taken, then saved."""
+    c = config(tmp_path)
+
+    @contextlib.contextmanager
+    def sent():
+        event = threading.Event()
+        event.set()
+        yield event
+
+    with monkeypatch.context() as patch:
+        patch.setattr("longattn.train.run._sigterm", sent)
+        summary = quiet(c)
+    assert (summary.status, summary.steps, steps_saved(folder(c))) == ("stopped", 1, [1])
+    assert quiet(c).status == "finished"
+    assert losses(folder(c)).items() <= losses(folder(finished)).items()
+
+
+def test_evaluation_takes_a_micro_batch_at_a_time(finished: Config, tmp_path: Path) -> None:
+    """The same rows as without accumulation."""
+    c = config(tmp_path)
+    c = dataclasses.replace(c, optimiser=dataclasses.replace(c.optimiser, accumulate=2))
+    quiet(c)
+    mine, theirs = (record.history(folder(x))[-1]["valid"] for x in (c, finished))
+    assert mine["tokens"] == theirs["tokens"]
+    np.testing.assert_allclose(mine["nll"], theirs["nll"], rtol=1e-4)  # twelve steps of gradients in another order
 
 
 def start(c: Config, cache: str, tmp_path: Path) -> subprocess.Popen:
@@ -285,6 +315,8 @@ def test_evaluate_reads_every_byte_once(finished: Config) -> None:
     assert 0 < result["xz"]["concatenated"] < result["xz"]["per_file"] < 8
     longer = evaluate(folder(finished), T=64, batches=1)
     assert (longer["T"], "xz" in longer) == (64, False)
+    others = evaluate(folder(finished), glob=SOURCES)  # given by name, all files are held out
+    assert others["data"]["bytes"] == result["data"]["corpus_bytes"]
     with pytest.raises(ValueError, match="is no run"):
         evaluate(folder(finished).parent)
 
