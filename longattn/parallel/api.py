@@ -1,4 +1,4 @@
-"""Exact softmax attention over a mesh: the public functions. They validate globally, then run a strategy in a shard_map.
+"""Exact softmax attention over a mesh: the public functions. They validate globally, then shard_map a strategy.
 
 The sequence is spread along one axis of the mesh, sequences along others, heads along a third; each device holds
 [B / (data fsdp), T / P, H / tensor, D] of q. A strategy says what the devices along the sequence send each other.
@@ -38,7 +38,9 @@ def _mesh(mesh: Mesh | AbstractMesh | None, axis: str) -> Mesh | AbstractMesh:
         raise ValueError(f"{axis=} must be an axis of the mesh; {suggest(str(axis), mesh.axis_names)}")
     for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
         if kind != AxisType.Auto:
-            remedy = "call longattn.attention inside a shard_map" if kind == AxisType.Manual else "make it with Auto axes"
+            remedy = (
+                "call longattn.attention inside a shard_map" if kind == AxisType.Manual else "make it with Auto axes"
+            )
             raise ValueError(f"axis {name!r} of the mesh is {kind.name} and must be Auto; {remedy}")
     return mesh
 
@@ -49,7 +51,9 @@ def _divide(mesh: Mesh | AbstractMesh, q: Any, k: Any, axis: str, batch: tuple[s
     for name, size in (("T", q.shape[1]), ("S", k.shape[1])):
         if size % devices:
             longer = -(-size // devices) * devices
-            raise ValueError(f"{name}={size} must be a multiple of {devices}, the devices on {axis!r}; pad it to {longer}")
+            raise ValueError(
+                f"{name}={size} must be a multiple of {devices}, the devices on {axis!r}; pad it to {longer}"
+            )
     rows = math.prod(mesh.shape[name] for name in batch)
     if q.shape[0] % rows:
         raise ValueError(f"B={q.shape[0]} must be a multiple of {rows}, the devices on the batch axes {batch}")
@@ -62,7 +66,7 @@ def _divide(mesh: Mesh | AbstractMesh, q: Any, k: Any, axis: str, batch: tuple[s
 
 
 def _specs(extras: Extras, batch: tuple[str, ...], axis: str, head: str | None) -> Extras:
-    """How the side arrays lie: the queries' side along the sequence, the keys' side whole; axes of size 1 everywhere."""
+    """How the side arrays lie: the queries' side along the sequence, the keys' side whole, axes of size 1 too."""
 
     def spec(x: Array, *names: Any) -> P:
         return P(*(name if size > 1 else None for name, size in zip(names, x.shape)))

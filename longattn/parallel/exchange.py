@@ -7,8 +7,8 @@ arXiv:2407.21783). Per device and layer, in units of S K D elements of k and as 
     backward    as much again, for the gathered k and v are not kept, and (P - 1) / P of dk and of dv sent by
                 reduce-scatter, in float32
 
-So between forward and backward a device holds its own S / P keys, but within a layer all S of them: the longest sequence
-is limited by one layer's keys and values. Under a causal mask the devices' work differs: the last one has most.
+So between forward and backward a device holds its own S / P keys, but within a layer all S of them: one layer's keys
+and values limit the longest sequence. Under a causal mask the devices' work differs: the last one has most.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _all_gather_backward(call: Call, residuals: Any, cotangents: tuple[Array, Ar
     if bias is None:
         dq, dk, dv = backward_partial(q, whole_k, whole_v, out, lse, do, dlse, **options)
         dbias = None
-    else:  # partial gradients leave the bias out; from float32 inputs all four come in float32, for another forward pass
+    else:  # partial gradients leave the bias out: another forward pass, of float32 inputs, gives all four in float32
         wide = shapes.statistics_dtype(q.dtype)
         operands = [x.astype(wide) for x in (q, whole_k, whole_v, bias)]
         _, pull = jax.vjp(lambda q, k, v, bias: attention_with_lse(q, k, v, bias=bias, **options), *operands)

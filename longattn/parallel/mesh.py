@@ -1,11 +1,11 @@
 """The device mesh, and which axis of which array lies along which of its axes.
 
 Four axes. `data`: rows of the batch; parameters are replicated. `fsdp`: rows of the batch too, and a slice of every
-matrix, gathered where it is used (ZeRO stage 3, arXiv:1910.02054). `tensor`: heads and the MLP's width (arXiv:1909.08053).
-`seq`: positions. All are Auto: the partitioner lays out what is outside of a shard_map.
+matrix, gathered where it is used (ZeRO stage 3, arXiv:1910.02054). `tensor`: heads and the MLP's width
+(arXiv:1909.08053). `seq`: positions. All are Auto: the partitioner lays out what is outside of a shard_map.
 
-A parameter lies as the first rule says whose pattern is found in its path, such as "layers/layer_0/mixer/q"; the moments
-of the optimiser have the parameter's path as the end of their own, so the same rules hold for them.
+A parameter lies as the first rule says whose pattern is found in its path, such as "layers/layer_0/mixer/q". The
+optimiser's moments have the parameter's path as the end of their own, so the same rules hold for them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 AXES = ("data", "fsdp", "tensor", "seq")
-BATCH = ("data", "fsdp")  # the axes along which rows lie
 
 Rule = tuple[str, P]  # a regular expression for `re.search` in the path, and how the array lies
 
@@ -37,9 +36,6 @@ PARAMETERS: tuple[Rule, ...] = (
     (r"(^|_|/)norm/scale$", P()),  # [E] or [D]
 )
 STACKED = r"(^|/)layers/"  # the parameters of scanned layers have an axis of layers before those of their rule
-
-TOKENS = P(BATCH, "seq")  # [B T]: tokens, ids, weights
-ACTIVATIONS = P(BATCH, "seq", None)  # [B T E]
 
 
 def make_mesh(
@@ -66,9 +62,7 @@ def make_mesh(
     if product != len(devices):
         given = " * ".join(f"{name}={size}" for name, size in sizes.items())
         remedy = f", or pass {product} of them as devices" if product < len(devices) else ""
-        raise ValueError(
-            f"{given} = {product} must be the number of devices, {len(devices)}: change the sizes{remedy}"
-        )
+        raise ValueError(f"{given} = {product} must be the number of devices, {len(devices)}: change the sizes{remedy}")
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -133,6 +127,6 @@ def shardings(mesh: Mesh | AbstractMesh, tree: Any, rules: Sequence[Rule] = PARA
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def place(x: Array, mesh: Mesh | AbstractMesh | None, spec: P, name: str) -> Array:
-    """`x`, held to lie as `spec` says; as it is where there is no mesh."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding(mesh, spec, x.shape, name))
+def place(x: Array, mesh: Mesh | AbstractMesh, spec: P, name: str) -> Array:
+    """`x`, held to lie as `spec` says inside a jit; `name` is for the error where devices do not divide a size."""
+    return jax.lax.with_sharding_constraint(x, sharding(mesh, spec, x.shape, name))

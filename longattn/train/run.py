@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import signal
 import threading
@@ -18,10 +17,20 @@ import numpy as np
 from rich.console import Console
 
 from longattn.config import Config
+from longattn.models.context import Context
 from longattn.train import data, record
 from longattn.train.checkpoint import Checkpoints
 from longattn.train.evaluate import initial_params, run_evaluation
-from longattn.train.step import State, batch_shapes, eval_step, init_state, train_step
+from longattn.train.step import (
+    State,
+    batch_shapes,
+    batch_sharding,
+    context_of,
+    eval_step,
+    init_state,
+    state_shapes,
+    train_step,
+)
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,9 @@ class Summary:
 def train(config: Config, *, resume: bool = True, quiet: bool = False, console: Console | None = None) -> Summary:
     """Train as the config says, continuing from the run folder's newest checkpoint.
 
-    Raises ValueError for a folder that holds another run, data that cannot be read or a step that does not fit in
-    memory, all before anything is written; FloatingPointError when the loss is no longer finite; OSError when the
-    disk is full.
+    Raises ValueError for a folder that holds another run, data that cannot be read, a mesh of another number of devices
+    or a step that does not fit in memory, all before anything is written; FloatingPointError when the loss is no longer
+    finite; OSError when the disk is full.
     """
     console = console or Console(stderr=True, quiet=quiet)
     folder = Path(config.run.dir, config.run.name)
@@ -55,23 +64,29 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
 
     if config.run.tensorboard:
         record.scalar_writer()
-    sources = {split: data.source(config.data, seed=config.run.seed, split=split) for split in ("train", "valid")}
+    context = context_of(config)
+    sources: dict[str, Any] = {
+        split: data.source(config.data, seed=config.run.seed, split=split) for split in ("train", "valid")
+    }
     info = {split: source.info for split, source in sources.items()}
+    if context is not None:
+        shape, sharding = (config.data.B, config.data.T), batch_sharding(config, context)
+        sources = {split: data.Spread(source, shape, sharding) for split, source in sources.items()}
     record.check_data(folder, info)
-    shapes = jax.eval_shape(functools.partial(init_state, config), config.run.seed)
-    loaded = initial_params(config) if config.run.init_from and not started else None
+    shapes = state_shapes(config, context)
+    loaded = initial_params(config, context) if config.run.init_from and not started else None
     size = sum(a.size for a in jax.tree.leaves(shapes.params))
     console.print(f"compiling {size:,} parameters at B={config.data.B}, T={config.data.T}")
-    step_fn = compile_step(config, shapes)
+    step_fn = compile_step(config, shapes, context)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(record.claim(folder, config))
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.run.keep))
         state = checkpoints.restore(shapes)
         if state is None:
-            state = init_state(config, config.run.seed)
+            state = init_state(config, config.run.seed, context)
             if config.run.init_from:
-                state = state._replace(params=loaded or initial_params(config))
+                state = state._replace(params=loaded or initial_params(config, context))
         start = int(state.step)
         if start:
             console.print(f"continuing {folder} after step {start}")
@@ -80,7 +95,7 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
             record.Recorder(folder, config, console, start=start, ideal_seconds=ideal, info=info)
         )
         stop = stack.enter_context(_sigterm())
-        steps = _loop(config, state, step_fn, sources, checkpoints, recorder, stop)
+        steps = _loop(config, context, state, step_fn, sources, checkpoints, recorder, stop)
         checkpoints.wait()
         status = "finished" if steps == config.run.steps else "stopped"
         return _summary(folder, config, status, steps, recorder.history)
@@ -88,6 +103,7 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
 
 def _loop(
     config: Config,
+    context: Context | None,
     state: State,
     step_fn: Any,
     sources: dict[str, Any],
@@ -141,7 +157,8 @@ def _loop(
             # Only a state whose loss was seen finite is saved, and only after its line is on disk (see record.py).
             settled, pending, valid = settle(), None, None
             if evaluate_now:
-                valid = run_evaluation(config, eval_step(config), state.params, sources["valid"], run.eval_batches)
+                step_of = eval_step(config, context)
+                valid = run_evaluation(config, step_of, state.params, sources["valid"], run.eval_batches)
             if evaluate_now or step % run.log_every == 0:
                 recorder.write(step, settled, valid)
             checkpoints.save(step, state, valid["nll"] if valid else None)
@@ -152,15 +169,20 @@ def _loop(
     return step
 
 
-def compile_step(config: Config, shapes: State) -> Any:
+def compile_step(config: Config, shapes: State, context: Context | None = None) -> Any:
     """The training step compiled ahead of time. Raises ValueError if it needs more memory than there is."""
-    held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+
+    def held_by_a_device(a: Any) -> int:
+        return math.prod(a.sharding.shard_shape(a.shape) if a.sharding else a.shape) * a.dtype.itemsize
+
+    held = sum(map(held_by_a_device, jax.tree.leaves(shapes)))
     itemsize = np.dtype(config.model.dtype).itemsize
     # Even full rematerialisation keeps each layer's input: refuse before tracing what would take hours to compile.
-    tokens = config.data.B * config.data.T // config.optimiser.accumulate
+    mesh = config.mesh
+    tokens = config.data.B * config.data.T // config.optimiser.accumulate // (mesh.data * mesh.fsdp * mesh.seq)
     record.refuse_beyond_memory(config, held + tokens * config.model.E * itemsize * (config.model.N + 1))
     try:
-        step: Any = train_step(config)
+        step: Any = train_step(config, context)
         compiled = step.lower(shapes, batch_shapes(config)).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -171,14 +193,14 @@ def compile_step(config: Config, shapes: State) -> Any:
 
 
 def ideal_seconds(config: Config) -> float | None:
-    """Seconds of one step at the device's peak rate; None where the peak is not known.
+    """Seconds of one step at the devices' peak rate; None where the peak is not known.
 
     Model FLOPs: causal attention counts the visible pairs only, recomputation is not counted.
     """
     from longattn.analysis import cost, hardware
 
     peak = hardware.detect().peak_flops
-    return cost.step_flops(config) / peak if peak else None
+    return cost.step_flops(config) / (peak * config.mesh.size) if peak else None
 
 
 def _summary(folder: Path, config: Config, status: Any, steps: int, history: list[dict[str, Any]]) -> Summary:

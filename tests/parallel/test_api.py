@@ -165,7 +165,9 @@ def test_what_the_devices_send():
     assert sent["reduce_scatter"] == [(elements, "float32")] * 2  # dk and dv
 
     text = traced.lower().compile().as_text()
-    found = re.findall(r" = .*?\b(all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)(?:-start)?\(", text)
+    found = re.findall(
+        r" = .*?\b(all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)(?:-start)?\(", text
+    )
     assert {name: found.count(name) for name in set(found)} == {"all-gather": 4, "reduce-scatter": 2}
 
 

@@ -85,7 +85,7 @@ def test_rules_hold_for_stacked_layers_and_for_moments():
 
 def test_axes_that_the_mesh_lacks_are_left_out():
     mesh = AbstractMesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
-    assert meshes.fit(meshes.ACTIVATIONS, mesh) == P(("data",), "seq", None)
+    assert meshes.fit(P(("data", "fsdp"), "seq", "tensor"), mesh) == P(("data",), "seq", None)
     assert meshes.shardings(mesh, tree())["embedding"].spec == P(None, None)
 
 
