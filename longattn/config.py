@@ -171,6 +171,25 @@ Data = ByteLM | MQAR | Needle
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis of the mesh; their product is the number of devices. All 1: one device, no mesh."""
+
+    data: int = 1  # rows of the batch
+    fsdp: int = 1  # rows of the batch; parameters and moments are divided among these devices too
+    tensor: int = 1  # heads and the MLP's width
+    seq: int = 1  # positions
+    strategy: Literal["all_gather"] = "all_gather"  # how queries meet the keys of other devices; see parallel/api.py
+
+    def __post_init__(self) -> None:
+        _positive(self, "data", "fsdp", "tensor", "seq")
+
+    @property
+    def size(self) -> int:
+        """The number of devices."""
+        return self.data * self.fsdp * self.tensor * self.seq
+
+
+@dataclass(frozen=True)
 class Optimiser:
     """AdamW with linear warm-up and cosine decay, after clipping by global norm."""
 
@@ -230,12 +249,20 @@ class Config:
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=ByteLM)
+    mesh: Mesh = field(default_factory=Mesh)
     optimiser: Optimiser = field(default_factory=Optimiser)
     run: Run = field(default_factory=Run)
 
     def __post_init__(self) -> None:
         if self.data.B % self.optimiser.accumulate:
             raise ValueError(f"{self.optimiser.accumulate=} must divide {self.data.B=}")
+        rows = self.data.B // self.optimiser.accumulate
+        if rows % (self.mesh.data * self.mesh.fsdp):
+            raise ValueError(f"{self.mesh.data=} * {self.mesh.fsdp=} must divide {rows}, the rows of a micro-batch")
+        if self.data.T % self.mesh.seq:
+            raise ValueError(f"{self.mesh.seq=} must divide {self.data.T=}")
+        if self.model.K % self.mesh.tensor or self.model.F % self.mesh.tensor:
+            raise ValueError(f"{self.mesh.tensor=} must divide {self.model.K=} and {self.model.F=}")
         vocabulary = self.data.vocabulary if isinstance(self.data, MQAR) else 257
         if vocabulary > self.model.W:
             raise ValueError(
@@ -244,7 +271,7 @@ class Config:
 
 
 _CLASSES: dict[str, type] = {
-    c.__name__: c for c in (RoPE, Softmax, Model, ByteLM, MQAR, Needle, Optimiser, Run, Config)
+    c.__name__: c for c in (RoPE, Softmax, Model, ByteLM, MQAR, Needle, Mesh, Optimiser, Run, Config)
 }
 
 

@@ -22,6 +22,7 @@ CONFIGS = [
             mlp_chunk=64,
         ),
         data=c.MQAR(T=128, pairs=8),
+        mesh=c.Mesh(data=2, fsdp=2, tensor=2, seq=4),
         optimiser=c.Optimiser(accumulate=4, clip=0.0),
         run=c.Run(profile=(10, 3)),
     ),
@@ -64,6 +65,7 @@ def edited(edit):
         (lambda d: d["config"]["model"].update({"class": "Modell"}), "'Modell' in the JSON is no config"),
         (lambda d: d["config"]["model"].update(depth=3), r"unknown fields \['depth'\]"),
         (lambda d: d["config"]["model"].pop("N"), r"lacks \['N'\]"),
+        (lambda d: d["config"].pop("mesh"), r"lacks \['mesh'\]: it was written by another version"),
         (lambda d: d["config"]["model"].update(N=0), "Model.N=0 must be at least 1"),
         (lambda d: d["config"]["model"]["mixers"][0]["mask"].update(expression="Cusal()"), "did you mean 'Causal'"),
         (lambda d: d.update(config=d["config"]["model"]), "holds a Model, not a Config"),
@@ -106,6 +108,10 @@ def test_what_is_no_config_at_all(text, message):
         (lambda: c.Softmax(mask=m.Prefix(np.array([3], np.int32))), "cannot be written"),
         (lambda: c.Config(optimiser=c.Optimiser(accumulate=3)), "must divide"),
         (lambda: c.Config(model=c.Model(W=256)), "must be at least 257"),
+        (lambda: c.Mesh(seq=0), "Mesh.seq=0 must be at least 1"),
+        (lambda: c.Config(mesh=c.Mesh(seq=3)), r"self\.mesh\.seq=3 must divide self\.data\.T=1024"),
+        (lambda: c.Config(mesh=c.Mesh(data=16)), r"must divide 8, the rows of a micro-batch"),
+        (lambda: c.Config(mesh=c.Mesh(tensor=8)), r"self\.mesh\.tensor=8 must divide self\.model\.K=4"),
     ],
 )
 def test_errors(make, message):

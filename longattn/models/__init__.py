@@ -1,6 +1,7 @@
 """Flax Linen models: the only part of longattn that imports flax."""
 
-from longattn.models.mixers import MIXERS, Context, attention_fn, bytes_read_per_token, state_elements
+from longattn.models.context import Context
+from longattn.models.mixers import MIXERS, attention_fn, bytes_read_per_token, state_elements
 from longattn.models.transformer import REMAT, Transformer, head, init_params
 
 __all__ = [

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from longattn import config
+from longattn.models.context import Context
 
 
 def fan_in(
@@ -89,9 +90,13 @@ def swiglu(
 
 
 class SwiGLU(nn.Module):
-    """The block's MLP; with `model.mlp_chunk` in pieces of the sequence: [B T F] never exists, forward or backward."""
+    """The block's MLP; with `model.mlp_chunk` in pieces of the sequence: [B T F] never exists, forward or backward.
+
+    Where the sequence lies in parts on a mesh, a piece is `mlp_chunk` positions of each part: nothing moves.
+    """
 
     model: config.Model
+    context: Context | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
@@ -99,12 +104,19 @@ class SwiGLU(nn.Module):
         gate = self.param("gate", fan_in(0, 1), (E, F), jnp.float32)
         up = self.param("up", fan_in(0, 1), (E, F), jnp.float32)
         down = self.param("down", fan_in(0, 1, 1 / (2 * self.model.N)), (F, E), jnp.float32)
-        B, T, _ = x.shape
+        context = self.context or Context()
+        P = context.parts
+        B, T = x.shape[0], x.shape[1] // P
         if chunk is None or chunk >= T:
             return swiglu(x, gate, up, down)
         # The weights are cast inside each piece, so their gradients are summed over the pieces in float32.
-        piece = jax.checkpoint(lambda x: swiglu(x, gate, up, down), prevent_cse=False)
+        piece = jax.checkpoint(lambda x: swiglu(context.spread(x), gate, up, down), prevent_cse=False)
         whole = T // chunk * chunk
-        pieces = jnp.moveaxis(x[:, :whole].reshape(B, -1, chunk, E), 1, 0)
-        y = jnp.moveaxis(jax.lax.map(piece, pieces), 0, 1).reshape(B, whole, E)
-        return y if whole == T else jnp.concatenate([y, piece(x[:, whole:])], 1)
+        x = x.reshape(B, P, T, E)
+        pieces = jnp.moveaxis(x[:, :, :whole].reshape(B, P, -1, chunk, E), 2, 0)
+        y = jax.lax.map(piece, pieces.reshape(-1, B, P * chunk, E)).reshape(-1, B, P, chunk, E)
+        y = jnp.moveaxis(y, 0, 2).reshape(B, P, whole, E)
+        if whole < T:
+            rest = context.spread(piece(x[:, :, whole:].reshape(B, -1, E)))
+            y = jnp.concatenate([y, rest.reshape(B, P, -1, E)], 2)
+        return y.reshape(B, P * T, E)

@@ -6,7 +6,6 @@ once it is in `MIXERS`, the transformer, the trainer and the study use it withou
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -16,15 +15,9 @@ from jaxtyping import Array, Float, Int32
 
 from longattn import config
 from longattn.mask import EMPTY, Full, Mask
+from longattn.models.context import Context
 from longattn.models.layers import RMSNorm, fan_in, rope_frequencies, rope_temperature, rotate
 from longattn.ops.attention import attention
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """Where and how the ops run: static and hashable. None in its place is one device and the best back end."""
-
-    implementation: str | tuple[str, ...] | None = None  # as in `longattn.attention`
 
 
 def no_state(state: Any) -> None:
@@ -65,11 +58,10 @@ class Softmax(nn.Module):
         if cfg.rope is not None:
             frequencies = rope_frequencies(cfg.rope, m.D)
             q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
-        y = attention(
+        y = (self.context or Context()).attention(
             q, k, v, mask=cfg.mask, segment_ids=segment_ids, positions=positions,
             scale=m.D**-0.5 * rope_temperature(cfg.rope), softcap=cfg.softcap,
             sinks=self.param("sinks", nn.initializers.zeros, (m.H,), jnp.float32) if cfg.sinks else None,
-            implementation=self.context.implementation if self.context else None,
         )  # fmt: skip
         return jnp.einsum("BTHV,HVE->BTE", y, wo), None
 

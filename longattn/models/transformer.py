@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray, UInt32
 
 from longattn import config as configs
+from longattn.models.context import Context
 from longattn.models.layers import RMSNorm, SwiGLU, fan_in
-from longattn.models.mixers import MIXERS, Context, no_state
+from longattn.models.mixers import MIXERS, no_state
 
 _policies = jax.checkpoint_policies
 _attention = _policies.save_only_these_names("attention_out", "attention_lse")
@@ -40,8 +41,10 @@ class Block(nn.Module):
         name = type(self.mixer).__name__
         mixer = MIXERS[name](self.mixer, self.model, self.context, name="mixer")
         y, _ = mixer(RMSNorm(self.model.norm_eps, name="mixer_norm")(x), positions, segment_ids, None)
-        x = x + y
-        return x + SwiGLU(self.model, name="mlp")(RMSNorm(self.model.norm_eps, name="mlp_norm")(x))
+        context = self.context or Context()
+        x = context.spread(x + y)
+        mlp = SwiGLU(self.model, self.context, name="mlp")
+        return context.spread(x + mlp(RMSNorm(self.model.norm_eps, name="mlp_norm")(x)))
 
 
 class Period(nn.Module):
@@ -115,7 +118,9 @@ class Transformer(nn.Module):
         # Tokens enter with RMS 1 (section 3.4 of arXiv:1706.03762), so that the blocks' outputs do not drown them, and
         # leave through rows of length 1. (Where tied, a token's own logit starts high: the loss starts above ln W.)
         # Rows first, cast after: their gradients are summed in float32.
-        x = (jnp.take(self.embedding, tokens, axis=0) * self.config.E**0.5).astype(self.config.dtype)
+        context = self.context or Context()
+        rows = jnp.take(context.whole(self.embedding), tokens, axis=0)
+        x = context.spread((rows * self.config.E**0.5).astype(self.config.dtype))
         if period(self.config) == self.config.N:
             for layer in self.layer:
                 x = layer(x, positions, segment_ids)

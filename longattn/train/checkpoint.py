@@ -91,20 +91,24 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def restore(self, like: State) -> State | None:
-        """The newest state, or None where there is none. `like`: its shapes and dtypes as ShapeDtypeStructs."""
+        """The newest state, or None where there is none.
+
+        like: its shapes and dtypes as ShapeDtypeStructs; it comes back with their shardings, or on one device where
+        they have none, whatever mesh saved it.
+        """
         step = self.latest()
         if step is None:
             return None
         params = self.params(like.params, step)
-        rest = self._manager.restore(
-            step, args=ocp.args.Composite(rest=ocp.args.StandardRestore(like._replace(params=None)._asdict()))
-        )
+        rest = _placed(like._replace(params=None)._asdict())
+        rest = self._manager.restore(step, args=ocp.args.Composite(rest=ocp.args.StandardRestore(rest)))
         return State(**{**rest["rest"], "params": params})
 
     def params(self, like: Params, step: int) -> Params:
         """The parameters of one step. Raises ValueError naming the first parameter that differs from `like`."""
         check_same(self._manager.item_metadata(step)["params"], like, f"the checkpoint {self.folder}/{step}")
-        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))["params"]
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(like)))
+        return self._manager.restore(step, args=args)["params"]
 
     def poll(self) -> None:
         """Raise OSError if the save in progress has failed already; does not wait."""
@@ -130,6 +134,12 @@ class Checkpoints:
                 f"cannot write a checkpoint under {self.folder}: {reason}; {good}; "
                 "make room and start again with the same command"
             ) from error
+
+
+def _placed(tree: Any) -> Any:
+    """ShapeDtypeStructs that all say where they lie: else orbax looks for the devices that saved them."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one), tree)
 
 
 def check_same(saved: Any, wanted: Any, source: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import grain
+import jax
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
 
@@ -316,6 +317,52 @@ def source(cfg: config.Data, *, seed: int, split: Split) -> Source:
         raise ValueError(f"{seed=} must not be negative")
     _check_memory(f"reading ahead with T={cfg.T}, B={cfg.B}", AHEAD * cfg.B * cfg.T * 16, "lower T or B")
     return _packed(cfg, seed, split) if isinstance(cfg, config.ByteLM) else _generated(cfg, seed, split)
+
+
+# ---- over a mesh
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """A source whose batches lie on a mesh: each process reads the rows that its devices hold, each row once.
+
+    What a device gets depends on its place in the mesh alone, never on which process it belongs to; processes that
+    share a sequence take slices of the same rows.
+    """
+
+    source: Source
+    shape: tuple[int, int]  # [B T]
+    sharding: jax.sharding.Sharding  # of each array of a batch
+
+    @property
+    def num_batches(self) -> int:
+        return self.source.num_batches
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return self.source.info
+
+    @property
+    def lengths(self) -> dict[int, float]:
+        return self.source.lengths
+
+    def batch(self, step: int, rows: slice | None = None) -> Any:
+        """The whole batch of a step, global arrays; `rows` is None."""
+        if rows is not None:
+            raise ValueError(f"{rows=} must be None: which rows a process reads follows from the mesh")
+
+        @functools.cache
+        def read(start: int, stop: int) -> Batch:
+            return self.source.batch(step, slice(start, stop))
+
+        def column(i: int) -> jax.Array:
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                start, stop, _ = index[0].indices(self.shape[0])
+                return read(start, stop)[i][:, index[1]]
+
+            return jax.make_array_from_callback(self.shape, self.sharding, part)
+
+        return Batch(*map(column, range(len(Batch._fields))))
 
 
 # ---- reading ahead

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import lzma
 import math
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from longattn.config import ByteLM, Config
+from longattn.config import ByteLM, Config, Mesh
+from longattn.models.context import Context
 from longattn.train import data, record
 from longattn.train.checkpoint import Checkpoints
-from longattn.train.step import Params, batch_shapes, eval_step, init_state
+from longattn.train.step import Params, batch_shapes, eval_step, state_shapes
 
 EVALUATION_VERSION = 1
 
@@ -58,8 +58,10 @@ def load_params(run_dir: str | Path, *, newest: bool = False) -> tuple[Config, P
     return config, restore_params(Path(run_dir), config, newest=newest)[0]
 
 
-def restore_params(folder: Path, config: Config, *, newest: bool = False) -> tuple[Params, int]:
-    """The parameters of a run's best (or newest) checkpoint, and its step.
+def restore_params(
+    folder: Path, config: Config, *, newest: bool = False, context: Context | None = None
+) -> tuple[Params, int]:
+    """The parameters of a run's best (or newest) checkpoint, on one device or the context's mesh, and its step.
 
     Raises ValueError where there is none, or none of the model that `config` describes.
     """
@@ -67,16 +69,16 @@ def restore_params(folder: Path, config: Config, *, newest: bool = False) -> tup
         step = saved.latest() if newest else saved.best()
         if step is None:
             raise ValueError(f"{folder} has no complete checkpoint yet; let it train to its first save")
-        return saved.params(jax.eval_shape(functools.partial(init_state, config), config.run.seed).params, step), step
+        return saved.params(state_shapes(config, context).params, step), step
 
 
-def initial_params(config: Config) -> Params:
+def initial_params(config: Config, context: Context | None = None) -> Params:
     """The best parameters of the run that `run.init_from` names. Raises ValueError if its model is another one."""
     folder = Path(config.run.init_from)
     if not folder.is_dir():
         folder = Path(config.run.dir, config.run.init_from)
     record.read_config(folder)
-    return restore_params(folder, config)[0]
+    return restore_params(folder, config, context=context)[0]
 
 
 def evaluate(
@@ -90,6 +92,8 @@ def evaluate(
     newest: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a run's best checkpoint on its held-out data, optionally at another length, or on other files.
+
+    It runs on one device, whatever mesh trained the model.
 
     `batches=0`: the whole held-out set; for ByteLM it comes with the bits per byte of `xz -9`. `overlap`: ByteLM only,
     how many bytes a piece of a long file reads again, without loss, so that its first predictions have context too.
@@ -106,7 +110,7 @@ def evaluate(
     if glob is not None and isinstance(config.data, ByteLM):
         changed["valid"] = 1.0  # other files than the run was trained on: all of them are held out
     config = evaluation_config(config)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))
+    config = dataclasses.replace(config, mesh=Mesh(), data=dataclasses.replace(config.data, **changed))
     source = data.source(config.data, seed=config.run.seed, split="valid")
     params, step = restore_params(Path(run_dir), config, newest=newest)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)

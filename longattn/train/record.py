@@ -204,7 +204,9 @@ def compile_program(config: Config, jitted: Any, *shapes: Any) -> Any:
 
 
 def refuse_beyond_memory(config: Config, needed: int) -> None:
-    """Raise ValueError if `needed` bytes are more than is available."""
+    """Raise ValueError if `needed` bytes on each of the config's devices are more than is available."""
+    if jax.local_devices()[0].platform == "cpu":
+        needed *= min(config.mesh.size, jax.local_device_count())  # they share the host's memory
     available = available_memory()
     if available is not None and needed > available:
         raise ValueError(too_large(config, f"{needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are available"))
@@ -296,7 +298,7 @@ class Recorder:
             middle, total = statistics.median(self.seconds), sum(self.seconds)
             low, high = np.percentile(self.seconds, [10, 90])
             record |= {
-                "tokens_per_second_per_device": data.B * data.T * len(self.seconds) / total,
+                "tokens_per_second_per_device": data.B * data.T * len(self.seconds) / (total * self.config.mesh.size),
                 "step_seconds": middle,
                 "step_spread": float(high - low) / middle,  # the middle four fifths, as a share of the median
                 "data_wait": sum(self.waits) / total,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import signal
 import threading
@@ -18,10 +17,20 @@ import numpy as np
 from rich.console import Console
 
 from longattn.config import Config
+from longattn.models.context import Context
 from longattn.train import data, record
 from longattn.train.checkpoint import Checkpoints
 from longattn.train.evaluate import evaluation_config, initial_params, run_evaluation
-from longattn.train.step import State, batch_shapes, eval_step, init_state, train_step
+from longattn.train.step import (
+    State,
+    batch_shapes,
+    batch_sharding,
+    context_of,
+    eval_step,
+    init_state,
+    state_shapes,
+    train_step,
+)
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,9 @@ class Summary:
 def train(config: Config, *, resume: bool = True, quiet: bool = False, console: Console | None = None) -> Summary:
     """Train as the config says, continuing from the run folder's newest checkpoint.
 
-    Raises ValueError for a folder that holds another run, data that cannot be read or a step that does not fit in
-    memory, all before anything is written; FloatingPointError when the loss is no longer finite; OSError when the
-    disk is full.
+    Raises ValueError for a folder that holds another run, data that cannot be read, a mesh of another number of devices
+    or a step that does not fit in memory, all before anything is written; FloatingPointError when the loss is no longer
+    finite; OSError when the disk is full.
     """
     console = console or Console(stderr=True, quiet=quiet)
     folder = Path(config.run.dir, config.run.name)
@@ -55,28 +64,35 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
 
     if config.run.tensorboard:
         record.scalar_writer()
+    context = context_of(config)
     evaluation = evaluation_config(config)
-    sources = {
+    sources: dict[str, Any] = {
         "train": data.source(config.data, seed=config.run.seed, split="train"),
         "valid": data.source(evaluation.data, seed=config.run.seed, split="valid"),
     }
     info = {split: source.info for split, source in sources.items()}
+    if context is not None:
+        for split, c in (("train", config), ("valid", evaluation)):
+            sharding = batch_sharding(c, context)
+            sources[split] = data.Spread(sources[split], (c.data.B, c.data.T), sharding)
     record.check_data(folder, info)
-    shapes = jax.eval_shape(functools.partial(init_state, config), config.run.seed)
-    loaded = initial_params(config) if config.run.init_from and not started else None
+    shapes = state_shapes(config, context)
+    loaded = initial_params(config, context) if config.run.init_from and not started else None
     size = sum(a.size for a in jax.tree.leaves(shapes.params))
     console.print(f"compiling {size:,} parameters at B={config.data.B}, T={config.data.T}")
-    step_fn = compile_step(config, shapes)
-    eval_fn = record.compile_program(evaluation, eval_step(evaluation), shapes.params, batch_shapes(evaluation))
+    step_fn = compile_step(config, shapes, context)
+    eval_fn = record.compile_program(
+        evaluation, eval_step(evaluation, context), shapes.params, batch_shapes(evaluation)
+    )
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(record.claim(folder, config))
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.run.keep))
         state = checkpoints.restore(shapes)
         if state is None:
-            state = init_state(config, config.run.seed)
+            state = init_state(config, config.run.seed, context)
             if config.run.init_from:
-                state = state._replace(params=loaded or initial_params(config))
+                state = state._replace(params=loaded or initial_params(config, context))
         start = int(state.step)
         if start:
             console.print(f"continuing {folder} after step {start}")
@@ -160,18 +176,23 @@ def _loop(
     return step
 
 
-def compile_step(config: Config, shapes: State) -> Any:
+def compile_step(config: Config, shapes: State, context: Context | None = None) -> Any:
     """The training step compiled ahead of time. Raises ValueError if it needs more memory than there is."""
-    held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+
+    def held_by_a_device(a: Any) -> int:
+        return math.prod(a.sharding.shard_shape(a.shape) if a.sharding else a.shape) * a.dtype.itemsize
+
+    held = sum(map(held_by_a_device, jax.tree.leaves(shapes)))
     itemsize = np.dtype(config.model.dtype).itemsize
     # Even full rematerialisation keeps each layer's input: refuse before tracing what would take hours to compile.
-    tokens = config.data.B * config.data.T // config.optimiser.accumulate
+    mesh = config.mesh
+    tokens = config.data.B * config.data.T // config.optimiser.accumulate // (mesh.data * mesh.fsdp * mesh.seq)
     record.refuse_beyond_memory(config, held + tokens * config.model.E * itemsize * (config.model.N + 1))
-    return record.compile_program(config, train_step(config), shapes, batch_shapes(config))
+    return record.compile_program(config, train_step(config, context), shapes, batch_shapes(config))
 
 
 def ideal_seconds(config: Config, documents: Mapping[int, float]) -> float | None:
-    """Seconds of one step at the device's peak rate; None where the peak, or what a mixer costs, is not known.
+    """Seconds of one step at the devices' peak rate; None where the peak, or what a mixer costs, is not known.
 
     Model FLOPs: attention counts the pairs that its mask and the packed `documents` (as for `cost.step_flops`) show,
     recomputation is not counted.
@@ -179,7 +200,9 @@ def ideal_seconds(config: Config, documents: Mapping[int, float]) -> float | Non
     from longattn.analysis import cost, hardware
 
     peak = hardware.detect().peak_flops
-    return cost.step_flops(config, documents) / peak if peak and cost.known(config.model) else None
+    if not peak or not cost.known(config.model):
+        return None
+    return cost.step_flops(config, documents) / (peak * config.mesh.size)
 
 
 def _summary(folder: Path, config: Config, status: Any, steps: int, history: list[dict[str, Any]]) -> Summary:

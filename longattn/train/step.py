@@ -15,10 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from longattn.config import Config, Optimiser
+from longattn.models.context import Context
 from longattn.models.transformer import Transformer, head, init_params
+from longattn.ops import dispatch
+from longattn.parallel import mesh as meshes
 from longattn.train.data import Batch
 from longattn.train.loss import cross_entropy, labels_and_weights
 
@@ -68,35 +73,97 @@ def optimiser(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(c.clip), adamw) if c.clip else adamw
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def init_state(config: Config, seed: int | Int[Array, ""]) -> State:
-    """A fresh state: parameters drawn from `seed`, zero moments, step 0."""
-    params = init_params(config.model, jax.random.key(seed))
-    return State(params, optimiser(config).init(params), jnp.zeros((), jnp.int32))
+def context_of(config: Config) -> Context | None:
+    """Where a config's training runs: None, one device, where every axis of its mesh is 1.
+
+    Raises ValueError where this machine has another number of devices than the mesh.
+    """
+    c = config.mesh
+    if c.size == 1:
+        return None
+    return Context(mesh=meshes.make_mesh(c.data, c.fsdp, c.tensor, c.seq), strategy=c.strategy)
 
 
-def _hidden(params: Params, batch: Batch, config: Config) -> Float[Array, "B T E"]:
-    x, _ = Transformer(config.model).apply(
+def init_state(config: Config, seed: int | Int[Array, ""], context: Context | None = None) -> State:
+    """A fresh state: parameters drawn from `seed`, zero moments, step 0; where there is a mesh, divided over it."""
+    return _init(config, context)(seed)
+
+
+@functools.lru_cache
+def _init(config: Config, context: Context | None) -> Callable[[Any], State]:
+    def init(seed: int | Int[Array, ""]) -> State:
+        params = init_params(config.model, jax.random.key(seed))
+        return State(params, optimiser(config).init(params), jnp.zeros((), jnp.int32))
+
+    if context is None or context.mesh is None:
+        return jax.jit(init)
+    return jax.jit(init, out_shardings=meshes.shardings(context.mesh, jax.eval_shape(init, 0)))
+
+
+def state_shapes(config: Config, context: Context | None = None) -> State:
+    """The state's shapes and dtypes, and where there is a mesh its shardings."""
+    shapes = jax.eval_shape(lambda: _init(config, None)(0))
+    if context is None or context.mesh is None:
+        return shapes
+    lies = meshes.shardings(context.mesh, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lies)
+
+
+def batch_sharding(config: Config, context: Context) -> NamedSharding:
+    """How each array of a batch lies on the context's mesh."""
+    return meshes.sharding(context.mesh, context.tokens, (config.data.B, config.data.T), "the batch")
+
+
+def _on_mesh(config: Config, context: Context | None, inputs: Callable[[State, Any], Any]) -> dict[str, Any]:
+    """What to tell jit of a step whose arguments lie as `inputs(state's, a batch's)` says; results are inferred."""
+    if context is None or context.mesh is None:
+        return {}
+    state = jax.tree.map(lambda x: x.sharding, state_shapes(config, context))
+    return {"in_shardings": inputs(state, batch_sharding(config, context))}
+
+
+def _hidden(params: Params, batch: Batch, config: Config, context: Context | None) -> Float[Array, "B T E"]:
+    x, _ = Transformer(config.model, context).apply(
         {"params": params}, batch.tokens, batch.positions, batch.segment_ids, method="hidden"
     )
     return x
 
 
-def _sum_loss(params: Params, batch: Batch, config: Config) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Summed loss (nats, not a mean) of one micro-batch, and its parts."""
-    labels, weights = labels_and_weights(*batch)
-    c = config.optimiser
-    return cross_entropy(
-        _hidden(params, batch, config),
-        head(params, config.model),
-        labels,
-        weights,
-        chunk=c.loss_chunk,
-        z_loss=c.z_loss,
+def _token_sums(context: Context | None, f: Callable[..., Any], x: Array, w: Array, *rest: Array) -> Any:
+    """f(x [B T E], w, *rest [B T]), a tree of sums over tokens: on a mesh over each device's own, then over devices.
+
+    The loss walks over the sequence in pieces. In a shard_map each device walks over its own part; outside of one, the
+    pieces would lie on one device after the other.
+    """
+    if context is None or context.mesh is None:
+        return f(x, w, *rest)
+    tokens = meshes.fit(context.tokens, context.mesh)
+    axes = (*tokens[0], tokens[1])
+
+    @functools.partial(
+        jax.shard_map, mesh=context.mesh, in_specs=(tokens, P(), *(tokens for _ in rest)), out_specs=P(), check_vma=True
     )
+    def local(*arrays: Array) -> Any:
+        return jax.lax.psum(f(*dispatch.vary_together(arrays)), axes)
+
+    return local(x, w, *rest)
 
 
-def _train_step(config: Config, state: State, batch: Batch) -> tuple[State, Metrics]:
+def _sum_loss(
+    params: Params, batch: Batch, config: Config, context: Context | None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Summed loss and negative log-likelihood (nats, not means) of one micro-batch."""
+
+    def sums(x: Array, w: Array, labels: Array, weights: Array) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        c = config.optimiser
+        total, aux = cross_entropy(x, w, labels, weights, chunk=c.loss_chunk, z_loss=c.z_loss)
+        return total, aux["nll_sum"]
+
+    x = _hidden(params, batch, config, context)
+    return _token_sums(context, sums, x, head(params, config.model), *labels_and_weights(*batch))
+
+
+def _train_step(config: Config, context: Context | None, state: State, batch: Batch) -> tuple[State, Metrics]:
     pieces = config.optimiser.accumulate
     # The mean is over all weighted tokens of the step; a mean of the micro-batches' means would weigh them unequally.
     weight_sum = labels_and_weights(*batch)[1].sum()
@@ -104,8 +171,8 @@ def _train_step(config: Config, state: State, batch: Batch) -> tuple[State, Metr
 
     def sums(params: Params, piece: Batch) -> tuple[Params, Float[Array, " 2"]]:
         def loss(p: Params) -> tuple[Float[Array, ""], Float[Array, ""]]:
-            total, aux = _sum_loss(p, piece, config)
-            return total * scale, aux["nll_sum"] * scale
+            total, nll = _sum_loss(p, piece, config, context)
+            return total * scale, nll * scale
 
         (total, nll), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, jnp.stack([total, nll])
@@ -114,6 +181,9 @@ def _train_step(config: Config, state: State, batch: Batch) -> tuple[State, Metr
         grads, totals = sums(state.params, batch)
     else:
         split = jax.tree.map(lambda a: a.reshape(pieces, -1, *a.shape[1:]), batch)
+        if context is not None and context.mesh is not None:  # each piece's rows on all devices
+            spec = P(None, *context.tokens)
+            split = jax.tree.map(lambda a: meshes.place(a, context.mesh, spec, "the micro-batches"), split)
 
         def add(carry: Any, piece: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, sums(state.params, piece)), None
@@ -133,21 +203,33 @@ def _train_step(config: Config, state: State, batch: Batch) -> tuple[State, Metr
 
 
 @functools.lru_cache
-def train_step(config: Config) -> Callable[[State, Batch], tuple[State, Metrics]]:
+def train_step(config: Config, context: Context | None = None) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The jitted update (State, Batch) -> (State, metrics); the given state is donated.
 
     Metrics are float32 scalars: loss and nll in nats per weighted token, grad_norm before clipping, weight_sum, lr.
+    On the context's mesh the state lies as `state_shapes` says, before and after, and the batch as `batch_sharding`.
     """
-    return jax.jit(functools.partial(_train_step, config), donate_argnums=0)
+    sharded = _on_mesh(config, context, lambda state, batch: (state, batch))
+    if sharded:
+        sharded["out_shardings"] = (sharded["in_shardings"][0], NamedSharding(context.mesh, P()))
+    return jax.jit(functools.partial(_train_step, config, context), donate_argnums=0, **sharded)
 
 
-def _eval_step(config: Config, params: Params, batch: Batch) -> dict[str, Array]:
+def _eval_step(config: Config, context: Context | None, params: Params, batch: Batch) -> dict[str, Array]:
     labels, weights = labels_and_weights(*batch)
-    x, w = _hidden(params, batch, config), head(params, config.model)
-    _, aux = cross_entropy(x, w, labels, weights, chunk=config.optimiser.loss_chunk)
+    sums = functools.partial(_eval_sums, config.optimiser.loss_chunk, batch.tokens.shape[1])
+    x = _hidden(params, batch, config, context)
+    return _token_sums(context, sums, x, head(params, config.model), labels, weights, batch.positions)
 
-    B, T = batch.tokens.shape
-    chunk = min(config.optimiser.loss_chunk, B * T)  # logits of this many tokens exist at once, here too
+
+def _eval_sums(
+    chunk: int, length: int, x: Array, w: Array, labels: Array, weights: Array, positions: Array
+) -> dict[str, Array]:
+    """The sums of `eval_step` over these tokens, of sequences of that length."""
+    _, aux = cross_entropy(x, w, labels, weights, chunk=chunk)
+
+    B, T = labels.shape
+    chunk = min(chunk, B * T)  # logits of this many tokens exist at once, here too
     short = -B * T % chunk
 
     def hits(pair: tuple[Float[Array, "C E"], Int[Array, " C"]]) -> Float[Array, " C"]:
@@ -161,8 +243,8 @@ def _eval_step(config: Config, params: Params, batch: Batch) -> dict[str, Array]
     )
     correct = jax.lax.map(hits, pieces).reshape(-1)[: B * T]
 
-    seen = jnp.clip(batch.positions, 0, T - 1).reshape(-1)  # a prediction at position p has read p + 1 tokens
-    zeros = jnp.zeros(T, jnp.float32)
+    seen = jnp.clip(positions, 0, length - 1).reshape(-1)  # a prediction at position p has read p + 1 tokens
+    zeros = jnp.zeros(length, jnp.float32)
     return {
         "nll_sum": aux["nll_sum"],
         "weight_sum": aux["weight_sum"],
@@ -173,13 +255,14 @@ def _eval_step(config: Config, params: Params, batch: Batch) -> dict[str, Array]
 
 
 @functools.lru_cache
-def eval_step(config: Config) -> Callable[[Params, Batch], dict[str, Array]]:
+def eval_step(config: Config, context: Context | None = None) -> Callable[[Params, Batch], dict[str, Array]]:
     """The jitted evaluation (params, Batch) -> float32 sums over weighted tokens.
 
     nll_sum, weight_sum, correct_sum (argmax hits) are scalars; nll_by_position and weight_by_position `[T]` are indexed
     by the position of the last token read, so entry p speaks of predictions from p + 1 tokens of context.
     """
-    return jax.jit(functools.partial(_eval_step, config))
+    sharded = _on_mesh(config, context, lambda state, batch: (state.params, batch))
+    return jax.jit(functools.partial(_eval_step, config, context), **sharded)
 
 
 def batch_shapes(config: Config) -> Batch:

@@ -8,10 +8,12 @@ import os
 import sysconfig
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from longattn import config
+from longattn.parallel import make_mesh
 from longattn.tasks.bytelm import BOS
 from longattn.train import data
 
@@ -240,3 +242,26 @@ def test_rows_longer_than_the_corpus(corpus: Path) -> None:
     assert batch.weights.sum() == source.info["bytes"]
     assert batch.segment_ids.max() == source.info["documents"]
     assert not batch.segment_ids[1:].any()
+
+
+@pytest.mark.parametrize("task", range(3))
+def test_batches_on_a_mesh_are_the_source_s_and_each_row_is_read_once(
+    corpus: Path, task: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = configs(corpus)[task]
+    source = data.source(cfg, seed=1, split="train")
+    mesh = make_mesh(data=2, seq=4)
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(("data", "fsdp"), "seq"))
+    spread = data.Spread(source, (cfg.B, cfg.T), sharding)
+    read, batch = [], type(source).batch
+
+    def noting(self, step, rows=None):
+        read.append(rows)
+        return batch(self, step, rows)
+
+    monkeypatch.setattr(type(source), "batch", noting)
+    got = spread.batch(3)
+    assert sorted((rows.start, rows.stop) for rows in read) == [(0, 2), (2, 4)]
+    assert all(x.sharding == sharding for x in got)
+    assert_equal(data.Batch(*map(np.asarray, got)), batch(source, 3))
+    assert (spread.num_batches, spread.info) == (source.num_batches, source.info)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from longattn.config import ByteLM, Config, Model, Optimiser, RoPE, Run, Softmax, to_json
+from longattn.config import ByteLM, Config, Mesh, Model, Optimiser, RoPE, Run, Softmax, to_json
 from longattn.train import checkpoint, data, evaluate, load_params, record, train
 
 SOURCES = str(Path(__file__).parents[2] / "longattn" / "train" / "*.py")
@@ -166,6 +166,34 @@ def test_evaluation_takes_a_micro_batch_at_a_time(finished: Config, tmp_path: Pa
     mine, theirs = (record.history(folder(x))[-1]["valid"] for x in (c, finished))
     assert mine["tokens"] == theirs["tokens"]
     np.testing.assert_allclose(mine["nll"], theirs["nll"], rtol=1e-4)  # twelve steps of gradients in another order
+
+
+def test_on_a_mesh_stopped_and_continued_bitwise(finished: Config, tmp_path: Path, monkeypatch) -> None:
+    """Eight devices see the losses of one; a checkpoint returns to the mesh, and to one device for an evaluation."""
+    whole = dataclasses.replace(config(tmp_path, name="whole"), mesh=Mesh(data=2, seq=4))
+    assert quiet(whole).status == "finished"
+    for step, loss in losses(folder(finished)).items():
+        # Twelve steps of Adam, whose updates at first are signs of gradients, however small.
+        assert losses(folder(whole))[step] == pytest.approx(loss, rel=1e-4)
+
+    c = dataclasses.replace(config(tmp_path), mesh=Mesh(data=2, seq=4))
+    loader = data.loader
+
+    def failing(source, start):
+        for step, batch in loader(source, start):
+            if step == 7 and start == 0:
+                raise RuntimeError("the power went")
+            yield step, batch
+
+    monkeypatch.setattr(data, "loader", failing)
+    with pytest.raises(RuntimeError, match="power"):
+        quiet(c)
+    assert quiet(c).status == "finished"
+    assert losses(folder(c)) == losses(folder(whole))
+    result = evaluate(folder(c), batches=2, newest=True)
+    assert result["nll"] == pytest.approx(record.history(folder(c))[-1]["valid"]["nll"], rel=1e-5)
+    with pytest.raises(ValueError, match=r"mesh\.data=2, now 1; choose another --run.name"):
+        quiet(dataclasses.replace(c, mesh=Mesh()))
 
 
 def start(c: Config, cache: str, tmp_path: Path) -> subprocess.Popen:

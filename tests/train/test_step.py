@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longattn.config import ByteLM, Config, Model, Optimiser, Run
+from longattn.config import ByteLM, Config, Mesh, Model, Optimiser, Run
 from longattn.models.transformer import Transformer
 from longattn.train.data import Batch
 from longattn.train.loss import labels_and_weights
-from longattn.train.step import State, batch_shapes, decays, eval_step, init_state, learning_rate, train_step
+from longattn.train.step import (
+    State,
+    batch_shapes,
+    batch_sharding,
+    context_of,
+    decays,
+    eval_step,
+    init_state,
+    learning_rate,
+    state_shapes,
+    train_step,
+)
 
 CONFIG = Config(
     model=Model(N=2, E=16, F=24, H=2, K=1, D=8, W=257, dtype="float32"),
@@ -133,3 +145,77 @@ def test_it_learns_a_batch_by_heart() -> None:
 def test_batch_shapes_are_those_of_a_batch() -> None:
     for shape, array in zip(batch_shapes(CONFIG), batch(), strict=True):
         assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+
+
+# Pieces that do not divide a device's part of the sequence; an eps that keeps Adam's update smooth where gradients are
+# all rounding.
+SPREAD = Config(
+    model=Model(N=2, E=16, F=24, H=4, K=2, D=8, dtype="float32", mlp_chunk=5),
+    data=ByteLM(T=24, B=4),
+    optimiser=Optimiser(lr=1e-2, warmup=2, loss_chunk=14, eps=1e-3),
+    run=Run(steps=10),
+)
+
+
+def trained(config: Config) -> tuple[State, list[dict[str, float]], dict[str, np.ndarray]]:
+    """The state after three steps, the metrics of each, and an evaluation."""
+    rng = np.random.default_rng(3)
+    shape = config.data.B, config.data.T
+    segments = np.sort(rng.integers(1, 4, shape), 1).astype(np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    b = Batch(rng.integers(0, 257, shape).astype(np.int32), positions, segments, np.ones(shape, np.float32))
+    context = context_of(config)
+    state, metrics = init_state(config, 0, context), []
+    for _ in range(3):
+        state, m = train_step(config, context)(state, b)
+        metrics.append({name: float(x) for name, x in m.items()})
+    return state, metrics, jax.device_get(eval_step(config, context)(state.params, b))
+
+
+@functools.cache
+def on_one_device() -> tuple[State, list[dict[str, float]], dict[str, np.ndarray]]:
+    return trained(SPREAD)
+
+
+@pytest.mark.parametrize(("mesh", "accumulate"), [(Mesh(data=2, seq=4), 1), (Mesh(fsdp=2, tensor=2, seq=2), 2)])
+def test_training_on_a_mesh_is_that_on_one_device(mesh: Mesh, accumulate: int) -> None:
+    """Sums have other orders: sqrt(n) roundings for n terms, of which a gradient's products have B T, a logit's E."""
+    config = with_(dataclasses.replace(SPREAD, mesh=mesh), accumulate=accumulate)
+    state, metrics, sums = trained(config)
+    one, expected, expected_sums = on_one_device()
+    rtol = np.finfo(np.float32).eps * np.sqrt(SPREAD.data.B * SPREAD.data.T * SPREAD.model.E)
+    for got, want in zip(metrics, expected, strict=True):
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=rtol, err_msg=name)
+    for name, want in expected_sums.items():
+        np.testing.assert_allclose(sums[name], want, rtol=4 * rtol, atol=1e-5, err_msg=name)
+    moments = [jax.tree.leaves(s.opt_state) for s in (state, one)]
+    for got, want in zip(*moments, strict=True):
+        assert np.linalg.norm(got - want) <= 10 * rtol * np.linalg.norm(want)  # errors of a gradient's factors multiply
+    lies = jax.tree.map(lambda x: x.sharding, state_shapes(config, context_of(config)))
+    assert all(x.sharding.is_equivalent_to(s, x.ndim) for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(lies)))
+
+
+def test_activations_stay_where_they_are() -> None:
+    """Gathered are parameters, ids, and the attention's keys and values, never [B T E] or a part of it."""
+    config = dataclasses.replace(SPREAD, mesh=Mesh(fsdp=2, tensor=2, seq=2))
+    context = context_of(config)
+    shapes = state_shapes(config, context)
+    assert shapes.params["layers"]["layer_0"]["mlp"]["up"].sharding.spec == jax.P(None, "fsdp", "tensor")
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(config, context)), batch_shapes(config)
+    )
+    text = train_step(config, context).lower(shapes, batch).compile().as_text()
+    assert "all-to-all" not in text
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
+    sizes = [[int(n) for n in dims.split(",")] for dims in gathered]
+    c, D = config.model, config.model.D
+    assert [2, config.data.T, c.K // 2, D] in sizes  # keys: of two rows, and half of the heads
+    parameters = {c.E, c.F // 2, c.H // 2, c.K // 2, D, c.W, c.N}
+    assert all(set(size) <= parameters for size in sizes if size != [2, config.data.T, c.K // 2, D]), sizes
+
+
+def test_a_mesh_of_another_number_of_devices_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"seq=4 = 4 must be the number of devices, 8"):
+        context_of(dataclasses.replace(SPREAD, mesh=Mesh(seq=4)))
+    assert context_of(SPREAD) is None

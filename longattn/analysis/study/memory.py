@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from longattn import config
 from longattn.analysis import hardware
@@ -24,9 +23,8 @@ from longattn.analysis.store import Number, Store
 from longattn.analysis.study.presets import MemoryPlan
 from longattn.analysis.study.table import FIRST, Way, ways
 from longattn.analysis.study.work import Clock, Unit
-from longattn.models import MIXERS, Transformer, head
-from longattn.train.loss import cross_entropy, labels_and_weights
-from longattn.train.step import State, batch_shapes, init_state, optimiser, train_step
+from longattn.models import MIXERS
+from longattn.train.step import batch_shapes, state_shapes, train_step
 
 USABLE = 0.9  # of a chip's memory: the rest is taken by the runtime, the programs and fragmentation
 LONGEST = 2**30  # tokens; a fit is not asked beyond it
@@ -62,31 +60,6 @@ def _config(plan: MemoryPlan, way: Way, remat: Any, T: int, B: int = 1) -> confi
     return config.Config(model=model, data=config.ByteLM(T=T, B=B))
 
 
-def _program(cfg: config.Config, way: Way) -> Any:
-    """The jitted training step. The trainer always takes the best back end; for a way that names another one, the
-    same step is put together here from the same parts."""
-    if way.implementation is None:
-        return train_step(cfg)
-
-    def step(state: State, batch: Any) -> tuple[State, Any]:
-        labels, weights = labels_and_weights(*batch)
-
-        def loss(params: Any) -> Any:
-            x, _ = Transformer(cfg.model, way.context).apply(
-                {"params": params}, batch.tokens, batch.positions, batch.segment_ids, method="hidden"
-            )
-            return (
-                cross_entropy(x, head(params, cfg.model), labels, weights, chunk=cfg.optimiser.loss_chunk)[0]
-                / weights.sum()
-            )
-
-        value, grads = jax.value_and_grad(loss)(state.params)
-        updates, opt_state = optimiser(cfg).update(grads, state.opt_state, state.params)
-        return State(optax.apply_updates(state.params, updates), opt_state, state.step + 1), value
-
-    return jax.jit(step, donate_argnums=0)
-
-
 def _compiled(program: Any, *arguments: Any) -> Any:
     return program.lower(*arguments).compile().memory_analysis()
 
@@ -95,8 +68,7 @@ def step_bytes(cfg: config.Config, way: Way) -> int:
     """Bytes that one training step holds at once, by XLA's account of the compiled program: state, batch, scratch,
     results.
     """
-    state = jax.eval_shape(lambda: init_state(cfg, 0))
-    m = _compiled(_program(cfg, way), state, batch_shapes(cfg))
+    m = _compiled(train_step(cfg, way.context), state_shapes(cfg), batch_shapes(cfg))
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
@@ -184,7 +156,7 @@ def _policy(plan: MemoryPlan, way: Way, remat: str, clock: Clock) -> Iterable[Nu
 def _parts(plan: MemoryPlan, way: Way, remat: str, total: int, number: Callable[..., Number]) -> Iterable[Number]:
     """What the step at the checked length holds, by part."""
     cfg = _config(plan, way, remat, plan.check)
-    state = jax.eval_shape(lambda: init_state(cfg, 0))
+    state = state_shapes(cfg)
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     attention = _layer_scratch(cfg, way)
     parts = {

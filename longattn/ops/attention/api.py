@@ -45,7 +45,7 @@ def _pair(name: str, given: Any, q: Any, k: Any) -> tuple[Array, Array]:
     return jnp.asarray(given[0]), jnp.asarray(given[1])
 
 
-def _prepare(
+def validate(
     q: Any,
     k: Any,
     v: Any,
@@ -55,12 +55,16 @@ def _prepare(
     positions: Any,
     scale: float | None,
     softcap: float | None,
+    sinks: Any,
     bias: Any,
     implementation: str | Sequence[str] | None,
     tuning: Any,
     rounded: bool,
-) -> tuple[Array, Array, Array, Extras, Spec, str]:
-    """Raises every ValueError of a call and chooses its back end, from shapes and dtypes alone."""
+) -> tuple[Array, Array, Array, Array | None, Extras, Spec, tuple[str, ...]]:
+    """Raises every ValueError of a call, from shapes and dtypes alone.
+
+    Returns q, k, v, sinks as arrays, the other arguments as a back end takes them, and the candidate back ends.
+    """
     for name, x, axes in (("q", q, "B T H D"), ("k", k, "B S K D"), ("v", v, "B S K V")):
         shapes.check_rank(name, x, axes)
         shapes.check_dtype(name, x, shapes.FLOATS)
@@ -100,8 +104,20 @@ def _prepare(
         tuning=tuning,
         contiguous=positions is None,
     )
+    if sinks is not None:
+        shapes.check_shape("sinks", sinks, (H,), "H")
+        shapes.check_dtype("sinks", sinks, shapes.FLOATS)
+        sinks = jnp.asarray(sinks)
+    return q, k, v, sinks, extras, spec, names
+
+
+def _prepare(
+    q: Any, k: Any, v: Any, sinks: Any = None, **options: Any
+) -> tuple[Array, Array, Array, Array | None, Extras, Spec, str]:
+    """`validate`, and the back end that serves the call."""
+    q, k, v, sinks, extras, spec, names = validate(q, k, v, sinks=sinks, **options)
     name = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(q, k, v, extras, spec))
-    return q, k, v, extras, spec, name
+    return q, k, v, sinks, extras, spec, name
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "name", "dtype"))
@@ -133,14 +149,11 @@ def attention_with_lse(
     tuning: Any = None,
 ) -> tuple[Out, Statistic]:
     """`attention`, and its log-sum-exp: natural logarithm, float32 (float64 for float64 inputs), differentiable."""
-    q, k, v, extras, spec, name = _prepare(
-        q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, bias=bias,
-        implementation=implementation, tuning=tuning, rounded=sinks is None,  # sinks rescale out before it is rounded
+    q, k, v, sinks, extras, spec, name = _prepare(
+        q, k, v, sinks, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap,
+        bias=bias, implementation=implementation, tuning=tuning,
+        rounded=sinks is None,  # sinks rescale out before it is rounded
     )  # fmt: skip
-    if sinks is not None:
-        shapes.check_shape("sinks", sinks, (q.shape[2],), "H")
-        shapes.check_dtype("sinks", sinks, shapes.FLOATS)
-        sinks = jnp.asarray(sinks)
     return tuple(_attention(q, k, v, extras, sinks, spec=spec, name=name, dtype=q.dtype.name))
 
 
@@ -205,7 +218,7 @@ def attend_partial(
     tuning: Any = None,
 ) -> Partial:
     """Attention over these keys only, to be merged with others. As `attention`; sinks come with `partial.finish`."""
-    q, k, v, extras, spec, name = _prepare(
+    q, k, v, _, extras, spec, name = _prepare(
         q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, bias=bias,
         implementation=implementation, tuning=tuning, rounded=False,
     )  # fmt: skip
@@ -242,7 +255,7 @@ def backward_partial(
     Returns:
       dq [B T H D], dk [B S K D], dv [B S K V] in float32 (float64 for float64 inputs).
     """
-    q, k, v, extras, spec, name = _prepare(
+    q, k, v, _, extras, spec, name = _prepare(
         q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, bias=bias,
         implementation=implementation, tuning=tuning, rounded=False,
     )  # fmt: skip

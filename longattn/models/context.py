@@ -1,0 +1,52 @@
+"""Where and how a model's operations run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from longattn import parallel
+from longattn.ops.attention import attention
+from longattn.parallel.mesh import place
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Where and how the ops run: static and hashable. None in its place is one device and the best back end."""
+
+    implementation: str | tuple[str, ...] | None = None  # as in `longattn.attention`
+    mesh: Mesh | AbstractMesh | None = None  # None: one device
+    axis: str = "seq"  # the rest as in `longattn.parallel.attention`
+    batch_axes: tuple[str, ...] = ("data", "fsdp")
+    head_axis: str = "tensor"
+    strategy: str = "all_gather"
+
+    def attention(self, q: Array, k: Array, v: Array, **options: Any) -> Array:
+        """`longattn.attention`, or where there is a mesh `longattn.parallel.attention`."""
+        if self.mesh is None:
+            return attention(q, k, v, implementation=self.implementation, **options)
+        return parallel.attention(
+            q, k, v, mesh=self.mesh, axis=self.axis, batch_axes=self.batch_axes, head_axis=self.head_axis,
+            strategy=self.strategy, implementation=self.implementation, **options,
+        )  # fmt: skip
+
+    @property
+    def tokens(self) -> PartitionSpec:
+        """How [B T ...] lies on the mesh: rows and positions divided, the rest whole."""
+        return PartitionSpec(self.batch_axes, self.axis)
+
+    @property
+    def parts(self) -> int:
+        """In how many parts the sequence lies on the mesh."""
+        return 1 if self.mesh is None else self.mesh.shape[self.axis]
+
+    def spread(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Activations, held to lie like the tokens."""
+        return x if self.mesh is None else place(x, self.mesh, self.tokens, "the activations")
+
+    def whole(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
+        """A parameter, gathered on every device."""
+        return w if self.mesh is None else place(w, self.mesh, PartitionSpec(), "a parameter")

@@ -1,0 +1,6 @@
+"""The functions of `longattn.ops` over a device mesh, on global arrays."""
+
+from longattn.parallel.api import STRATEGIES, attention, attention_with_lse
+from longattn.parallel.mesh import make_mesh
+
+__all__ = ["STRATEGIES", "attention", "attention_with_lse", "make_mesh"]

@@ -1,0 +1,193 @@
+"""Exact softmax attention over a mesh: the public functions. They validate globally, then shard_map a strategy.
+
+The sequence is spread along one axis of the mesh, sequences along others, heads along a third; each device holds
+[B / (data fsdp), T / P, H / tensor, D] of q. A strategy says what the devices along the sequence send each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from longattn.mask import Causal, Mask
+from longattn.ops import dispatch
+from longattn.ops import partial as partials
+from longattn.ops.attention.api import Ids, validate
+from longattn.ops.attention.spec import Extras
+from longattn.ops.partial import Partial
+from longattn.parallel import exchange
+from longattn.parallel.spec import Call
+from longattn.shapes import Key, Out, Query, Statistic, Value, statistics_dtype, suggest
+
+STRATEGIES: dict[str, Callable[..., tuple[Array, Array]]] = {"all_gather": exchange.all_gather}
+
+
+def _mesh(mesh: Mesh | AbstractMesh | None, axis: str) -> Mesh | AbstractMesh:
+    """The mesh to use. Raises ValueError unless it has the axis, and all its axes are Auto."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if mesh.empty:
+        raise ValueError("mesh=None needs a current mesh: pass mesh= or set one with jax.set_mesh(mesh)")
+    if axis not in mesh.axis_names:
+        raise ValueError(f"{axis=} must be an axis of the mesh; {suggest(str(axis), mesh.axis_names)}")
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if kind != AxisType.Auto:
+            remedy = (
+                "call longattn.attention inside a shard_map" if kind == AxisType.Manual else "make it with Auto axes"
+            )
+            raise ValueError(f"axis {name!r} of the mesh is {kind.name} and must be Auto; {remedy}")
+    return mesh
+
+
+def _divide(mesh: Mesh | AbstractMesh, q: Any, k: Any, axis: str, batch: tuple[str, ...], head: str | None) -> None:
+    """Raises unless the mesh's axes divide B, T, S and the heads."""
+    devices = mesh.shape[axis]
+    for name, size in (("T", q.shape[1]), ("S", k.shape[1])):
+        if size % devices:
+            longer = -(-size // devices) * devices
+            raise ValueError(
+                f"{name}={size} must be a multiple of {devices}, the devices on {axis!r}; pad it to {longer}"
+            )
+    rows = math.prod(mesh.shape[name] for name in batch)
+    if q.shape[0] % rows:
+        raise ValueError(f"B={q.shape[0]} must be a multiple of {rows}, the devices on the batch axes {batch}")
+    K, heads = k.shape[2], 1 if head is None else mesh.shape[head]
+    if K % heads:
+        raise NotImplementedError(
+            f"{K=} key/value heads do not divide over the {heads} devices on {head!r}, and are not replicated; "
+            f"use a mesh whose {head!r} divides {K}, and spread the sequence instead"
+        )
+
+
+def _specs(extras: Extras, batch: tuple[str, ...], axis: str, head: str | None) -> Extras:
+    """How the side arrays lie: the queries' side along the sequence, the keys' side whole, axes of size 1 too."""
+
+    def spec(x: Array, *names: Any) -> P:
+        return P(*(name if size > 1 else None for name, size in zip(names, x.shape)))
+
+    ids = lambda x, names: None if x is None else spec(x, *names)
+    return Extras(
+        mask=jax.tree.map(lambda x: spec(x, batch, *([head] if x.ndim > 1 else [])), extras.mask),
+        q_positions=spec(extras.q_positions, batch, axis),
+        k_positions=spec(extras.k_positions, batch),
+        q_segments=ids(extras.q_segments, (batch, axis)),
+        k_segments=ids(extras.k_segments, (batch,)),
+        bias=ids(extras.bias, (batch, head, axis)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "batch", "head", "strategy", "call", "dtype"))
+def _attention(q, k, v, sinks, extras, *, mesh, batch, head, strategy, call, dtype):
+    tokens, statistic = P(batch, call.axis, head, None), P(batch, call.axis, head)
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, P(head), _specs(extras, batch, call.axis, head)),
+        out_specs=(tokens, statistic),
+        check_vma=True,
+    )
+    def local(q, k, v, sinks, extras):
+        if extras.bias is not None:  # so that the gradient of what is replicated is summed in float32
+            extras = extras._replace(bias=extras.bias.astype(statistics_dtype(q.dtype)))
+        out, lse = STRATEGIES[strategy](*dispatch.vary_together((q, k, v, extras)), call)
+        return tuple(partials.finish(Partial(out, lse), sinks, dtype))
+
+    return local(q, k, v, sinks, extras)
+
+
+def attention_with_lse(
+    q: Query,
+    k: Key,
+    v: Value,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis: str = "seq",
+    batch_axes: tuple[str, ...] = ("data", "fsdp"),
+    head_axis: str = "tensor",
+    strategy: str = "all_gather",
+    mask: Mask = Causal(),
+    segment_ids: Ids | None = None,
+    positions: Ids | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "H"] | None = None,
+    bias: Float[Array, "..."] | None = None,
+    implementation: str | Sequence[str] | None = None,
+    tuning: Any = None,
+) -> tuple[Out, Statistic]:
+    """`attention`, and its log-sum-exp: natural logarithm, float32 (float64 for float64 inputs), differentiable."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"{strategy=} must be a strategy of attention; {suggest(str(strategy), STRATEGIES)}")
+    mesh = _mesh(mesh, axis)
+    batch = tuple(name for name in batch_axes if name in mesh.axis_names)
+    head = head_axis if head_axis in mesh.axis_names else None
+    if len({axis, *batch, head}) != len(batch) + 2:
+        raise ValueError(f"{axis=}, {batch_axes=} and {head_axis=} must be different axes of the mesh")
+    q, k, v, sinks, extras, spec, names = validate(
+        q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks,
+        bias=bias, implementation=implementation, tuning=tuning, rounded=sinks is None,
+    )  # fmt: skip
+    _divide(mesh, q, k, axis, batch, head)
+    call = Call(axis, spec.out_dtype, spec.scale, spec.softcap, None if implementation is None else names, tuning)
+    return _attention(
+        q, k, v, sinks, extras, mesh=mesh, batch=batch, head=head, strategy=strategy, call=call, dtype=q.dtype.name
+    )
+
+
+def attention(
+    q: Query,
+    k: Key,
+    v: Value,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis: str = "seq",
+    batch_axes: tuple[str, ...] = ("data", "fsdp"),
+    head_axis: str = "tensor",
+    strategy: str = "all_gather",
+    mask: Mask = Causal(),
+    segment_ids: Ids | None = None,
+    positions: Ids | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "H"] | None = None,
+    bias: Float[Array, "..."] | None = None,
+    implementation: str | Sequence[str] | None = None,
+    tuning: Any = None,
+) -> Out:
+    """Exact softmax attention of global arrays spread over a mesh: `longattn.attention`, equal to it up to rounding.
+
+    Reverse mode only. dk and dv are summed over the devices in float32. A bias is differentiable, and with one the
+    backward pass runs the forward pass again, in float32.
+
+    Args:
+      q, k, v: global arrays, T and S split along `axis`, B along `batch_axes`, the heads along `head_axis`; arrays that
+        lie otherwise are moved.
+      mesh: a Mesh (its axes Auto), or an AbstractMesh; None is the current one (`jax.set_mesh`).
+      axis: the mesh axis along which the sequence is spread, in order: device i holds the i-th part.
+      batch_axes: mesh axes along which sequences are spread; those that the mesh has.
+      head_axis: the mesh axis along which heads are spread, if the mesh has it.
+      strategy: a name in `STRATEGIES`, how keys and values meet the queries.
+      mask, segment_ids, positions, scale, softcap, sinks, bias, implementation, tuning: as for `longattn.attention`;
+        ids, positions and mask are global, and the implementation runs on each device.
+
+    Returns:
+      [B T H V] in q's dtype, spread like q.
+
+    Raises:
+      ValueError: for invalid arguments: an axis that the mesh lacks or that is not Auto; B, T or S that its devices do
+        not divide.
+      NotImplementedError: with the reason, for key/value heads that `head_axis` does not divide, and where no back end
+        asked for serves the call.
+    """
+    return attention_with_lse(
+        q, k, v, mesh=mesh, axis=axis, batch_axes=batch_axes, head_axis=head_axis, strategy=strategy, mask=mask,
+        segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks, bias=bias,
+        implementation=implementation, tuning=tuning,
+    )[0]  # fmt: skip

@@ -1,0 +1,132 @@
+"""The device mesh, and which axis of which array lies along which of its axes.
+
+Four axes. `data`: rows of the batch; parameters are replicated. `fsdp`: rows of the batch too, and a slice of every
+matrix, gathered where it is used (ZeRO stage 3, arXiv:1910.02054). `tensor`: heads and the MLP's width
+(arXiv:1909.08053). `seq`: positions. All are Auto: the partitioner lays out what is outside of a shard_map.
+
+A parameter lies as the first rule says whose pattern is found in its path, such as "layers/layer_0/mixer/q". The
+optimiser's moments have the parameter's path as the end of their own, so the same rules hold for them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+AXES = ("data", "fsdp", "tensor", "seq")
+
+Rule = tuple[str, P]  # a regular expression for `re.search` in the path, and how the array lies
+
+PARAMETERS: tuple[Rule, ...] = (
+    (r"(^|/)(embedding|head)$", P(None, "fsdp")),  # [W E]; not along W: that of bytes, 257, is a prime
+    (r"/mixer/(q|k|v)$", P("fsdp", "tensor", None)),  # [E H D]
+    (r"/mixer/out$", P("tensor", None, "fsdp")),  # [H D E]
+    (r"/mixer/sinks$", P("tensor")),  # [H]
+    (r"/mlp/(gate|up)$", P("fsdp", "tensor")),  # [E F]
+    (r"/mlp/down$", P("tensor", "fsdp")),  # [F E]
+    (r"(^|_|/)norm/scale$", P()),  # [E] or [D]
+)
+STACKED = r"(^|/)layers/"  # the parameters of scanned layers have an axis of layers before those of their rule
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, seq: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of these sizes whose axes are Auto.
+
+    Neighbours on the later axes are neighbours in the machine. Devices of several slices (TPU pods joined by a slower
+    network) are crossed by `data` alone, or by `fsdp` where `data` is 1, whose messages are the fewest.
+
+    Args:
+      data, fsdp, tensor, seq: devices along each axis; their product must be the number of devices.
+      devices: any devices, those of an ahead-of-time topology too; None is all devices.
+
+    Raises:
+      ValueError: for sizes that do not multiply to the number of devices, or slices that no axis can cross.
+    """
+    sizes = dict(zip(AXES, (data, fsdp, tensor, seq), strict=True))
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}={size!r} must be an integer of at least 1")
+    devices = list(jax.devices() if devices is None else devices)
+    product = math.prod(sizes.values())
+    if product != len(devices):
+        given = " * ".join(f"{name}={size}" for name, size in sizes.items())
+        remedy = f", or pass {product} of them as devices" if product < len(devices) else ""
+        raise ValueError(f"{given} = {product} must be the number of devices, {len(devices)}: change the sizes{remedy}")
+    return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
+    """The devices in the mesh's shape; slices lie along the first axis of more than one device."""
+    shape = tuple(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across = "data" if sizes["data"] > 1 else "fsdp"
+    if sizes[across] % slices:
+        raise ValueError(
+            f"{across}={sizes[across]} must be a multiple of {slices}, the slices of these devices: only data, or fsdp "
+            "where data is 1, may cross the slower network between slices"
+        )
+    within = tuple(size // slices if name == across else size for name, size in sizes.items())
+    between = tuple(slices if name == across else 1 for name in sizes)
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+def fit(spec: P, mesh: Mesh | AbstractMesh) -> P:
+    """The spec without the axes that the mesh lacks."""
+
+    def keep(entry: Any) -> Any:
+        if isinstance(entry, tuple):
+            return tuple(name for name in entry if name in mesh.axis_names)
+        return entry if entry in mesh.axis_names else None
+
+    return P(*map(keep, spec))
+
+
+def sharding(mesh: Mesh | AbstractMesh, spec: P, shape: Sequence[int], name: str) -> NamedSharding:
+    """How an array of this shape lies. Raises ValueError, naming array and axis, where devices do not divide a size."""
+    spec = fit(spec, mesh)
+    for i, entry in enumerate(spec):
+        names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        devices = math.prod(mesh.shape[axis] for axis in names)
+        if shape[i] % devices:
+            raise ValueError(
+                f"axis {i} of {name}, of shape {list(shape)}, must be a multiple of {devices}, the devices along "
+                f"{' and '.join(names)}: change the model, the data or the mesh"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def shardings(mesh: Mesh | AbstractMesh, tree: Any, rules: Sequence[Rule] = PARAMETERS) -> Any:
+    """How every array of a tree lies: parameters, optimiser states or both; arrays or ShapeDtypeStructs.
+
+    Scalars are replicated. Raises ValueError for a path that no rule matches, and where devices do not divide a size.
+    """
+
+    def one(path: Any, x: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not x.shape:
+            return NamedSharding(mesh, P())
+        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+        if spec is None:
+            raise ValueError(f"{name}, of shape {list(x.shape)}, is matched by no sharding rule; add one for it")
+        stacked = (None,) if re.search(STACKED, name) else ()
+        return sharding(mesh, P(*stacked, *spec), x.shape, name)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def place(x: Array, mesh: Mesh | AbstractMesh, spec: P, name: str) -> Array:
+    """`x`, held to lie as `spec` says inside a jit; `name` is for the error where devices do not divide a size."""
+    return jax.lax.with_sharding_constraint(x, sharding(mesh, spec, x.shape, name))
