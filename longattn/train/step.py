@@ -84,6 +84,11 @@ def context_of(config: Config) -> Context | None:
     return Context(mesh=meshes.make_mesh(c.data, c.fsdp, c.tensor, c.seq), strategy=c.strategy)
 
 
+def _spread(context: Context | None) -> bool:
+    """Whether there is a mesh."""
+    return context is not None and context.mesh is not None
+
+
 def init_state(config: Config, seed: int | Int[Array, ""], context: Context | None = None) -> State:
     """A fresh state: parameters drawn from `seed`, zero moments, step 0; where there is a mesh, divided over it."""
     return _init(config, context)(seed)
@@ -95,7 +100,7 @@ def _init(config: Config, context: Context | None) -> Callable[[Any], State]:
         params = init_params(config.model, jax.random.key(seed))
         return State(params, optimiser(config).init(params), jnp.zeros((), jnp.int32))
 
-    if context is None or context.mesh is None:
+    if not _spread(context):
         return jax.jit(init)
     return jax.jit(init, out_shardings=meshes.shardings(context.mesh, jax.eval_shape(init, 0)))
 
@@ -103,7 +108,7 @@ def _init(config: Config, context: Context | None) -> Callable[[Any], State]:
 def state_shapes(config: Config, context: Context | None = None) -> State:
     """The state's shapes and dtypes, and where there is a mesh its shardings."""
     shapes = jax.eval_shape(lambda: _init(config, None)(0))
-    if context is None or context.mesh is None:
+    if not _spread(context):
         return shapes
     lies = meshes.shardings(context.mesh, shapes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lies)
@@ -112,14 +117,6 @@ def state_shapes(config: Config, context: Context | None = None) -> State:
 def batch_sharding(config: Config, context: Context) -> NamedSharding:
     """How each array of a batch lies on the context's mesh."""
     return meshes.sharding(context.mesh, context.tokens, (config.data.B, config.data.T), "the batch")
-
-
-def _on_mesh(config: Config, context: Context | None, inputs: Callable[[State, Any], Any]) -> dict[str, Any]:
-    """What to tell jit of a step whose arguments lie as `inputs(state's, a batch's)` says; results are inferred."""
-    if context is None or context.mesh is None:
-        return {}
-    state = jax.tree.map(lambda x: x.sharding, state_shapes(config, context))
-    return {"in_shardings": inputs(state, batch_sharding(config, context))}
 
 
 def _hidden(params: Params, batch: Batch, config: Config, context: Context | None) -> Float[Array, "B T E"]:
@@ -135,7 +132,7 @@ def _token_sums(context: Context | None, f: Callable[..., Any], x: Array, w: Arr
     The loss walks over the sequence in pieces. In a shard_map each device walks over its own part; outside of one, the
     pieces would lie on one device after the other.
     """
-    if context is None or context.mesh is None:
+    if not _spread(context):
         return f(x, w, *rest)
     tokens = meshes.fit(context.tokens, context.mesh)
     axes = (*tokens[0], tokens[1])
@@ -181,7 +178,7 @@ def _train_step(config: Config, context: Context | None, state: State, batch: Ba
         grads, totals = sums(state.params, batch)
     else:
         split = jax.tree.map(lambda a: a.reshape(pieces, -1, *a.shape[1:]), batch)
-        if context is not None and context.mesh is not None:  # each piece's rows on all devices
+        if _spread(context):  # each piece's rows on all devices
             spec = P(None, *context.tokens)
             split = jax.tree.map(lambda a: meshes.place(a, context.mesh, spec, "the micro-batches"), split)
 
@@ -209,10 +206,12 @@ def train_step(config: Config, context: Context | None = None) -> Callable[[Stat
     Metrics are float32 scalars: loss and nll in nats per weighted token, grad_norm before clipping, weight_sum, lr.
     On the context's mesh the state lies as `state_shapes` says, before and after, and the batch as `batch_sharding`.
     """
-    sharded = _on_mesh(config, context, lambda state, batch: (state, batch))
-    if sharded:
-        sharded["out_shardings"] = (sharded["in_shardings"][0], NamedSharding(context.mesh, P()))
-    return jax.jit(functools.partial(_train_step, config, context), donate_argnums=0, **sharded)
+    step = functools.partial(_train_step, config, context)
+    if not _spread(context):
+        return jax.jit(step, donate_argnums=0)
+    lies = jax.tree.map(lambda x: x.sharding, state_shapes(config, context))
+    inputs, outputs = (lies, batch_sharding(config, context)), (lies, NamedSharding(context.mesh, P()))
+    return jax.jit(step, donate_argnums=0, in_shardings=inputs, out_shardings=outputs)
 
 
 def _eval_step(config: Config, context: Context | None, params: Params, batch: Batch) -> dict[str, Array]:
@@ -261,8 +260,11 @@ def eval_step(config: Config, context: Context | None = None) -> Callable[[Param
     nll_sum, weight_sum, correct_sum (argmax hits) are scalars; nll_by_position and weight_by_position `[T]` are indexed
     by the position of the last token read, so entry p speaks of predictions from p + 1 tokens of context.
     """
-    sharded = _on_mesh(config, context, lambda state, batch: (state.params, batch))
-    return jax.jit(functools.partial(_eval_step, config, context), **sharded)
+    step = functools.partial(_eval_step, config, context)
+    if not _spread(context):
+        return jax.jit(step)
+    lies = jax.tree.map(lambda x: x.sharding, state_shapes(config, context).params)
+    return jax.jit(step, in_shardings=(lies, batch_sharding(config, context)))
 
 
 def batch_shapes(config: Config) -> Batch:

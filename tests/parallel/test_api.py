@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import longattn
+from longattn import config, parallel
 from longattn import mask as m
-from longattn import parallel
 from tests.ops import oracle
 
 B, D, V = 4, 5, 7
@@ -173,7 +174,7 @@ def test_what_the_devices_send():
 
 @pytest.mark.parametrize("policy", ["none", "attention"])
 def test_attention_runs_forward_once_under_remat_by_name(policy):
-    mesh = parallel.make_mesh(1, 1, 1, 8)
+    mesh = jax.make_mesh((8,), ("seq",), axis_types=(AxisType.Auto,))  # no axes for rows or heads
     x = jnp.ones((1, 16, 1, 4))
 
     def loss(x):
@@ -210,6 +211,11 @@ def test_refusals(change, error, message):
     q, k = (jax.ShapeDtypeStruct((rows, T, heads, D), jnp.float32) for heads in (6, 3))
     with pytest.raises(error, match=message):
         jax.eval_shape(functools.partial(parallel.attention, **options), q, k, k)
+
+
+def test_a_config_knows_every_strategy():
+    known = typing.get_args(typing.get_type_hints(config.Mesh)["strategy"])
+    assert set(known) == set(parallel.STRATEGIES)
 
 
 def test_axes_must_be_auto():
