@@ -267,7 +267,7 @@ def libtpu_folder() -> Path:
     if spec is None or spec.origin is None:
         raise ValueError(
             f'libtpu, the compiler for TPUs, is not installed: pip install "longattn[aot]"; or, leaving other commands '
-            f"alone, pip install --no-deps --target FOLDER libtpu and {LIBTPU}=FOLDER, which make profile does in a clone"
+            f"alone, pip install --no-deps --target FOLDER libtpu and {LIBTPU}=FOLDER, as make profile does in a clone"
         )
     return Path(spec.origin).parents[1]
 
@@ -446,7 +446,7 @@ class ProfileOptions:
 def run(options: ProfileOptions, console: Console | None = None) -> dict[str, Any]:
     """Compile every case for every chip and print the table (or, with `json`, the document that is returned)."""
     console = console or Console(width=WIDTH)
-    document = {
+    document: dict[str, Any] = {
         "version": VERSION,
         "heading": HEADING,
         "options": {**vars(options), "mask": str(options.mask)},
