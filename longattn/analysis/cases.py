@@ -178,8 +178,10 @@ def _attention_kernel(
     walk = np.concatenate([np.flatnonzero(row) for row in visible])  # the blocks that pass by, in order
     steps, run = J * width * shape.H, int(visible.sum()) * shape.H
     run_when = (Branch("visible block", run),) if skips else ()
-    # Each head begins with a block of its own, whatever the one before ended with.
-    moved = shape.H * (J * bytes_still + _changes(walk) * bytes_streamed) + steps * every_step
+    # Each head begins with a block of its own, whatever the one before ended with; the fused kernel changes heads
+    # before it goes on to the next row.
+    passing = int(visible.sum()) if every_step else _changes(walk)
+    moved = shape.H * (J * bytes_still + passing * bytes_streamed) + steps * every_step
     pairs = cost.visible_pairs(shape.mask, shape.T)
     return Kernel(
         name,

@@ -51,7 +51,7 @@ from longattn.train.record import commit
 VERSION = 1
 LIBTPU = "LONGATTN_LIBTPU"  # a folder that `pip install --target` put libtpu into
 HEADING = "static cycles (no DMA wait, not run)"
-WIDTH = 132  # the table's: a narrower terminal wraps it rather than losing digits
+WIDTH = 164  # the table's: a narrower terminal wraps it rather than losing digits
 
 # ---- the schedule, parsed
 
@@ -473,7 +473,8 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
     )
     headings = ["case", "chip", HEADING, "HBM-bound cycles", "larger", "MXU floor", "floor / larger", "bound", *SLOTS]
     for heading in (*headings, "spills", "VMEM", "HBM"):
-        table.add_column(heading, justify="left" if heading in ("case", "chip", "bound") else "right")
+        left = heading in ("case", "chip", "bound")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=left)
     notes = []
     for row in document["rows"]:
         first = [row["case"], row["chip"]]
@@ -481,6 +482,8 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
             table.add_row(*first, "-")
             notes.append(f"{row['case']} on {row['chip']}: {row['reason']}")
             continue
+        core = hardware.TENSOR_CORES[row["chip"]]
+        vmem = "-" if row["vmem_bytes"] is None else f"{row['vmem_bytes'] / 2**20:.1f}"
         table.add_row(
             *first,
             *(f"{row[key] / 1e6:.3f} M" for key in ("cycles", "hbm_cycles", "compare_cycles", "floor_cycles")),
@@ -488,12 +491,11 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
             row["bound"],
             *(f"{row['utilisation'][slot]:.0%}" for slot in SLOTS),
             f"{row['spills']:,}",
-            "-" if row["vmem_bytes"] is None else f"{row['vmem_bytes'] / 2**20:.1f} MiB",
+            f"{vmem} of {core.vmem_bytes / 2**20:.0f} MiB",
             f"{row['hbm_bytes'] / 2**20:.0f} MiB",
         )
-        per_device = hardware.TENSOR_CORES[row["chip"]].per_device
-        if row["cores"] < per_device:
-            notes.append(f"{row['case']} on {row['chip']}: its grid runs on {row['cores']} of {per_device} cores.")
+        if row["cores"] < core.per_device:
+            notes.append(f"{row['case']} on {row['chip']}: its grid runs on {row['cores']} of {core.per_device} cores.")
     console.print(table)
     others = sorted({name for row in document["rows"] for name in row.get("not_counted", ())})
     notes += [
