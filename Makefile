@@ -38,7 +38,11 @@ install = $(PY) -m pip install --quiet --disable-pip-version-check -c constraint
 	-e ".[$(1)$(if $(filter cuda tpu,$(EXTRA)),$(comma)$(EXTRA))]"
 comma := ,
 
-.PHONY: help study test test-all lint format format-check typecheck bench notebook device clean
+# libtpu, the compiler for TPUs, has a folder of its own: where jax finds it, every command on a machine without a TPU
+# complains that there is none.
+STATIC := LONGATTN_LIBTPU="$(CURDIR)/.venv/aot"
+
+.PHONY: help study profile test test-all lint format format-check typecheck bench notebook device clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | awk -F '\t' '{ printf "make %-13s%s\n", $$1, $$2 }'
@@ -48,13 +52,16 @@ study: .venv/study-$(EXTRA)  ## what each way to attend costs and remembers, mea
 	@$(DEVICE)
 	@$(PY) -m longattn study $(ARGS)
 
-test: .venv/test-$(EXTRA)  ## the default tests
-	@$(DEVICE)
-	@$(PYTEST) -m "not slow" $(ARGS)
+profile: .venv/study-$(EXTRA) .venv/static  ## static cycles on TPUs that are not there: ARGS="jax_flash --chips v6e"
+	@$(STATIC) $(PY) -m longattn profile --static tpu $(ARGS)
 
-test-all: .venv/test-$(EXTRA)  ## the rest of the tests: the larger grids, the notebook in a fresh environment
+test: .venv/test-$(EXTRA) .venv/static  ## the default tests
 	@$(DEVICE)
-	@$(PYTEST) -m slow $(ARGS)
+	@$(STATIC) $(PYTEST) -m "not slow" $(ARGS)
+
+test-all: .venv/test-$(EXTRA) .venv/static  ## the rest of the tests: the larger grids, the notebook in a fresh environment
+	@$(DEVICE)
+	@$(STATIC) $(PYTEST) -m slow $(ARGS)
 
 lint: .venv/test-$(EXTRA)  ## ruff's checks
 	$(PY) -m ruff check .
@@ -92,6 +99,12 @@ clean:  ## remove .venv and caches; runs/ stays
 	@echo "Installing longattn ($(EXTRA)) and the test tools into .venv, once ..."
 	@$(call install,test)
 	@touch .venv/study-$(EXTRA) $@
+
+.venv/static: .venv/created constraints.txt
+	@echo "Installing the compiler for TPUs into .venv/aot, once ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints.txt \
+		--target .venv/aot libtpu
+	@touch $@
 
 # pyenv's shims exist for versions that do not run, and Debian's python3 may lack ensurepip: so each candidate is tried.
 .venv/created:

@@ -1,4 +1,4 @@
-"""The command line: `longattn train|eval|bench|study`. The one place that knows tyro.
+"""The command line: `longattn train|eval|bench|study|profile`. The one place that knows tyro.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 2 the caller's mistake (one line, with the
 remedy), 130 interrupted, 143 stopped by SIGTERM after saving. What is heavy is imported by the command that needs it.
@@ -28,6 +28,7 @@ USAGE = """usage: longattn COMMAND ...
   eval RUN [--T 2048 ...]            loss, bits per byte and loss by position of a trained run
   bench attention [...]              time the back ends of attention against each other
   study [--preset quick ...]         measure cost and recall side by side; writes a page
+  profile --static tpu CASE [...]    cycles of a kernel on TPUs that are not there, by their compiler's schedule
   COMMAND --help                     the options of a command
 
 CONFIG is a Python file that defines `config = longattn.config.Config(...)`, such as configs/bytelm_small.py.
@@ -172,7 +173,25 @@ def _study(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "bench": _bench, "study": _study}
+def _profile(arguments: list[str]) -> int:
+    from longattn.analysis import static
+
+    if arguments[:1] == ["--static"] and len(arguments) > 2 and not arguments[2].startswith("-"):
+        arguments = [*arguments[:2], "--cases", *arguments[2:]]
+    elif not {"-h", "--help"} & set(arguments):
+        return _fail(f"profile needs --static tpu and a case; the cases are {', '.join(static.CASES)}")
+    options = _parse(static.ProfileOptions, arguments, "profile --static tpu")
+    static.run(options)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "bench": _bench,
+    "study": _study,
+    "profile": _profile,
+}
 
 
 # ---- how arguments become values

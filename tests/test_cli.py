@@ -123,6 +123,21 @@ def test_config_of_another_version_is_one_line(capsys, tmp_path: Path) -> None:
     assert "written by another version" in fails(capsys, "train", str(path))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the cases are matmul"),
+        (["--static", "tpu"], "the cases are matmul"),
+        (["--static", "tpu", "jax_flsh"], "unknown case 'jax_flsh'; the cases are matmul"),
+        (["--static", "gpu", "matmul"], "--static"),
+        (["--static", "tpu", "matmul", "--chips", "v4"], "--chips"),
+        (["--static", "tpu", "matmul", "--bT", "1000"], "bT=1000 must divide T=8192"),
+    ],
+)
+def test_mistaken_profiles_are_one_line(capsys, arguments: list[str], message: str) -> None:
+    assert message in fails(capsys, "profile", *arguments)
+
+
 def test_eval_of_no_run_is_one_line(capsys, tmp_path: Path) -> None:
     assert "is no run" in fails(capsys, "eval", str(tmp_path))
 

@@ -52,6 +52,41 @@ CHIPS: dict[str, Chip] = {chip.name: chip for chip in _TABLE}
 
 
 @dataclass(frozen=True)
+class TensorCore:
+    """A matrix core of a TPU as its compiler schedules for it: one bundle of instructions per cycle.
+
+    `mxu_flops` is read off libtpu's own schedules of bfloat16 products (the cycles that a product of known size keeps
+    the matrix units busy); the rest is what jax's `pltpu.get_tpu_info` knows. Clocks are not published: the chip's peak
+    is taken to be all matrix units busy in every cycle.
+    """
+
+    mxu_flops: int  # bfloat16 FLOP per cycle of all matrix units of the core
+    vmem_bytes: int  # memory that the core computes from
+    per_device: int  # cores of one JAX device; a grid spreads over them where it is marked parallel
+    topology: str  # libtpu's name of a small slice
+
+
+TENSOR_CORES: dict[str, TensorCore] = {
+    "v5e": TensorCore(131_072, 128 * 2**20, 1, "v5e:2x2"),
+    "v5p": TensorCore(131_072, 64 * 2**20, 2, "v5p:2x2x1"),
+    "v6e": TensorCore(524_288, 128 * 2**20, 1, "v6e:2x2"),
+    "tpu7x": TensorCore(524_288, 64 * 2**20, 1, "tpu7x:2x2x1"),
+}
+
+
+def tpu_clock(name: str) -> float:
+    """Cycles per second at which the chip's published peak is reached by its matrix units."""
+    chip, core = CHIPS[name], TENSOR_CORES[name]
+    return chip.peak_bf16_flops / (chip.devices * core.per_device * core.mxu_flops)
+
+
+def hbm_bytes_per_cycle(name: str) -> float:
+    """Bytes that device memory moves per cycle for one JAX device, all its cores together."""
+    chip = CHIPS[name]
+    return chip.hbm_bandwidth / chip.devices / tpu_clock(name)
+
+
+@dataclass(frozen=True)
 class Device:
     """The kind of device this process computes on."""
 

@@ -42,6 +42,16 @@ def test_figures_have_sensible_units_and_a_source():
         assert chip.link_bandwidth < chip.hbm_bandwidth
 
 
+def test_tpu_cores_fit_their_chips():
+    # GHz at which the published peak is reached, and bytes per cycle of each core.
+    implied = {"v5e": (1.50, 546), "v5p": (1.75, 790), "v6e": (1.75, 937), "tpu7x": (2.20, 1677)}
+    assert set(hardware.TENSOR_CORES) == set(implied)
+    for name, (clock, per_cycle) in implied.items():
+        assert hardware.tpu_clock(name) == pytest.approx(clock * 1e9, rel=0.01)
+        per_core = hardware.hbm_bytes_per_cycle(name) / hardware.TENSOR_CORES[name].per_device
+        assert per_core == pytest.approx(per_cycle, rel=0.01)
+
+
 def test_detect_measures_the_cpu_and_divides_it_among_its_devices():
     device = hardware.detect()
     if device.platform != "cpu":
