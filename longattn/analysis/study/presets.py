@@ -46,12 +46,12 @@ class RecallPlan:
     """Part 3a. Small models on MQAR and needle: two layers, the first a window of two tokens."""
 
     seconds: float = 280
-    model: config.Model = config.Model(N=2, E=64, F=128, H=1, K=1, D=64, W=257, tie=False, dtype="float32", scan=False)
+    model: config.Model = config.Model(N=2, E=64, F=128, H=4, K=4, D=16, W=257, tie=False, dtype="float32", scan=False)
     windows: tuple[int, ...] = (8, 32)
     mqar: tuple[MQAR, ...] = (MQAR(T=64, B=32, pairs=8, vocabulary=64),)
-    mqar_steps: int = 350
-    needle: tuple[Needle, ...] = (Needle(T=144, B=16, digits=4),)
-    needle_steps: int = 420
+    mqar_steps: int = 450
+    needle: tuple[Needle, ...] = (Needle(T=144, B=32, digits=4),)
+    needle_steps: int = 500
     lr: float = 4e-3
     seeds: tuple[int, ...] = (0, 1, 2)  # of MQAR
     needle_seeds: tuple[int, ...] = (0,)
