@@ -3,8 +3,8 @@
 command   longattn train configs/bytelm_small.py
 device    2 CPU cores, float32
 time      40 to 60 minutes: 0.12 s a step on quiet cores, 0.18 s on busy ones
-expected  1.08 bits per byte on the held-out files (seed 0); `xz -9` takes 1.75 for each of them by itself and 1.40 for all
-          concatenated, with the sources of Python 3.12.1: experiments/2026-11-bytelm_small
+expected  1.08 bits per byte on the held-out files (seed 0); `xz -9` takes 1.75 for each of them by itself and 1.40
+          for all concatenated, with the sources of Python 3.12.1: experiments/2026-11-bytelm_small
 """
 
 from longattn.config import ByteLM, Config, Model, Optimiser, RoPE, Run, Softmax

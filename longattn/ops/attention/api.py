@@ -102,7 +102,6 @@ def validate(
         softcap=None if softcap is None else shapes.check_positive("softcap", softcap),
         out_dtype=(q.dtype if rounded else shapes.statistics_dtype(q.dtype)).name,
         tuning=tuning,
-        contiguous=positions is None,
     )
     if sinks is not None:
         shapes.check_shape("sinks", sinks, (H,), "H")

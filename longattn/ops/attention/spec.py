@@ -40,4 +40,3 @@ class Spec:
     softcap: float | None  # then softcap * tanh(logits / softcap)
     out_dtype: str  # name of the dtype of `out`
     tuning: Any = None  # this back end's Tuning, or None for its own choice
-    contiguous: bool = False  # positions are arange(T), arange(S): known at trace time
