@@ -121,6 +121,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            with contextlib.suppress(Exception):  # a save that was in progress may still become whole
+                self._manager.wait_until_finished()
             whole = sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
             good = (
                 f"the last good checkpoint, step {whole[-1]}, is untouched"

@@ -146,7 +146,7 @@ def test_disagreement_stops_before_timing(monkeypatch):
 
 
 def test_what_does_not_fit_is_left_out_with_the_reason(capsys, monkeypatch):
-    free = iter([2**40, 10])  # when longattn asks, and when the reference does
+    free = iter([2**40, 2**40, 10])  # for the inputs, when longattn asks, and when the reference does
     monkeypatch.setattr(bench, "available_memory", lambda: next(free))
     document, out = run(capsys, against=("reference",), T=(32,), what=("forward",), window=0)
     (row,) = document["rows"]

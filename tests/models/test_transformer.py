@@ -267,9 +267,15 @@ def test_it_learns():
     params = parameters(BASE)
     step = loss_and_grad(BASE)
     first, grads = step(params)
-    assert abs(float(first) - np.log(17)) < 0.3
     assert all(float(jnp.max(jnp.abs(g))) > 0 for g in jax.tree.leaves(grads))
     for _ in range(40):
         loss, grads = step(params)
         params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
     assert float(loss) < 0.5 * float(first)
+
+
+def test_untied_models_start_from_logits_of_deviation_one():
+    """Whose expected loss is ln W + 1/2."""
+    untied = dataclasses.replace(BASE, tie=False)
+    first, _ = loss_and_grad(untied)(parameters(untied))
+    assert abs(float(first) - np.log(17) - 0.5) < 0.3
