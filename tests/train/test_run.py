@@ -116,19 +116,25 @@ def test_finished_again_says_so_and_changes_nothing(finished: Config) -> None:
     assert (folder(finished) / "metrics.jsonl").read_bytes() == before
 
 
-def test_stopped_in_process_and_continued_bitwise(finished: Config, tmp_path: Path, monkeypatch) -> None:
-    c = config(tmp_path)
+def lose_power(c: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until the data of step 7 fail to come."""
     loader = data.loader
 
     def failing(source, start):
         for step, batch in loader(source, start):
-            if step == 7 and start == 0:
+            if step == 7:
                 raise RuntimeError("the power went")
             yield step, batch
 
-    monkeypatch.setattr(data, "loader", failing)
-    with pytest.raises(RuntimeError, match="power"):
-        quiet(c)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "loader", failing)
+        with pytest.raises(RuntimeError, match="power"):
+            quiet(c)
+
+
+def test_stopped_in_process_and_continued_bitwise(finished: Config, tmp_path: Path, monkeypatch) -> None:
+    c = config(tmp_path)
+    lose_power(c, monkeypatch)
     assert max(losses(folder(c))) >= 6
     with open(folder(c) / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "loss": 3.')
@@ -177,17 +183,7 @@ def test_on_a_mesh_stopped_and_continued_bitwise(finished: Config, tmp_path: Pat
         assert losses(folder(whole))[step] == pytest.approx(loss, rel=1e-4)
 
     c = dataclasses.replace(config(tmp_path), mesh=Mesh(data=2, seq=4))
-    loader = data.loader
-
-    def failing(source, start):
-        for step, batch in loader(source, start):
-            if step == 7 and start == 0:
-                raise RuntimeError("the power went")
-            yield step, batch
-
-    monkeypatch.setattr(data, "loader", failing)
-    with pytest.raises(RuntimeError, match="power"):
-        quiet(c)
+    lose_power(c, monkeypatch)
     assert quiet(c).status == "finished"
     assert losses(folder(c)) == losses(folder(whole))
     result = evaluate(folder(c), batches=2, newest=True)

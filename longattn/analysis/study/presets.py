@@ -154,7 +154,7 @@ SMOKE = Preset(  # seconds: whether every part runs; its numbers mean nothing
         share_lengths=(1024, 4096),
     ),
     # No length at which a tile is as long as the sequence: scratch is linear in T beyond.
-    MemoryPlan(model=_TINY, windows=(), lengths=(2048, 4096, 8192), check=16384, remats=("attention",), batch_at=512),
+    MemoryPlan(model=_TINY, windows=(), lengths=(4096, 8192, 16384), check=32768, remats=("attention",), batch_at=512),
     RecallPlan(
         model=config.Model(N=2, E=16, F=32, H=1, K=1, D=16, tie=False, dtype="float32", scan=False),
         windows=(4,),
