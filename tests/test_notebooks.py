@@ -73,6 +73,7 @@ def test_first_cell_asks_for_a_repository(path, monkeypatch, tmp_path):
 @BY_NAME
 def test_runs_where_only_its_first_cell_installed_anything(path, tmp_path, monkeypatch):
     from nbclient import NotebookClient
+    from nbclient.exceptions import CellTimeoutError
 
     clone, env = tmp_path / "longattn", tmp_path / "env"
     leave = shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info", "__pycache__", ".*_cache")
@@ -90,9 +91,15 @@ def test_runs_where_only_its_first_cell_installed_anything(path, tmp_path, monke
     for name in [n for n in os.environ if n.startswith(("PYTEST_", "COV_"))] + ["PYTHONPATH", "MPLBACKEND"]:
         monkeypatch.delenv(name, raising=False)  # the kernel is no part of this suite
 
-    notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(clone / "notebooks")}}
-    NotebookClient(notebook, kernel_name="fresh", timeout=1200, resources=folder).execute()
+    for attempt in (1, 2):
+        notebook = nbformat.read(path, as_version=4)
+        try:
+            NotebookClient(notebook, kernel_name="fresh", timeout=420, resources=folder).execute()
+            break
+        except CellTimeoutError:  # seen once: a kernel that had finished a cell and whose reply never came
+            if attempt == 2:
+                raise
     pictures = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     widgets = json.dumps(notebook.get("metadata", {}).get("widgets", {}))
     assert len(pictures) + widgets.count("image/png") >= 3
