@@ -81,7 +81,9 @@ def test_runs_where_only_its_first_cell_installed_anything(path, tmp_path):
     left_out = ("PYTEST_", "COV_", "TPU_", "PYTHONPATH", "MPLBACKEND")
     variables = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     variables["PIP_CONSTRAINT"] = str(clone / "constraints.txt")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "ipykernel"], check=True, env=variables)
+    # What a notebook's server has: IPython, and what reads the file.
+    install = [python, "-m", "pip", "install", "--quiet", "ipykernel", "nbformat"]
+    subprocess.run(install, check=True, env=variables)
     command = [python, "-m", "IPython", "--no-banner", "--colors=NoColor", path.name]
     done = subprocess.run(command, cwd=clone / "notebooks", env=variables, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
