@@ -281,8 +281,8 @@ def _compilation_cache() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed. XLA's CPU programs take their scratch from malloc anew at every call; given back to
-    the system each time, it costs a training step of a small model more than a tenth of its time in page faults.
+    """Let glibc keep what is freed. XLA's CPU programs take their scratch from malloc anew at every call; where it is
+    given back to the system each time, page faults cost a training step of a small model 3 to 5% of its time.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc's alone has these parameters
