@@ -175,11 +175,12 @@ def _study(arguments: list[str]) -> int:
 
 def _profile(arguments: list[str]) -> int:
     from longattn.analysis import static
+    from longattn.analysis.cases import CASES
 
     if arguments[:1] == ["--static"] and len(arguments) > 2 and not arguments[2].startswith("-"):
         arguments = [*arguments[:2], "--cases", *arguments[2:]]
     elif not {"-h", "--help"} & set(arguments):
-        return _fail(f"profile needs --static tpu and a case; the cases are {', '.join(static.CASES)}")
+        return _fail(f"profile needs --static tpu and a case; the cases are {', '.join(CASES)}")
     options = _parse(static.ProfileOptions, arguments, "profile --static tpu")
     static.run(options)
     return 0
