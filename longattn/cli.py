@@ -29,6 +29,7 @@ USAGE = """usage: longattn COMMAND ...
   bench attention [...]              time the back ends of attention against each other
   study [--preset quick ...]         measure cost and recall side by side; writes a page
   profile --static tpu CASE [...]    cycles of a kernel on TPUs that are not there, by their compiler's schedule
+  profile --static gpu CASE [...]    registers, spills, instructions of a kernel on GPUs that are not there
   COMMAND --help                     the options of a command
 
 CONFIG is a Python file that defines `config = longattn.config.Config(...)`, such as configs/bytelm_small.py.
@@ -174,15 +175,18 @@ def _study(arguments: list[str]) -> int:
 
 
 def _profile(arguments: list[str]) -> int:
-    from longattn.analysis import static
-    from longattn.analysis.cases import CASES
+    from longattn.analysis import cases, gpu_cases, static
 
+    on_gpu = arguments[:2] == ["--static", "gpu"]
     if arguments[:1] == ["--static"] and len(arguments) > 2 and not arguments[2].startswith("-"):
         arguments = [*arguments[:2], "--cases", *arguments[2:]]
     elif not {"-h", "--help"} & set(arguments):
-        return _fail(f"profile needs --static tpu and a case; the cases are {', '.join(CASES)}")
-    options = _parse(static.ProfileOptions, arguments, "profile --static tpu")
-    static.run(options)
+        on_tpu = f"--static tpu and a case; the cases are {', '.join(cases.CASES)}"
+        return _fail(f"profile needs {on_tpu}; or --static gpu: {', '.join(gpu_cases.CASES)}")
+    if on_gpu:
+        static.run_gpu(_parse(static.GpuProfileOptions, arguments, "profile --static gpu"))
+    else:
+        static.run(_parse(static.ProfileOptions, arguments, "profile --static tpu"))
     return 0
 
 

@@ -1,0 +1,150 @@
+"""A Pallas kernel's resources on a GPU: compiled by XLA, Mosaic and ptxas in a process of its own, and taken apart.
+
+What it says is whether a kernel fits and what it is made of: registers, spills, shared memory, which instructions
+multiply and copy. It says nothing of time. Nothing here has run on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from longattn import mask
+from longattn.analysis import aot
+from longattn.analysis.gpu_cases import CASES, Shape
+from longattn.analysis.static import sass
+
+CHIPS = {"sm_80": "a100-80", "sm_90a": "h100", "sm_100a": "b200"}  # which GPU has which instruction set
+
+_TARGET = re.compile(r"^\.target\s+(\w+)", re.MULTILINE)
+_THREADS = re.compile(r"\.entry (?P<kernel>[\w$.]+)\((?:[^{]*?)\.(?:maxntid|reqntid) (?P<threads>\d+(?:, *\d+)*)")
+_LAUNCHED = re.compile(r"(?P<kernel>\S+) grid: .* shared_memory: (?P<bytes>\d+) bytes")
+_MOSAIC = "MOSAIC_GPU_DUMP_TO"  # Mosaic's variable, read as it lowers and as it compiles
+
+
+def compile_here(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Compile one case for one GPU in this process, whose environment is `aot.cuda_environment()` and Mosaic's folder.
+
+    Returns:
+      {"kernels": one JSON object per kernel, Pallas's first}
+    """
+    shape = Shape(**{**request["shape"], "mask": mask.parse(request["shape"]["mask"])})
+    case = CASES[request["case"]]
+    device = aot.gpu_topology(request["chip"]).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    with jax.default_device(device):
+        fn, arrays = case.build(shape, case.blocks.of(shape), jnp.dtype(case.dtype))
+        arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arrays]
+        lowered = jax.jit(fn).trace(*arrays).lower()
+    folder = Path(os.environ[_MOSAIC])
+    lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_emitter_re": "ptx"})
+    return {"kernels": kernels_of(folder, case.kernels)}
+
+
+def kernels_of(folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The kernels whose PTX was dumped into `folder`; `names` are those of Pallas's, in the order of their lowering.
+
+    Raises:
+      ValueError: where there are more of Pallas's kernels, or fewer, than names.
+    """
+    resources = {path: path.with_suffix(".resources.txt") for path in folder.glob("*.ptx")}
+    pallas = sorted((p for p, r in resources.items() if r.is_file()), key=lambda p: int(p.stem.rpartition("_")[2]))
+    if len(pallas) != len(names):
+        found = ", ".join(p.stem for p in pallas) or "none"
+        raise ValueError(f"the program has the Pallas kernels {found}; the case names {', '.join(names)}")
+    rows = []
+    for path, name in zip(pallas, names):
+        asked = resources[path].read_text()
+        rows += [
+            {**kernel, "kernel": name, "pallas": True, "shared_dynamic_bytes": _number("smem_scratch_bytes", asked),
+             "tensor_memory_columns": _number("tmem_scratch_cols", asked)}
+            for kernel in _assemble(path)
+        ]  # fmt: skip
+    launches = "\n".join(path.read_text() for path in folder.glob("*.thunk_sequence.txt"))
+    dynamic = {m["kernel"]: int(m["bytes"]) for m in _LAUNCHED.finditer(launches)}
+    for path in sorted(set(resources) - set(pallas)):
+        rows += [
+            {**kernel, "pallas": False, "shared_dynamic_bytes": dynamic.get(kernel["kernel"], 0),
+             "tensor_memory_columns": 0}
+            for kernel in _assemble(path)
+        ]  # fmt: skip
+    return rows
+
+
+def _number(name: str, text: str) -> int:
+    found = re.search(rf"\b{name}=(\d+)", text)
+    if found is None:
+        raise ValueError(f"Mosaic names no {name} in: {text[:200]}")
+    return int(found[1])
+
+
+def _assemble(ptx: Path) -> list[dict[str, Any]]:
+    """The kernels of one file of PTX, as ptxas and nvdisasm show them."""
+    text, program = ptx.read_text(), ptx.with_suffix(".cubin")
+    target = _TARGET.search(text)
+    if target is None:
+        raise ValueError(f"{ptx.name} names no target")
+    arguments = ["-v", f"-arch={target[1]}", str(ptx), "-o", str(program)]
+    report = _run("ptxas", arguments).stderr
+    counts = sass.instructions(_run("nvdisasm", ["-c", str(program)]).stdout)
+    threads = {}
+    for entry in _THREADS.finditer(text):
+        sizes = [int(n) for n in entry["threads"].split(",")]
+        threads[entry["kernel"]] = math.prod(sizes)
+    return [
+        {
+            "kernel": name,
+            "arch": kernel.arch,
+            "registers": kernel.registers,
+            "sets_registers": sass.SETS_REGISTERS in counts[name],
+            "spill_store_bytes": kernel.spill_store_bytes,
+            "spill_load_bytes": kernel.spill_load_bytes,
+            "stack_bytes": kernel.stack_bytes,
+            "shared_static_bytes": kernel.shared_bytes,
+            "threads": threads.get(name),
+            "tensor_core": sass.of_kind(sass.TENSOR_CORE, counts[name]),
+            "copies": sass.of_kind(sass.COPIES, counts[name]),
+            "instructions": sum(counts[name].values()),
+            "warnings": list(kernel.warnings),
+        }
+        for name, kernel in sass.assembled(report).items()
+    ]
+
+
+def _run(tool: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([aot.cuda_tool(tool), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{tool} ended with {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
+    return done
+
+
+def profile(case: str, arch: str, shape: Shape, timeout: float = 300) -> list[dict[str, Any]]:
+    """The rows of one case and one instruction set, as JSON: one per kernel; or one with a `reason` why there is none.
+
+    Args:
+      case: a key of `CASES`.
+      arch: a key of `CHIPS`.
+      shape: what the case is built for.
+      timeout: seconds for the compilation.
+
+    Raises:
+      ValueError: where the compilers are not installed, with the remedy.
+    """
+    blocks = vars(CASES[case].blocks.of(shape))
+    row = {"case": case, "chip": CHIPS[arch], "arch": arch, "dtype": CASES[case].dtype, "blocks": blocks}
+    with tempfile.TemporaryDirectory(prefix="longattn_static_") as folder:
+        request = {"case": case, "chip": CHIPS[arch], "shape": {**vars(shape), "mask": str(shape.mask)}}
+        environment = {**aot.cuda_environment(), _MOSAIC: folder}
+        answer = aot.call("longattn.analysis.static.gpu:compile_here", request, environment, timeout)
+    if "reason" in answer:
+        return [{**row, "reason": " ".join(answer["reason"].split())[:500]}]
+    return [{**row, **kernel} for kernel in answer["kernels"]]
