@@ -59,29 +59,33 @@ class Blocks:
 class Case:
     """A function and the Pallas kernels that it holds.
 
-    `build` takes the shape, the blocks and the arrays' dtype, and gives the function and its arguments' shapes. It
-    raises NotImplementedError for what the kernel cannot do.
+    `build` takes the shape, the blocks, the arrays' dtype and the instruction set ("sm_90a"), and gives the function
+    and its arguments' shapes. It raises NotImplementedError for what the kernel cannot do.
     """
 
     about: str
-    build: Callable[[Shape, Blocks, Any], tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]]
+    build: Callable[[Shape, Blocks, Any, str], tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]]
     kernels: tuple[str, ...]  # what its Pallas kernels are, in the order of their lowering
     blocks: Blocks
     dtype: str = "bfloat16"
 
 
-# ---- a plain product: what the method is checked on
+# ---- a plain product: what the method is checked on. One warpgroup makes one tile of the result; nothing in it can be
+# unrolled or repeated by the compiler, so that its instructions can be counted by hand.
 
 _SUMMED = 64  # of the summed dimension in one step: 128 bytes, the widest swizzle
-_ROWS, _DEPTH = 64, 16  # of one wgmma instruction of 16-bit numbers (PTX ISA, "wgmma.mma_async")
+_TILED = (plgpu.TilingTransform((8, _SUMMED)), plgpu.SwizzleTransform(128))
 
 
-def _matmul(shape: Shape, blocks: Blocks, dtype: Any) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
-    """A product by one warpgroup, with nothing in it that the compiler could unroll or repeat."""
-    if shape.T % blocks.bT or shape.T % blocks.bS or _SUMMED * blocks.stages > shape.T:
-        raise ValueError(f"{blocks} must divide T={shape.T}, which must be at least {_SUMMED} times the stages")
-    steps = shape.T // _SUMMED
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+def _matmul(
+    shape: Shape, blocks: Blocks, dtype: Any, arch: str
+) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
+    for name in ("bT", "bS"):
+        if shape.T % getattr(blocks, name):
+            raise ValueError(f"{name}={getattr(blocks, name)} must divide T={shape.T}")
+    if (least := _SUMMED * blocks.stages) > shape.T:
+        raise ValueError(f"T={shape.T} must be at least {least}, {_SUMMED} for each of the stages")
+    multiply, scratch = {"sm_80": _ampere, "sm_90a": _hopper, "sm_100a": _blackwell}[arch](blocks, dtype)
 
     def matmul(
         a_ref,  # [T T]
@@ -89,19 +93,69 @@ def _matmul(shape: Shape, blocks: Blocks, dtype: Any) -> tuple[Callable[..., Any
         out_ref,  # [T T]
         a_block,  # [stages bT 64], shared memory
         b_block,  # [stages 64 bS], shared memory
-        out_block,  # [bT bS], shared memory
-        filled,  # [stages], barriers
+        **scratch_refs,
     ):
         rows = pl.ds(lax.axis_index("row") * blocks.bT, blocks.bT)
         columns = pl.ds(lax.axis_index("column") * blocks.bS, blocks.bS)
 
-        def fetch(step, slot):
+        def fetch(step, slot, *barrier, **options):
             summed = pl.ds(step * _SUMMED, _SUMMED)
-            plgpu.copy_gmem_to_smem(a_ref.at[rows, summed], a_block.at[slot], filled.at[slot])
-            plgpu.copy_gmem_to_smem(b_ref.at[summed, columns], b_block.at[slot], filled.at[slot])
+            plgpu.copy_gmem_to_smem(a_ref.at[rows, summed], a_block.at[slot], *barrier, **options)
+            plgpu.copy_gmem_to_smem(b_ref.at[summed, columns], b_block.at[slot], *barrier, **options)
 
+        multiply(shape.T // _SUMMED, fetch, a_block, b_block, out_ref.at[rows, columns], **scratch_refs)
+
+    square = jax.ShapeDtypeStruct((shape.T, shape.T), dtype)
+    call = plgpu.kernel(
+        matmul,
+        out_type=square,
+        scratch_types={
+            "a_block": plgpu.SMEM((blocks.stages, blocks.bT, _SUMMED), dtype, transforms=_TILED),
+            "b_block": plgpu.SMEM((blocks.stages, _SUMMED, blocks.bS), dtype, transforms=_TILED),
+            **scratch,
+        },
+        grid=(shape.T // blocks.bT, shape.T // blocks.bS),
+        grid_names=("row", "column"),
+    )
+    return call, [square, square]
+
+
+def _ampere(blocks: Blocks, dtype: Any) -> tuple[Callable[..., None], dict[str, Any]]:
+    """Copies by each thread, products by each warp out of its registers."""
+    layouts = plgpu.Layout
+
+    def multiply(steps, fetch, a_block, b_block, out_ref):
+        ahead = blocks.stages - 1
+
+        def fetch_in_order(step, slot):
+            fetch(step, slot, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+
+        for slot in range(ahead):
+            fetch_in_order(slot, slot)
+
+        def add(step, sums):
+            plgpu.wait_gmem_to_smem(2 * (ahead - 1))  # copies in flight, two for each step
+            # The last steps fetch what no step reads: a wait counts copies, and so there must be as many as ever.
+            fetch_in_order(lax.rem(step + ahead, steps), lax.rem(step + ahead, blocks.stages))
+            slot = lax.rem(step, blocks.stages)
+            a = plgpu.load(a_block.at[slot], layout=layouts.MMA_LHS(dtype))
+            b = plgpu.load(b_block.at[slot], layout=layouts.MMA_RHS(dtype))
+            return plgpu.mma(sums, a, b)
+
+        zeros = plgpu.layout_cast(jnp.zeros((blocks.bT, blocks.bS), jnp.float32), layouts.MMA_ACC(dtype))
+        sums = lax.fori_loop(0, steps, add, zeros)
+        plgpu.wait_gmem_to_smem(0)
+        plgpu.store(out_ref, sums.astype(dtype), optimized=False)
+
+    return multiply, {}
+
+
+def _hopper(blocks: Blocks, dtype: Any) -> tuple[Callable[..., None], dict[str, Any]]:
+    """Copies by the copy engine, products by the warpgroup out of shared memory into its registers."""
+
+    def multiply(steps, fetch, a_block, b_block, out_ref, out_block, filled):
         for slot in range(blocks.stages):
-            fetch(slot, slot)
+            fetch(slot, slot, filled.at[slot])
 
         def add_up(sum_ref):
             @pl.loop(0, steps)
@@ -113,29 +167,51 @@ def _matmul(shape: Shape, blocks: Blocks, dtype: Any) -> tuple[Callable[..., Any
 
                 @pl.when(step + blocks.stages < steps)
                 def _():
-                    fetch(step + blocks.stages, slot)
+                    fetch(step + blocks.stages, slot, filled.at[slot])
 
             return sum_ref[...]
 
         out_block[...] = pl.run_scoped(add_up, plgpu.ACC((blocks.bT, blocks.bS), jnp.float32)).astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_block, out_ref.at[rows, columns])
+        plgpu.copy_smem_to_gmem(out_block, out_ref)
         plgpu.wait_smem_to_gmem(0)
 
-    square = jax.ShapeDtypeStruct((shape.T, shape.T), dtype)
-    call = plgpu.kernel(
-        matmul,
-        out_type=square,
-        scratch_types={
-            "a_block": plgpu.SMEM((blocks.stages, blocks.bT, _SUMMED), dtype, transforms=tiled),
-            "b_block": plgpu.SMEM((blocks.stages, _SUMMED, blocks.bS), dtype, transforms=tiled),
-            "out_block": plgpu.SMEM((blocks.bT, blocks.bS), dtype, transforms=tiled),
-            "filled": plgpu.Barrier(num_arrivals=2, num_barriers=blocks.stages),
-        },
-        grid=(shape.T // blocks.bT, shape.T // blocks.bS),
-        grid_names=("row", "column"),
-    )
-    return call, [square, square]
+    return multiply, {
+        "out_block": plgpu.SMEM((blocks.bT, blocks.bS), dtype, transforms=_TILED),
+        "filled": plgpu.Barrier(num_arrivals=2, num_barriers=blocks.stages),
+    }
+
+
+def _blackwell(blocks: Blocks, dtype: Any) -> tuple[Callable[..., None], dict[str, Any]]:
+    """Copies by the copy engine, products by the tensor core out of shared memory into its own."""
+
+    def multiply(steps, fetch, a_block, b_block, out_ref, out_block, filled, used, sums):
+        for slot in range(blocks.stages):
+            fetch(slot, slot, filled.at[slot])
+
+        @pl.loop(0, steps)
+        def _(step):
+            slot = lax.rem(step, jnp.int32(blocks.stages))
+            plgpu.barrier_wait(filled.at[slot])
+            plgpu.tcgen05_mma(sums, a_block.at[slot], b_block.at[slot], used, accumulate=step > 0)
+            plgpu.barrier_wait(used)
+
+            @pl.when(step + blocks.stages < steps)
+            def _():
+                fetch(step + blocks.stages, slot, filled.at[slot])
+
+        out_block[...] = plgpu.async_load_tmem(sums).astype(dtype)
+        plgpu.wait_load_tmem()
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_block, out_ref)
+        plgpu.wait_smem_to_gmem(0)
+
+    return multiply, {
+        "out_block": plgpu.SMEM((blocks.bT, blocks.bS), dtype, transforms=_TILED),
+        "filled": plgpu.Barrier(num_arrivals=2, num_barriers=blocks.stages),
+        "used": plgpu.Barrier(num_arrivals=1, orders_tensor_core=True),
+        "sums": plgpu.TMEM((blocks.bT, blocks.bS), jnp.float32),
+    }
 
 
 # ---- attention
@@ -163,21 +239,21 @@ def _jax_mgpu(shape: Shape, blocks: Blocks) -> Callable[..., Any]:
 
 CASES: dict[str, Case] = {
     "matmul": Case(
-        "a plain product by one warpgroup, whose instructions can be counted by hand (sm_90a)",
+        "a plain product by one warpgroup, whose instructions can be counted by hand",
         _matmul,
         ("matmul",),
         Blocks(128, 128, 4),
     ),
     "jax_mgpu": Case(
         "jax's FlashAttention-3 on Mosaic GPU (float16 only, sm_90a)",
-        lambda shape, blocks, dtype: (_jax_mgpu(shape, blocks), _arrays(shape, 3, dtype)),
+        lambda shape, blocks, dtype, arch: (_jax_mgpu(shape, blocks), _arrays(shape, 3, dtype)),
         ("forward",),
         Blocks(64, 128, 2),
         "float16",
     ),
     "jax_mgpu_backward": Case(
         "its forward with statistics and its backward (float16, Full() only)",
-        lambda shape, blocks, dtype: (_gradients(_jax_mgpu(shape, blocks)), _arrays(shape, 4, dtype)),
+        lambda shape, blocks, dtype, arch: (_gradients(_jax_mgpu(shape, blocks)), _arrays(shape, 4, dtype)),
         ("forward with lse", "dk and dv", "dq"),
         Blocks(64, 64, 2),
         "float16",

@@ -39,10 +39,10 @@ def compile_here(request: Mapping[str, Any]) -> dict[str, Any]:
     """
     shape = Shape(**{**request["shape"], "mask": mask.parse(request["shape"]["mask"])})
     case = CASES[request["case"]]
-    device = aot.gpu_topology(request["chip"]).devices[0]
+    device = aot.gpu_topology(CHIPS[request["arch"]]).devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     with jax.default_device(device):
-        fn, arrays = case.build(shape, case.blocks.of(shape), jnp.dtype(case.dtype))
+        fn, arrays = case.build(shape, case.blocks.of(shape), jnp.dtype(case.dtype), request["arch"])
         arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arrays]
         lowered = jax.jit(fn).trace(*arrays).lower()
     folder = Path(os.environ[_MOSAIC])
@@ -142,7 +142,7 @@ def profile(case: str, arch: str, shape: Shape, timeout: float = 300) -> list[di
     blocks = vars(CASES[case].blocks.of(shape))
     row = {"case": case, "chip": CHIPS[arch], "arch": arch, "dtype": CASES[case].dtype, "blocks": blocks}
     with tempfile.TemporaryDirectory(prefix="longattn_static_") as folder:
-        request = {"case": case, "chip": CHIPS[arch], "shape": {**vars(shape), "mask": str(shape.mask)}}
+        request = {"case": case, "arch": arch, "shape": {**vars(shape), "mask": str(shape.mask)}}
         environment = {**aot.cuda_environment(), _MOSAIC: folder}
         answer = aot.call("longattn.analysis.static.gpu:compile_here", request, environment, timeout)
     if "reason" in answer:

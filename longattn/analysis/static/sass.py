@@ -15,8 +15,8 @@ from dataclasses import dataclass
 TENSOR_CORE = re.compile(r"[A-Z]?GMMA|[A-Z]?MMA|UTC[A-Z]*MMA")
 # Between device memory and shared memory (UTMA*: a tensor at once, UBLK*: bytes at once, LDGSTS: per thread) or
 # registers (LDG, STG); between shared memory and registers as matrices (LDSM, STSM), plainly (LDS, STS); of tensor
-# memory (LDTM, STTM, UTCCP).
-COPIES = re.compile(r"UTMA(LDG|STG|REDG)|UBLKCP|UBLKRED|LDGSTS|LDSM|STSM|LDTM|STTM|UTCCP|LDG|STG|LDS|STS")
+# memory (LDTM, STTM, UTCCP); from and to an address of any memory (LD, ST).
+COPIES = re.compile(r"UTMA(LDG|STG|REDG)|UBLKCP|UBLKRED|LDGSTS|LDSM|STSM|LDTM|STTM|UTCCP|LDG|STG|LDS|STS|LD|ST")
 SETS_REGISTERS = "USETMAXREG"
 
 
@@ -63,7 +63,8 @@ def assembled(report: str) -> dict[str, Assembled]:
 
 
 _SECTION = re.compile(r"^\s*\.section\s+\.text\.(?P<name>[\w$.]+)")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]\s+)?(?P<mnemonic>[A-Z][A-Z0-9_]*)")
+# Not those under the predicate "never", which ptxas sets as fillers.
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@(?!!U?PT\b)!?U?P[T\d]\s+)?(?P<mnemonic>[A-Z][A-Z0-9_]*)")
 
 
 def instructions(listing: str) -> dict[str, Counter[str]]:

@@ -62,9 +62,10 @@ LISTING = """\
         /*0010*/              @!P0 UTMALDG.5D [UR8], [UR4], desc[UR10] ;
         /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, !UPT, gsb0 ;
 .L_x_1:
-        /*0030*/             @!UPT HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0030*/             @!UP1 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
         /*0040*/               @P1 BRA `(.L_x_1) ;
-        /*0050*/                   USETMAXREG.DEALLOC.CTAPOOL 0x28 ;
+        /*0050*/              @!PT LDS RZ, [RZ] ;
+        /*0060*/                   USETMAXREG.DEALLOC.CTAPOOL 0x28 ;
         .section        .nv.info.a,"",@"SHT_CUDA_INFO"
         .section        .text.b_2,"ax",@progbits
         /*0000*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
@@ -151,42 +152,59 @@ def test_missing_compilers_are_refused_with_the_remedy(tmp_path, monkeypatch):
 # ---- the kernel that is counted
 
 
-def test_matmul_multiplies():
-    fn, (square, _) = CASES["matmul"].build(Shape(T=256), Blocks(128, 64, 2), jnp.dtype("bfloat16"))
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])  # the interpreter knows no products of a warp
+def test_matmul_multiplies(arch):
+    fn, (square, _) = CASES["matmul"].build(Shape(T=256), Blocks(128, 64, 2), jnp.dtype("bfloat16"), arch)
     a, b = (jax.random.normal(jax.random.key(i), square.shape, square.dtype) for i in range(2))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         found = jax.jit(fn)(a, b)
     expected = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
-    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8, atol=0.05)
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8, atol=1e-3)
+
+
+def test_matmul_refuses_more_stages_than_steps():
+    with pytest.raises(ValueError, match="T=256 must be at least 320, 64 for each of the stages"):
+        CASES["matmul"].build(Shape(T=256), Blocks(128, 64, 5), jnp.dtype("bfloat16"), "sm_90a")
 
 
 # ---- the compilers
 
 
 @needs_cuda
-def test_matmul_holds_the_instructions_of_a_hand_count(capsys):
-    # One wgmma is 64 rows x 128 columns x 16 summed: 128 x 128 x 64 of a step take 2 x 4. Two tiles are fetched for
-    # each of 4 stages before the loop, and two within it; one goes out. bf16 blocks: 4 of (128 + 128) x 64, and the
-    # result's 128 x 128; barriers are rounded up to 1 KiB at most.
-    options = static.GpuProfileOptions(
-        cases=("matmul",), archs=("sm_90a",), T=4096, bT=128, bS=128, stages=4, json=True
-    )
-    static.run_gpu(options)
+@pytest.mark.parametrize(
+    ("arch", "tensor_core", "copies", "blocks"),
+    [
+        # HMMA is 16 x 8 x 16 by one of 4 warps: 128 x 128 x 64 of a step take 512 of them. A thread copies 16 bytes at
+        # once: 16 times for the 32 KiB of a step, 3 steps ahead and one in the loop. LDSM reads 512 bytes: a warp reads
+        # its quarter of a and all of b. 64 pairs of sums of each thread go out.
+        pytest.param("sm_80", {"HMMA": 128}, {"LDGSTS": 64, "LDSM": 8 + 32, "ST": 64}, 0, marks=pytest.mark.slow),
+        # wgmma is 64 x 128 x 16: 2 x 4. Two tiles are fetched for each of 4 stages, two within the loop; one goes out.
+        ("sm_90a", {"HGMMA": 8}, {"UTMALDG": 10, "UTMASTG": 1}, 128 * 128),
+        # tcgen05.mma is 128 x 128 x 16. 32 columns of sums at once come out of tensor memory.
+        pytest.param(
+            "sm_100a", {"UTCHMMA": 4}, {"UTMALDG": 10, "UTMASTG": 1, "LDTM": 4}, 128 * 128, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_matmul_holds_the_instructions_of_a_hand_count(arch, tensor_core, copies, blocks, capsys):
+    sizes = {"T": 4096, "bT": 128, "bS": 128, "stages": 4}
+    static.run_gpu(static.GpuProfileOptions(cases=("matmul",), archs=(arch,), json=True, **sizes))
     document = json.loads(capsys.readouterr().out)
     assert document["version"] == gpu_command.VERSION
     assert document["heading"] == "compiled, not run"
     assert set(document["versions"]) == {"jax", "jax-cuda13-plugin", "ptxas", "nvdisasm"}
-    assert document["options"]["mask"] == "Causal()"
+    assert (document["options"]["mask"], document["options"]["archs"]) == ("Causal()", [arch])
     (row,) = document["rows"]
     assert "reason" not in row, row
-    assert row["tensor_core"] == {"HGMMA": 8}
-    assert (row["copies"]["UTMALDG"], row["copies"]["UTMASTG"]) == (10, 1)
-    blocks = 2 * (4 * (128 + 128) * 64 + 128 * 128)
-    assert blocks <= row["shared_dynamic_bytes"] + row["shared_static_bytes"] <= blocks + 1024
-    assert (row["threads"], row["arch"], row["chip"]) == (128, "sm_90a", "h100")
+    assert row["tensor_core"] == tensor_core
+    assert {name: row["copies"].get(name) for name in copies} == copies
+    block_bytes = 2 * (4 * (128 + 128) * 64 + blocks)  # of a and b in 4 stages, of the result; barriers come on top
+    assert block_bytes <= row["shared_dynamic_bytes"] + row["shared_static_bytes"] <= block_bytes + 1024
+    assert (row["threads"], row["arch"], row["chip"]) == (128, arch, gpu.CHIPS[arch])
+    assert row["tensor_memory_columns"] == (128 if arch == "sm_100a" else 0)
     assert (row["spill_store_bytes"], row["spill_load_bytes"], row["stack_bytes"]) == (0, 0, 0)
     assert row["sets_registers"] is False
-    assert 128 < row["registers"] < 255  # a thread holds 128 of the 128 x 128 sums
+    assert (128 < row["registers"] < 255) == (arch != "sm_100a")  # else a thread holds 128 of the 128 x 128 sums
     assert row["warnings"] == []
     assert row["blocks"] == {"bT": 128, "bS": 128, "stages": 4}
 
