@@ -1,12 +1,13 @@
 """Named Pallas kernels for `longattn profile --static gpu`: the function, its shapes, and its kernels by name.
 
-Peers: jax's `attention_mgpu` (`jax.experimental.pallas.ops.gpu`), after FlashAttention-3 (arXiv:2407.08608).
+Peers: jax's `attention_mgpu` (`jax.experimental.pallas.ops.gpu`), after FlashAttention-3 (arXiv:2407.08608), and
+tokamax's attention on Mosaic GPU (github.com/openxla/tokamax).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from longattn.mask import Causal, Full, Mask
+from longattn.mask import Causal, Full, Mask, Window
 
 
 @dataclass(frozen=True)
@@ -50,24 +51,26 @@ class Blocks:
     bS: int
     stages: int
 
-    def of(self, shape: Shape) -> Blocks:
-        """These, save where `shape` names others."""
-        return Blocks(*(getattr(shape, n) or getattr(self, n) for n in ("bT", "bS", "stages")))
-
 
 @dataclass(frozen=True)
 class Case:
-    """A function and the Pallas kernels that it holds.
+    """A function that holds Pallas kernels.
 
     `build` takes the shape, the blocks, the arrays' dtype and the instruction set ("sm_90a"), and gives the function
     and its arguments' shapes. It raises NotImplementedError for what the kernel cannot do.
     """
 
     about: str
-    build: Callable[[Shape, Blocks, Any, str], tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]]
-    kernels: tuple[str, ...]  # what its Pallas kernels are, in the order of their lowering
-    blocks: Blocks
+    build: Callable[[Shape, Blocks | None, Any, str], tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]]
+    blocks: Blocks | None  # None: the library chooses them, and says not which
     dtype: str = "bfloat16"
+
+    def blocks_of(self, shape: Shape) -> Blocks | None:
+        """The case's own, save where `shape` names others."""
+        named = {n: size for n in ("bT", "bS", "stages") if (size := getattr(shape, n)) is not None}
+        if self.blocks is None and named:
+            raise NotImplementedError(f"the case chooses its blocks itself, and takes no {', '.join(named)}")
+        return self.blocks and replace(self.blocks, **named)
 
 
 # ---- a plain product: what the method is checked on. One warpgroup makes one tile of the result; nothing in it can be
@@ -237,25 +240,49 @@ def _jax_mgpu(shape: Shape, blocks: Blocks) -> Callable[..., Any]:
     return lambda q, k, v: mgpu.attention(q, k, v, config)
 
 
+def _tokamax(shape: Shape) -> Callable[..., Any]:
+    try:
+        import tokamax
+    except ModuleNotFoundError as error:
+        raise ValueError(f'tokamax cannot be imported ({error}): pip install "longattn[peers]"') from error
+
+    if shape.mask == Full():
+        visible: dict[str, Any] = {}
+    elif shape.mask == Causal():
+        visible = {"is_causal": True}
+    elif isinstance(shape.mask, Window):
+        visible = {"local_window_size": (shape.mask.left, shape.mask.right)}
+    else:
+        raise NotImplementedError(f"tokamax is built for Causal(), Full() and Window(n), mask is {shape.mask}")
+    return lambda q, k, v: tokamax.dot_product_attention(q, k, v, implementation="mosaic", **visible)
+
+
 CASES: dict[str, Case] = {
     "matmul": Case(
         "a plain product by one warpgroup, whose instructions can be counted by hand",
         _matmul,
-        ("matmul",),
         Blocks(128, 128, 4),
     ),
     "jax_mgpu": Case(
         "jax's FlashAttention-3 on Mosaic GPU (float16 only, sm_90a)",
         lambda shape, blocks, dtype, arch: (_jax_mgpu(shape, blocks), _arrays(shape, 3, dtype)),
-        ("forward",),
         Blocks(64, 128, 2),
         "float16",
     ),
     "jax_mgpu_backward": Case(
         "its forward with statistics and its backward (float16, Full() only)",
         lambda shape, blocks, dtype, arch: (_gradients(_jax_mgpu(shape, blocks)), _arrays(shape, 4, dtype)),
-        ("forward with lse", "dk and dv", "dq"),
         Blocks(64, 64, 2),
         "float16",
+    ),
+    "tokamax": Case(
+        "tokamax's forward on Mosaic GPU",
+        lambda shape, blocks, dtype, arch: (_tokamax(shape), _arrays(shape, 3, dtype)),
+        None,
+    ),
+    "tokamax_backward": Case(
+        "its forward with statistics and its backward (not sm_80)",
+        lambda shape, blocks, dtype, arch: (_gradients(_tokamax(shape)), _arrays(shape, 4, dtype)),
+        None,
     ),
 }

@@ -25,10 +25,15 @@ from longattn.analysis.static import sass
 
 CHIPS = {"sm_80": "a100-80", "sm_90a": "h100", "sm_100a": "b200"}  # which GPU has which instruction set
 
-_TARGET = re.compile(r"^\.target\s+(\w+)", re.MULTILINE)
-_THREADS = re.compile(r"\.entry (?P<kernel>[\w$.]+)\((?:[^{]*?)\.(?:maxntid|reqntid) (?P<threads>\d+(?:, *\d+)*)")
-_LAUNCHED = re.compile(r"(?P<kernel>\S+) grid: .* shared_memory: (?P<bytes>\d+) bytes")
 _MOSAIC = "MOSAIC_GPU_DUMP_TO"  # Mosaic's variable, read as it lowers and as it compiles
+_ENTRY = "_mosaic_gpu_kernel"  # how the names of its kernels end
+
+_TARGET = re.compile(r"^\.target\s+(\w+)", re.MULTILINE)
+_THREADS = re.compile(r"\.entry (?P<kernel>[\w$.]+)\([^{]*?\.(?:maxntid|reqntid) (?P<threads>\d+(?:, *\d+)*)")
+_LAUNCHED = re.compile(r"(?P<kernel>\S+) grid: .* shared_memory: (?P<bytes>\d+) bytes")  # by XLA itself
+_CONSTANT = re.compile(r"(?P<name>%\w+) = arith\.constant (?P<value>\d+) : i32")
+_SHARED = re.compile(r"dynamic_shared_memory_size (?P<name>%\w+)")
+_COLUMNS = re.compile(r"tcgen05\.alloc\.[\w.:]+ \[%\w+\], (?P<register>%\w+);")
 
 
 def compile_here(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,49 +47,59 @@ def compile_here(request: Mapping[str, Any]) -> dict[str, Any]:
     device = aot.gpu_topology(CHIPS[request["arch"]]).devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     with jax.default_device(device):
-        fn, arrays = case.build(shape, case.blocks.of(shape), jnp.dtype(case.dtype), request["arch"])
+        fn, arrays = case.build(shape, case.blocks_of(shape), jnp.dtype(case.dtype), request["arch"])
         arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arrays]
         lowered = jax.jit(fn).trace(*arrays).lower()
     folder = Path(os.environ[_MOSAIC])
     lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_emitter_re": "ptx"})
-    return {"kernels": kernels_of(folder, case.kernels)}
+    return {"kernels": kernels_of(folder)}
 
 
-def kernels_of(folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The kernels whose PTX was dumped into `folder`; `names` are those of Pallas's, in the order of their lowering.
+def kernels_of(folder: Path) -> list[dict[str, Any]]:
+    """The kernels whose PTX was dumped into `folder`, Pallas's first.
 
     Raises:
-      ValueError: where there are more of Pallas's kernels, or fewer, than names.
+      ValueError: where none is Pallas's, or the compilers write what is not known here.
     """
-    resources = {path: path.with_suffix(".resources.txt") for path in folder.glob("*.ptx")}
-    pallas = sorted((p for p, r in resources.items() if r.is_file()), key=lambda p: int(p.stem.rpartition("_")[2]))
-    if len(pallas) != len(names):
-        found = ", ".join(p.stem for p in pallas) or "none"
-        raise ValueError(f"the program has the Pallas kernels {found}; the case names {', '.join(names)}")
-    rows = []
-    for path, name in zip(pallas, names):
-        asked = resources[path].read_text()
-        rows += [
-            {**kernel, "kernel": name, "pallas": True, "shared_dynamic_bytes": _number("smem_scratch_bytes", asked),
-             "tensor_memory_columns": _number("tmem_scratch_cols", asked)}
-            for kernel in _assemble(path)
-        ]  # fmt: skip
     launches = "\n".join(path.read_text() for path in folder.glob("*.thunk_sequence.txt"))
-    dynamic = {m["kernel"]: int(m["bytes"]) for m in _LAUNCHED.finditer(launches)}
-    for path in sorted(set(resources) - set(pallas)):
-        rows += [
-            {**kernel, "pallas": False, "shared_dynamic_bytes": dynamic.get(kernel["kernel"], 0),
-             "tensor_memory_columns": 0}
-            for kernel in _assemble(path)
-        ]  # fmt: skip
-    return rows
+    asked = {m["kernel"]: int(m["bytes"]) for m in _LAUNCHED.finditer(launches)}
+    pallas, others = [], []
+    for path in sorted(folder.glob("*.ptx"), key=lambda path: (path.stem.rpartition("_")[2], path.stem)):
+        log = path.with_suffix(".mlir-passes.log")
+        for kernel in _assemble(path):
+            name = kernel["kernel"]
+            if name.endswith(_ENTRY):
+                pallas.append({**kernel, "kernel": path.stem, "pallas": True, "shared_dynamic_bytes": _launched(log)})
+            else:
+                others.append({**kernel, "pallas": False, "shared_dynamic_bytes": asked.get(name, 0)})
+    if not pallas:
+        raise ValueError(f"the program has no Pallas kernel, but {', '.join(k['kernel'] for k in others) or 'none'}")
+    return pallas + others
 
 
-def _number(name: str, text: str) -> int:
-    found = re.search(rf"\b{name}=(\d+)", text)
-    if found is None:
-        raise ValueError(f"Mosaic names no {name} in: {text[:200]}")
-    return int(found[1])
+def _launched(log: Path) -> int:
+    """Bytes of shared memory that a launch asks for, from what Mosaic's passes were given: barriers are among them."""
+    values: dict[str, int] = {}
+    with log.open() as lines:  # of up to 100 MB, whose beginning tells
+        for line in lines:
+            if constant := _CONSTANT.search(line):
+                values[constant["name"]] = int(constant["value"])
+            elif shared := _SHARED.search(line):
+                if shared["name"] in values:
+                    return values[shared["name"]]
+                break
+    raise ValueError(f"{log.name} does not tell the shared memory of a launch")
+
+
+def _columns(ptx: str) -> int:
+    """Columns of tensor memory that a kernel takes."""
+    total = 0
+    for taken in _COLUMNS.finditer(ptx):
+        moved = re.findall(rf"mov\.b32\s+{re.escape(taken['register'])}, (\d+);", ptx)
+        if len(moved) != 1:
+            raise ValueError(f"the PTX does not tell how many columns {taken[0]} takes")
+        total += int(moved[0])
+    return total
 
 
 def _assemble(ptx: Path) -> list[dict[str, Any]]:
@@ -111,6 +126,7 @@ def _assemble(ptx: Path) -> list[dict[str, Any]]:
             "stack_bytes": kernel.stack_bytes,
             "shared_static_bytes": kernel.shared_bytes,
             "threads": threads.get(name),
+            "tensor_memory_columns": _columns(text),
             "tensor_core": sass.of_kind(sass.TENSOR_CORE, counts[name]),
             "copies": sass.of_kind(sass.COPIES, counts[name]),
             "instructions": sum(counts[name].values()),
@@ -139,8 +155,12 @@ def profile(case: str, arch: str, shape: Shape, timeout: float = 300) -> list[di
     Raises:
       ValueError: where the compilers are not installed, with the remedy.
     """
-    blocks = vars(CASES[case].blocks.of(shape))
-    row = {"case": case, "chip": CHIPS[arch], "arch": arch, "dtype": CASES[case].dtype, "blocks": blocks}
+    row: dict[str, Any] = {"case": case, "chip": CHIPS[arch], "arch": arch, "dtype": CASES[case].dtype}
+    try:
+        blocks = CASES[case].blocks_of(shape)
+    except NotImplementedError as error:
+        return [{**row, "blocks": None, "reason": f"NotImplementedError: {error}"}]
+    row["blocks"] = blocks and vars(blocks)
     with tempfile.TemporaryDirectory(prefix="longattn_static_") as folder:
         request = {"case": case, "arch": arch, "shape": {**vars(shape), "mask": str(shape.mask)}}
         environment = {**aot.cuda_environment(), _MOSAIC: folder}

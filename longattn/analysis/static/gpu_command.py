@@ -85,18 +85,21 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
     )  # fmt: skip
     for heading in ("case", "arch", "kernel", "blocks"):
-        table.add_column(heading, no_wrap=heading != "kernel", overflow="fold")
-    for heading in ("threads", "registers", "spills st/ld B", "stack B", "shared memory"):
-        table.add_column(heading, justify="right", no_wrap=heading == "shared memory")
+        table.add_column(heading, no_wrap=True)
+    for heading in ("threads", "registers", "spill st/ld B", "stack B", "shared memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("tensor core", "copies"):
         table.add_column(heading)
-    table.add_column("instructions", justify="right")
+    table.add_column("all", justify="right")
     notes: dict[str, None] = {}
     for row in document["rows"]:
-        blocks = "x".join(str(row["blocks"][name]) for name in ("bT", "bS", "stages"))
+        blocks = "x".join(map(str, row["blocks"].values())) if row["blocks"] else "its own"
+        first = [row["case"], row["arch"]]
         if "reason" in row:
-            table.add_row(row["case"], row["arch"], "-", blocks)
+            table.add_row(*first, "-", blocks)
             notes[f"{row['case']} on {row['arch']}: {row['reason']}"] = None
+            continue
+        if not row["pallas"]:
             continue
         if row["sets_registers"]:
             notes[
@@ -106,15 +109,14 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
         shared = row["shared_static_bytes"] + row["shared_dynamic_bytes"]
         most = hardware.GPUS[row["chip"]].shared_bytes_per_block
         table.add_row(
-            row["case"] if row["pallas"] else "",
-            row["arch"],
-            row["kernel"] if row["pallas"] else f"XLA: {row['kernel']}",
-            blocks if row["pallas"] else "",
+            *first,
+            row["kernel"],
+            blocks,
             f"{row['threads']}",
             f"{row['registers']}{'*' if row['sets_registers'] else ''}",
             f"{row['spill_store_bytes']}/{row['spill_load_bytes']}",
             f"{row['stack_bytes']}",
-            f"{shared / 2**10:.1f} of {most / 2**10:.0f} KiB" if shared else "0",
+            f"{shared / 2**10:.1f} of {most / 2**10:.0f} KiB",
             _listed(row["tensor_core"]),
             _listed(row["copies"]),
             f"{row['instructions']:,}",
@@ -123,12 +125,14 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
             notes[f"ptxas on {row['case']}, {row['kernel']}, {row['arch']}: {warning}"] = None
     console.print(table)
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    others = sorted({row["kernel"] for row in document["rows"] if not row.get("pallas", True)})
     closing = [
         "Instructions are counted as they stand in the program, each once, however often it runs; blocks are of "
         "queries x keys x stages (matmul: rows x columns x stages).",
+        f"XLA's own kernels, not shown: {', '.join(others) or 'none'}.",
         f"{versions}; commit {(document['commit'] or 'unknown')[:12]}. {HEADING.capitalize()}.",
     ]
-    console.print("\n".join([*notes, *closing]), highlight=False)
+    console.print("\n".join([*notes, *closing]), highlight=False, markup=False)
 
 
 def _listed(counts: Mapping[str, int]) -> str:
