@@ -64,7 +64,8 @@ def kernels_of(folder: Path) -> list[dict[str, Any]]:
     launches = "\n".join(path.read_text() for path in folder.glob("*.thunk_sequence.txt"))
     asked = {m["kernel"]: int(m["bytes"]) for m in _LAUNCHED.finditer(launches)}
     pallas, others = [], []
-    for path in sorted(folder.glob("*.ptx"), key=lambda path: (path.stem.rpartition("_")[2], path.stem)):
+    number = lambda path: path.stem.rpartition("_")[2]  # in the order of compilation
+    for path in sorted(folder.glob("*.ptx"), key=lambda path: (len(number(path)), number(path), path.stem)):
         log = path.with_suffix(".mlir-passes.log")
         for kernel in _assemble(path):
             name = kernel["kernel"]
@@ -111,10 +112,7 @@ def _assemble(ptx: Path) -> list[dict[str, Any]]:
     arguments = ["-v", f"-arch={target[1]}", str(ptx), "-o", str(program)]
     report = _run("ptxas", arguments).stderr
     counts = sass.instructions(_run("nvdisasm", ["-c", str(program)]).stdout)
-    threads = {}
-    for entry in _THREADS.finditer(text):
-        sizes = [int(n) for n in entry["threads"].split(",")]
-        threads[entry["kernel"]] = math.prod(sizes)
+    threads = {m["kernel"]: math.prod(map(int, m["threads"].split(","))) for m in _THREADS.finditer(text)}
     return [
         {
             "kernel": name,

@@ -226,6 +226,11 @@ def test_matmul_holds_the_instructions_of_a_hand_count(arch, tensor_core, copies
     assert (document["options"]["mask"], document["options"]["archs"]) == ("Causal()", [arch])
     (row,) = document["rows"]
     assert "reason" not in row, row
+    assert set(row) == {
+        "case", "chip", "arch", "dtype", "blocks", "kernel", "pallas", "registers", "sets_registers",
+        "spill_store_bytes", "spill_load_bytes", "stack_bytes", "shared_static_bytes", "shared_dynamic_bytes",
+        "tensor_memory_columns", "threads", "tensor_core", "copies", "instructions", "warnings",
+    }  # fmt: skip
     assert row["tensor_core"] == tensor_core
     assert {name: row["copies"].get(name) for name in copies} == copies
     # Blocks of a and b in 4 stages, of the result; the barriers of the stages and of the tensor core, 8 bytes each, and
@@ -303,7 +308,7 @@ def test_tokamax_is_what_an_independent_tool_found():
     (row,) = compiled("tokamax", "sm_80").values()
     assert (spills(row), row["tensor_core"]) == ((0, 0, 0), {"HMMA": 128})
     assert row["registers"] == pytest.approx(196, rel=0.03)
-    assert row["shared_dynamic_bytes"] == 93_184
+    assert 0 <= row["shared_dynamic_bytes"] - 93_184 < 128
 
 
 @needs_cuda
