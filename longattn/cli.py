@@ -175,18 +175,22 @@ def _study(arguments: list[str]) -> int:
 
 
 def _profile(arguments: list[str]) -> int:
-    from longattn.analysis import cases, gpu_cases, static
+    if arguments[:2] == ["--static", "gpu"]:
+        from longattn.analysis import gpu_cases
+        from longattn.analysis.static import gpu_command
 
-    on_gpu = arguments[:2] == ["--static", "gpu"]
+        return _static("gpu", arguments, gpu_command.ProfileOptions, gpu_command.run, gpu_cases.CASES)
+    from longattn.analysis import cases, static
+
+    return _static("tpu", arguments, static.ProfileOptions, static.run, cases.CASES)
+
+
+def _static(kind: str, arguments: list[str], options: Any, run: Callable[[Any], Any], cases: Any) -> int:
     if arguments[:1] == ["--static"] and len(arguments) > 2 and not arguments[2].startswith("-"):
         arguments = [*arguments[:2], "--cases", *arguments[2:]]
     elif not {"-h", "--help"} & set(arguments):
-        on_tpu = f"--static tpu and a case; the cases are {', '.join(cases.CASES)}"
-        return _fail(f"profile needs {on_tpu}; or --static gpu: {', '.join(gpu_cases.CASES)}")
-    if on_gpu:
-        static.run_gpu(_parse(static.GpuProfileOptions, arguments, "profile --static gpu"))
-    else:
-        static.run(_parse(static.ProfileOptions, arguments, "profile --static tpu"))
+        return _fail(f"profile needs --static tpu or gpu and a case; for {kind} the cases are {', '.join(cases)}")
+    run(_parse(options, arguments, f"profile --static {kind}"))
     return 0
 
 

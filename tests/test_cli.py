@@ -127,9 +127,9 @@ def test_config_of_another_version_is_one_line(capsys, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ([], "the cases are matmul"),
-        (["--static", "tpu"], "the cases are matmul"),
+        (["--static", "tpu"], "for tpu the cases are matmul, jax_flash"),
         (["--static", "tpu", "jax_flsh"], "unknown case 'jax_flsh'; the cases are matmul"),
-        (["--static", "tpu"], "or --static gpu: matmul, jax_mgpu"),
+        (["--static", "gpu"], "for gpu the cases are matmul, jax_mgpu"),
         (["--static", "cpu", "matmul"], "--static"),
         (["--static", "gpu", "jax_flash"], "unknown case 'jax_flash'; the cases are matmul, jax_mgpu"),
         (["--static", "gpu", "matmul", "--archs", "sm_70"], "--archs"),

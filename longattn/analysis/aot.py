@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -195,6 +196,8 @@ def call(function: str, request: Mapping[str, Any], environment: Mapping[str, st
 
 def serve() -> None:
     """The child of `call`: a request on stdin, the answer in the file that is named."""
+    # Compilers abort, and an image of their memory would lie in the caller's folder.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     function, path = sys.argv[1:]
     module, name = function.split(":")
     request = json.load(sys.stdin)

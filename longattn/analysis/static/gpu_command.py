@@ -25,7 +25,7 @@ WIDTH = 164  # the table's: a narrower terminal wraps it rather than losing digi
 
 
 @dataclass(frozen=True)
-class GpuProfileOptions:
+class ProfileOptions:
     """Registers, spills, shared memory and instructions of Pallas kernels on GPUs that are not there. Nothing runs."""
 
     cases: tuple[str, ...]  # what to compile; the names are in longattn/analysis/gpu_cases.py
@@ -56,7 +56,7 @@ class GpuProfileOptions:
         return Shape(self.T, self.H, self.D, self.mask, self.bT, self.bS, self.stages)
 
 
-def run(options: GpuProfileOptions, console: Console | None = None) -> dict[str, Any]:
+def run(options: ProfileOptions, console: Console | None = None) -> dict[str, Any]:
     """Compile every case for every GPU and print the table (or, with `json`, the document that is returned)."""
     console = console or Console(width=WIDTH)
     document: dict[str, Any] = {

@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from rich.console import Console
 
-from longattn.analysis import aot, static
+from longattn.analysis import aot
 from longattn.analysis.gpu_cases import CASES, Blocks, Shape
 from longattn.analysis.static import gpu, gpu_command, sass
 from longattn.mask import Full, Window
@@ -135,7 +135,7 @@ def test_a_program_without_a_pallas_kernel_is_refused(tmp_path):
 )
 def test_mistaken_options_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        static.GpuProfileOptions(**fields)
+        gpu_command.ProfileOptions(**fields)
 
 
 def child(tmp_path, monkeypatch, script: str) -> None:
@@ -152,8 +152,8 @@ def child(tmp_path, monkeypatch, script: str) -> None:
 
 def test_a_compiler_that_aborts_is_a_row(tmp_path, monkeypatch, capsys):
     child(tmp_path, monkeypatch, "echo 'LLVM ERROR: cannot [select]' >&2; kill -ABRT $$")
-    options = static.GpuProfileOptions(cases=("matmul", "jax_mgpu"), archs=("sm_90a",))
-    document = static.run_gpu(options, Console(width=200))
+    options = gpu_command.ProfileOptions(cases=("matmul", "jax_mgpu"), archs=("sm_90a",))
+    document = gpu_command.run(options, Console(width=200))
     assert [(row["case"], row["reason"]) for row in document["rows"]] == [
         (case, "the compiler ended with -6: LLVM ERROR: cannot [select]") for case in ("matmul", "jax_mgpu")
     ]
@@ -172,7 +172,7 @@ def test_a_compiler_that_hangs_is_a_row(tmp_path, monkeypatch):
 def test_missing_compilers_are_refused_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv(aot.FOLDER, str(tmp_path))
     with pytest.raises(ValueError, match="holds no compiler for GPUs: pip install --no-deps --target"):
-        static.run_gpu(static.GpuProfileOptions(cases=("matmul",)))
+        gpu_command.run(gpu_command.ProfileOptions(cases=("matmul",)))
 
 
 # ---- the kernel that is counted
@@ -218,7 +218,7 @@ def test_matmul_refuses_more_stages_than_steps():
 )
 def test_matmul_holds_the_instructions_of_a_hand_count(arch, tensor_core, copies, shared, capsys):
     sizes = {"T": 4096, "bT": 128, "bS": 128, "stages": 4}
-    static.run_gpu(static.GpuProfileOptions(cases=("matmul",), archs=(arch,), json=True, **sizes))
+    gpu_command.run(gpu_command.ProfileOptions(cases=("matmul",), archs=(arch,), json=True, **sizes))
     document = json.loads(capsys.readouterr().out)
     assert document["version"] == gpu_command.VERSION
     assert document["heading"] == "compiled, not run"
