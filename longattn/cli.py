@@ -30,6 +30,7 @@ USAGE = """usage: longattn COMMAND ...
   study [--preset quick ...]         measure cost and recall side by side; writes a page
   plan MODEL --topology v5e:16x16    does it fit, and what bounds its step: compiled for machines that are not there
   profile --static tpu CASE [...]    cycles of a kernel on TPUs that are not there, by their compiler's schedule
+  profile --static gpu CASE [...]    registers, spills, instructions of a kernel on GPUs that are not there
   COMMAND --help                     the options of a command
 
 CONFIG is a Python file that defines `config = longattn.config.Config(...)`, such as configs/bytelm_small.py.
@@ -198,15 +199,22 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _profile(arguments: list[str]) -> int:
-    from longattn.analysis import static
-    from longattn.analysis.cases import CASES
+    if arguments[:2] == ["--static", "gpu"]:
+        from longattn.analysis import gpu_cases
+        from longattn.analysis.static import gpu_command
 
+        return _static("gpu", arguments, gpu_command.ProfileOptions, gpu_command.run, gpu_cases.CASES)
+    from longattn.analysis import cases, static
+
+    return _static("tpu", arguments, static.ProfileOptions, static.run, cases.CASES)
+
+
+def _static(kind: str, arguments: list[str], options: Any, run: Callable[[Any], Any], cases: Any) -> int:
     if arguments[:1] == ["--static"] and len(arguments) > 2 and not arguments[2].startswith("-"):
         arguments = [*arguments[:2], "--cases", *arguments[2:]]
     elif not {"-h", "--help"} & set(arguments):
-        return _fail(f"profile needs --static tpu and a case; the cases are {', '.join(CASES)}")
-    options = _parse(static.ProfileOptions, arguments, "profile --static tpu")
-    static.run(options)
+        return _fail(f"profile needs --static tpu or gpu and a case; for {kind} the cases are {', '.join(cases)}")
+    run(_parse(options, arguments, f"profile --static {kind}"))
     return 0
 
 

@@ -88,15 +88,14 @@ def hbm_bytes_per_cycle(name: str) -> float:
     return chip.hbm_bandwidth / chip.devices / tpu_clock(name)
 
 
-_CAPABILITIES = "https://docs.nvidia.com/cuda/cuda-c-programming-guide/#features-and-technical-specifications"
-
-
 @dataclass(frozen=True)
 class Gpu:
     """A GPU of CHIPS as its compilers ask for it.
 
-    Sizes of multiprocessors are those of the CUDA programming guide's table of compute capabilities (`_CAPABILITIES`);
-    the counts are those of NVIDIA's papers on the A100, H100 and Blackwell architectures and of the tuning guides.
+    What a multiprocessor holds is in the CUDA programming guide's table of compute capabilities
+    (docs.nvidia.com/cuda/cuda-c-programming-guide, "features and technical specifications"); how many there are, their
+    products per cycle, the cache and the links in NVIDIA's papers on the Ampere, Hopper and Blackwell architectures and
+    in the tuning guides (docs.nvidia.com/cuda/blackwell-tuning-guide).
     """
 
     arch: str  # what ptxas calls the instruction set; "a": with the instructions of this generation alone
