@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -167,33 +166,45 @@ class _Compiler:
 
 
 def _search(options: PlanOptions, where: Topology, compiler: _Compiler) -> dict[str, Any]:
-    """{"rows": every program tried, "found": the one searched for or None, "beyond": the next, which does not fit}."""
-    rows: list[dict[str, Any]] = []
-    data = options.data
+    """{"rows": every program tried, "found": the one searched for or None, "beyond": the next, which does not fit}.
 
-    def tried(where: Topology, **changes: Any) -> bool:
-        rows.append(compiler(where, **changes))
-        return bool(rows[-1].get("fits"))
-
+    Raises:
+      ValueError: where there is no program to ask, with the compiler's reason.
+    """
+    rows: dict[Any, dict[str, Any]] = {}
     if options.search == "min-devices":
         machines = where.smaller()
-        at = search.smallest(lambda i: tried(machines[i]), len(machines))
-        found = None if at is None else machines[at].name
-        beyond = machines[at - 1].name if at else where.name if at is None else None
-        by: Callable[[dict[str, Any]], Any] = lambda row: row["topology"]
+
+        def fits(i: int) -> bool:  # a machine whose devices cannot share the work is too small or too large: no
+            rows[i] = compiler(machines[i])
+            return bool(rows[i].get("fits"))
+
+        at = search.smallest(fits, len(machines))
+        found, beyond = (None, len(machines) - 1) if at is None else (at, at - 1)
     else:
-        key = "T" if options.search == "max-length" else "B"
-        mesh = options.mesh
-        if mesh.size == 1 and where.size > 1:  # the mesh stays while T or B grows
-            T = where.size * _TILE if key == "T" else data.T
-            mesh = _chosen(options.model, T, data.B // options.optimiser.accumulate, where, mesh)
-            compiler.options = dataclasses.replace(options, mesh=mesh)
-        unit = mesh.seq * _TILE if key == "T" else mesh.data * mesh.fsdp * options.optimiser.accumulate
-        limit = _LONGEST if key == "T" else max(unit, _LONGEST // data.T)
-        found, beyond = search.largest(lambda n: tried(where, **{key: n}), getattr(data, key), unit, limit)
-        by = lambda row: row[key]
-    pick = lambda value: next((row for row in rows if by(row) == value), None)
-    return {"rows": rows, "found": pick(found), "beyond": pick(beyond)}
+        found, beyond = _largest(options, where, compiler, rows)
+    return {"rows": list(rows.values()), "found": rows.get(found), "beyond": rows.get(beyond)}
+
+
+def _largest(
+    options: PlanOptions, where: Topology, compiler: _Compiler, rows: dict[Any, dict[str, Any]]
+) -> tuple[int | None, int | None]:
+    """`search.largest` of T or B; programs go into `rows` by it."""
+    key, data, mesh = "T" if options.search == "max-length" else "B", options.data, options.mesh
+    pieces = options.optimiser.accumulate
+    if mesh.size == 1 and where.size > 1:  # the mesh stays while T or B grows
+        T = where.size * _TILE if key == "T" else data.T
+        mesh = _chosen(options.model, T, data.B // pieces, where, mesh)
+        compiler.options = dataclasses.replace(options, mesh=mesh)
+
+    def fits(n: int) -> bool:
+        rows[n] = compiler(where, **{key: n})
+        if "reason" in rows[n]:
+            raise ValueError(f"{key} = {n:,} on {where.name}: {rows[n]['reason']}")
+        return rows[n]["fits"]
+
+    unit = mesh.seq * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
+    return search.largest(fits, getattr(data, key), unit, max(unit, _LONGEST // (1 if key == "T" else data.T)))
 
 
 def _recommended(rows: list[dict[str, Any]]) -> str:

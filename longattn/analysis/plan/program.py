@@ -67,8 +67,9 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
     devices = where.devices()
     context, state, batch = _arguments(config, devices)
     began = time.perf_counter()
+    step: Any = steps.train_step(config, context)
     with _target(where, context, devices):
-        lowered = steps.train_step(config, context).trace(state, batch).lower()
+        lowered = step.trace(state, batch).lower()
     kept = None
     if request["cache"]:
         key = hashlib.sha256(f"{VERSION} {where.name} {_compiler(where)} {lowered.as_text()}".encode()).hexdigest()

@@ -17,8 +17,9 @@ from longattn.analysis.report.page import style
 _GiB = 2**30
 _SHOWN = 12  # buffers, and collectives
 FOOT = (
-    "Compiled, not run. Times are bounds: every instruction at the chip's published peak or bandwidth, every transfer at "
-    "the bandwidth of all links together; attention by formula where its loops depend on data. Real steps take longer."
+    "Compiled, not run. Times are bounds: every instruction at the chip's published peak or bandwidth, every transfer "
+    "at the bandwidth of all links together; attention by formula where its loops depend on data. Real steps take "
+    "longer."
 )
 
 
@@ -36,10 +37,8 @@ def title(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     """What was compiled."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in row.get("mesh", {}).items() if n > 1)
     where = f"{row['topology']} ({row['devices']} devices{': ' + mesh if mesh else ''})"
-    return (
-        f"{document['model']}, {document['parameters'] / 1e9:.2f} B parameters, T {row['T']:,}, B {row['B']:,} on {where}"
-        f"{', ' + row['strategy'] if mesh else ''}"
-    )
+    model = f"{document['model']}, {document['parameters'] / 1e9:.3g} B parameters"
+    return f"{model}, T {row['T']:,}, B {row['B']:,} on {where}{', ' + row['strategy'] if mesh else ''}"
 
 
 def verdict(row: Mapping[str, Any]) -> str:
