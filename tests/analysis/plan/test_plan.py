@@ -12,7 +12,7 @@ from longattn.analysis.plan import command, program, show
 from longattn.config import ByteLM, Mesh, Model
 from tests.analysis.compilers import needs_cuda, needs_libtpu
 
-TINY = Model(N=2, E=256, F=512, H=4, K=2, D=64, W=512, remat="attention")
+TINY = Model(N=2, E=512, F=1024, H=4, K=2, D=64, W=512, remat="attention")
 DATA = ByteLM(T=1024, B=4)
 ROW = {
     "topology", "T", "B", "strategy", "devices", "mesh", "fits", "refused", "hbm_bytes", "hbm_limit", "by_kind",
