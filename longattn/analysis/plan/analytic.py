@@ -88,7 +88,7 @@ def memory(config: Config) -> dict[str, float]:
         "forward pass": kept(config),
     }
     chunk = min(config.optimiser.loss_chunk, n)
-    recomputed = c * (2 * q + 2 * k) * n if m.remat == "full" else 0.0
+    full = m.remat == "full"  # attention's forward pass runs again, and what it gives is alive beside the rest
     wide, narrow = (4, 5) if m.remat in ("full", "attention") else (2, 6)
     gradients = sums + _F32 * layers + _F32 * head
     casts = c * layers * (c < _F32) + 2 * c * whole * spread
@@ -101,12 +101,13 @@ def memory(config: Config) -> dict[str, float]:
         "MLP": {
             "gradients": gradients,
             "gathered or cast parameters": casts,
-            "backward pass": c * (wide * F + narrow * E) * n + recomputed,
+            "backward pass": c * (wide * F + narrow * E + full * (2 * q + 2 * k)) * n,
         },
         "attention": {
             "gradients": gradients,
             "gathered or cast parameters": casts,
-            "backward pass": c * (4 * q + 3 * E) * n + (4 * c + 2 * _F32) * k * sequence,
+            "backward pass": ((2 * c + _F32) * q + 2 * c * E + full * c * (2 * q + 2 * k + F + E)) * n
+            + 2 * (c + _F32) * k * sequence,
         },
     }
     largest = max(moments.values(), key=lambda parts: sum(parts.values()))
@@ -159,7 +160,7 @@ def messages(config: Config) -> dict[str, float]:
     matrices = layers * slices  # of one tensor slice, whole
     kv = 2 * m.N * pieces * n * k * (P - 1)
     found = {
-        "keys and values": 2 * c * kv,
+        "keys and values": (3 if m.remat == "full" else 2) * c * kv,
         "their gradients": _F32 * kv,
         "matrices": 2 * pieces * c * matrices * others(slices),
         "their gradients, slices": pieces * c * matrices * others(slices),
