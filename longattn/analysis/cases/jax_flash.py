@@ -6,11 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from longattn.analysis.cases.kernel import (
-    BF16, F32, LANES, SUBLANES, Branch, Case, Kernel, cotangent, flops, gradients, inputs, moved, sizes, walk,
-)  # fmt: skip
+    BF16,
+    F32,
+    LANES,
+    SUBLANES,
+    Branch,
+    Case,
+    Kernel,
+    cotangent,
+    edges,
+    flops,
+    gradients,
+    inputs,
+    moved,
+    sizes,
+    walk,
+)
 from longattn.analysis.cases.shape import Shape
 from longattn.mask import Causal, Full
 
@@ -83,7 +96,7 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
 
 
 def _blocks(shape: Shape) -> list[Shape]:
-    tried = sizes(shape, (512, 1024, 2048), (512, 1024, 2048), (None, 512, 1024))
+    tried = sizes(shape, edges(shape), edges(shape), (None, 512, 1024))
     return [s for s in tried if s.bS < s.T]
 
 

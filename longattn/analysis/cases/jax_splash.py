@@ -1,7 +1,7 @@
 """jax's `splash_attention` for TPUs, from `jax.experimental.pallas.ops.tpu`; its backward pass in one kernel or in two.
 
-Blocks that the mask hides are left out of the grid, down to the length of the longest row; segment ids are compared at
-every step and hide no block.
+Blocks that the mask hides are left out of the grid, down to the length of the longest row, but not where the backward
+pass is one kernel; segment ids are compared at every step and hide no block.
 """
 
 from __future__ import annotations
@@ -13,8 +13,22 @@ import jax
 import numpy as np
 
 from longattn.analysis.cases.kernel import (
-    BF16, F32, LANES, SUBLANES, Branch, Case, Kernel, cotangent, flops, gradients, inputs, moved, sizes, walk,
-)  # fmt: skip
+    BF16,
+    F32,
+    LANES,
+    SUBLANES,
+    Branch,
+    Case,
+    Kernel,
+    cotangent,
+    edges,
+    flops,
+    gradients,
+    inputs,
+    moved,
+    sizes,
+    walk,
+)
 from longattn.analysis.cases.shape import Shape
 from longattn.mask import Causal, Full, Window
 
@@ -73,11 +87,10 @@ def _by_query(shape: Shape, name: str, products: str, query: float) -> Kernel:
     )  # fmt: skip
 
 
-def _by_key(shape: Shape, products: str, every_step: float) -> Kernel:
-    """dk and dv; at every step, of a hidden block too, `every_step` bytes leave."""
+def _by_key(shape: Shape, products: str, width: int, every_step: float) -> Kernel:
+    """dk and dv, in a grid of `width` steps per row; at every step, of a hidden block too, `every_step` bytes leave."""
     visible = shape.visible()
-    widest = int(visible.sum(0).max())
-    rows, steps = shape.blocks[1] * shape.key_heads, shape.blocks[1] * shape.H * widest
+    rows, steps = shape.blocks[1] * shape.key_heads, shape.blocks[1] * shape.H * width
     token, statistic = (shape.D + shape.values) * BF16, SUBLANES * F32
     return Kernel(
         "splash_mha_dkv",
@@ -94,17 +107,18 @@ def _by_key(shape: Shape, products: str, every_step: float) -> Kernel:
 
 
 def _fused(shape: Shape) -> tuple[Kernel, ...]:
-    # It writes a share of dq per key block, to be summed by XLA.
-    return (_by_key(shape, "DVVDD", shape.bT * shape.D * BF16),)
+    # It writes a share of dq per key block, to be summed by XLA, so that no step is left out.
+    return (_by_key(shape, "DVVDD", shape.blocks[0], shape.bT * shape.D * BF16),)
 
 
 def _unfused(shape: Shape) -> tuple[Kernel, ...]:
     query = (2 * shape.D + shape.values) * BF16 + 2 * F32  # q, dq, do; lse, di
-    return (_by_query(shape, "splash_mha_dq", "DVD", query), _by_key(shape, "DVVD", 0))
+    widest = int(shape.visible().sum(0).max())
+    return (_by_query(shape, "splash_mha_dq", "DVD", query), _by_key(shape, "DVVD", widest, 0))
 
 
 def _blocks(shape: Shape) -> list[Shape]:
-    return sizes(shape, (512, 1024, 2048), (512, 1024, 2048, 4096), (None, 512, 1024))
+    return sizes(shape, edges(shape), edges(shape), (None, 512, 1024))
 
 
 def _backward(fused: bool) -> Callable[[Shape], tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]]:

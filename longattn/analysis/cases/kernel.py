@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from longattn.analysis.cases.shape import Shape
+from longattn.mask import Window
 
 BF16, F32 = 2, 4  # bytes
 LANES = 128  # per-row statistics are stored broadcast over a register's lanes, or over its 8 sublanes
@@ -40,7 +41,9 @@ class Kernel:
     flops: float  # that the visible pairs need; only matrix products count
     hbm_bytes: float  # between device memory and VMEM: a block is moved when its index changes
     dynamic: bool = False  # the grid's length is a value at run time, which the compiled program cannot confirm
-    loops: tuple[int, ...] = ()  # of a kernel that walks by itself: how often the body of each loop runs, from outside in
+    loops: tuple[
+        int, ...
+    ] = ()  # of a kernel that walks by itself: how often the body of each loop runs, from outside in
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Walk:
         return len(self.head)
 
 
-def walk(run: np.ndarray, heads: int, order: Literal["hqk", "hkq", "khq"]) -> Walk:
+def walk(run: np.ndarray, heads: int, order: str) -> Walk:
     """The steps at which `run` (bool [Jq Jk]) holds, for each head; `order` names the loops from outside to inside."""
     steps = np.broadcast_to(run, (heads, *run.shape))
     axes = ["hqk".index(axis) for axis in order]
@@ -120,10 +123,15 @@ def moved(shape: Shape, steps: Walk, **bytes_per_token: float) -> float:
     return float(sum(n * index[name][0] * steps.changes(*index[name][1]) for name, n in bytes_per_token.items()))
 
 
-def flops(shape: Shape, products: Sequence[Literal["D", "V"]]) -> float:
+def flops(shape: Shape, products: str) -> float:
     """FLOPs of the visible pairs in products along (or onto) these head sizes: q k^T is a D, p v a V."""
     sizes = {"D": shape.D, "V": shape.values}
     return 2.0 * shape.pairs() * shape.H * sum(sizes[size] for size in products)
+
+
+def edges(shape: Shape) -> tuple[int, ...]:
+    """Blocks worth trying along the sequence. Smaller ones lose to a step's own cost unless they skip more."""
+    return (512, 1024, 2048) if shape.documents or isinstance(shape.mask, Window) else (1024, 2048)
 
 
 def sizes(

@@ -47,9 +47,7 @@ def _build(shape: Shape) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]
         out_shape=square,
         scratch_shapes=[pltpu.VMEM((shape.bT, shape.bT), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=int(kernel.flops), bytes_accessed=int(kernel.hbm_bytes), transcendentals=0
-        ),
+        cost_estimate=pl.CostEstimate(flops=int(kernel.flops), bytes_accessed=int(kernel.hbm_bytes), transcendentals=0),
         name="matmul",
     )
     return call, [square, square]

@@ -13,8 +13,22 @@ import jax
 import numpy as np
 
 from longattn.analysis.cases.kernel import (
-    BF16, F32, LANES, SUBLANES, Branch, Case, Kernel, cotangent, flops, gradients, inputs, moved, sizes, walk,
-)  # fmt: skip
+    BF16,
+    F32,
+    LANES,
+    SUBLANES,
+    Branch,
+    Case,
+    Kernel,
+    cotangent,
+    edges,
+    flops,
+    gradients,
+    inputs,
+    moved,
+    sizes,
+    walk,
+)
 from longattn.analysis.cases.shape import Shape
 from longattn.mask import FULL, Causal, Full, Window
 
@@ -94,7 +108,12 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
         Kernel(
             "splash_mha_dkv",
             steps,
-            (Branch("first of a row", rows), *blocks, Branch("last of a row", rows)),
+            # With at most two blocks of queries it writes its results at every step, without a branch.
+            (
+                Branch("first of a row", rows),
+                *blocks,
+                *([Branch("last of a row", rows)] if shape.documents or Jq > 2 else []),
+            ),
             flops(shape, "DVVDD"),
             moved(shape, walk(run, shape.H, order), query=token + 2 * statistic, **results, **_ids(shape, "key"))
             + every_step,
@@ -104,7 +123,7 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
 
 
 def _blocks(shape: Shape) -> list[Shape]:
-    return sizes(shape, (512, 1024, 2048), (512, 1024, 2048, 4096), (None, 512, 1024))
+    return sizes(shape, edges(shape), edges(shape), (None, 512, 1024))
 
 
 FORWARD = Case("tokamax splash, forward", lambda s: (_attend(s), inputs(s)), _forward, _blocks, "tokamax")

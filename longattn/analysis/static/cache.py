@@ -16,7 +16,15 @@ import jax
 
 from longattn.analysis.cases import CASES
 
-_TRANSIENT = ("the compiler took more than", "the compiler ended with -9")  # it may do better another time
+# Refusals that say more of the moment than of what was asked: each may succeed another time.
+_OF_THE_MOMENT = (
+    "the compiler took",
+    "the compiler ended",
+    "ImportError",
+    "ModuleNotFoundError",
+    "MemoryError",
+    "OSError",
+)
 
 
 def folder() -> Path:
@@ -25,12 +33,15 @@ def folder() -> Path:
 
 
 def remembered(key: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The JSON that `make` gave for an equal `key` before, else what it gives now. Refusals are answers too."""
+    """The JSON that `make` gave for an equal `key` before, else what it gives now.
+
+    A compiler's refusal is an answer too.
+    """
     path = folder() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json"
     if path.is_file():
         return json.loads(path.read_text())["answer"]
     answer = make()
-    if not answer.get("reason", "").startswith(_TRANSIENT):
+    if not answer.get("reason", "").startswith(_OF_THE_MOMENT):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as whole:
             json.dump({"key": key, "answer": answer}, whole)

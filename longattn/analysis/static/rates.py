@@ -14,7 +14,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -75,10 +74,12 @@ def measure_here(request: Mapping[str, Any]) -> dict[str, Any]:
     from longattn.analysis.static.tpu import shape_of
 
     shape = shape_of(request["shape"])
-    names = {branch.data for kernel in CASES[request["case"]].kernels(shape) for branch in kernel.branches if branch.data}
+    names = {
+        branch.data for kernel in CASES[request["case"]].kernels(shape) for branch in kernel.branches if branch.data
+    }
     counts = count(request["case"], shape)
     asked = {name: sum(c.asked for c in counts if c.name == name) for name in names}
     never = [name for name, n in asked.items() if not n]
     if never:
         raise ValueError(f"{request['case']} never asked for {', '.join(never)} in interpret mode")
-    return {"rates": {name: sum(c.runs for c in counts if c.name == name) / asked[name] for name in names}, "T": shape.T}
+    return {"rates": {name: sum(c.runs for c in counts if c.name == name) / asked[name] for name in names}}

@@ -5,9 +5,9 @@ their loops and branches, and how many slots of each unit a bundle fills. So
 
     static cycles = sum over regions of bundles x how often the region runs.
 
-Trip counts of loops stand in the schedule; how often branches run comes from the mask's geometry (`analysis/cases`), or,
-where it depends on the data, from kernels that were run (`rates.py`). What is declared must fit what was compiled: loops
-must run for the declared steps, and there must be as many branches as the source has.
+Trip counts of loops stand in the schedule; how often branches run comes from the mask's geometry (`analysis/cases`),
+or, where it depends on the data, from kernels that were run (`rates.py`). What is declared must fit what was compiled:
+loops must run for the declared steps, and there must be as many branches as the source has.
 """
 
 from __future__ import annotations
@@ -220,7 +220,9 @@ def _rate(kernel: Kernel, branch: Branch, rates: Mapping[str, float] | None) -> 
     if not branch.data:
         return 1.0
     if branch.data not in (rates or {}):
-        raise ValueError(f"{kernel.name}: how often the branch {branch.what!r} runs depends on the data, and no rate is known")
+        raise ValueError(
+            f"{kernel.name}: how often the branch {branch.what!r} runs depends on the data, and no rate is known"
+        )
     return rates[branch.data]
 
 
@@ -243,7 +245,9 @@ def _grid(schedule: Schedule, kernel: Kernel, cores: int) -> _Found:
         )
     body = [r for r in grid.inside if r.kind == "branch" and r.total("MXU")]
     if len(body) != 1:
-        raise ValueError(f"{kernel.name}: {len(body)} regions of the grid's loop hold matrix products, one was expected")
+        raise ValueError(
+            f"{kernel.name}: {len(body)} regions of the grid's loop hold matrix products, one was expected"
+        )
     return _Found(body[0], {id(grid): steps + 2.0, id(body[0]): float(steps)}, used)
 
 
@@ -254,7 +258,8 @@ def _own_loops(schedule: Schedule, kernel: Kernel) -> _Found:
         inside = [r for r in region.inside if r.total("MXU")]
         if len(inside) != 1:
             raise ValueError(
-                f"{kernel.name}: {len(inside)} regions inside its loop {len(runs)} hold matrix products, one was expected"
+                f"{kernel.name}: {len(inside)} regions inside its loop {len(runs)} hold matrix products, one was "
+                "expected"
             )
         (region,) = inside
         if region.kind != "loop":

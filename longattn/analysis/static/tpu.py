@@ -73,9 +73,8 @@ def profile(case: str, chip: str, shape: Shape, timeout: float = 300) -> dict[st
     What was compiled before is remembered on disk.
     """
     row: dict[str, Any] = {"case": case, "chip": chip, **request_of(shape)}
-    if module := CASES[case].module:
-        if importlib.util.find_spec(module) is None:
-            return {**row, "reason": f'{module} is not installed: pip install "longattn[peers]"'}
+    if (module := CASES[case].module) and importlib.util.find_spec(module) is None:
+        return {**row, "reason": f'{module} is not installed: pip install "longattn[peers]"'}
     try:
         kernels = CASES[case].kernels(shape)
     except NotImplementedError as error:
@@ -109,7 +108,9 @@ def _compile(
         dumps = {name: path for name, path in dumps.items() if not name.endswith("schedule-analysis")}
         try:
             chosen = [_the_one(kernel.name, answer["vmem"]) for kernel in kernels]
-            schedules = [parse(dumps[name].read_text(), _utilisation_of(dumps[name], name).read_text()) for name in chosen]
+            schedules = [
+                parse(dumps[name].read_text(), _utilisation_of(dumps[name], name).read_text()) for name in chosen
+            ]
             weighted = [weigh(s, kernel, core.per_device, rates) for s, kernel in zip(schedules, kernels)]
         except ValueError as error:
             return {"reason": str(error)}
