@@ -1,4 +1,4 @@
-"""The command line: `longattn train|eval|bench|study|profile`. The one place that knows tyro.
+"""The command line: `longattn train|eval|bench|study|plan|profile`. The one place that knows tyro.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 2 the caller's mistake (one line, with the
 remedy), 130 interrupted, 143 stopped by SIGTERM after saving. What is heavy is imported by the command that needs it.
@@ -28,7 +28,9 @@ USAGE = """usage: longattn COMMAND ...
   eval RUN [--T 2048 ...]            loss, bits per byte and loss by position of a trained run
   bench attention [...]              time the back ends of attention against each other
   study [--preset quick ...]         measure cost and recall side by side; writes a page
+  plan MODEL --topology v5e:16x16    does it fit, and what bounds its step: compiled for machines that are not there
   profile --static tpu CASE [...]    cycles of a kernel on TPUs that are not there, by their compiler's schedule
+  profile --static gpu CASE [...]    registers, spills, instructions of a kernel on GPUs that are not there
   COMMAND --help                     the options of a command
 
 CONFIG is a Python file that defines `config = longattn.config.Config(...)`, such as configs/bytelm_small.py.
@@ -173,16 +175,46 @@ def _study(arguments: list[str]) -> int:
     return 0
 
 
-def _profile(arguments: list[str]) -> int:
-    from longattn.analysis import static
-    from longattn.analysis.cases import CASES
+def _plan(arguments: list[str]) -> int:
+    from longattn.analysis import plan
 
+    known = ", ".join(plan.MODELS)
+    if not arguments or arguments[0].startswith("-"):
+        if arguments and arguments[0] in ("-h", "--help"):
+            _parse(plan.PlanOptions, ["--help"], "plan MODEL", default=plan.PlanOptions())
+        return _fail(f"plan needs a model first: {known}, or a config file")
+    name, *rest = arguments
+    if name in plan.MODELS:
+        default = plan.PlanOptions(model=plan.MODELS[name])
+    elif name.endswith((".py", ".json")):
+        c = load_config(name)
+        default = plan.PlanOptions(model=c.model, data=c.data, optimiser=c.optimiser)
+        name = Path(name).stem
+    else:
+        return _fail(f"unknown model {name!r}{_suggest(name, plan.MODELS)}; there are {known}, and config files")
+    for short, long in (("T", "data.T"), ("B", "data.B"), ("remat", "model.remat"), ("dtype", "model.dtype")):
+        rest = [f"--{long}{a[len(short) + 2 :]}" if a.split("=")[0] == f"--{short}" else a for a in rest]
+    plan.run(_parse(plan.PlanOptions, rest, f"plan {name}", default=default), name)
+    return 0
+
+
+def _profile(arguments: list[str]) -> int:
+    if arguments[:2] == ["--static", "gpu"]:
+        from longattn.analysis import gpu_cases
+        from longattn.analysis.static import gpu_command
+
+        return _static("gpu", arguments, gpu_command.ProfileOptions, gpu_command.run, gpu_cases.CASES)
+    from longattn.analysis import cases, static
+
+    return _static("tpu", arguments, static.ProfileOptions, static.run, cases.CASES)
+
+
+def _static(kind: str, arguments: list[str], options: Any, run: Callable[[Any], Any], cases: Any) -> int:
     if arguments[:1] == ["--static"] and len(arguments) > 2 and not arguments[2].startswith("-"):
         arguments = [*arguments[:2], "--cases", *arguments[2:]]
     elif not {"-h", "--help"} & set(arguments):
-        return _fail(f"profile needs --static tpu and a case; the cases are {', '.join(CASES)}")
-    options = _parse(static.ProfileOptions, arguments, "profile --static tpu")
-    static.run(options)
+        return _fail(f"profile needs --static tpu or gpu and a case; for {kind} the cases are {', '.join(cases)}")
+    run(_parse(options, arguments, f"profile --static {kind}"))
     return 0
 
 
@@ -191,6 +223,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": _eval,
     "bench": _bench,
     "study": _study,
+    "plan": _plan,
     "profile": _profile,
 }
 

@@ -56,21 +56,23 @@ class TensorCore:
     """A matrix core of a TPU as its compiler schedules for it: one bundle of instructions per cycle.
 
     `mxu_flops` is read off libtpu's own schedules of bfloat16 products (the cycles that a product of known size keeps
-    the matrix units busy); the rest is what jax's `pltpu.get_tpu_info` knows. Clocks are not published: the chip's peak
+    the matrix units busy), `hbm_usable` off its refusal of a program too large; the rest is what jax's
+    `pltpu.get_tpu_info` knows. Clocks are not published: the chip's peak
     is taken to be all matrix units busy in every cycle.
     """
 
     mxu_flops: int  # bfloat16 FLOP per cycle of all matrix units of the core
     vmem_bytes: int  # memory that the core computes from
+    hbm_usable: int  # bytes of one JAX device that libtpu lets a program have; the rest of its HBM is the system's
     per_device: int  # cores of one JAX device; a grid spreads over them where it is marked parallel
     topology: str  # libtpu's name of a small slice
 
 
 TENSOR_CORES: dict[str, TensorCore] = {
-    "v5e": TensorCore(131_072, 128 * 2**20, 1, "v5e:2x2"),
-    "v5p": TensorCore(131_072, 64 * 2**20, 2, "v5p:2x2x1"),
-    "v6e": TensorCore(524_288, 128 * 2**20, 1, "v6e:2x2"),
-    "tpu7x": TensorCore(524_288, 64 * 2**20, 1, "tpu7x:2x2x1"),
+    "v5e": TensorCore(131_072, 128 * 2**20, int(15.75 * _GiB), 1, "v5e:2x2"),
+    "v5p": TensorCore(131_072, 64 * 2**20, int(95.73 * _GiB), 2, "v5p:2x2x1"),
+    "v6e": TensorCore(524_288, 128 * 2**20, int(31.24 * _GiB), 1, "v6e:2x2"),
+    "tpu7x": TensorCore(524_288, 64 * 2**20, int(94.74 * _GiB), 1, "tpu7x:2x2x1"),
 }
 
 
@@ -84,6 +86,92 @@ def hbm_bytes_per_cycle(name: str) -> float:
     """Bytes that device memory moves per cycle for one JAX device, all its cores together."""
     chip = CHIPS[name]
     return chip.hbm_bandwidth / chip.devices / tpu_clock(name)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU of CHIPS as its compilers ask for it.
+
+    What a multiprocessor holds is in the CUDA programming guide's table of compute capabilities
+    (docs.nvidia.com/cuda/cuda-c-programming-guide, "features and technical specifications"); how many there are, their
+    products per cycle, the cache and the links in NVIDIA's papers on the Ampere, Hopper and Blackwell architectures and
+    in the tuning guides (docs.nvidia.com/cuda/blackwell-tuning-guide).
+    """
+
+    arch: str  # what ptxas calls the instruction set; "a": with the instructions of this generation alone
+    kind: str  # as JAX reports it
+    multiprocessors: int
+    tensor_flops: int  # dense bfloat16 FLOP per cycle of one multiprocessor
+    fp32_lanes: int  # of one multiprocessor
+    l2_bytes: int
+    shared_bytes: int  # shared memory of one multiprocessor
+    nvlinks: int
+    max_threads: int = 2048  # of one multiprocessor
+    registers: int = 65_536  # of 32 bit, of one multiprocessor, and the most that one block may have
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability, (9, 0) for sm_90a."""
+        number = int(re.sub(r"\D", "", self.arch))
+        return number // 10, number % 10
+
+    @property
+    def shared_bytes_per_block(self) -> int:
+        """The most shared memory that one block may ask for: 1 KiB of each block is the system's."""
+        return self.shared_bytes - 1024
+
+
+GPUS: dict[str, Gpu] = {
+    "a100-40": Gpu("sm_80", "NVIDIA A100-SXM4-40GB", 108, 2048, 64, 40 * 2**20, 164 * 2**10, 12),
+    "a100-80": Gpu("sm_80", "NVIDIA A100-SXM4-80GB", 108, 2048, 64, 40 * 2**20, 164 * 2**10, 12),
+    "h100": Gpu("sm_90a", "NVIDIA H100 80GB HBM3", 132, 4096, 128, 50 * 2**20, 228 * 2**10, 18),
+    "h200": Gpu("sm_90a", "NVIDIA H200", 132, 4096, 128, 50 * 2**20, 228 * 2**10, 18),
+    "b200": Gpu("sm_100a", "NVIDIA B200", 148, 8192, 128, 126 * 2**20, 228 * 2**10, 18),
+}
+
+
+def gpu_clock(name: str) -> float:
+    """Cycles per second at which the GPU's published peak is reached by its tensor cores."""
+    return CHIPS[name].peak_bf16_flops / (GPUS[name].multiprocessors * GPUS[name].tensor_flops)
+
+
+def gpu_target(name: str) -> str:
+    """The GPU `name` as a text of XLA's GpuTargetConfigProto: all that its compiler asks of a device.
+
+    Memory is the published size; a real device reports some of it as taken.
+    """
+    chip, gpu = CHIPS[name], GPUS[name]
+    major, minor = gpu.capability
+    extension = "ACCELERATED_FEATURES" if gpu.arch.endswith("a") else "NONE"
+    return f"""
+platform_name: "CUDA"
+device_description_str: "{gpu.kind}"
+dnn_version_info {{ major: 9 minor: 12 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
+  core_count: {gpu.multiprocessors}
+  fpus_per_core: {gpu.fp32_lanes}
+  clock_rate_ghz: {gpu_clock(name) / 1e9:.3f}
+  memory_bandwidth: {chip.hbm_bandwidth:.0f}
+  device_memory_size: {chip.hbm_bytes}
+  l2_cache_size: {gpu.l2_bytes}
+  shared_memory_per_core: {gpu.shared_bytes}
+  shared_memory_per_block: {48 * 2**10}
+  shared_memory_per_block_optin: {gpu.shared_bytes_per_block}
+  registers_per_core_limit: {gpu.registers}
+  registers_per_block_limit: {gpu.registers}
+  threads_per_core_limit: {gpu.max_threads}
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: {2**31 - 1}
+  block_dim_limit_y: {2**16 - 1}
+  block_dim_limit_z: {2**16 - 1}
+  device_interconnect_info {{ active_links: {gpu.nvlinks} }}
+}}
+"""
 
 
 @dataclass(frozen=True)
