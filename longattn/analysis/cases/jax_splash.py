@@ -33,7 +33,7 @@ from longattn.analysis.cases.shape import Shape
 from longattn.mask import Causal, Full, Window
 
 
-def _attend(shape: Shape, fused: bool) -> Callable[..., Any]:
+def _attend(shape: Shape, fused: bool = True, backward: bool = False) -> Callable[..., Any]:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -50,7 +50,7 @@ def _attend(shape: Shape, fused: bool) -> Callable[..., Any]:
     sizes = splash.BlockSizes(
         block_q=shape.bT, block_kv=shape.bS, block_kv_compute=shape.compute,
         block_q_dkv=shape.bT, block_kv_dkv=shape.bS, block_kv_dkv_compute=shape.compute, use_fused_bwd_kernel=fused,
-        **of_dq,
+        k_layout=splash.QKVLayout.HEAD_DIM_MINOR if backward else splash.QKVLayout.SEQ_MINOR, **of_dq,
     )  # fmt: skip
     with jax.default_device(jax.devices("cpu")[0]):  # the mask's metadata are arrays
         kernel = splash.make_splash_mha(
@@ -118,13 +118,17 @@ def _unfused(shape: Shape) -> tuple[Kernel, ...]:
 
 
 def _blocks(shape: Shape) -> list[Shape]:
-    return sizes(shape, edges(shape), edges(shape), (None, 512, 1024))
+    return sizes(shape, edges(shape), edges(shape), (256, 512, 1024))
+
+
+def _backward_blocks(shape: Shape) -> list[Shape]:
+    return sizes(shape, edges(shape), edges(shape), (None, 512))
 
 
 def _backward(fused: bool) -> Callable[[Shape], tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]]:
-    return lambda s: (gradients(_attend(s, fused)), [*inputs(s), cotangent(s)])
+    return lambda s: (gradients(_attend(s, fused, backward=True)), [*inputs(s), cotangent(s)])
 
 
-FORWARD = Case("jax splash, forward", lambda s: (_attend(s, True), inputs(s)), _forward, _blocks)
-FUSED = Case("jax splash, dq, dk, dv in one kernel", _backward(True), _fused, _blocks)
-UNFUSED = Case("jax splash, dq and dk, dv in two kernels", _backward(False), _unfused, _blocks)
+FORWARD = Case("jax splash, forward", lambda s: (_attend(s), inputs(s)), _forward, _blocks)
+FUSED = Case("jax splash, dq, dk, dv in one kernel", _backward(True), _fused, _backward_blocks)
+UNFUSED = Case("jax splash, dq and dk, dv in two kernels", _backward(False), _unfused, _backward_blocks)

@@ -1,7 +1,8 @@
 """tokamax's `splash_attention` for TPUs (tokamax._src.ops.experimental), forward and fused backward.
 
 Its forward grid holds the visible blocks alone, its backward grid all of them; segment ids take out of either what they
-hide, at run time. Blocks that the mask does not cut are computed without it.
+hide, at run time. Blocks that the mask does not cut are computed without it. Of its settings those are taken that were
+cheapest where they were compared: its own scheduler of instructions, and in the forward pass keys [K D T].
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from longattn.analysis.cases.shape import Shape
 from longattn.mask import FULL, Causal, Full, Window
 
 
-def _attend(shape: Shape) -> Callable[..., Any]:
+def _attend(shape: Shape, backward: bool = False) -> Callable[..., Any]:
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
 
@@ -49,6 +50,7 @@ def _attend(shape: Shape) -> Callable[..., Any]:
     config = splash.SplashConfig(
         block_q=shape.bT, block_kv=shape.bS, block_kv_compute=shape.compute,
         block_q_dkv=shape.bT, block_kv_dkv=shape.bS, block_kv_dkv_compute=shape.compute,
+        k_layout=splash.QKVLayout.HEAD_DIM_MINOR if backward else splash.QKVLayout.SEQ_MINOR,
         use_experimental_scheduler=True,
     )  # fmt: skip
     with jax.default_device(jax.devices("cpu")[0]):  # the mask's metadata are arrays
@@ -123,14 +125,18 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
 
 
 def _blocks(shape: Shape) -> list[Shape]:
-    return sizes(shape, edges(shape), edges(shape), (None, 512, 1024))
+    return sizes(shape, edges(shape), edges(shape), (256, 512))
+
+
+def _backward_blocks(shape: Shape) -> list[Shape]:
+    return sizes(shape, edges(shape), edges(shape), (None, 512))
 
 
 FORWARD = Case("tokamax splash, forward", lambda s: (_attend(s), inputs(s)), _forward, _blocks, "tokamax")
 BACKWARD = Case(
     "tokamax splash, dq, dk, dv in one kernel",
-    lambda s: (gradients(_attend(s)), [*inputs(s), cotangent(s)]),
+    lambda s: (gradients(_attend(s, backward=True)), [*inputs(s), cotangent(s)]),
     _backward,
-    _blocks,
+    _backward_blocks,
     "tokamax",
 )

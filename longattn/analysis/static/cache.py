@@ -62,7 +62,7 @@ def _sources(ours: bool) -> str:
     """A hash of the sources that say what is compiled and how it is counted; for `ours` those of the kernels too."""
     root = Path(__file__).parents[2]
     counting = [root / "analysis" / "static" / f"{name}.py" for name in ("schedule", "tpu", "rates")]
-    facts = [root / "mask.py", *(root / "analysis" / f"{name}.py" for name in ("aot", "cost", "hardware"))]
+    facts = [root / "mask.py", *(root / "analysis" / f"{name}.py" for name in ("cost", "hardware"))]
     kernels = [*(root / "analysis" / "cases").rglob("*.py"), *((root / "ops").rglob("*.py") if ours else ())]
     digest = hashlib.sha256()
     for path in sorted([*counting, *facts, *kernels]):

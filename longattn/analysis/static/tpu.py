@@ -45,17 +45,21 @@ def request_of(shape: Shape) -> dict[str, Any]:
     return {**{field.name: getattr(shape, field.name) for field in fields(shape)}, "mask": str(shape.mask)}
 
 
-def compile_here(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Compile one case for one chip in this process, whose environment names libtpu's flags: VMEM bytes by kernel."""
-    core = hardware.TENSOR_CORES[request["chip"]]
+def program(case: str, chip: str, shape: Shape) -> jax.stages.Lowered:
+    """A case lowered for one device of a chip that is not there, in a process that has `aot.tpu_environment()`."""
+    core = hardware.TENSOR_CORES[chip]
     topology = topologies.get_topology_desc(topology_name=core.topology, platform="tpu")
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("device",))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask it which chip they are compiled for
-        fn, arrays = CASES[request["case"]].build(shape_of(request["shape"]))
+        fn, arrays = CASES[case].build(shape)
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arrays]
-        lowered = jax.jit(fn).trace(*arrays).lower()
-    text = lowered.compile().as_text()
+        return jax.jit(fn).trace(*arrays).lower()
+
+
+def compile_here(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Compile one case for one chip in this process, whose environment names libtpu's flags: VMEM bytes by kernel."""
+    text = program(request["case"], request["chip"], shape_of(request["shape"])).compile().as_text()
     # An instruction ends where the next one's "%name =" begins, its attributes may hold line breaks.
     kernels = {m[1]: text[m.end() : _end(text, m.end())] for m in _KERNEL.finditer(text)}
     vmem = {name: _VMEM.search(rest) for name, rest in kernels.items()}

@@ -471,23 +471,51 @@ def test_causal_flash_executes_the_steps_that_it_sees():
     assert row["floor_cycles"] == pytest.approx(0.262e6, rel=0.01)
 
 
+BIG = {"bT": 2048, "bS": 2048}
+
+
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "chip", "shape", "millions"),
     [
-        ("jax_flash", "v6e", {"mask": Full()}, 1.863),
-        ("jax_flash", "v5p", {}, 0.860),
-        ("jax_splash", "v6e", {"bT": 2048, "bS": 2048, "bC": 1024}, 1.058),
-        ("jax_flash_backward", "v6e", {}, 3.27),
-        ("jax_splash_backward", "v6e", {}, 1.84),
-        ("jax_splash_backward", "v5p", {}, 3.40),  # its grid is not marked parallel: one core of two
+        peer("jax_flash", "v6e", {"mask": Full()}, 1.863),
+        peer("jax_flash", "v5p", {}, 0.860),
+        peer("jax_splash", "v6e", {**BIG, "bC": 1024}, 1.058),
+        peer("jax_flash_backward", "v6e", {}, 3.27),
+        peer("jax_splash_backward", "v6e", {}, 1.84),
+        peer("jax_splash_backward", "v5p", {}, 3.40),  # its grid is not marked parallel: one core of two
+        peer("tokamax_splash", "v6e", {**BIG, "bC": 512}, 0.874),
+        peer("tokamax_splash_backward", "v6e", {}, 1.78),
+        peer("flywheel", "v6e", BIG, 0.654),
     ],
 )
 def test_peers_cost_what_an_independent_tool_measured(case, chip, shape, millions):
     row = compiled(case, chip, **shape)
     assert row["cycles"] == pytest.approx(millions * 1e6, rel=0.03)
     assert row["cores"] == (2 if (case, chip) == ("jax_flash", "v5p") else 1)
+    assert row["cycles_worst"] > row["cycles"] if case == "flywheel" else row["cycles_worst"] == row["cycles"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_kernel_of_loops_and_a_dynamic_grid_on_two_cores():
+    pytest.importorskip("tokamax", reason=".[peers]")
+    pytest.importorskip("flywheel_tpu", reason=".[peers]")
+    small = {"T": 2048, "bT": 512, "bS": 512, "bC": 256, "bR": 256}
+    by_chip = {chip: compiled("tokamax_splash", chip, **small) for chip in ("v5e", "v5p")}
+    assert [row["cores"] for row in by_chip.values()] == [1, 2]
+    assert by_chip["v5p"]["cycles"] == pytest.approx(by_chip["v5e"]["cycles"] / 2, rel=0.1)  # the same units per core
+    assert compiled("flywheel", "v5p", **small)["cores"] == 1
+
+
+@needs_libtpu
+def test_the_compiler_is_told_what_a_product_costs():
+    shape = Shape(T=1024, bT=512, bS=512)
+    request = {"case": "matmul", "chip": "v5e", "shape": tpu.request_of(shape)}
+    cost = aot.call("tests.analysis.compilers:cost_here", request, aot.tpu_environment(), 60)
+    (kernel,) = CASES["matmul"].kernels(shape)
+    assert cost == {"flops": 2 * 1024**3, "bytes accessed": kernel.hbm_bytes}
 
 
 @needs_libtpu
