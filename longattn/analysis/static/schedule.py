@@ -26,7 +26,7 @@ from longattn.analysis.cases import Branch, Kernel
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2} *)?: *>* *\{", re.MULTILINE)
 _BRANCH = re.compile(r"\bsbr\.(?:rel|abs)\s*(?:\(!?%\w+\)\s*)?target bundleno = (\d+)")
 _TRIPS = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
-_CORE = "/* megacore core id"
+_CORE = re.compile(r"(%s\w+) = sld \[\S+\] /\* megacore core id")
 _DELAY = 5  # a branch's own bundle and its four delay slots run before it takes effect
 # Columns of the utilisation file; versions of libtpu differ in the first one's name. It counts the cycles for which
 # products keep a unit busy.
@@ -67,7 +67,7 @@ class Schedule:
     root: Region
     capacity: dict[str, int]  # slots of a bundle
     filled: dict[str, np.ndarray]  # slots that each bundle fills, int [bundles]
-    divided: bool  # it reads which core of its device it runs on, and takes that core's part of the grid
+    divided: bool  # it reads which core of its device it runs on, and not only to leave all to the first
 
 
 def parse(bundles: str, utilisation: str) -> Schedule:
@@ -113,7 +113,9 @@ def parse(bundles: str, utilisation: str) -> Schedule:
             inner = {i for r in region.inside for i in range(r.start, r.end)}
             tests = [m for i in range(region.start, region.end) if i not in inner for m in _TRIPS.finditer(text[i])]
             region.trips = int(tests[-1][1]) if tests else None
-    return Schedule(root, capacity, dict(zip(capacity, used.T)), _CORE in bundles)
+    core = _CORE.search(bundles)
+    divided = core is not None and not re.search(rf"scmp\.ne\.s32\.totalorder {core[1]}, 0", bundles)
+    return Schedule(root, capacity, dict(zip(capacity, used.T)), divided)
 
 
 def _utilisation(text: str) -> tuple[dict[str, int], np.ndarray]:

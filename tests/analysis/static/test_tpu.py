@@ -117,8 +117,12 @@ def test_weigh_believes_a_dynamic_grid_where_the_schedule_has_no_constant():
     expected = weigh(parse(*dumps(JUMPS)), KERNEL, cores=1)
     assert weigh(parse(bundles, utilisation), dynamic, cores=1).cycles == expected.cycles
     assert weigh(parse(bundles, utilisation), dynamic, cores=2).cores == 1  # nothing says that the grid is divided
-    divided = bundles.replace("/* a comment", "/* megacore core id :: a comment", 1)
+    divided = bundles.replace(
+        "%1 = vadd", "%s4_s12 = sld [smem:[#allocation0]] /* megacore core id */  ;;  %1 = vadd", 1
+    )
     assert weigh(parse(divided, utilisation), dynamic, cores=2).cores == 2
+    first_only = divided.replace("%1 = vadd", "%p3_p0 = scmp.ne.s32.totalorder %s4_s12, 0  ;;  %1 = vadd", 1)
+    assert weigh(parse(first_only, utilisation), dynamic, cores=2).cores == 1
 
 
 LOOPS = Kernel(
