@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from longattn.analysis import cost
-from longattn.mask import EMPTY, Causal, Full, Mask, Window
+from longattn.mask import EMPTY, Causal, Full, Mask, Window, parse
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,14 @@ class Shape:
             raise ValueError(f"K={self.K} must divide H={self.H}")
         if not 0 <= self.documents <= self.T:
             raise ValueError(f"documents={self.documents} must be at least 0 and at most T={self.T}")
+
+    def as_json(self) -> dict[str, Any]:
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, "mask": str(self.mask)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Shape:
+        """The inverse of `as_json`."""
+        return cls(**{**values, "mask": parse(values["mask"])})
 
     @property
     def key_heads(self) -> int:

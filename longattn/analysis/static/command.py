@@ -19,6 +19,7 @@ from rich.table import Table
 
 from longattn.analysis import aot, hardware
 from longattn.analysis.cases import CASES, Shape
+from longattn.analysis.static.rates import small
 from longattn.analysis.static.schedule import SLOTS
 from longattn.analysis.static.tpu import profile
 from longattn.mask import Causal, Mask
@@ -198,7 +199,7 @@ def _print(console: Console, document: Mapping[str, Any], shown: Sequence[Mappin
     rates = {(row["case"], name): rate for row in shown for name, rate in (row.get("rates") or {}).items()}
     notes += [
         f"{case}: the branch {name} depends on the data; it ran {rate:.0%} of the times it was asked, in interpret "
-        "mode on N(0, 1) inputs, and always in the worst case."
+        f"mode on N(0, 1) inputs at T {small(Shape()).T}, and always in the worst case."
         for (case, name), rate in rates.items()
     ]
     others = sorted({name for row in shown for name in row.get("not_counted", ())})

@@ -71,9 +71,7 @@ def small(shape: Shape) -> Shape:
 
 def measure_here(request: Mapping[str, Any]) -> dict[str, Any]:
     """The rates of a case's branches that depend on the data, by the names of the functions under them."""
-    from longattn.analysis.static.tpu import shape_of
-
-    shape = shape_of(request["shape"])
+    shape = Shape.from_json(request["shape"])
     names = {
         branch.data for kernel in CASES[request["case"]].kernels(shape) for branch in kernel.branches if branch.data
     }

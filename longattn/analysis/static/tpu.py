@@ -11,7 +11,7 @@ import importlib.util
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from longattn import mask
 from longattn.analysis import aot, hardware
 from longattn.analysis.cases import CASES, Kernel, Shape
 from longattn.analysis.static import cache
@@ -33,16 +32,6 @@ _FLAGS = (
 _DUMPED = re.compile(r"\d+-(?P<name>[^<].*)-\d+-packed-bundles-post-ra\.txt")
 _KERNEL = re.compile(r'%(\S+) = [^\n]*custom_call_target="tpu_custom_call"')
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
-
-
-def shape_of(request: Mapping[str, Any]) -> Shape:
-    """The inverse of `request_of`."""
-    return Shape(**{**request, "mask": mask.parse(request["mask"])})
-
-
-def request_of(shape: Shape) -> dict[str, Any]:
-    """A shape as JSON."""
-    return {**{field.name: getattr(shape, field.name) for field in fields(shape)}, "mask": str(shape.mask)}
 
 
 def program(case: str, chip: str, shape: Shape) -> jax.stages.Lowered:
@@ -59,7 +48,7 @@ def program(case: str, chip: str, shape: Shape) -> jax.stages.Lowered:
 
 def compile_here(request: Mapping[str, Any]) -> dict[str, Any]:
     """Compile one case for one chip in this process, whose environment names libtpu's flags: VMEM bytes by kernel."""
-    text = program(request["case"], request["chip"], shape_of(request["shape"])).compile().as_text()
+    text = program(request["case"], request["chip"], Shape.from_json(request["shape"])).compile().as_text()
     # An instruction ends where the next one's "%name =" begins, its attributes may hold line breaks.
     kernels = {m[1]: text[m.end() : _end(text, m.end())] for m in _KERNEL.finditer(text)}
     vmem = {name: _VMEM.search(rest) for name, rest in kernels.items()}
@@ -76,7 +65,7 @@ def profile(case: str, chip: str, shape: Shape, timeout: float = 300) -> dict[st
 
     What was compiled before is remembered on disk.
     """
-    row: dict[str, Any] = {"case": case, "chip": chip, **request_of(shape)}
+    row: dict[str, Any] = {"case": case, "chip": chip, **shape.as_json()}
     if (module := CASES[case].module) and importlib.util.find_spec(module) is None:
         return {**row, "reason": f'{module} is not installed: pip install "longattn[peers]"'}
     try:
@@ -85,7 +74,7 @@ def profile(case: str, chip: str, shape: Shape, timeout: float = 300) -> dict[st
         return {**row, "reason": str(error)}
     rates = None
     if any(branch.data for kernel in kernels for branch in kernel.branches):
-        request = {"case": case, "shape": request_of(interpreted.small(shape))}
+        request = {"case": case, "shape": interpreted.small(shape).as_json()}
         measured = cache.remembered(
             {**cache.versions(case), **request},
             lambda: aot.call("longattn.analysis.static.rates:measure_here", request, {"JAX_PLATFORMS": "cpu"}, timeout),
@@ -103,7 +92,7 @@ def _compile(
     core = hardware.TENSOR_CORES[chip]
     with tempfile.TemporaryDirectory(prefix="longattn_static_") as name:
         folder = Path(name)
-        request = {"case": case, "chip": chip, "shape": request_of(shape)}
+        request = {"case": case, "chip": chip, "shape": shape.as_json()}
         environment = aot.tpu_environment(_FLAGS.format(folder=folder / "dump"))
         answer = aot.call("longattn.analysis.static.tpu:compile_here", request, environment, timeout)
         if "reason" in answer:

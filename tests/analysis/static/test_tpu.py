@@ -261,7 +261,7 @@ def test_rates_are_shares_of_the_times_a_branch_is_asked(monkeypatch):
     counts = [rates.Count("guard", 4, 1), rates.Count("guard", 6, 0), rates.Count("other", 9, 9)]
     monkeypatch.setattr(rates, "count", lambda case, shape: counts)
     monkeypatch.setitem(CASES, "k", replace(CASES["matmul"], kernels=lambda shape: (replace(LOOPS, loops=()),)))
-    request = {"case": "k", "shape": tpu.request_of(SMALL)}
+    request = {"case": "k", "shape": SMALL.as_json()}
     assert rates.measure_here(request) == {"rates": {"guard": 0.1}}
     counts[:] = counts[2:]
     with pytest.raises(ValueError, match="k never asked for guard in interpret mode"):
@@ -341,7 +341,7 @@ def test_a_compiler_that_hangs_is_a_row(tmp_path, monkeypatch):
 
 def numbers(case: str, chip: str, shape: Shape, timeout: float = 300) -> dict:
     """Stands in for `profile`: of two blocks, the larger is faster; of 2048 queries there is no number."""
-    row = {"case": case, "chip": chip, **tpu.request_of(shape)}
+    row = {"case": case, "chip": chip, **shape.as_json()}
     if shape.bT == 2048:
         return {**row, "reason": "RESOURCE_EXHAUSTED"}
     cycles = 1e9 / shape.bT / shape.bS
@@ -516,7 +516,7 @@ def test_a_kernel_of_loops_and_a_dynamic_grid_on_two_cores():
 @needs_libtpu
 def test_the_compiler_is_told_what_a_product_costs():
     shape = Shape(T=1024, bT=512, bS=512)
-    request = {"case": "matmul", "chip": "v5e", "shape": tpu.request_of(shape)}
+    request = {"case": "matmul", "chip": "v5e", "shape": shape.as_json()}
     cost = aot.call("tests.analysis.compilers:cost_here", request, aot.tpu_environment(), 60)
     (kernel,) = CASES["matmul"].kernels(shape)
     assert cost == {"flops": 2 * 1024**3, "bytes accessed": kernel.hbm_bytes}
@@ -528,6 +528,6 @@ def test_what_the_child_refuses_is_a_row():
     assert tpu.profile("jax_flash", "v6e", shape) == {
         "case": "jax_flash",
         "chip": "v6e",
-        **tpu.request_of(shape),
+        **shape.as_json(),
         "reason": "NotImplementedError: jax_flash knows Causal() and Full() only, mask is Window(5, 0)",
     }
