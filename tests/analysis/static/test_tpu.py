@@ -299,6 +299,11 @@ def test_shapes_that_make_no_sense(change, message):
         Shape(**change)
 
 
+def test_shapes_go_through_json():
+    shape = Shape(T=2048, H=4, K=2, V=64, mask=Window(7) & Causal(), documents=3, bT=512, bS=256, bC=128, bR=64)
+    assert Shape.from_json(json.loads(json.dumps(shape.as_json()))) == shape
+
+
 def test_blocks_worth_trying_are_legal():
     for name, case in CASES.items():
         for shape in case.blocks(Shape(T=4096, mask=Window(2047), documents=2)):
