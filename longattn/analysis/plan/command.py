@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from longattn.analysis import aot, cost
-from longattn.analysis.plan import program, search, show, topology
+from longattn.analysis.plan import analytic, program, search, show, topology
 from longattn.analysis.plan.topology import Topology
 from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, to_json
 from longattn.parallel.api import STRATEGIES
@@ -35,6 +35,7 @@ class PlanOptions:
     html: str = ""  # also write this page
     cache: bool = True  # keep what was found out of each program in the user's cache folder
     timeout: float = 1800.0  # seconds for one compilation
+    analytic: bool = False  # by formula, at once, instead of by the compiler
     json: bool = False  # print one JSON document instead of the tables
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=ByteLM)  # only T and B are read
@@ -47,6 +48,8 @@ class PlanOptions:
             raise ValueError(f"timeout={self.timeout:g} must be positive")
         if self.search is not None and self.strategies is not None:
             raise ValueError(f"search={self.search} and strategies={self.strategies}: ask for one of them at a time")
+        if self.strategies is not None and self.analytic:
+            raise ValueError("strategies=all compares compiled programs: leave --analytic out")
         if self.search == "min-devices" and self.mesh.size > 1:
             raise ValueError(f"search=min-devices chooses the mesh for each machine: leave {self.mesh=} out")
         if self.mesh.size not in (1, where.size):
@@ -92,7 +95,8 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
       console: where to print.
     """
     where = topology.parse(options.topology)
-    where.environment()  # a compiler that is not installed is told before anything else
+    if not options.analytic:
+        where.environment()  # a compiler that is not installed is told before anything else
     document: dict[str, Any] = {
         "version": VERSION,
         "kind": "plan",
@@ -102,9 +106,10 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
         "options": {
             "search": options.search,
             "strategies": options.strategies,
+            "analytic": options.analytic,
             "config": json.loads(to_json(options.config(where)))["config"] if options.search is None else None,
         },
-        "versions": {"jax": jax.__version__, **_compilers(where)},
+        "versions": {"jax": jax.__version__, **({} if options.analytic else _compilers(where))},
         "commit": commit(),
     }
     with _Compiler(options) as compiler:
@@ -155,9 +160,11 @@ class _Compiler:
         except ValueError as error:
             return {**asked, "devices": where.size, "reason": str(error)}
         sizes = {axis: n for axis, n in dataclasses.asdict(config.mesh).items() if isinstance(n, int)}
+        row = {**asked, "devices": where.size, "mesh": sizes}
+        if o.analytic:
+            return row | analytic.estimate(config, where)
         said = f"{where.name}, T {config.data.T:,}, B {config.data.B:,}, {config.mesh.strategy}"
         task = self.progress.add_task(f"compiling for {said}")
-        row = {**asked, "devices": where.size, "mesh": sizes}
         row |= program.facts(config, where, o.timeout, program.cache_folder() if o.cache else None)
         self.progress.remove_task(task)
         verdict = "no program" if "reason" in row else f"{row['hbm_bytes'] / 2**30:.2f} GiB"
@@ -203,8 +210,13 @@ def _largest(
             raise ValueError(f"{key} = {n:,} on {where.name}: {rows[n]['reason']}")
         return rows[n]["fits"]
 
+    def expected(n: int) -> bool:  # by formula
+        return analytic.estimate(compiler.options.config(where, **{key: n}), where)["fits"]
+
     unit = mesh.seq * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
-    return search.largest(fits, getattr(data, key), unit, max(unit, _LONGEST // (1 if key == "T" else data.T)))
+    limit = max(unit, _LONGEST // (1 if key == "T" else data.T))
+    guess, _ = search.largest(expected, getattr(data, key), unit, limit)
+    return search.largest(fits, guess or unit, unit, limit)
 
 
 def _recommended(rows: list[dict[str, Any]]) -> str:
