@@ -21,3 +21,12 @@ def _skip_without(compiler: Callable[[], object], name: str) -> pytest.MarkDecor
 
 needs_libtpu = _skip_without(aot.libtpu_folder, "libtpu")
 needs_cuda = _skip_without(aot.cuda_versions, "the compiler for GPUs")
+
+
+def cost_here(request: dict) -> dict:
+    """What XLA for a TPU takes a case to cost: FLOPs, and bytes between device memory and the core."""
+    from longattn.analysis.cases import Shape
+    from longattn.analysis.static import tpu
+
+    compiled = tpu.program(request["case"], request["chip"], Shape.from_json(request["shape"])).compile()
+    return {name: compiled.cost_analysis()[name] for name in ("flops", "bytes accessed")}

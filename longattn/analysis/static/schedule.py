@@ -5,27 +5,28 @@ their loops and branches, and how many slots of each unit a bundle fills. So
 
     static cycles = sum over regions of bundles x how often the region runs.
 
-Trip counts of loops stand in the schedule; how often branches run comes from the mask's geometry (`analysis/cases.py`).
-What is declared must fit what was compiled: the grid's loop must run for the declared steps, and there must be as many
-branches as the source has.
+Trip counts of loops stand in the schedule; how often branches run comes from the mask's geometry (`analysis/cases`),
+or, where it depends on the data, from kernels that were run (`rates.py`). What is declared must fit what was compiled:
+loops must run for the declared steps, and there must be as many branches as the source has.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from longattn.analysis.cases import Kernel
+from longattn.analysis.cases import Branch, Kernel
 
 # ---- the schedule, parsed
 
-_BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2} *)?:(?: >)* +\{", re.MULTILINE)
+_BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2} *)?: *>* *\{", re.MULTILINE)
 _BRANCH = re.compile(r"\bsbr\.(?:rel|abs)\s*(?:\(!?%\w+\)\s*)?target bundleno = (\d+)")
 _TRIPS = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
+_CORE = re.compile(r"(%s\w+) = sld \[\S+\] /\* megacore core id")
 _DELAY = 5  # a branch's own bundle and its four delay slots run before it takes effect
 # Columns of the utilisation file; versions of libtpu differ in the first one's name. It counts the cycles for which
 # products keep a unit busy.
@@ -65,6 +66,8 @@ class Schedule:
 
     root: Region
     capacity: dict[str, int]  # slots of a bundle
+    filled: dict[str, np.ndarray]  # slots that each bundle fills, int [bundles]
+    divided: bool  # it reads which core of its device it runs on, and not only to leave all to the first
 
 
 def parse(bundles: str, utilisation: str) -> Schedule:
@@ -110,7 +113,9 @@ def parse(bundles: str, utilisation: str) -> Schedule:
             inner = {i for r in region.inside for i in range(r.start, r.end)}
             tests = [m for i in range(region.start, region.end) if i not in inner for m in _TRIPS.finditer(text[i])]
             region.trips = int(tests[-1][1]) if tests else None
-    return Schedule(root, capacity)
+    core = _CORE.search(bundles)
+    divided = core is not None and not re.search(rf"scmp\.ne\.s32\.totalorder {core[1]}, 0", bundles)
+    return Schedule(root, capacity, dict(zip(capacity, used.T)), divided)
 
 
 def _utilisation(text: str) -> tuple[dict[str, int], np.ndarray]:
@@ -137,8 +142,10 @@ class Executions:
     what: str  # of a branch of the source
     bundles: int
     runs: float
+    most: float  # if every branch that depends on the data ran whenever it is asked
     trips: int | None
     start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -147,25 +154,92 @@ class Weighted:
 
     name: str
     cycles: float
+    cycles_worst: float  # if every branch that depends on the data ran whenever it is asked
     busy: dict[str, float]  # cycles for which each unit would be busy if nothing else were in the way
     cores: int  # that the grid spreads over
     spills: int  # spilling stores in the schedule, each counted once
     regions: tuple[Executions, ...]
 
 
-def weigh(schedule: Schedule, kernel: Kernel, cores: int) -> Weighted:
+@dataclass(frozen=True)
+class _Found:
+    """Where in the schedule the kernel's step is, and how often the regions around it run."""
+
+    step: Region  # its branches are those of the source
+    runs: dict[int, float]  # by id of the region
+    cores: int
+
+
+def weigh(schedule: Schedule, kernel: Kernel, cores: int, rates: Mapping[str, float] | None = None) -> Weighted:
     """The schedule of `kernel` weighted by the steps it really executes, on a device of `cores` cores.
 
+    Args:
+      schedule: as parsed.
+      kernel: what its source and the mask's geometry say.
+      cores: of one device.
+      rates: of each branch that depends on the data, by `Branch.data`, the share of the times it is asked that it runs.
+
     Raises:
-      ValueError: where what was compiled does not fit what the case declares.
+      ValueError: where what was compiled does not fit what the case declares, or a rate is missing.
     """
-    root = schedule.root
-    grid = next((r for r in root.walk() if r.kind == "loop" and r.total("MXU")), None)
-    if grid is None or grid.trips is None:
+    found = _own_loops(schedule, kernel) if kernel.loops else _grid(schedule, kernel, cores)
+    branches = [r for r in found.step.walk() if r.kind == "branch" and r is not found.step]
+    if len(branches) != len(kernel.branches):
+        raise ValueError(
+            f"{kernel.name}: the schedule's step has {len(branches)} branches, its source {len(kernel.branches)}"
+        )
+    declared = {id(region): branch for region, branch in zip(branches, kernel.branches)}
+    rows: list[Executions] = []
+    cycles, worst, filled = 0.0, 0.0, dict.fromkeys(schedule.capacity, 0.0)
+
+    def add(region: Region, runs: float, most: float) -> None:
+        nonlocal cycles, worst
+        what = "grid step" if region is found.step else ""
+        if id(region) in found.runs:
+            runs = most = found.runs[id(region)]
+        elif branch := declared.get(id(region)):
+            runs, most, what = branch.runs / found.cores * _rate(kernel, branch, rates), branch.runs, branch.what
+            most /= found.cores
+        elif region.kind == "loop":
+            if region.trips is None:
+                raise ValueError(f"{kernel.name}: the loop at bundle {region.start} has no constant number of trips")
+            runs, most = runs * region.trips, most * region.trips
+        # Any other branch lies outside of a step and is charged whenever it is reached.
+        cycles += runs * region.bundles
+        worst += most * region.bundles
+        for slot, n in region.slots.items():
+            filled[slot] += runs * n
+        rows.append(Executions(region.kind, what, region.bundles, runs, most, region.trips, region.start, region.end))
+        for inner in region.inside:
+            add(inner, runs, most)
+
+    add(schedule.root, 1.0, 1.0)
+    busy = {slot: n / schedule.capacity[slot] for slot, n in filled.items()}
+    return Weighted(kernel.name, cycles, worst, busy, found.cores, schedule.root.total("spill"), tuple(rows))
+
+
+def _rate(kernel: Kernel, branch: Branch, rates: Mapping[str, float] | None) -> float:
+    if not branch.data:
+        return 1.0
+    if branch.data not in (rates or {}):
+        raise ValueError(
+            f"{kernel.name}: how often the branch {branch.what!r} runs depends on the data, and no rate is known"
+        )
+    return rates[branch.data]
+
+
+def _grid(schedule: Schedule, kernel: Kernel, cores: int) -> _Found:
+    """The step of a kernel whose grid Pallas walks."""
+    grid = next((r for r in schedule.root.walk() if r.kind == "loop" and r.total("MXU")), None)
+    if grid is None or (grid.trips is None and not kernel.dynamic):
         raise ValueError(f"{kernel.name}: the schedule has no loop over the grid with a known number of trips")
     # Pallas pipelines the grid: the first trip only fetches, the last only waits for what was stored.
-    steps = grid.trips - 2
-    used = kernel.steps // steps if steps > 0 else 0
+    if grid.trips is None:
+        used = cores if schedule.divided else 1
+        steps = kernel.steps / used
+    else:
+        steps = grid.trips - 2
+        used = int(kernel.steps // steps) if steps > 0 else 0
     if used not in (1, cores) or used * steps != kernel.steps:
         raise ValueError(
             f"{kernel.name}: the schedule walks over {steps} grid steps per core, the case counts {kernel.steps} over "
@@ -176,35 +250,55 @@ def weigh(schedule: Schedule, kernel: Kernel, cores: int) -> Weighted:
         raise ValueError(
             f"{kernel.name}: {len(body)} regions of the grid's loop hold matrix products, one was expected"
         )
-    found = [r for r in body[0].walk() if r.kind == "branch"][1:]
-    if len(found) != len(kernel.branches):
-        raise ValueError(
-            f"{kernel.name}: the schedule's step has {len(found)} branches, its source {len(kernel.branches)}"
-        )
-    declared = {id(region): branch for region, branch in zip(found, kernel.branches)}
-    rows: list[Executions] = []
-    cycles, filled = 0.0, dict.fromkeys(schedule.capacity, 0.0)
+    return _Found(body[0], {id(grid): steps + 2.0, id(body[0]): float(steps)}, used)
 
-    def add(region: Region, runs: float) -> None:
-        nonlocal cycles
-        what = ""
-        if region is body[0]:
-            runs, what = float(steps), "grid step"
-        elif id(region) in declared:
-            branch = declared[id(region)]
-            runs, what = branch.runs / used, branch.what
-        elif region.kind == "loop":
-            if region.trips is None:
-                raise ValueError(f"{kernel.name}: the loop at bundle {region.start} has no constant number of trips")
-            runs *= region.trips
-        # Any other branch lies outside of a step and is charged whenever it is reached.
-        cycles += runs * region.bundles
-        for slot, n in region.slots.items():
-            filled[slot] += runs * n
-        rows.append(Executions(region.kind, what, region.bundles, runs, region.trips, region.start))
-        for inner in region.inside:
-            add(inner, runs)
 
-    add(root, 1.0)
-    busy = {slot: n / schedule.capacity[slot] for slot, n in filled.items()}
-    return Weighted(kernel.name, cycles, busy, used, root.total("spill"), tuple(rows))
+def _own_loops(schedule: Schedule, kernel: Kernel) -> _Found:
+    """The step of a kernel that walks over its blocks by loops of its own: the body of the innermost."""
+    region, runs = schedule.root, {}
+    while len(runs) < len(kernel.loops):
+        inside = [r for r in region.inside if r.total("MXU")]
+        if len(inside) != 1:
+            raise ValueError(
+                f"{kernel.name}: {len(inside)} regions inside its loop {len(runs)} hold matrix products, one was "
+                "expected"
+            )
+        (region,) = inside
+        if region.kind != "loop":
+            continue
+        n, around = kernel.loops[len(runs)], kernel.loops[len(runs) - 1] if runs else 1
+        if region.trips is not None and region.trips * around != n:
+            raise ValueError(
+                f"{kernel.name}: the schedule's loop {len(runs)} has {region.trips} trips, the case counts {n} over "
+                f"{around}"
+            )
+        runs[id(region)] = float(n)
+    return _Found(region, runs, 1)
+
+
+def along(schedule: Schedule, weighted: Weighted, bins: int = 480) -> dict[str, Any]:
+    """How full each slot is along the cycles, in the order of the program: every bundle as wide as it runs often.
+
+    Returns: "slots": by name, the shares filled in `bins` equal parts of the kernel's cycles; "spans": the stretches
+    that belong to one region, each with its name and first and last cycle.
+    """
+    owner = np.zeros(len(schedule.filled["VALU"]), int)
+    for i, region in enumerate(weighted.regions):  # what is inside comes later
+        owner[region.start : region.end] = i
+    runs = np.array([region.runs for region in weighted.regions])[owner]
+    end = np.concatenate([[0.0], np.cumsum(runs)])
+    edges = np.linspace(0, end[-1], bins + 1)
+
+    def shares(filled: np.ndarray, capacity: int) -> list[float]:
+        done = np.concatenate([[0.0], np.cumsum(filled * runs)]) / capacity
+        return np.round(np.diff(np.interp(edges, end, done)) / (end[-1] / bins), 3).tolist()
+
+    slots = {slot: shares(filled, schedule.capacity[slot]) for slot, filled in schedule.filled.items()}
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    spans = [
+        {"what": region.what or region.kind, "runs": region.runs, "bundles": int(stop - start),
+         "from": float(end[start]), "to": float(end[stop])}
+        for start, stop in zip(starts, [*starts[1:], len(owner)])
+        if (region := weighted.regions[owner[start]]).runs
+    ]  # fmt: skip
+    return {"slots": slots, "spans": spans}

@@ -7,20 +7,23 @@ around the kernel, which are named. Nothing here has run on a TPU.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
-from longattn import mask
 from longattn.analysis import aot, hardware
-from longattn.analysis.cases import CASES, Shape
-from longattn.analysis.static.schedule import SLOTS, parse, weigh
+from longattn.analysis.cases import CASES, Kernel, Shape
+from longattn.analysis.static import cache
+from longattn.analysis.static import rates as interpreted
+from longattn.analysis.static.schedule import SLOTS, along, parse, weigh
 
 _FLAGS = (
     "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false "
@@ -31,15 +34,21 @@ _KERNEL = re.compile(r'%(\S+) = [^\n]*custom_call_target="tpu_custom_call"')
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 
 
+def program(case: str, chip: str, shape: Shape) -> jax.stages.Lowered:
+    """A case lowered for one device of a chip that is not there, in a process that has `aot.tpu_environment()`."""
+    core = hardware.TENSOR_CORES[chip]
+    topology = topologies.get_topology_desc(topology_name=core.topology, platform="tpu")
+    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("device",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask it which chip they are compiled for
+        fn, arrays = CASES[case].build(shape)
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arrays]
+        return jax.jit(fn).trace(*arrays).lower()
+
+
 def compile_here(request: Mapping[str, Any]) -> dict[str, Any]:
     """Compile one case for one chip in this process, whose environment names libtpu's flags: VMEM bytes by kernel."""
-    shape = Shape(**{**request["shape"], "mask": mask.parse(request["shape"]["mask"])})
-    core = hardware.TENSOR_CORES[request["chip"]]
-    fn, arrays = CASES[request["case"]].build(shape)
-    device = topologies.get_topology_desc(topology_name=core.topology, platform="tpu").devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arrays]
-    text = jax.jit(fn).trace(*arrays).lower().compile().as_text()
+    text = program(request["case"], request["chip"], Shape.from_json(request["shape"])).compile().as_text()
     # An instruction ends where the next one's "%name =" begins, its attributes may hold line breaks.
     kernels = {m[1]: text[m.end() : _end(text, m.end())] for m in _KERNEL.finditer(text)}
     vmem = {name: _VMEM.search(rest) for name, rest in kernels.items()}
@@ -52,28 +61,52 @@ def _end(text: str, start: int) -> int:
 
 
 def profile(case: str, chip: str, shape: Shape, timeout: float = 300) -> dict[str, Any]:
-    """One row of the table, as JSON: a case on one JAX device of `chip`; with a `reason` where there is no number."""
-    row: dict[str, Any] = {"case": case, "chip": chip}
-    kernels = CASES[case].kernels(shape)
+    """One row of the table, as JSON: a case on one JAX device of `chip`; with a `reason` where there is no number.
+
+    What was compiled before is remembered on disk.
+    """
+    row: dict[str, Any] = {"case": case, "chip": chip, **shape.as_json()}
+    if (module := CASES[case].module) and importlib.util.find_spec(module) is None:
+        return {**row, "reason": f'{module} is not installed: pip install "longattn[peers]"'}
+    try:
+        kernels = CASES[case].kernels(shape)
+    except NotImplementedError as error:
+        return {**row, "reason": str(error)}
+    rates = None
+    if any(branch.data for kernel in kernels for branch in kernel.branches):
+        request = {"case": case, "shape": interpreted.small(shape).as_json()}
+        measured = cache.remembered(
+            {**cache.versions(case), **request},
+            lambda: aot.call("longattn.analysis.static.rates:measure_here", request, {"JAX_PLATFORMS": "cpu"}, timeout),
+        )
+        if "reason" in measured:
+            return {**row, "reason": f"its rates of branches are not known: {measured['reason']}"}
+        rates = measured["rates"]
+    key = {**cache.versions(case), **row, "libtpu": aot.libtpu_version(), "rates": rates}
+    return {**row, **cache.remembered(key, lambda: _compile(case, chip, shape, kernels, rates, timeout))}
+
+
+def _compile(
+    case: str, chip: str, shape: Shape, kernels: Sequence[Kernel], rates: Mapping[str, float] | None, timeout: float
+) -> dict[str, Any]:
     core = hardware.TENSOR_CORES[chip]
     with tempfile.TemporaryDirectory(prefix="longattn_static_") as name:
         folder = Path(name)
-        request = {"case": case, "chip": chip, "shape": {**vars(shape), "mask": str(shape.mask)}}
+        request = {"case": case, "chip": chip, "shape": shape.as_json()}
         environment = aot.tpu_environment(_FLAGS.format(folder=folder / "dump"))
         answer = aot.call("longattn.analysis.static.tpu:compile_here", request, environment, timeout)
         if "reason" in answer:
-            return {**row, "reason": " ".join(answer["reason"].split())[:500]}
+            return {"reason": " ".join(answer["reason"].split())[:500]}
         dumps = {m["name"]: path for path in sorted((folder / "dump").iterdir()) if (m := _DUMPED.fullmatch(path.name))}
         dumps = {name: path for name, path in dumps.items() if not name.endswith("schedule-analysis")}
         try:
             chosen = [_the_one(kernel.name, answer["vmem"]) for kernel in kernels]
-            weighted = [
-                weigh(parse(dumps[name].read_text(), _utilisation_of(dumps[name], name).read_text()), kernel,
-                      core.per_device)
-                for name, kernel in zip(chosen, kernels)
-            ]  # fmt: skip
+            schedules = [
+                parse(dumps[name].read_text(), _utilisation_of(dumps[name], name).read_text()) for name in chosen
+            ]
+            weighted = [weigh(s, kernel, core.per_device, rates) for s, kernel in zip(schedules, kernels)]
         except ValueError as error:
-            return {**row, "reason": str(error)}
+            return {"reason": str(error)}
     cycles = sum(w.cycles for w in weighted)
     busy = {slot: sum(w.busy[slot] for w in weighted) for slot in SLOTS}
     hbm_bytes = sum(k.hbm_bytes for k in kernels)
@@ -81,8 +114,9 @@ def profile(case: str, chip: str, shape: Shape, timeout: float = 300) -> dict[st
     floor = sum(k.flops for k in kernels) / core.mxu_flops / core.per_device
     busiest = max(busy, key=lambda slot: busy[slot])
     return {
-        **row,
         "cycles": cycles,
+        "cycles_worst": sum(w.cycles_worst for w in weighted),
+        "rates": rates,
         "hbm_bytes": hbm_bytes,
         "hbm_cycles": hbm_cycles,
         "compare_cycles": max(cycles, hbm_cycles),
@@ -93,7 +127,7 @@ def profile(case: str, chip: str, shape: Shape, timeout: float = 300) -> dict[st
         "cores": min(w.cores for w in weighted),
         "spills": sum(w.spills for w in weighted),
         "vmem_bytes": max((n for name in chosen if (n := answer["vmem"][name]) is not None), default=None),
-        "kernels": [asdict(w) for w in weighted],
+        "kernels": [{**asdict(w), "along": along(s, w)} for s, w in zip(schedules, weighted)],
         "not_counted": sorted(name for name in dumps if name not in chosen and name != "TLP"),
     }
 
