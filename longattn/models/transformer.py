@@ -119,8 +119,9 @@ class Transformer(nn.Module):
         # leave through rows of length 1. (Where tied, a token's own logit starts high: the loss starts above ln W.)
         # Rows first, cast after: their gradients are summed in float32.
         context = self.context or Context()
-        rows = jnp.take(context.whole(self.embedding), tokens, axis=0)
-        x = context.spread((rows * self.config.E**0.5).astype(self.config.dtype))
+        with jax.named_scope("embedding"):
+            rows = jnp.take(context.whole(self.embedding), tokens, axis=0)
+            x = context.spread((rows * self.config.E**0.5).astype(self.config.dtype))
         if period(self.config) == self.config.N:
             for layer in self.layer:
                 x = layer(x, positions, segment_ids)
@@ -137,8 +138,9 @@ class Transformer(nn.Module):
     ) -> tuple[Float32[Array, "B T W"], None]:
         """Logits of the token that follows each token. For training take `hidden` and the loss in chunks instead."""
         x, state = self.hidden(tokens, positions, segment_ids, state)
-        w = (self.embedding if self.config.tie else self.head).astype(x.dtype)
-        return jnp.einsum("BTE,WE->BTW", x, w, preferred_element_type=jnp.float32), state
+        with jax.named_scope("head"):
+            w = (self.embedding if self.config.tie else self.head).astype(x.dtype)
+            return jnp.einsum("BTE,WE->BTW", x, w, preferred_element_type=jnp.float32), state
 
 
 def head(params: dict[str, Any], config: configs.Model) -> Float32[Array, "W E"]:
