@@ -1,4 +1,4 @@
-"""The command line: `longattn train|eval|bench|study|profile`. The one place that knows tyro.
+"""The command line: `longattn train|eval|bench|compare|study|profile`. The one place that knows tyro.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 2 the caller's mistake (one line, with the
 remedy), 130 interrupted, 143 stopped by SIGTERM after saving. What is heavy is imported by the command that needs it.
@@ -27,6 +27,7 @@ USAGE = """usage: longattn COMMAND ...
   train CONFIG [--model.D 128 ...]   train as a config file says, or go on with the run where it stopped (--json)
   eval RUN [--T 2048 ...]            loss, bits per byte and loss by position of a trained run
   bench attention [...]              time the back ends of attention against each other
+  compare CASE [--with a,b ...]      attention kernels under one profiler trace: by op, by scope, against the roofline
   study [--preset quick ...]         measure cost and recall side by side; writes a page
   profile --static tpu CASE [...]    cycles of a kernel on TPUs that are not there, by their compiler's schedule
   COMMAND --help                     the options of a command
@@ -164,6 +165,23 @@ def _bench(arguments: list[str]) -> int:
     return 0
 
 
+def _compare(arguments: list[str]) -> int:
+    from longattn.analysis import compare
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--case", *arguments]
+    elif not {"-h", "--help"} & set(arguments):
+        return _fail(f"compare needs a case; the cases are {', '.join(compare.CASES)}")
+    given = [a for a in arguments if a.startswith("--with=")]
+    arguments = [b for a in arguments for b in (a.split("=", 1) if a in given else [a])]
+    if "--with" in arguments:  # a word of Python's, so no name of a field
+        i = arguments.index("--with")
+        names = " ".join(arguments[i + 1 : i + 2]).replace(",", " ").split()
+        arguments = [*arguments[:i], "--contestants", *names, *arguments[i + 2 :]]
+    compare.run(_parse(compare.CompareOptions, arguments, "compare CASE"))
+    return 0
+
+
 def _study(arguments: list[str]) -> int:
     from longattn.analysis import study
 
@@ -189,6 +207,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "bench": _bench,
+    "compare": _compare,
     "study": _study,
     "profile": _profile,
 }

@@ -234,7 +234,7 @@ def program_ops(module: bytes | memoryview) -> dict[str, Op]:
             )  # fmt: skip
             by_id[fields[35][-1]] = row
             reads.append((row, list(_integers(fields.get(36, ())))))
-            callers |= {callee: (computation[5][-1], row) for callee in row.called}
+            callers |= dict.fromkeys(row.called, (computation[5][-1], row))
         for row, operands in reads:
             row.operands.extend(by_id[i] for i in operands)
             for operand in row.operands:
@@ -491,7 +491,8 @@ def _gpu(plane: Any, programs: Mapping[int, tuple[str, dict[str, Op]]]) -> tuple
         begins = [i for i, raw in enumerate(raws) if (raw.op, raw.name) == first]
         for i, j in zip(begins, [*begins[1:], len(raws)]):
             end = max(raw.end for raw in raws[i:j])
-            found.append(_execution(names[program], plane.name, raws[i:j], _known(programs, program), raws[i].start, end))
+            known = _known(programs, program)
+            found.append(_execution(names[program], plane.name, raws[i:j], known, raws[i].start, end))
     return found, unknown
 
 
