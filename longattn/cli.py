@@ -30,6 +30,7 @@ USAGE = """usage: longattn COMMAND ...
   compare CASE [--with a,b ...]      attention kernels under one profiler trace: by op, by scope, against the roofline
   study [--preset quick ...]         measure cost and recall side by side; writes a page
   profile --static tpu CASE [...]    cycles of a kernel on TPUs that are not there, by their compiler's schedule
+  profile --trace RUN                device time of a run's steps by op and by scope, from the trace it recorded
   COMMAND --help                     the options of a command
 
 CONFIG is a Python file that defines `config = longattn.config.Config(...)`, such as configs/bytelm_small.py.
@@ -192,12 +193,18 @@ def _study(arguments: list[str]) -> int:
 
 
 def _profile(arguments: list[str]) -> int:
+    if any(a.split("=")[0] == "--trace" for a in arguments):
+        from longattn.analysis import steps
+
+        steps.run(_parse(steps.TraceOptions, arguments, "profile --trace RUN"))
+        return 0
     from longattn.analysis import static
 
     if arguments[:1] == ["--static"] and len(arguments) > 2 and not arguments[2].startswith("-"):
         arguments = [*arguments[:2], "--cases", *arguments[2:]]
     elif not {"-h", "--help"} & set(arguments):
-        return _fail(f"profile needs --static tpu and a case; the cases are {', '.join(static.CASES)}")
+        cases = ", ".join(static.CASES)
+        return _fail(f"profile needs --static tpu and a case, or --trace and a run; the cases are {cases}")
     options = _parse(static.ProfileOptions, arguments, "profile --static tpu")
     static.run(options)
     return 0

@@ -96,7 +96,7 @@ def _cudnn(options: bench.AttentionOptions) -> bench.Attend:
 
 def _tokamax(options: bench.AttentionOptions) -> bench.Attend:
     if importlib.util.find_spec("tokamax") is None:
-        raise NotImplementedError("tokamax is not installed: pip install tokamax")
+        raise NotImplementedError("not installed here: pip install tokamax")
     import tokamax
 
     mask = options.mask
@@ -432,57 +432,67 @@ def _write(document: dict[str, Any], folder: Path) -> None:
 
 
 def plot(document: Mapping[str, Any], scopes: int = 7) -> Any:
-    """A matplotlib figure: each contestant's device time, every call a point, and where its ops' time goes."""
+    """A matplotlib figure: each contestant's device time, every call a point, and where its ops' time goes.
+
+    The `scopes` with the largest share of any contestant's time have a colour each.
+    """
     import matplotlib.pyplot as plt
 
     rows = [row for row in document["rows"] if "samples" in row]
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 1.6 + 0.55 * len(rows)), sharey=True, layout="constrained", width_ratios=(1, 1.25)
+        1, 2, figsize=(12, 1.7 + 0.5 * len(rows)), sharey=True, layout="constrained", width_ratios=(1, 1.3)
     )
-    names = [row["contestant"] for row in rows]
     at = np.arange(len(rows))
     for y, row in zip(at, rows):
         s = row["device_seconds"]
         left.plot(np.asarray(row["samples"]) * 1e3, np.full(len(row["samples"]), y), "o", color="C0", alpha=0.25, ms=4)
         spread = [[(s["median"] - s["low"]) * 1e3], [(s["high"] - s["median"]) * 1e3]]
         left.errorbar(s["median"] * 1e3, y, xerr=spread, fmt="D", color="black", capsize=4, ms=4)
-    left.set_yticks(at, names)
+    left.set_yticks(at, [row["contestant"] for row in rows])
     left.set_ylim(len(rows) - 0.5, -0.5)
     left.set_xlim(left=0)
-    left.set_xlabel("device time of a call, ms (median, quartiles, calls)")
-    left.grid(axis="x", alpha=0.3)
+    left.set_xlabel("ms")
+    left.set_title("device time: calls, median, quartiles", fontsize=10)
 
-    total: dict[tuple[str, str], float] = {}
+    seconds: list[dict[tuple[str, bool], float]] = []  # by scope and whether it is of the backward pass
+    share: dict[str, float] = {}
     for row in rows:
+        seconds.append({})
         for part in row["scopes"]:
-            total[part["name"], part["phase"]] = total.get((part["name"], part["phase"]), 0.0) + part["seconds"]
-    shown = sorted(total, key=lambda key: -total[key])[:scopes]
+            key = part["name"], part["phase"] != "forward"
+            seconds[-1][key] = seconds[-1].get(key, 0.0) + part["seconds"]
+        total = sum(seconds[-1].values())
+        for name in {name for name, _ in seconds[-1]}:
+            mine = sum(s for (n, _), s in seconds[-1].items() if n == name)
+            share[name] = max(share.get(name, 0.0), mine / total if total else 0.0)
+    shown = sorted(share, key=lambda name: -share[name])[:scopes]
     start = np.zeros(len(rows))
-    for i, key in enumerate([*shown, None]):
-        width = np.array(
-            [
-                sum(p["seconds"] for p in row["scopes"] if (p["name"], p["phase"]) == key or (
-                    key is None and (p["name"], p["phase"]) not in shown))
-                for row in rows
-            ]
-        )  # fmt: skip
-        if not width.any():
-            continue
-        backward = key is not None and key[1] != "forward"
-        label = "other scopes" if key is None else f"{key[0]}, {key[1]}" if backward else key[0]
-        color = "0.75" if key is None else f"C{i}"
-        right.barh(at, width * 1e3, left=start * 1e3, height=0.6, color=color, hatch="//" if backward else None,
-                   edgecolor="white", label=label)  # fmt: skip
-        start += width
-    right.set_xlabel("time of its ops by named scope, ms (summed over threads or streams)")
-    right.grid(axis="x", alpha=0.3)
-    right.set_axisbelow(True)
-    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    options, device = document["options"], document["environment"]["device"]
+    for backward in (False, True):
+        for i, name in enumerate([*shown, "other scopes"]):
+            chosen = lambda n, name=name: n == name or (name == "other scopes" and n not in shown)
+            width = np.array([sum(s for (n, b), s in row.items() if b == backward and chosen(n)) for row in seconds])
+            color = f"C{i}" if name in shown else "0.75"
+            hatch = "////" if backward else None
+            right.barh(at, width * 1e3, left=start * 1e3, height=0.6, color=color, hatch=hatch, edgecolor="white")
+            start += width
+    colours = [plt.Rectangle((0, 0), 1, 1, color=f"C{i}", label=name) for i, name in enumerate(shown)]
+    if len(share) > len(shown):
+        colours.append(plt.Rectangle((0, 0), 1, 1, color="0.75", label="other scopes"))
+    if any(backward for row in seconds for _, backward in row):
+        colours.append(plt.Rectangle((0, 0), 1, 1, facecolor="0.4", edgecolor="white", hatch="////", label="backward"))
+    right.legend(handles=colours, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    right.set_xlim(0, start.max() * 1.04e3)
+    right.set_xlabel("ms")
+    right.set_title("time of its ops by named scope, summed over threads or streams", fontsize=10)
+    for axes in (left, right):
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    options, where = document["options"], document["environment"]
+    device = where["host"]["cpu"] if where["device"]["platform"] == "cpu" else where["device"]["kind"]
     figure.suptitle(
-        f"{options['case']}  {options['mask']}  B{options['B']} T{options['T']} H{options['H']} D{options['D']} "
-        f"{options['dtype']}  on {device['kind']}",
-        fontsize=10,
+        f"{options['case']} {options['mask']}  B{options['B']} T{options['T']} H{options['H']} D{options['D']} "
+        f"{options['dtype']}, {device}",
+        fontsize=11,
     )
     return figure
 
@@ -529,11 +539,8 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
             notes.append(f"{row['contestant']}: no static cycles: {row['static_note']}")
     console.print(table)
     for row in ran:
-        top = Table(
-            title=f"{row['contestant']}: top kernels", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-        )
-        _parts(top, row["kernels"][:TOP], sum(k["seconds"] for k in row["kernels"]))
-        console.print(top)
+        total = sum(kernel["seconds"] for kernel in row["kernels"])
+        console.print(parts_table(f"{row['contestant']}: top kernels", row["kernels"][:TOP], total))
     if document["differences"]:
         table = Table(
             title=f"Largest differences to {ran[0]['contestant']} by named scope", box=box.SIMPLE_HEAD, pad_edge=False,
@@ -579,14 +586,16 @@ def opening(session: str) -> str:
     return f"Trace: {session}; to open it: pip install xprof, then xprof --port 8791 {folder}"
 
 
-def _parts(table: Table, parts: Sequence[Mapping[str, Any]], total: float) -> None:
-    """The columns and rows of kernels."""
+def parts_table(title: str, parts: Sequence[Mapping[str, Any]], total: float) -> Table:
+    """Kernels, with their share of `total` seconds."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("kernel", "scope", "pass", "calls", "time", "share"):
         left = heading in ("kernel", "scope", "pass")
         table.add_column(heading, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for p in parts:
         share = f"{p['seconds'] / total:.0%}" if total else "-"
         table.add_row(p["name"], p["scope"], p["phase"], f"{p['calls']:g}", seconds_text(p["seconds"]), share)
+    return table
 
 
 def _percent(share: float | None) -> str:

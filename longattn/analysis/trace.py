@@ -117,23 +117,25 @@ def scope_of(op_name: str) -> Scope:
 
         jit(step)/transpose(jvp(Model))/while/body/layer/mlp/dot_general    ->    Model/layer/mlp, backward
 
-    The last part, the operation, is left out, and so are jitted functions, control flow, transformations and einsum
-    equations. An op is of the backward pass where it was transposed or stands in a scope "backward"; of the
-    recomputation where a remat policy runs it again.
+    The last part, the operation, is left out, and so are jitted functions, control flow, transformations and, unless
+    there is nothing else, einsum equations. An op is of the backward pass where it was transposed or stands in a scope
+    "backward"; of the recomputation where a remat policy runs it again.
     """
     whole = op_name.split(";")[0].removesuffix(":")
     *parts, _ = whole.split("/")
     path: list[str] = []
+    equation = ""
     for part in parts:
         while wrapped := _WRAPPED.fullmatch(part):
             part = "" if wrapped[1] in ("jit", "pjit") else wrapped[2]
-        equation = "->" in part or "," in part
-        if part not in _STRUCTURE and not equation and not _BRANCH.fullmatch(part) and path[-1:] != [part]:
+        if "->" in part:
+            equation = part
+        elif part not in _STRUCTURE and not _BRANCH.fullmatch(part) and path[-1:] != [part]:
             path.append(part)
     phase: Phase = "backward" if "transpose(" in whole or "backward" in path else "forward"
     if "rematted_computation" in whole:
         phase = "recompute"
-    return Scope(tuple(part for part in path if part != "backward"), phase)
+    return Scope(tuple(part for part in path if part != "backward") or ((equation,) if equation else ()), phase)
 
 
 # ---- compiled programs, as the trace stores them
@@ -263,7 +265,7 @@ def program_ops(module: bytes | memoryview) -> dict[str, Op]:
         operands = [
             fusion.operands[x.parameter] if fusion is not None and x.opcode == "parameter" else x for x in row.operands
         ]
-        alone = [x.op_name for x in operands if x.op_name and len(x.users) == 1]
+        alone = [x.op_name for x in operands if len(x.users) == 1 and scope_of(x.op_name).path]
         if after.endswith("/dot_general") or not alone:
             return after
         return next((name for name in alone if scope_of(name) == scope_of(after)), alone[0])
