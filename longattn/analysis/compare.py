@@ -507,7 +507,7 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
         f"{options['case']} {options['mask']}: B{options['B']} T{options['T']} H{options['H']}{K} D{options['D']} "
         f"{options['dtype']}"
     )
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = plain_table(title)
     headings = (
         "contestant", "device time", "quartiles", "ratio", "idle", "GFLOP/s", "of peak", "GB/s", "of HBM", "vs static",
         "error",
@@ -542,10 +542,7 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
         total = sum(kernel["seconds"] for kernel in row["kernels"])
         console.print(parts_table(f"{row['contestant']}: top kernels", row["kernels"][:TOP], total))
     if document["differences"]:
-        table = Table(
-            title=f"Largest differences to {ran[0]['contestant']} by named scope", box=box.SIMPLE_HEAD, pad_edge=False,
-            padding=(0, 1, 0, 0),
-        )  # fmt: skip
+        table = plain_table(f"Largest differences to {ran[0]['contestant']} by named scope")
         for heading in ("contestant", "scope", "pass", "its time", ran[0]["contestant"], "difference"):
             left = heading in ("contestant", "scope", "pass")
             table.add_column(heading, justify="left" if left else "right", no_wrap=True)
@@ -586,9 +583,14 @@ def opening(session: str) -> str:
     return f"Trace: {session}; to open it: pip install xprof, then xprof --port 8791 {folder}"
 
 
+def plain_table(title: str) -> Table:
+    """An empty table in the style of all."""
+    return Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+
+
 def parts_table(title: str, parts: Sequence[Mapping[str, Any]], total: float) -> Table:
     """Kernels, with their share of `total` seconds."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = plain_table(title)
     for heading in ("kernel", "scope", "pass", "calls", "time", "share"):
         left = heading in ("kernel", "scope", "pass")
         table.add_column(heading, justify="left" if left else "right", no_wrap=not left, overflow="fold")

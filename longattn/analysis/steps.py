@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from longattn.analysis import trace
-from longattn.analysis.compare import opening, parts_table, seconds_text
+from longattn.analysis.compare import opening, parts_table, plain_table, seconds_text
 from longattn.train.record import read_config
 
 VERSION = 1
@@ -54,8 +52,8 @@ def _find(folder: Path) -> tuple[Path, int]:
         remedy = "give a run, or a folder of a jax.profiler trace"
         if is_run:
             remedy = (
-                f"record one while it trains: longattn train {folder}/config.json --run.profile FIRST COUNT, with steps "
-                "that it has not yet done"
+                f"record one while it trains: longattn train {folder}/config.json --run.profile FIRST COUNT, with "
+                "steps that it has not yet done"
             )
         raise ValueError(f"{error}; {remedy}") from None
 
@@ -123,8 +121,7 @@ def run(options: TraceOptions, console: Console | None = None) -> dict[str, Any]
 
 
 def _print(console: Console, document: Mapping[str, Any], top: int) -> None:
-    plain = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
-    table = Table(title=f"{document['program']}: steps", **plain)
+    table = plain_table(f"{document['program']}: steps")
     for heading in ("step", "device", "wall", "on the device", "busy", "idle"):
         table.add_column(heading, justify="left" if heading == "device" else "right", no_wrap=True)
     for s in document["steps"]:
@@ -136,7 +133,7 @@ def _print(console: Console, document: Mapping[str, Any], top: int) -> None:
     for p in document["parts"]:
         parts[p["name"]][p["phase"]] += p["seconds"]
     total = sum(sum(phases.values()) for phases in parts.values())
-    table = Table(title="By named scope, a step", **plain)
+    table = plain_table("By named scope, a step")
     for heading in ("scope", "forward", "recompute", "backward", "all", "share"):
         table.add_column(heading, justify="left" if heading == "scope" else "right", no_wrap=True)
     for name, phases in sorted(parts.items(), key=lambda item: -sum(item[1].values())):

@@ -154,6 +154,7 @@ def _fields(message: memoryview) -> Fields:
     while at < len(message):
         tag, at = _varint(message, at)
         number, kind = tag >> 3, tag & 7
+        value: int | memoryview
         if kind == 0:
             value, at = _varint(message, at)
         elif kind == 2:
@@ -225,10 +226,10 @@ def program_ops(module: bytes | memoryview) -> dict[str, Op]:
     # .operand_ids = 36, .called_computation_ids = 38.
     bodies: dict[int, list[_Instruction]] = {}
     callers: dict[int, tuple[int, _Instruction]] = {}
-    for computation in map(_fields, _fields(memoryview(module))[3]):
+    for body in map(_fields, _fields(memoryview(module))[3]):
         by_id: dict[int, _Instruction] = {}
         reads: list[tuple[_Instruction, list[int]]] = []
-        for fields in map(_fields, computation.get(2, ())):
+        for fields in map(_fields, body.get(2, ())):
             op_name = _text(_fields(fields[7][-1]), 2) if 7 in fields else ""
             row = _Instruction(
                 _text(fields, 1), _text(fields, 2), op_name if "/" in op_name else "", fields.get(9, (0,))[-1],
@@ -236,12 +237,12 @@ def program_ops(module: bytes | memoryview) -> dict[str, Op]:
             )  # fmt: skip
             by_id[fields[35][-1]] = row
             reads.append((row, list(_integers(fields.get(36, ())))))
-            callers |= dict.fromkeys(row.called, (computation[5][-1], row))
+            callers |= dict.fromkeys(row.called, (body[5][-1], row))
         for row, operands in reads:
             row.operands.extend(by_id[i] for i in operands)
             for operand in row.operands:
                 operand.users.append(row)
-        bodies[computation[5][-1]] = [row for row, _ in reads]
+        bodies[body[5][-1]] = [row for row, _ in reads]
 
     def used(row: _Instruction, depth: int = 8) -> str:
         """The name of the nearest user that has one."""
