@@ -40,7 +40,7 @@ comma := ,
 
 # libtpu, the compiler for TPUs, has a folder of its own: where jax finds it, every command on a machine without a TPU
 # complains that there is none.
-STATIC := LONGATTN_LIBTPU="$(CURDIR)/.venv/aot"
+STATIC := LONGATTN_AOT="$(CURDIR)/.venv/aot"
 
 .PHONY: help study profile test test-all lint format format-check typecheck bench notebook device clean
 

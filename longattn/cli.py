@@ -199,12 +199,13 @@ def _profile(arguments: list[str]) -> int:
         steps.run(_parse(steps.TraceOptions, arguments, "profile --trace RUN"))
         return 0
     from longattn.analysis import static
+    from longattn.analysis.cases import CASES
 
     if arguments[:1] == ["--static"] and len(arguments) > 2 and not arguments[2].startswith("-"):
         arguments = [*arguments[:2], "--cases", *arguments[2:]]
     elif not {"-h", "--help"} & set(arguments):
-        cases = ", ".join(static.CASES)
-        return _fail(f"profile needs --static tpu and a case, or --trace and a run; the cases are {cases}")
+        known = ", ".join(CASES)
+        return _fail(f"profile needs --static tpu and a case, or --trace and a run; the cases are {known}")
     options = _parse(static.ProfileOptions, arguments, "profile --static tpu")
     static.run(options)
     return 0

@@ -29,7 +29,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from longattn.analysis import bench, cases, hardware, static, trace
+from longattn.analysis import bench, cases, hardware, trace
+from longattn.analysis.static import tpu
 from longattn.mask import Causal, Full, Mask
 from longattn.ops import dispatch
 from longattn.ops.attention.api import BACK_ENDS
@@ -271,7 +272,7 @@ def _static_seconds(name: str, options: CompareOptions, device: hardware.Device)
     seconds = 0.0
     for one in wanted:
         try:
-            row = static.profile(one, device.chip.name, _blocks(options.problem))
+            row = tpu.profile(one, device.chip.name, _blocks(options.problem))
         except (ValueError, NotImplementedError) as error:
             return None, str(error)
         if "reason" in row:

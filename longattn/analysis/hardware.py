@@ -86,6 +86,93 @@ def hbm_bytes_per_cycle(name: str) -> float:
     return chip.hbm_bandwidth / chip.devices / tpu_clock(name)
 
 
+_CAPABILITIES = "https://docs.nvidia.com/cuda/cuda-c-programming-guide/#features-and-technical-specifications"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU of CHIPS as its compilers ask for it.
+
+    Sizes of multiprocessors are those of the CUDA programming guide's table of compute capabilities (`_CAPABILITIES`);
+    the counts are those of NVIDIA's papers on the A100, H100 and Blackwell architectures and of the tuning guides.
+    """
+
+    arch: str  # what ptxas calls the instruction set; "a": with the instructions of this generation alone
+    kind: str  # as JAX reports it
+    multiprocessors: int
+    tensor_flops: int  # dense bfloat16 FLOP per cycle of one multiprocessor
+    fp32_lanes: int  # of one multiprocessor
+    l2_bytes: int
+    shared_bytes: int  # shared memory of one multiprocessor
+    nvlinks: int
+    max_threads: int = 2048  # of one multiprocessor
+    registers: int = 65_536  # of 32 bit, of one multiprocessor, and the most that one block may have
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability, (9, 0) for sm_90a."""
+        number = int(re.sub(r"\D", "", self.arch))
+        return number // 10, number % 10
+
+    @property
+    def shared_bytes_per_block(self) -> int:
+        """The most shared memory that one block may ask for: 1 KiB of each block is the system's."""
+        return self.shared_bytes - 1024
+
+
+GPUS: dict[str, Gpu] = {
+    "a100-40": Gpu("sm_80", "NVIDIA A100-SXM4-40GB", 108, 2048, 64, 40 * 2**20, 164 * 2**10, 12),
+    "a100-80": Gpu("sm_80", "NVIDIA A100-SXM4-80GB", 108, 2048, 64, 40 * 2**20, 164 * 2**10, 12),
+    "h100": Gpu("sm_90a", "NVIDIA H100 80GB HBM3", 132, 4096, 128, 50 * 2**20, 228 * 2**10, 18),
+    "h200": Gpu("sm_90a", "NVIDIA H200", 132, 4096, 128, 50 * 2**20, 228 * 2**10, 18),
+    "b200": Gpu("sm_100a", "NVIDIA B200", 148, 8192, 128, 126 * 2**20, 228 * 2**10, 18),
+}
+
+
+def gpu_clock(name: str) -> float:
+    """Cycles per second at which the GPU's published peak is reached by its tensor cores."""
+    return CHIPS[name].peak_bf16_flops / (GPUS[name].multiprocessors * GPUS[name].tensor_flops)
+
+
+def gpu_target(name: str) -> str:
+    """The GPU `name` as a text of XLA's GpuTargetConfigProto: all that its compiler asks of a device.
+
+    Memory is the published size; a real device reports some of it as taken.
+    """
+    chip, gpu = CHIPS[name], GPUS[name]
+    major, minor = gpu.capability
+    extension = "ACCELERATED_FEATURES" if gpu.arch.endswith("a") else "NONE"
+    return f"""
+platform_name: "CUDA"
+device_description_str: "{gpu.kind}"
+dnn_version_info {{ major: 9 minor: 12 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
+  core_count: {gpu.multiprocessors}
+  fpus_per_core: {gpu.fp32_lanes}
+  clock_rate_ghz: {gpu_clock(name) / 1e9:.3f}
+  memory_bandwidth: {chip.hbm_bandwidth:.0f}
+  device_memory_size: {chip.hbm_bytes}
+  l2_cache_size: {gpu.l2_bytes}
+  shared_memory_per_core: {gpu.shared_bytes}
+  shared_memory_per_block: {48 * 2**10}
+  shared_memory_per_block_optin: {gpu.shared_bytes_per_block}
+  registers_per_core_limit: {gpu.registers}
+  registers_per_block_limit: {gpu.registers}
+  threads_per_core_limit: {gpu.max_threads}
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: {2**31 - 1}
+  block_dim_limit_y: {2**16 - 1}
+  block_dim_limit_z: {2**16 - 1}
+  device_interconnect_info {{ active_links: {gpu.nvlinks} }}
+}}
+"""
+
+
 @dataclass(frozen=True)
 class Device:
     """The kind of device this process computes on."""

@@ -52,6 +52,16 @@ def test_tpu_cores_fit_their_chips():
         assert per_core == pytest.approx(per_cycle, rel=0.01)
 
 
+def test_gpus_fit_their_chips():
+    implied = {"a100-40": 1.41, "a100-80": 1.41, "h100": 1.83, "h200": 1.83, "b200": 1.86}  # GHz at the published peak
+    assert set(hardware.GPUS) == set(implied)
+    for name, gpu in hardware.GPUS.items():
+        assert hardware.gpu_clock(name) == pytest.approx(implied[name] * 1e9, rel=0.01)
+        assert hardware.chip_of(gpu.kind).name == name
+        assert f"core_count: {gpu.multiprocessors}\n" in hardware.gpu_target(name)
+    assert [hardware.GPUS[name].capability for name in ("a100-80", "h100", "b200")] == [(8, 0), (9, 0), (10, 0)]
+
+
 def test_detect_measures_the_cpu_and_divides_it_among_its_devices():
     device = hardware.detect()
     if device.platform != "cpu":

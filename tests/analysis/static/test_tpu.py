@@ -9,20 +9,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from longattn.analysis import static
+from longattn.analysis import aot, static
 from longattn.analysis.cases import CASES, Branch, Kernel, Shape
+from longattn.analysis.static import command, tpu
+from longattn.analysis.static.schedule import parse, weigh
 from longattn.mask import Causal, Full, Window
-
-
-def _has_libtpu() -> bool:
-    try:
-        static.libtpu_folder()
-    except ValueError:
-        return False
-    return True
-
-
-needs_libtpu = pytest.mark.skipif(not _has_libtpu(), reason="libtpu is not there: make test installs it, or .[aot]")
+from tests.analysis.compilers import needs_libtpu
 
 # ---- a schedule of 40 bundles: a loop of 6 trips (4 grid steps) over [2, 38), its step [9, 30), branches in the step
 
@@ -49,7 +41,7 @@ JUMPS = {4: 30, 11: 18, 19: 28, 33: 2}  # the step [9, 30), in it branches [16, 
 
 
 def test_parse_finds_loops_trips_and_branches():
-    schedule = static.parse(*dumps(JUMPS))
+    schedule = parse(*dumps(JUMPS))
     found = [(r.kind, r.start, r.end, r.trips, r.bundles) for r in schedule.root.walk()]
     assert found == [
         ("kernel", 0, 40, None, 4),
@@ -75,14 +67,14 @@ def test_parse_finds_loops_trips_and_branches():
 )
 def test_parse_refuses_what_it_does_not_know(edit, message):
     with pytest.raises(ValueError, match=message):
-        static.parse(*edit(*dumps(JUMPS)))
+        parse(*edit(*dumps(JUMPS)))
 
 
 KERNEL = Kernel("k", steps=4, branches=(Branch("first", 1), Branch("visible", 3)), flops=1, hbm_bytes=1)
 
 
 def test_weigh_charges_each_region_for_its_executions():
-    weighted = static.weigh(static.parse(*dumps(JUMPS)), KERNEL, cores=1)
+    weighted = weigh(parse(*dumps(JUMPS)), KERNEL, cores=1)
     assert [r.runs for r in weighted.regions] == [1, 6, 4, 1, 3]
     assert [r.what for r in weighted.regions] == ["", "", "grid step", "first", "visible"]
     assert weighted.cycles == 4 + 6 * 15 + 4 * 15 + 2 + 3 * 4
@@ -92,9 +84,9 @@ def test_weigh_charges_each_region_for_its_executions():
 
 def test_weigh_spreads_over_cores():
     kernel = Kernel("k", steps=8, branches=(Branch("first", 2), Branch("visible", 6)), flops=1, hbm_bytes=1)
-    weighted = static.weigh(static.parse(*dumps(JUMPS)), kernel, cores=2)
+    weighted = weigh(parse(*dumps(JUMPS)), kernel, cores=2)
     assert weighted.cores == 2
-    assert weighted.cycles == static.weigh(static.parse(*dumps(JUMPS)), KERNEL, cores=2).cycles
+    assert weighted.cycles == weigh(parse(*dumps(JUMPS)), KERNEL, cores=2).cycles
 
 
 @pytest.mark.parametrize(
@@ -108,7 +100,7 @@ def test_weigh_spreads_over_cores():
 )
 def test_weigh_refuses_what_does_not_fit_the_case(text, kernel, message):
     with pytest.raises(ValueError, match=message):
-        static.weigh(static.parse(*text), kernel, cores=1)
+        weigh(parse(*text), kernel, cores=1)
 
 
 # ---- geometry
@@ -155,8 +147,8 @@ def child(tmp_path, monkeypatch, script: str) -> None:
     library = tmp_path / "libtpu" / "libtpu.so"
     library.parent.mkdir()
     library.touch()
-    monkeypatch.setenv(static.LIBTPU, str(tmp_path))
-    monkeypatch.setattr(static.sys, "executable", str(path))
+    monkeypatch.setenv(aot.FOLDER, str(tmp_path))
+    monkeypatch.setattr(aot.sys, "executable", str(path))
 
 
 def test_a_compiler_that_aborts_is_a_row(tmp_path, monkeypatch, capsys):
@@ -171,17 +163,7 @@ def test_a_compiler_that_aborts_is_a_row(tmp_path, monkeypatch, capsys):
 
 def test_a_compiler_that_hangs_is_a_row(tmp_path, monkeypatch):
     child(tmp_path, monkeypatch, "sleep 100")
-    assert static.profile("matmul", "v6e", Shape(), timeout=0.2)["reason"] == "the compiler took more than 0.2 s"
-
-
-def test_missing_compiler_is_refused_with_the_remedy(monkeypatch, tmp_path):
-    monkeypatch.setattr(static.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.delenv(static.LIBTPU, raising=False)
-    with pytest.raises(ValueError, match=r'pip install "longattn\[aot\]"'):
-        static.libtpu_folder()
-    monkeypatch.setenv(static.LIBTPU, str(tmp_path))
-    with pytest.raises(ValueError, match="holds no libtpu"):
-        static.libtpu_folder()
+    assert tpu.profile("matmul", "v6e", Shape(), timeout=0.2)["reason"] == "the compiler took more than 0.2 s"
 
 
 # ---- the compiler
@@ -195,7 +177,7 @@ def test_matmul_is_within_a_tenth_of_its_known_floor(capsys):
     document = json.loads(capsys.readouterr().out)
     (row,) = document["rows"]
     assert "reason" not in row, row
-    assert document["version"] == static.VERSION
+    assert document["version"] == command.VERSION
     assert document["heading"] == "static cycles (no DMA wait, not run)"
     assert row["floor_cycles"] == 2 * 4096**3 / 131_072
     assert row["utilisation"]["MXU"] * row["cycles"] == pytest.approx(row["floor_cycles"], rel=0.01)
@@ -205,7 +187,7 @@ def test_matmul_is_within_a_tenth_of_its_known_floor(capsys):
 
 
 def compiled(case: str, chip: str, **shape) -> dict:
-    row = static.profile(case, chip, Shape(**shape))
+    row = tpu.profile(case, chip, Shape(**shape))
     assert "reason" not in row, row
     return row
 
@@ -243,7 +225,7 @@ def test_peers_cost_what_an_independent_tool_measured(case, chip, shape, million
 
 @needs_libtpu
 def test_what_the_child_refuses_is_a_row():
-    row = static.profile("jax_flash", "v6e", Shape(mask=Window(5)))
+    row = tpu.profile("jax_flash", "v6e", Shape(mask=Window(5)))
     assert row == {
         "case": "jax_flash",
         "chip": "v6e",
