@@ -218,8 +218,9 @@ def program_ops(module: bytes | memoryview) -> dict[str, Op]:
 
     A fusion counts for the scope of its first matrix product, where it holds one: that is where its time goes, and
     XLA calls it after its last operation. An instruction without a name of its own was made by XLA (on a CPU even
-    products, if they have several batch axes). It has the scope of what uses it, a product of what was made for it
-    alone; else of the instruction in whose body it stands.
+    products, if they have several batch axes). It has the scope of what uses it; a product that of what was made for it
+    alone, such as a slice of its operand, within the scope around both. Else it has that of the instruction in whose
+    body it stands.
     """
     # xla/service/hlo.proto: HloModuleProto.computations = 3; HloComputationProto.instructions = 2, .id = 5;
     # HloInstructionProto.name = 1, .opcode = 2, .metadata = 7 (op_name = 2), .parameter_number = 9, .id = 35,
@@ -266,10 +267,12 @@ def program_ops(module: bytes | memoryview) -> dict[str, Op]:
         operands = [
             fusion.operands[x.parameter] if fusion is not None and x.opcode == "parameter" else x for x in row.operands
         ]
-        alone = [x.op_name for x in operands if len(x.users) == 1 and scope_of(x.op_name).path]
-        if after.endswith("/dot_general") or not alone:
+        if after.endswith("/dot_general"):
             return after
-        return next((name for name in alone if scope_of(name) == scope_of(after)), alone[0])
+        alone = [(scope_of(x.op_name), x.op_name) for x in operands if len(x.users) == 1 and x.op_name]
+        behind = scope_of(after)
+        beside = [name for scope, name in alone if scope.path and scope.path[:-1] == behind.path[:-1]]
+        return after if not beside or behind in (scope for scope, _ in alone) else beside[0]
 
     def around(computation: int) -> str:
         while computation in callers:
@@ -374,19 +377,19 @@ def read(data: bytes) -> Trace:
     Raises ValueError for data that is no trace.
     """
     try:
-        metadata = _metadata(data)
-    except (IndexError, KeyError) as error:
+        metadata, profile = _metadata(data), ProfileData.from_serialized_xspace(data)
+    except (IndexError, KeyError, RuntimeError) as error:
         raise ValueError("the trace is cut off or no protocol buffer; record it again") from error
     programs: dict[int, tuple[str, dict[str, Op]]] = {}
     for name, event in metadata.get("/host:metadata", {}).items():
         if proto := event.stats.get("Hlo Proto"):
-            identity = re.fullmatch(r"(.*)\((\d+)\)", name)
+            identity = re.fullmatch(r"(.*)\((-?\d+)\)", name)
             module = _fields(proto)[1][-1]  # HloProto.hlo_module = 1
             programs[int(identity[2]) if identity else 0] = (identity[1] if identity else name, program_ops(module))
 
     executions: list[Execution] = []
     unknown = 0.0
-    for plane in ProfileData.from_serialized_xspace(data).planes:
+    for plane in profile.planes:
         if plane.name == "/host:CPU":
             executions += _cpu(plane, programs)
         elif re.fullmatch(r"/device:TPU:\d+", plane.name):
