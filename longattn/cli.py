@@ -173,13 +173,16 @@ def _compare(arguments: list[str]) -> int:
         arguments = ["--case", *arguments]
     elif not {"-h", "--help"} & set(arguments):
         return _fail(f"compare needs a case; the cases are {', '.join(compare.CASES)}")
-    given = [a for a in arguments if a.startswith("--with=")]
-    arguments = [b for a in arguments for b in (a.split("=", 1) if a in given else [a])]
-    if "--with" in arguments:  # a word of Python's, so no name of a field
-        i = arguments.index("--with")
-        names = " ".join(arguments[i + 1 : i + 2]).replace(",", " ").split()
-        arguments = [*arguments[:i], "--contestants", *names, *arguments[i + 2 :]]
-    compare.run(_parse(compare.CompareOptions, arguments, "compare CASE"))
+    # "with" is a word of Python's, so no name of a field; and names may have commas between them.
+    words = [word for a in arguments for word in (a.split("=", 1) if a.startswith("--with=") else [a])]
+    if "--with" in words:
+        at = words.index("--with") + 1
+        end = next((i for i in range(at, len(words)) if words[i].startswith("--")), len(words))
+        names = " ".join(words[at:end]).replace(",", " ").split()
+        if not names:
+            return _fail(f"--with must name at least one contestant; they are {', '.join(compare.CONTESTANTS)}")
+        words = [*words[: at - 1], "--contestants", *names, *words[end:]]
+    compare.run(_parse(compare.CompareOptions, words, "compare CASE"))
     return 0
 
 

@@ -131,7 +131,7 @@ CONTESTANTS: dict[str, Contestant] = {
 class CompareOptions:
     """Compare attention kernels on this device, under one profiler trace."""
 
-    case: Literal["attention_forward", "attention_forward_backward"]  # what is computed
+    case: str  # attention_forward or attention_forward_backward
     contestants: tuple[str, ...] = tuple(n for n in CONTESTANTS if n != "reference")  # or --with a,b: first is the base
     T: int = 2048  # length
     B: int = 1  # sequences

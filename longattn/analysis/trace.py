@@ -213,13 +213,17 @@ class _Instruction:
     users: list[_Instruction]
 
 
+# Operations that only move their operand.
+_MOVES = frozenset({"copy", "dynamic_slice", "reshape", "slice", "squeeze", "transpose"})
+
+
 def program_ops(module: bytes | memoryview) -> dict[str, Op]:
     """The instructions by name, of a serialised HloModuleProto.
 
     A fusion counts for the scope of its first matrix product, where it holds one: that is where its time goes, and
     XLA calls it after its last operation. An instruction without a name of its own was made by XLA (on a CPU even
-    products, if they have several batch axes). It has the scope of what uses it; a product that of what was made for it
-    alone, such as a slice of its operand, within the scope around both. Else it has that of the instruction in whose
+    products, if they have several batch axes). It has the scope of what uses it; a product that of a slice or copy
+    of an operand that was made for it alone, within the scope around both. Else it has that of the instruction in whose
     body it stands.
     """
     # xla/service/hlo.proto: HloModuleProto.computations = 3; HloComputationProto.instructions = 2, .id = 5;
@@ -269,10 +273,11 @@ def program_ops(module: bytes | memoryview) -> dict[str, Op]:
         ]
         if after.endswith("/dot_general"):
             return after
-        alone = [(scope_of(x.op_name), x.op_name) for x in operands if len(x.users) == 1 and x.op_name]
+        moved = [x.op_name for x in operands if len(x.users) == 1 and x.op_name.split("/")[-1] in _MOVES]
         behind = scope_of(after)
-        beside = [name for scope, name in alone if scope.path and scope.path[:-1] == behind.path[:-1]]
-        return after if not beside or behind in (scope for scope, _ in alone) else beside[0]
+        beside = [name for name in moved if len(scope_of(name).path) == len(behind.path) > 0]
+        beside = [name for name in beside if scope_of(name).path[:-1] == behind.path[:-1]]
+        return after if not beside or behind in map(scope_of, moved) else beside[0]
 
     def around(computation: int) -> str:
         while computation in callers:
@@ -401,12 +406,21 @@ def read(data: bytes) -> Trace:
     return Trace(tuple(sorted(executions, key=lambda e: e.start)), unknown)
 
 
-def _known(programs: Mapping[int, tuple[str, dict[str, Op]]], program: int) -> Callable[[_Raw], Op]:
-    ops = programs.get(program, ("", {}))[1]
-    return lambda raw: ops.get(raw.op) or Op(_opcode(raw.op), scope_of(str(raw.stats.get("name", ""))))
+Programs = Mapping[int, tuple[str, dict[str, Op]]]  # by number: name and instructions
 
 
-def _cpu(plane: Any, programs: Mapping[int, tuple[str, dict[str, Op]]]) -> Iterator[Execution]:
+def _known(programs: Programs, number: int, name: str) -> Callable[[_Raw], Op]:
+    """What is known of the ops of a program. One that was compiled twice may be stored under another number."""
+    tables = [programs[number][1]] if number in programs else [ops for other, ops in programs.values() if other == name]
+
+    def known(raw: _Raw) -> Op:
+        found = next((ops[raw.op] for ops in tables if raw.op in ops), None)
+        return found or Op(_opcode(raw.op), scope_of(str(raw.stats.get("name", ""))))
+
+    return known
+
+
+def _cpu(plane: Any, programs: Programs) -> Iterator[Execution]:
     runs: dict[tuple[int, int, int], list[_Raw]] = defaultdict(list)
     names: dict[int, str] = {}
     bounds: dict[tuple[int, int], float] = {}  # when an execution was complete, by device and run
@@ -428,7 +442,7 @@ def _cpu(plane: Any, programs: Mapping[int, tuple[str, dict[str, Op]]]) -> Itera
             run = int(raw.stats.get("run_id", 0))
             runs[program, run, int(raw.stats.get("device_ordinal", 0))].append(raw)
     for (program, run, device), raws in runs.items():
-        known = _known(programs, program)
+        known = _known(programs, program, names[program])
         starts = sorted(raw.start for raw in raws if known(raw).opcode not in CONTROL)
         whole = []
         for raw in raws:
@@ -471,7 +485,7 @@ def _instruction(name: str, metadata: Mapping[str, _Event]) -> str:
     return name.split(" = ")[0].removeprefix("%")
 
 
-def _gpu(plane: Any, programs: Mapping[int, tuple[str, dict[str, Op]]]) -> tuple[list[Execution], float]:
+def _gpu(plane: Any, programs: Programs) -> tuple[list[Execution], float]:
     unknown = 0.0
     by_program: dict[int, list[_Raw]] = defaultdict(list)
     names: dict[int, str] = {}
@@ -497,7 +511,7 @@ def _gpu(plane: Any, programs: Mapping[int, tuple[str, dict[str, Op]]]) -> tuple
         begins = [i for i, raw in enumerate(raws) if (raw.op, raw.name) == first]
         for i, j in zip(begins, [*begins[1:], len(raws)]):
             end = max(raw.end for raw in raws[i:j])
-            known = _known(programs, program)
+            known = _known(programs, program, names[program])
             found.append(_execution(names[program], plane.name, raws[i:j], known, raws[i].start, end))
     return found, unknown
 

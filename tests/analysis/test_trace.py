@@ -163,11 +163,12 @@ def nameless_product(slice_name: str, after: str) -> trace.Op:
     )["product"]
 
 
-def test_a_nameless_product_has_the_scope_of_what_was_made_for_it_alone() -> None:
+def test_a_nameless_product_has_the_scope_of_its_own_slice_or_of_its_user() -> None:
     scope = lambda *names: "/".join(nameless_product(*names).scope.path)
     assert scope("jit(f)/logits/dynamic_slice", "jit(f)/softmax/mul") == "logits"
     assert scope("jit(f)/logits/dynamic_slice", "jit(f)/dp/dot_general") == "dp"  # a reshape of its result
     assert scope("jit(f)/other/gather/all_gather", "jit(f)/logits/add") == "logits"  # it comes from elsewhere
+    assert scope("jit(f)/softmax/exp", "jit(f)/values/add") == "values"
     assert scope("", "jit(f)/values/add") == "values"
 
 
@@ -253,6 +254,12 @@ def test_cpu_devices_and_programs_are_apart() -> None:
         ("/device:CPU:3", pytest.approx(20e-6)),
     ]
     assert runs[0].kernels[0].scope == Scope((), "forward")
+
+
+def test_a_program_is_found_by_its_name_under_another_number() -> None:
+    data = space(programs(LOOP, "jit_f(9)"), plane("/host:CPU", {"a": [cpu("dot.1", 0, 10)]}, CPU_STATS))
+    (run,) = trace.read(data).executions
+    assert run.kernels[0].scope.path == ("logits",)
 
 
 def tpu_space() -> bytes:
