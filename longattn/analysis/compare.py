@@ -350,16 +350,24 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run(options: CompareOptions, console: Console | None = None) -> dict[str, Any]:
-    """Measures, prints the tables (or the JSON document), writes plot and JSONL, keeps the trace; gives the document.
+    """`measure`, then the tables (or the JSON document) on stdout; gives the document."""
+    document = measure(options)
+    if options.json:
+        print(json.dumps(document))
+    else:
+        _print(console or Console(width=max(WIDTH, Console().width)), document)
+    return document
+
+
+def measure(options: CompareOptions) -> dict[str, Any]:
+    """The comparison; writes plot and JSONL, and keeps the trace.
 
     Raises:
-      ValueError: for options that make no sense, or inputs beyond this machine's memory.
+      ValueError: for inputs beyond this machine's memory.
     """
-    console, progress = console or Console(width=max(WIDTH, Console().width)), Console(stderr=True)
-    needs, free = (
-        3 * 4 * options.B * options.T * 2 * (options.H + options.problem.heads) * options.D,
-        available_memory(),
-    )
+    progress = Console(stderr=True)
+    elements = options.B * options.T * 2 * (options.H + options.problem.heads) * options.D
+    needs, free = 3 * 4 * elements, available_memory()  # drawn in float32, rounded, and once more in the results
     if free is not None and needs > free:
         raise ValueError(
             f"T={options.T} is too long for this machine: inputs and results take {needs / 2**30:.1f} GiB, "
@@ -405,10 +413,6 @@ def run(options: CompareOptions, console: Console | None = None) -> dict[str, An
             row["ratio"] = asdict(bench.ratio(row["samples"], base))
     document["differences"] = differences(rows)
     _write(document, folder)
-    if options.json:
-        print(json.dumps(document))
-    else:
-        _print(console, document)
     return document
 
 

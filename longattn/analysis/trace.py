@@ -517,8 +517,11 @@ def _gpu(plane: Any, programs: Programs) -> tuple[list[Execution], float]:
 
 
 def find(folder: Path) -> Path:
-    """The newest trace below a folder. Raises ValueError where there is none."""
-    files = sorted(folder.glob("**/plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    """The newest trace in a folder or below it. Raises ValueError where there is none."""
+    files = sorted(
+        [*folder.glob("*.xplane.pb"), *folder.glob("**/plugins/profile/*/*.xplane.pb")],
+        key=lambda path: path.stat().st_mtime,
+    )
     if not files:
         raise ValueError(f"{folder} holds no trace (plugins/profile/*/*.xplane.pb)")
     return files[-1]
