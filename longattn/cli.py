@@ -89,7 +89,7 @@ def _train(arguments: list[str]) -> int:
         "--run.init_from" + a[len("--init-from") :] if a.split("=")[0] == "--init-from" else a for a in overrides
     ]
     config = _parse(Config, overrides, f"train {path}", default=load_config(path))
-    _compilation_cache()
+    _compilation_cache(scopes=config.run.profile is not None)
     _keep_freed_memory()
     from longattn.train.run import train
 
@@ -301,13 +301,18 @@ def load_config(path: str) -> Config:
     return config
 
 
-def _compilation_cache() -> None:
-    """Keep compiled programs between processes: in JAX_COMPILATION_CACHE_DIR, else in the user's cache folder."""
+def _compilation_cache(*, scopes: bool = False) -> None:
+    """Keep compiled programs between processes: in JAX_COMPILATION_CACHE_DIR, else in the user's cache folder.
+
+    With `scopes` a program is found only if its named scopes are the same too: a trace tells them.
+    """
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "longattn" / "jax"))
+    if scopes:
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
 
 
 def _keep_freed_memory() -> None:

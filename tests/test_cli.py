@@ -172,6 +172,17 @@ def test_compare_takes_names_with_commas_or_spaces(monkeypatch) -> None:
     assert {options.T for options in given} == {64}
 
 
+def test_a_traced_run_takes_no_program_with_other_scopes(monkeypatch) -> None:
+    import jax
+
+    changed = {}
+    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+    cli._compilation_cache()
+    assert "jax_compilation_cache_include_metadata_in_key" not in changed
+    cli._compilation_cache(scopes=True)
+    assert changed["jax_compilation_cache_include_metadata_in_key"] is True
+
+
 def test_profile_of_a_trace_that_is_not_there_is_one_line(capsys, tmp_path: Path) -> None:
     assert "holds no trace" in fails(capsys, "profile", "--trace", str(tmp_path))
     assert "--trace" in fails(capsys, "profile", "--trace")

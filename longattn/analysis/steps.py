@@ -59,10 +59,13 @@ def _find(folder: Path) -> tuple[Path, int]:
 
 
 def part_of(scope: trace.Scope, depth: int) -> str:
-    """A scope without the model's own names, layers joined, cut: layer/mixer/attention for every layer."""
+    """A scope without the model's own names, layers joined, cut: layer/mixer/attention for every layer.
+
+    What belongs to several of its parts is the model's.
+    """
     path = [re.sub(r"^layer_\d+$", "layer", name) for name in scope.path]
     path = [name for name in path if name not in ("layers", "Transformer") and not name.startswith("Transformer.")]
-    return "/".join(path[:depth]) or "(no scope)"
+    return "/".join(path[:depth]) or ("model" if scope.path else "(no scope)")
 
 
 def read(options: TraceOptions) -> dict[str, Any]:
@@ -122,11 +125,15 @@ def run(options: TraceOptions, console: Console | None = None) -> dict[str, Any]
 
 def _print(console: Console, document: Mapping[str, Any], top: int) -> None:
     table = plain_table(f"{document['program']}: steps")
-    for heading in ("step", "device", "wall", "on the device", "busy", "idle"):
-        table.add_column(heading, justify="left" if heading == "device" else "right", no_wrap=True)
+    for heading in ("step", "wall", "on the device", "busy", "idle"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    by_step: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for s in document["steps"]:
-        times = (seconds_text(s[f"{kind}_seconds"]) for kind in ("wall", "device", "busy"))
-        table.add_row(f"{s['step']}", s["device"], *times, f"{s['idle']:.1%}")
+        by_step[s["step"]].append(s)
+    for step, devices in sorted(by_step.items()):
+        middle = lambda key, devices=devices: float(np.median([s[key] for s in devices]))
+        times = (seconds_text(middle(f"{kind}_seconds")) for kind in ("wall", "device", "busy"))
+        table.add_row(f"{step}", *times, f"{middle('idle'):.1%}")
     console.print(table)
 
     parts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -135,7 +142,8 @@ def _print(console: Console, document: Mapping[str, Any], top: int) -> None:
     total = sum(sum(phases.values()) for phases in parts.values())
     table = plain_table("By named scope, a step")
     for heading in ("scope", "forward", "recompute", "backward", "all", "share"):
-        table.add_column(heading, justify="left" if heading == "scope" else "right", no_wrap=True)
+        left = heading == "scope"
+        table.add_column(heading, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for name, phases in sorted(parts.items(), key=lambda item: -sum(item[1].values())):
         mine = sum(phases.values())
         shown = (seconds_text(phases[p]) if p in phases else "" for p in ("forward", "recompute", "backward"))
@@ -146,7 +154,7 @@ def _print(console: Console, document: Mapping[str, Any], top: int) -> None:
     wall, notes = document["wall_seconds"], []
     notes.append(
         f"Step {seconds_text(wall['median'])}, quartiles {seconds_text(wall['low'])} .. {seconds_text(wall['high'])}, "
-        f"idle {document['idle']:.1%}; medians over {len(document['steps'])} executions on {document['devices']} "
+        f"idle {document['idle']:.1%}: medians over {len(document['steps'])} executions on {document['devices']} "
         f"device{'s' if document['devices'] > 1 else ''}; ops are summed over threads or streams."
     )
     others = (

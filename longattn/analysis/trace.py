@@ -119,8 +119,13 @@ def scope_of(op_name: str) -> Scope:
 
     The last part, the operation, is left out, and so are jitted functions, control flow, transformations and, unless
     there is nothing else, einsum equations. An op is of the backward pass where it was transposed or stands in a scope
-    "backward"; of the recomputation where a remat policy runs it again.
+    "backward"; of the recomputation where a remat policy runs it again. Where XLA joined several (collectives), it
+    writes what they share before a list, jit(step)/transpose(jvp(Model))/(embedding/add:mlp/dot): the scope is what
+    they share, or the first's if that is nothing.
     """
+    shared, several, rest = op_name.partition("/(")
+    if several:
+        return scope_of(f"{shared}/") if scope_of(f"{shared}/").path else scope_of(f"{shared}/{rest.split(':')[0]}")
     whole = op_name.split(";")[0].removesuffix(":")
     *parts, _ = whole.split("/")
     path: list[str] = []

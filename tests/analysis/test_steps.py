@@ -92,6 +92,7 @@ def test_tables_and_json(tmp_path, capsys) -> None:
         (("Transformer.hidden", "layers", "layer_0", "mixer", "attention", "xla"), 3, "layer/mixer/attention"),
         (("Transformer.hidden", "layer_11", "mlp"), 3, "layer/mlp"),
         (("loss",), 1, "loss"),
+        (("Transformer.hidden",), 3, "model"),
         ((), 3, "(no scope)"),
     ],
 )

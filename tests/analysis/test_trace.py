@@ -99,6 +99,8 @@ def space(*planes: str) -> bytes:
         ("jit(f)/shard_map/all_gather/gather/all_gather", "all_gather/gather", "forward"),
         ("jit(f)/loss/mul;jit(f)/optimiser/add", "loss", "forward"),
         ("jit(f)/jvp(vmap(BTNH,BSNH->BNTS))/dot_general:", "BTNH,BSNH->BNTS", "forward"),
+        ("jit(f)/transpose(jvp(Model))/(embedding/add:jvp(Model)/mlp/dot)", "Model", "backward"),
+        ("jit(f)/(transpose(jvp(loss))/psum:jvp(loss)/add)", "loss", "backward"),
         ("jit(f)/jvp()/mul", "", "forward"),
         ("", "", "forward"),
     ],
