@@ -424,15 +424,8 @@ def _write(document: dict[str, Any], folder: Path) -> None:
     shared = {k: v for k, v in document.items() if k not in ("rows", "differences", "plot")}
     with open(folder / FILE, "a") as file:
         file.write("".join(json.dumps({**shared, **row}) + "\n" for row in document["rows"]))
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure = plot(document)
     path = Path(document["trace"]) / "compare.png"
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    plot(document).savefig(path, dpi=150)
     document["plot"] = str(path)
 
 
@@ -441,12 +434,12 @@ def plot(document: Mapping[str, Any], scopes: int = 7) -> Any:
 
     The `scopes` with the largest share of any contestant's time have a colour each.
     """
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     rows = [row for row in document["rows"] if "samples" in row]
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12, 1.7 + 0.5 * len(rows)), sharey=True, layout="constrained", width_ratios=(1, 1.3)
-    )
+    figure = Figure(figsize=(12, 1.7 + 0.5 * len(rows)), layout="constrained")  # no window, and not pyplot's business
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.3))
     at = np.arange(len(rows))
     for y, row in zip(at, rows):
         s = row["device_seconds"]
@@ -480,11 +473,11 @@ def plot(document: Mapping[str, Any], scopes: int = 7) -> Any:
             hatch = "////" if backward else None
             right.barh(at, width * 1e3, left=start * 1e3, height=0.6, color=color, hatch=hatch, edgecolor="white")
             start += width
-    colours = [plt.Rectangle((0, 0), 1, 1, color=f"C{i}", label=name) for i, name in enumerate(shown)]
+    colours = [Patch(color=f"C{i}", label=name) for i, name in enumerate(shown)]
     if len(share) > len(shown):
-        colours.append(plt.Rectangle((0, 0), 1, 1, color="0.75", label="other scopes"))
+        colours.append(Patch(color="0.75", label="other scopes"))
     if any(backward for row in seconds for _, backward in row):
-        colours.append(plt.Rectangle((0, 0), 1, 1, facecolor="0.4", edgecolor="white", hatch="////", label="backward"))
+        colours.append(Patch(facecolor="0.4", edgecolor="white", hatch="////", label="backward"))
     right.legend(handles=colours, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     right.set_xlim(0, start.max() * 1.04e3)
     right.set_xlabel("ms")
