@@ -117,13 +117,15 @@ def _ours(name: str) -> Contestant:
     )
 
 
-CONTESTANTS: dict[str, Contestant] = {
-    **{name: _ours(name) for name in BACK_ENDS},
+RIVALS: dict[str, Contestant] = {
     "jax_nn": Contestant("jax.nn.dot_product_attention", lambda o: bench.jax_nn(o.mask)),
     "jax_flash": Contestant("jax's Pallas flash attention", _jax_flash, ("tpu",), "jax_flash"),
     "splash": Contestant("jax's Pallas splash attention", _splash, ("tpu",), "jax_splash"),
     "cudnn": Contestant("cuDNN, through jax.nn", _cudnn, ("gpu",)),
     "tokamax": Contestant("tokamax.dot_product_attention", _tokamax),
+}
+CONTESTANTS: dict[str, Contestant] = {name: _ours(name) for name in BACK_ENDS} | {
+    name: rival for name, rival in RIVALS.items() if name not in BACK_ENDS
 }
 
 
@@ -407,6 +409,11 @@ def measure(options: CompareOptions) -> dict[str, Any]:
             executions = recorded.of(f"jit_compare_{name}")
             if len(executions) != options.rounds + 1:
                 row["reason"] = f"the trace shows {len(executions)} executions of {options.rounds + 1} calls"
+                if recorded.unknown_seconds:
+                    row["reason"] += (
+                        f"; {seconds_text(recorded.unknown_seconds)} of kernels name no program, as in CUDA graphs: "
+                        "launch them one by one with XLA_FLAGS=--xla_gpu_enable_command_buffer="
+                    )
                 continue
             row |= _row(name, options, executions[1:], device) | {"host_seconds": host[name]}
             base = base or row["samples"]
@@ -424,6 +431,8 @@ def _write(document: dict[str, Any], folder: Path) -> None:
     shared = {k: v for k, v in document.items() if k not in ("rows", "differences", "plot")}
     with open(folder / FILE, "a") as file:
         file.write("".join(json.dumps({**shared, **row}) + "\n" for row in document["rows"]))
+    if not any("samples" in row for row in document["rows"]):
+        return
     path = Path(document["trace"]) / "compare.png"
     plot(document).savefig(path, dpi=150)
     document["plot"] = str(path)

@@ -393,9 +393,8 @@ def read(data: bytes) -> Trace:
     programs: dict[int, tuple[str, dict[str, Op]]] = {}
     for name, event in metadata.get("/host:metadata", {}).items():
         if proto := event.stats.get("Hlo Proto"):
-            identity = re.fullmatch(r"(.*)\((-?\d+)\)", name)
-            module = _fields(proto)[1][-1]  # HloProto.hlo_module = 1
-            programs[int(identity[2]) if identity else 0] = (identity[1] if identity else name, program_ops(module))
+            name, number = _program(name)
+            programs[number] = name, program_ops(_fields(proto)[1][-1])  # HloProto.hlo_module = 1
 
     executions: list[Execution] = []
     unknown = 0.0
@@ -403,7 +402,7 @@ def read(data: bytes) -> Trace:
         if plane.name == "/host:CPU":
             executions += _cpu(plane, programs)
         elif re.fullmatch(r"/device:TPU:\d+", plane.name):
-            executions += _tpu(plane, metadata.get(plane.name, {}))
+            executions += _tpu(plane, metadata.get(plane.name, {}), programs)
         elif re.fullmatch(r"/device:GPU:\d+", plane.name):
             found, rest = _gpu(plane, programs)
             executions += found
@@ -420,7 +419,7 @@ def _known(programs: Programs, number: int, name: str) -> Callable[[_Raw], Op]:
 
     def known(raw: _Raw) -> Op:
         found = next((ops[raw.op] for ops in tables if raw.op in ops), None)
-        return found or Op(_opcode(raw.op), scope_of(str(raw.stats.get("name", ""))))
+        return found or Op(_opcode(raw.op), scope_of(str(raw.stats.get("name") or raw.stats.get("tf_op") or "")))
 
     return known
 
@@ -463,7 +462,7 @@ def _cpu(plane: Any, programs: Programs) -> Iterator[Execution]:
         yield _execution(names[program], f"/device:CPU:{device}", whole, known, start, end)
 
 
-def _tpu(plane: Any, metadata: Mapping[str, _Event]) -> Iterator[Execution]:
+def _tpu(plane: Any, metadata: Mapping[str, _Event], programs: Programs) -> Iterator[Execution]:
     lines = {line.name: list(line.events) for line in plane.lines}
     ops = [
         _Raw(_instruction(e.name, metadata), _instruction(e.name, metadata), e.start_ns, e.end_ns, 0.0,
@@ -473,14 +472,17 @@ def _tpu(plane: Any, metadata: Mapping[str, _Event]) -> Iterator[Execution]:
     ops = _nested(ops)
     starts = [raw.start for raw in ops]
 
-    def known(raw: _Raw) -> Op:
-        opcode = _opcode(raw.op)
-        return Op(opcode if opcode in CONTROL else "", scope_of(str(raw.stats.get("tf_op", ""))))
-
     for module in lines.get("XLA Modules", ()):
         first, last = bisect.bisect_left(starts, module.start_ns), bisect.bisect_left(starts, module.end_ns)
-        name = re.sub(r"\(\d+\)$", "", module.name)
+        name, number = _program(module.name)
+        known = _known(programs, number, name)
         yield _execution(name, plane.name, ops[first:last], known, module.start_ns, module.end_ns)
+
+
+def _program(name: str) -> tuple[str, int]:
+    """Name and number of a compiled program from what events call it, "jit_f(7)"."""
+    found = re.fullmatch(r"(.*)\((-?\d+)\)", name)
+    return (found[1], int(found[2])) if found else (name, 0)
 
 
 def _instruction(name: str, metadata: Mapping[str, _Event]) -> str:

@@ -140,6 +140,15 @@ def test_who_disagrees_is_not_timed(monkeypatch, tmp_path) -> None:
     assert second["ratio"]["value"] == 1  # the first that ran
 
 
+def test_calls_that_the_trace_does_not_show_are_a_reason(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(trace, "read", lambda data: trace.Trace((), 2e-3))
+    options = compare.CompareOptions("attention_forward", contestants=("xla",), out=str(tmp_path), **TINY)
+    document = compare.run(options, quiet())
+    assert document["rows"][0]["reason"].startswith("the trace shows 0 executions of 4 calls; 2 ms of kernels name no")
+    assert document["plot"] is None
+    assert len((tmp_path / compare.FILE).read_text().splitlines()) == 1
+
+
 def test_a_rival_that_fails_is_a_row_and_ours_is_an_error(monkeypatch, tmp_path) -> None:
     def fails(_: bench.AttentionOptions) -> bench.Attend:
         raise TypeError("no such argument\nsecond line")

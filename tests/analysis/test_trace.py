@@ -296,6 +296,20 @@ def test_tpu() -> None:
     assert (second.seconds, second.busy) == (pytest.approx(60e-6), pytest.approx(50e-6))
 
 
+def test_tpu_takes_scopes_from_the_stored_program() -> None:
+    """So that a fusion counts for its product there too."""
+    proto = module(
+        fused=[
+            instruction(1, "d", "dot", "jit(f)/logits/dot_general"),
+            instruction(2, "e", "exponential", "jit(f)/softmax/exp", (1,)),
+        ],
+        main=[instruction(3, "fusion.1", "fusion", "jit(f)/softmax/exp", (), (1,))],
+    )
+    stored = ProfileData.text_proto_to_serialized_xspace(programs(proto, "jit_f(123)"))
+    first, _ = trace.read(stored + tpu_space()).executions
+    assert [str(k.scope) for k in first.kernels] == ["logits", "logits", "(no scope)"]
+
+
 def test_gpu() -> None:
     """Two streams; each run of the program begins with the same kernel; kernels of no program are counted apart."""
     stats = ("hlo_op", "hlo_module", "program_id", "correlation_id")
