@@ -38,11 +38,12 @@ install = $(PY) -m pip install --quiet --disable-pip-version-check -c constraint
 	-e ".[$(1)$(if $(filter cuda tpu,$(EXTRA)),$(comma)$(EXTRA))]"
 comma := ,
 
-# libtpu, the compiler for TPUs, has a folder of its own: where jax finds it, every command on a machine without a TPU
-# complains that there is none.
+# The compilers for TPUs and GPUs have a folder of their own: where jax finds them, every command on a machine without
+# such a device complains that there is none.
+COMPILERS := libtpu jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-nvdisasm
 STATIC := LONGATTN_AOT="$(CURDIR)/.venv/aot"
 
-.PHONY: help study profile test test-all lint format format-check typecheck bench notebook device clean
+.PHONY: help study profile profile-gpu test test-all lint format format-check typecheck bench notebook device clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | awk -F '\t' '{ printf "make %-13s%s\n", $$1, $$2 }'
@@ -52,14 +53,17 @@ study: .venv/study-$(EXTRA)  ## what each way to attend costs and remembers, mea
 	@$(DEVICE)
 	@$(PY) -m longattn study $(ARGS)
 
-profile: .venv/study-$(EXTRA) .venv/static  ## static cycles on TPUs that are not there: ARGS="jax_flash --chips v6e"
+profile: .venv/study-$(EXTRA) .venv/compilers  ## static cycles on TPUs that are not there: ARGS="jax_flash --chips v6e"
 	@$(STATIC) $(PY) -m longattn profile --static tpu $(ARGS)
 
-test: .venv/test-$(EXTRA) .venv/static  ## the default tests
+profile-gpu: .venv/study-$(EXTRA) .venv/compilers  ## registers, spills, instructions on GPUs that are not there: ARGS="jax_mgpu"
+	@$(STATIC) $(PY) -m longattn profile --static gpu $(ARGS)
+
+test: .venv/test-$(EXTRA) .venv/compilers  ## the default tests
 	@$(DEVICE)
 	@$(STATIC) $(PYTEST) -m "not slow" $(ARGS)
 
-test-all: .venv/test-$(EXTRA) .venv/static  ## the rest of the tests: the larger grids, the notebook in a fresh environment
+test-all: .venv/test-$(EXTRA) .venv/compilers  ## the rest of the tests: the larger grids, the notebook in a fresh environment
 	@$(DEVICE)
 	@$(STATIC) $(PYTEST) -m slow $(ARGS)
 
@@ -100,10 +104,11 @@ clean:  ## remove .venv and caches; runs/ stays
 	@$(call install,test)
 	@touch .venv/study-$(EXTRA) $@
 
-.venv/static: .venv/created constraints.txt
-	@echo "Installing the compiler for TPUs into .venv/aot, once ..."
+# One command for all: two of them share a folder, and pip replaces folders.
+.venv/compilers: .venv/created constraints.txt
+	@echo "Installing the compilers for TPUs and GPUs (about 1.2 GB) into .venv/aot, once ..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints.txt \
-		--target .venv/aot libtpu
+		--target .venv/aot $(COMPILERS)
 	@touch $@
 
 # pyenv's shims exist for versions that do not run, and Debian's python3 may lack ensurepip: so each candidate is tried.

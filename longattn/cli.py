@@ -1,4 +1,4 @@
-"""The command line: `longattn train|eval|bench|compare|study|profile`. The one place that knows tyro.
+"""The command line: `longattn train|eval|bench|compare|study|plan|profile`. The one place that knows tyro.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 2 the caller's mistake (one line, with the
 remedy), 130 interrupted, 143 stopped by SIGTERM after saving. What is heavy is imported by the command that needs it.
@@ -29,7 +29,9 @@ USAGE = """usage: longattn COMMAND ...
   bench attention [...]              time the back ends of attention against each other
   compare CASE [--with a,b ...]      attention kernels under one profiler trace: by op, by scope, against the roofline
   study [--preset quick ...]         measure cost and recall side by side; writes a page
+  plan MODEL --topology v5e:16x16    does it fit, and what bounds its step: compiled for machines that are not there
   profile --static tpu CASE [...]    cycles of a kernel on TPUs that are not there, by their compiler's schedule
+  profile --static gpu CASE [...]    registers, spills, instructions of a kernel on GPUs that are not there
   profile --trace RUN                device time of a run's steps by op and by scope, from the trace it recorded
   COMMAND --help                     the options of a command
 
@@ -195,22 +197,54 @@ def _study(arguments: list[str]) -> int:
     return 0
 
 
+def _plan(arguments: list[str]) -> int:
+    from longattn.analysis import plan
+
+    known = ", ".join(plan.MODELS)
+    if not arguments or arguments[0].startswith("-"):
+        if arguments and arguments[0] in ("-h", "--help"):
+            _parse(plan.PlanOptions, ["--help"], "plan MODEL", default=plan.PlanOptions())
+        return _fail(f"plan needs a model first: {known}, or a config file")
+    name, *rest = arguments
+    if name in plan.MODELS:
+        default = plan.PlanOptions(model=plan.MODELS[name])
+    elif name.endswith((".py", ".json")):
+        c = load_config(name)
+        default = plan.PlanOptions(model=c.model, data=c.data, optimiser=c.optimiser)
+        name = Path(name).stem
+    else:
+        return _fail(f"unknown model {name!r}{_suggest(name, plan.MODELS)}; there are {known}, and config files")
+    for short, long in (("T", "data.T"), ("B", "data.B"), ("remat", "model.remat"), ("dtype", "model.dtype")):
+        rest = [f"--{long}{a[len(short) + 2 :]}" if a.split("=")[0] == f"--{short}" else a for a in rest]
+    plan.run(_parse(plan.PlanOptions, rest, f"plan {name}", default=default), name)
+    return 0
+
+
 def _profile(arguments: list[str]) -> int:
     if any(a.split("=")[0] == "--trace" for a in arguments):
         from longattn.analysis import steps
 
         steps.run(_parse(steps.TraceOptions, arguments, "profile --trace RUN"))
         return 0
-    from longattn.analysis import static
-    from longattn.analysis.cases import CASES
+    if arguments[:2] == ["--static", "gpu"]:
+        from longattn.analysis import gpu_cases
+        from longattn.analysis.static import gpu_command
 
+        return _static("gpu", arguments, gpu_command.ProfileOptions, gpu_command.run, gpu_cases.CASES)
+    from longattn.analysis import cases, static
+
+    return _static("tpu", arguments, static.ProfileOptions, static.run, cases.CASES)
+
+
+def _static(kind: str, arguments: list[str], options: Any, run: Callable[[Any], Any], cases: Any) -> int:
     if arguments[:1] == ["--static"] and len(arguments) > 2 and not arguments[2].startswith("-"):
         arguments = [*arguments[:2], "--cases", *arguments[2:]]
     elif not {"-h", "--help"} & set(arguments):
-        known = ", ".join(CASES)
-        return _fail(f"profile needs --static tpu and a case, or --trace and a run; the cases are {known}")
-    options = _parse(static.ProfileOptions, arguments, "profile --static tpu")
-    static.run(options)
+        names = ", ".join(cases)
+        return _fail(
+            f"profile needs --static tpu or gpu and a case, or --trace and a run; for {kind} the cases are {names}"
+        )
+    run(_parse(options, arguments, f"profile --static {kind}"))
     return 0
 
 
@@ -220,6 +254,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": _bench,
     "compare": _compare,
     "study": _study,
+    "plan": _plan,
     "profile": _profile,
 }
 

@@ -172,10 +172,13 @@ Data = ByteLM | MQAR | Needle
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis of the mesh; their product is the number of devices. All 1: one device, no mesh."""
+    """Devices along each axis of the mesh; their product is the number of devices. All 1: one device, no mesh.
 
-    data: int = 1  # rows of the batch
-    fsdp: int = 1  # rows of the batch; parameters and moments are divided among these devices too
+    Parameters and moments are divided among the devices on fsdp and seq; fsdp * seq must divide Model.E.
+    """
+
+    data: int = 1  # rows of the batch; parameters and moments are replicated
+    fsdp: int = 1  # rows of the batch
     tensor: int = 1  # heads and the MLP's width
     seq: int = 1  # positions
     strategy: Literal["all_gather"] = "all_gather"  # how queries meet the keys of other devices; see parallel/api.py
@@ -261,6 +264,8 @@ class Config:
             raise ValueError(f"{self.mesh.data=} * {self.mesh.fsdp=} must divide {rows}, the rows of a micro-batch")
         if self.data.T % self.mesh.seq:
             raise ValueError(f"{self.mesh.seq=} must divide {self.data.T=}")
+        if self.mesh.size > 1 and self.model.E % (self.mesh.fsdp * self.mesh.seq):
+            raise ValueError(f"{self.mesh.fsdp=} * {self.mesh.seq=} must divide {self.model.E=}: they slice matrices")
         if self.model.K % self.mesh.tensor or self.model.F % self.mesh.tensor:
             raise ValueError(f"{self.mesh.tensor=} must divide {self.model.K=} and {self.model.F=}")
         vocabulary = self.data.vocabulary if isinstance(self.data, MQAR) else 257

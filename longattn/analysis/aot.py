@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -115,7 +116,7 @@ def cuda_versions() -> dict[str, str]:
     found = importlib.metadata.distributions(name="jax-cuda13-plugin", path=[str(cuda_folder())])
     versions = {"jax-cuda13-plugin": next((d.version for d in found), "unknown")}
     for tool in ("ptxas", "nvdisasm"):
-        said = subprocess.run([cuda_tool(tool), "--version"], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run([cuda_tool(tool), "--version"], capture_output=True, text=True, check=False).stdout
         number = re.search(r"\bV(\d[\d.]*)", said)
         versions[tool] = number[1] if number else "unknown"
     return versions
@@ -195,6 +196,8 @@ def call(function: str, request: Mapping[str, Any], environment: Mapping[str, st
 
 def serve() -> None:
     """The child of `call`: a request on stdin, the answer in the file that is named."""
+    # Compilers abort, and an image of their memory would lie in the caller's folder.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     function, path = sys.argv[1:]
     module, name = function.split(":")
     request = json.load(sys.stdin)

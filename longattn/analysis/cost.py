@@ -124,6 +124,20 @@ def visible_pairs(mask: Mask, T: int, S: int | None = None, documents: Iterable[
     return float(_pairs_in(mask, np.array([[0, T - 1, 0, S - 1]], np.int32)).mean())
 
 
+@functools.lru_cache(maxsize=256)
+def pairs_by_part(mask: Mask, T: int, parts: int) -> tuple[int, ...]:
+    """Visible pairs of the queries of each of `parts` equal, contiguous parts of a sequence, over all its keys: exact.
+
+    Raises:
+      ValueError: where `parts` does not divide T.
+    """
+    if parts < 1 or T % parts:
+        raise ValueError(f"{parts=} must divide {T=}")
+    t = T // parts
+    blocks = [np.array([[i * t, i * t + t - 1, 0, T - 1]], np.int32) for i in range(parts)]
+    return tuple(int(_pairs_in(mask, block)[0, 0]) for block in blocks)
+
+
 @dataclass(frozen=True)
 class AttentionFlops:
     """FLOPs of softmax attention itself: no projections."""

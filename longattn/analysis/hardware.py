@@ -56,21 +56,23 @@ class TensorCore:
     """A matrix core of a TPU as its compiler schedules for it: one bundle of instructions per cycle.
 
     `mxu_flops` is read off libtpu's own schedules of bfloat16 products (the cycles that a product of known size keeps
-    the matrix units busy); the rest is what jax's `pltpu.get_tpu_info` knows. Clocks are not published: the chip's peak
+    the matrix units busy), `hbm_usable` off its refusal of a program too large; the rest is what jax's
+    `pltpu.get_tpu_info` knows. Clocks are not published: the chip's peak
     is taken to be all matrix units busy in every cycle.
     """
 
     mxu_flops: int  # bfloat16 FLOP per cycle of all matrix units of the core
     vmem_bytes: int  # memory that the core computes from
+    hbm_usable: int  # bytes of one JAX device that libtpu lets a program have; the rest of its HBM is the system's
     per_device: int  # cores of one JAX device; a grid spreads over them where it is marked parallel
     topology: str  # libtpu's name of a small slice
 
 
 TENSOR_CORES: dict[str, TensorCore] = {
-    "v5e": TensorCore(131_072, 128 * 2**20, 1, "v5e:2x2"),
-    "v5p": TensorCore(131_072, 64 * 2**20, 2, "v5p:2x2x1"),
-    "v6e": TensorCore(524_288, 128 * 2**20, 1, "v6e:2x2"),
-    "tpu7x": TensorCore(524_288, 64 * 2**20, 1, "tpu7x:2x2x1"),
+    "v5e": TensorCore(131_072, 128 * 2**20, int(15.75 * _GiB), 1, "v5e:2x2"),
+    "v5p": TensorCore(131_072, 64 * 2**20, int(95.73 * _GiB), 2, "v5p:2x2x1"),
+    "v6e": TensorCore(524_288, 128 * 2**20, int(31.24 * _GiB), 1, "v6e:2x2"),
+    "tpu7x": TensorCore(524_288, 64 * 2**20, int(94.74 * _GiB), 1, "tpu7x:2x2x1"),
 }
 
 
@@ -86,15 +88,14 @@ def hbm_bytes_per_cycle(name: str) -> float:
     return chip.hbm_bandwidth / chip.devices / tpu_clock(name)
 
 
-_CAPABILITIES = "https://docs.nvidia.com/cuda/cuda-c-programming-guide/#features-and-technical-specifications"
-
-
 @dataclass(frozen=True)
 class Gpu:
     """A GPU of CHIPS as its compilers ask for it.
 
-    Sizes of multiprocessors are those of the CUDA programming guide's table of compute capabilities (`_CAPABILITIES`);
-    the counts are those of NVIDIA's papers on the A100, H100 and Blackwell architectures and of the tuning guides.
+    What a multiprocessor holds is in the CUDA programming guide's table of compute capabilities
+    (docs.nvidia.com/cuda/cuda-c-programming-guide, "features and technical specifications"); how many there are, their
+    products per cycle, the cache and the links in NVIDIA's papers on the Ampere, Hopper and Blackwell architectures and
+    in the tuning guides (docs.nvidia.com/cuda/blackwell-tuning-guide).
     """
 
     arch: str  # what ptxas calls the instruction set; "a": with the instructions of this generation alone

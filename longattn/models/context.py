@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from longattn import parallel
 from longattn.ops.attention import attention
+from longattn.parallel import embedding
 from longattn.parallel.mesh import place
 
 
@@ -47,6 +49,10 @@ class Context:
         """Activations, held to lie like the tokens."""
         return x if self.mesh is None else place(x, self.mesh, self.tokens, "the activations")
 
-    def whole(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
-        """A parameter, gathered on every device."""
-        return w if self.mesh is None else place(w, self.mesh, PartitionSpec(), "a parameter")
+    def rows(
+        self, table: Float[Array, "W E"], tokens: Int32[Array, "B T"], scale: float, dtype: Any
+    ) -> Float[Array, "B T E"]:
+        """`scale * table[tokens]` in `dtype`."""
+        if self.mesh is None:  # cast after: the gradient of a row that is met often is summed in the table's dtype
+            return (jnp.take(table, tokens, axis=0) * scale).astype(dtype)
+        return embedding.rows(table, tokens, self.mesh, self.tokens, scale, dtype)

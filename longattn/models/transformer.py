@@ -117,11 +117,9 @@ class Transformer(nn.Module):
         no_state(state)
         # Tokens enter with RMS 1 (section 3.4 of arXiv:1706.03762), so that the blocks' outputs do not drown them, and
         # leave through rows of length 1. (Where tied, a token's own logit starts high: the loss starts above ln W.)
-        # Rows first, cast after: their gradients are summed in float32.
         context = self.context or Context()
         with jax.named_scope("embedding"):
-            rows = jnp.take(context.whole(self.embedding), tokens, axis=0)
-            x = context.spread((rows * self.config.E**0.5).astype(self.config.dtype))
+            x = context.spread(context.rows(self.embedding, tokens, self.config.E**0.5, self.config.dtype))
         if period(self.config) == self.config.N:
             for layer in self.layer:
                 x = layer(x, positions, segment_ids)

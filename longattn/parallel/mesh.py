@@ -1,8 +1,9 @@
 """The device mesh, and which axis of which array lies along which of its axes.
 
-Four axes. `data`: rows of the batch; parameters are replicated. `fsdp`: rows of the batch too, and a slice of every
-matrix, gathered where it is used (ZeRO stage 3, arXiv:1910.02054). `tensor`: heads and the MLP's width
-(arXiv:1909.08053). `seq`: positions. All are Auto: the partitioner lays out what is outside of a shard_map.
+Four axes. `data`: rows of the batch. `fsdp`: rows of the batch too. `tensor`: heads and the MLP's width
+(arXiv:1909.08053). `seq`: positions. Of every matrix a device on `fsdp` and `seq` holds a slice, gathered where it is
+used (ZeRO stage 3, arXiv:1910.02054); over `data` they are replicated. All axes are Auto: the partitioner lays out what
+is outside of a shard_map.
 
 A parameter lies as the first rule says whose pattern is found in its path, such as "layers/layer_0/mixer/q". The
 optimiser's moments have the parameter's path as the end of their own, so the same rules hold for them.
@@ -23,16 +24,17 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 AXES = ("data", "fsdp", "tensor", "seq")
+SLICED = ("fsdp", "seq")  # the axes over which matrices are sliced, along E
 
 Rule = tuple[str, P]  # a regular expression for `re.search` in the path, and how the array lies
 
 PARAMETERS: tuple[Rule, ...] = (
-    (r"(^|/)(embedding|head)$", P(None, "fsdp")),  # [W E]; not along W: that of bytes, 257, is a prime
-    (r"/mixer/(q|k|v)$", P("fsdp", "tensor", None)),  # [E H D]
-    (r"/mixer/out$", P("tensor", None, "fsdp")),  # [H D E]
+    (r"(^|/)(embedding|head)$", P(None, SLICED)),  # [W E]; not along W: that of bytes, 257, is a prime
+    (r"/mixer/(q|k|v)$", P(SLICED, "tensor", None)),  # [E H D]
+    (r"/mixer/out$", P("tensor", None, SLICED)),  # [H D E]
     (r"/mixer/sinks$", P("tensor")),  # [H]
-    (r"/mlp/(gate|up)$", P("fsdp", "tensor")),  # [E F]
-    (r"/mlp/down$", P("tensor", "fsdp")),  # [F E]
+    (r"/mlp/(gate|up)$", P(SLICED, "tensor")),  # [E F]
+    (r"/mlp/down$", P("tensor", SLICED)),  # [F E]
     (r"(^|_|/)norm/scale$", P()),  # [E] or [D]
 )
 STACKED = r"(^|/)layers/"  # the parameters of scanned layers have an axis of layers before those of their rule

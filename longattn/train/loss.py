@@ -41,12 +41,13 @@ def labels_and_weights(
 
 def cross_entropy(
     x: Float[Array, "B T E"],
-    w: Float[Array, "W E"],
+    w: Float[Array, "W e"],
     labels: Int32[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
     chunk: int,
     z_loss: float = 0.0,
+    sliced: tuple[str, ...] = (),
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, "..."]]]:
     """Weighted sum over all tokens of the loss; the caller divides by the weights' sum over the whole batch.
 
@@ -58,12 +59,15 @@ def cross_entropy(
         chunk: tokens whose logits exist at once; a piece is `chunk // B` positions (at least one) of all B rows, so
             that rows stay where they are on a mesh.
         z_loss: weight of the squared log-partition.
+        sliced: manual mesh axes over which w is sliced along E; it is gathered in x's dtype, and its gradient summed
+            over the devices in float32, a slice for each, before the loss is returned.
 
     Returns:
         The loss (nats), and without gradient a dict: nll_sum (weighted), weight_sum and nll [B T] (not weighted).
     """
-    if x.ndim != 3 or w.ndim != 2 or x.shape[-1] != w.shape[-1]:
-        raise ValueError(f"{x.shape=} and {w.shape=} must be [B T E] and [W E] with the same E")
+    devices = jax.lax.axis_size(sliced) if sliced else 1
+    if x.ndim != 3 or w.ndim != 2 or x.shape[-1] != w.shape[-1] * devices:
+        raise ValueError(f"{x.shape=} and {w.shape=} must be [B T E] and [W E / {devices}] with the same E")
     if labels.shape != x.shape[:2] or weights.shape != x.shape[:2]:
         raise ValueError(f"{labels.shape=} and {weights.shape=} must be {x.shape[:2]}, the [B T] of x")
     if chunk < 1:
@@ -76,9 +80,15 @@ def cross_entropy(
     for a in (x, w, labels, weights):
         missing = tuple(varying - jax.typeof(a).manual_axis_type.varying)
         args.append(jax.lax.pcast(a, missing, to="varying") if missing else a)
-    loss, nll = _loss(piece, float(z_loss), *args)
+    loss, nll = _loss(piece, float(z_loss), sliced, *args)
     nll = jax.lax.stop_gradient(nll)
     return loss, {"nll_sum": jnp.sum(weights * nll), "weight_sum": jnp.sum(weights), "nll": nll}
+
+
+def gathered(w: Float[Array, "W e"], sliced: tuple[str, ...]) -> Float[Array, "W E"]:
+    """The whole of a head that is sliced along E over manual mesh axes."""
+    with jax.named_scope("gather"):
+        return jax.lax.all_gather(w, sliced, axis=1, tiled=True) if sliced else w
 
 
 def _piece(x: Array, w: Array, labels: Array, weights: Array, z_loss: float, grad: bool) -> tuple[Any, ...]:
@@ -100,16 +110,16 @@ def _piece(x: Array, w: Array, labels: Array, weights: Array, z_loss: float, gra
 
 
 def _pieces(
-    piece: int, z_loss: float, x: Array, w: Array, labels: Array, weights: Array, grad: bool
+    piece: int, z_loss: float, sliced: tuple[str, ...], x: Array, w: Array, labels: Array, weights: Array, grad: bool
 ) -> tuple[Any, ...]:
     """`_piece` over the whole sequence: nll, lse, and with `grad` dx, dw (float32)."""
     T = x.shape[1]
     whole = T // piece
-    cast = w.astype(x.dtype)
+    cast = gathered(w.astype(x.dtype), sliced)
     # Outputs are carried, not stacked, and dx takes the place of x: no transposed copies of [B T E] are made.
     carry: dict[str, Array] = {"nll": jnp.zeros_like(weights), "lse": jnp.zeros_like(weights)}
     if grad:
-        carry |= {"dx": x, "dw": jnp.zeros_like(w, jnp.float32)}
+        carry |= {"dx": x, "dw": jnp.zeros_like(cast, jnp.float32)}
 
     def step(carry: dict[str, Array], start: Any, size: int) -> dict[str, Array]:
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
@@ -128,24 +138,33 @@ def _pieces(
         )
     if T % piece:
         carry = step(carry, whole * piece, T % piece)
+    if grad and sliced:
+        with jax.named_scope("scatter"):
+            carry["dw"] = jax.lax.psum_scatter(carry["dw"], sliced, scatter_dimension=1, tiled=True)
     return tuple(carry[name] for name in ("nll", "lse", "dx", "dw") if name in carry)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(piece: int, z_loss: float, x: Array, w: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
-    nll, lse = _pieces(piece, z_loss, x, w, labels, weights, grad=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _loss(
+    piece: int, z_loss: float, sliced: tuple[str, ...], x: Array, w: Array, labels: Array, weights: Array
+) -> tuple[Array, Array]:
+    nll, lse = _pieces(piece, z_loss, sliced, x, w, labels, weights, grad=False)
     return jnp.sum(weights * (nll + z_loss * lse**2)), nll
 
 
-def _loss_forward(piece: int, z_loss: float, x: Array, w: Array, labels: Array, weights: Array) -> tuple[Any, Any]:
-    nll, lse, dx, dw = _pieces(piece, z_loss, x, w, labels, weights, grad=True)
+def _loss_forward(
+    piece: int, z_loss: float, sliced: tuple[str, ...], x: Array, w: Array, labels: Array, weights: Array
+) -> tuple[Any, Any]:
+    nll, lse, dx, dw = _pieces(piece, z_loss, sliced, x, w, labels, weights, grad=True)
     per_token = nll + z_loss * lse**2
     # An array of no elements carries w's dtype, which is no array type itself.
     return (jnp.sum(weights * per_token), nll), (dx, dw, per_token, jnp.zeros_like(w, shape=(0,)))
 
 
-def _loss_backward(piece: int, z_loss: float, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    del piece, z_loss
+def _loss_backward(
+    piece: int, z_loss: float, sliced: tuple[str, ...], residuals: Any, cotangents: tuple[Array, Array]
+) -> tuple[Any, ...]:
+    del piece, z_loss, sliced
     dx, dw, per_token, like_w = residuals
     scalar, _ = cotangents  # the nll carries no gradient
     return (dx * scalar.astype(dx.dtype)), (dw * scalar).astype(like_w.dtype), None, per_token * scalar

@@ -25,7 +25,7 @@ from longattn.models.transformer import Transformer, head, init_params
 from longattn.ops import dispatch
 from longattn.parallel import mesh as meshes
 from longattn.train.data import Batch
-from longattn.train.loss import cross_entropy, labels_and_weights
+from longattn.train.loss import cross_entropy, gathered, labels_and_weights
 
 Params = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
@@ -127,21 +127,26 @@ def _hidden(params: Params, batch: Batch, config: Config, context: Context | Non
 
 
 def _token_sums(context: Context | None, f: Callable[..., Any], x: Array, w: Array, *rest: Array) -> Any:
-    """f(x [B T E], w, *rest [B T]), a tree of sums over tokens: on a mesh over each device's own, then over devices.
+    """f(sliced, x [B T E], w, *rest [B T]), sums over tokens: on a mesh over each device's own, then over all.
 
     The loss walks over the sequence in pieces. In a shard_map each device walks over its own part; outside of one, the
-    pieces would lie on one device after the other.
+    pieces would lie on one device after the other. There the head is sliced along E over the axes `sliced`.
     """
     if not _spread(context):
-        return f(x, w, *rest)
+        return f((), x, w, *rest)
     tokens = meshes.fit(context.tokens, context.mesh)
+    slices = meshes.fit(P(None, meshes.SLICED), context.mesh)
     axes = (*tokens[0], tokens[1])
 
     @functools.partial(
-        jax.shard_map, mesh=context.mesh, in_specs=(tokens, P(), *(tokens for _ in rest)), out_specs=P(), check_vma=True
+        jax.shard_map,
+        mesh=context.mesh,
+        in_specs=(tokens, slices, *(tokens for _ in rest)),
+        out_specs=P(),
+        check_vma=True,
     )
     def local(*arrays: Array) -> Any:
-        return jax.lax.psum(f(*dispatch.vary_together(arrays)), axes)
+        return jax.lax.psum(f(slices[1], *dispatch.vary_together(arrays)), axes)
 
     return local(x, w, *rest)
 
@@ -151,9 +156,11 @@ def _sum_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed loss and negative log-likelihood (nats, not means) of one micro-batch."""
 
-    def sums(x: Array, w: Array, labels: Array, weights: Array) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def sums(
+        sliced: tuple[str, ...], x: Array, w: Array, labels: Array, weights: Array
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         c = config.optimiser
-        total, aux = cross_entropy(x, w, labels, weights, chunk=c.loss_chunk, z_loss=c.z_loss)
+        total, aux = cross_entropy(x, w, labels, weights, chunk=c.loss_chunk, z_loss=c.z_loss, sliced=sliced)
         return total, aux["nll_sum"]
 
     x = _hidden(params, batch, config, context)
@@ -230,9 +237,17 @@ def _eval_step(config: Config, context: Context | None, params: Params, batch: B
 
 
 def _eval_sums(
-    chunk: int, length: int, x: Array, w: Array, labels: Array, weights: Array, positions: Array
+    chunk: int,
+    length: int,
+    sliced: tuple[str, ...],
+    x: Array,
+    w: Array,
+    labels: Array,
+    weights: Array,
+    positions: Array,
 ) -> dict[str, Array]:
     """The sums of `eval_step` over these tokens, of sequences of that length."""
+    w = gathered(w.astype(x.dtype), sliced)
     _, aux = cross_entropy(x, w, labels, weights, chunk=chunk)
 
     B, T = labels.shape
@@ -241,7 +256,7 @@ def _eval_sums(
 
     def hits(pair: tuple[Float[Array, "C E"], Int[Array, " C"]]) -> Float[Array, " C"]:
         x, label = pair
-        logits = jnp.einsum("CE,WE->CW", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("CE,WE->CW", x, w, preferred_element_type=jnp.float32)
         return (jnp.argmax(logits, axis=-1) == label).astype(jnp.float32)
 
     pieces = (

@@ -75,23 +75,24 @@ def test_rules_hold_for_stacked_layers_and_for_moments():
     state = {"params": tree(), "opt_state": ({"mu": tree(), "count": jax.ShapeDtypeStruct((), np.int32)},)}
     specs = jax.tree.map(lambda s: s.spec, meshes.shardings(mesh, state))
     p = specs["params"]
-    assert p["embedding"] == P(None, "fsdp")
+    assert p["embedding"] == P(None, ("fsdp", "seq"))
     assert p["norm"]["scale"] == P()
-    assert p["layer_0"]["mixer"] == {"q": P("fsdp", "tensor", None), "sinks": P("tensor"), "q_norm": {"scale": P()}}
-    assert p["layers"]["layer_0"]["mixer"]["q"] == P(None, "fsdp", "tensor", None)
-    assert p["layers"]["layer_0"]["mlp"]["down"] == P(None, "tensor", "fsdp")
+    q = P(("fsdp", "seq"), "tensor", None)
+    assert p["layer_0"]["mixer"] == {"q": q, "sinks": P("tensor"), "q_norm": {"scale": P()}}
+    assert p["layers"]["layer_0"]["mixer"]["q"] == P(None, ("fsdp", "seq"), "tensor", None)
+    assert p["layers"]["layer_0"]["mlp"]["down"] == P(None, "tensor", ("fsdp", "seq"))
     assert specs["opt_state"][0] == {"mu": p, "count": P()}
 
 
 def test_axes_that_the_mesh_lacks_are_left_out():
     mesh = AbstractMesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
     assert meshes.fit(P(("data", "fsdp"), "seq", "tensor"), mesh) == P(("data",), "seq", None)
-    assert meshes.shardings(mesh, tree())["embedding"].spec == P(None, None)
+    assert meshes.shardings(mesh, tree())["embedding"].spec == P(None, ("seq",))
 
 
 def test_what_does_not_divide_or_has_no_rule_is_refused():
     mesh = make_mesh(1, 4, 1, 2)
-    with pytest.raises(ValueError, match=r"axis 1 of embedding, of shape \[257, 6\], must be a multiple of 4"):
+    with pytest.raises(ValueError, match=r"axis 1 of embedding, of shape \[257, 6\], must be a multiple of 8"):
         meshes.shardings(mesh, tree(E=6))
     with pytest.raises(ValueError, match=r"layer_0/mixer/gate, of shape \[8\], is matched by no sharding rule"):
         meshes.shardings(mesh, {"layer_0": {"mixer": {"gate": jax.ShapeDtypeStruct((8,), np.float32)}}})

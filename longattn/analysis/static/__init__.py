@@ -1,4 +1,4 @@
-"""What compilers say of kernels for accelerators that are not there: schedules, slots, spills."""
+"""What compilers say of kernels for accelerators that are not there: schedules, slots, spills, instructions."""
 
 from longattn.analysis.static.command import ProfileOptions, run
 

@@ -1,0 +1,213 @@
+"""`longattn plan`: the options, the machine's shape, the search, the document."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from longattn.analysis import aot, cost
+from longattn.analysis.plan import program, search, show, topology
+from longattn.analysis.plan.topology import Topology
+from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, to_json
+from longattn.parallel.api import STRATEGIES
+from longattn.train.record import commit, write_whole
+
+VERSION = 1
+_LONGEST = 2**27  # tokens; positions are int32, and nobody has asked for more
+_TILE = 128  # lengths searched are multiples of this on each device
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What one training step needs and takes on a machine that need not be there: it is compiled for it, not run."""
+
+    topology: str = "v5e:4x4"  # v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, h100:8, h100:8x8 (hosts x GPUs), ...
+    search: Literal["max-length", "max-batch", "min-devices"] | None = None  # the largest, or the fewest, that fit
+    strategies: Literal["all"] | None = None  # every way to spread attention over the mesh, side by side
+    html: str = ""  # also write this page
+    cache: bool = True  # keep what was found out of each program in the user's cache folder
+    timeout: float = 1800.0  # seconds for one compilation
+    json: bool = False  # print one JSON document instead of the tables
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=ByteLM)  # only T and B are read
+    mesh: Mesh = field(default_factory=Mesh)  # all 1: rows over fsdp as far as they go, positions over seq
+    optimiser: Optimiser = field(default_factory=Optimiser)
+
+    def __post_init__(self) -> None:
+        where = topology.parse(self.topology)
+        if self.timeout <= 0:
+            raise ValueError(f"timeout={self.timeout:g} must be positive")
+        if self.search is not None and self.strategies is not None:
+            raise ValueError(f"search={self.search} and strategies={self.strategies}: ask for one of them at a time")
+        if self.search == "min-devices" and self.mesh.size > 1:
+            raise ValueError(f"search=min-devices chooses the mesh for each machine: leave {self.mesh=} out")
+        if self.mesh.size not in (1, where.size):
+            raise ValueError(
+                f"the mesh has {self.mesh.size} devices, {where.name} has {where.size}: change the sizes of the mesh, "
+                "or leave them out"
+            )
+
+    def config(self, where: Topology, **changes: Any) -> Config:
+        """What is to be compiled for `where`; `changes`: T, B, strategy.
+
+        Raises:
+          ValueError: where no mesh of that many devices divides the rows and the positions.
+        """
+        data = dataclasses.replace(self.data, **{k: v for k, v in changes.items() if k in ("T", "B")})
+        mesh = self.mesh
+        if mesh.size == 1 and where.size > 1:
+            mesh = _chosen(self.model, data.T, data.B // self.optimiser.accumulate, where, mesh)
+        if "strategy" in changes:
+            mesh = dataclasses.replace(mesh, strategy=changes["strategy"])
+        return Config(model=self.model, data=data, mesh=mesh, optimiser=self.optimiser)
+
+
+def _chosen(model: Model, T: int, rows: int, where: Topology, mesh: Mesh) -> Mesh:
+    """Rows go over fsdp as far as they go, what devices are left over take parts of the sequence."""
+    n = where.size
+    if model.E % n:
+        raise ValueError(
+            f"{n} devices must divide {model.E=} to share the parameters: say the mesh, such as --mesh.data"
+        )
+    for fsdp in sorted((f for f in range(1, n + 1) if n % f == 0 and rows % f == 0), reverse=True):
+        if T % (n // fsdp) == 0:
+            return dataclasses.replace(mesh, fsdp=fsdp, seq=n // fsdp)
+    raise ValueError(f"{n} devices cannot share {rows} rows of {T=}: choose multiples of {n}, or say the mesh")
+
+
+def run(options: PlanOptions, name: str, console: Console | None = None) -> dict[str, Any]:
+    """Compile, and print tables (or, with `json`, the document that is returned).
+
+    Args:
+      options: what to compile.
+      name: of the model, for titles.
+      console: where to print.
+    """
+    where = topology.parse(options.topology)
+    where.environment()  # a compiler that is not installed is told before anything else
+    document: dict[str, Any] = {
+        "version": VERSION,
+        "kind": "plan",
+        "model": name,
+        "parameters": cost.parameters(options.model).total,
+        "topology": where.name,
+        "options": {
+            "search": options.search,
+            "strategies": options.strategies,
+            "config": json.loads(to_json(options.config(where)))["config"] if options.search is None else None,
+        },
+        "versions": {"jax": jax.__version__, **_compilers(where)},
+        "commit": commit(),
+    }
+    with _Compiler(options) as compiler:
+        if options.search is not None:
+            document |= _search(options, where, compiler)
+        elif options.strategies is not None:
+            document["rows"] = [compiler(where, strategy=s) for s in STRATEGIES]
+            document["recommended"] = _recommended(document["rows"])
+        else:
+            document["rows"] = [compiler(where)]
+    if options.html:
+        write_whole(Path(options.html), show.page(document))
+        print(f"wrote {options.html}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(document))
+    else:
+        show.tables(console or Console(), document)
+    return document
+
+
+def _compilers(where: Topology) -> dict[str, str]:
+    return aot.cuda_versions() if where.is_gpu else {"libtpu": aot.libtpu_version()}
+
+
+class _Compiler:
+    """Compiles and says on stderr what it is at."""
+
+    def __init__(self, options: PlanOptions):
+        self.options = options
+        self.progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True),
+            transient=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> _Compiler:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.stop()
+
+    def __call__(self, where: Topology, **changes: Any) -> dict[str, Any]:
+        """One row of the document: what was asked for, and what came out or the reason why nothing did."""
+        o = self.options
+        asked = {"topology": where.name, "T": o.data.T, "B": o.data.B, "strategy": o.mesh.strategy, **changes}
+        try:
+            config = o.config(where, **changes)
+        except ValueError as error:
+            return {**asked, "devices": where.size, "reason": str(error)}
+        sizes = {axis: n for axis, n in dataclasses.asdict(config.mesh).items() if isinstance(n, int)}
+        said = f"{where.name}, T {config.data.T:,}, B {config.data.B:,}, {config.mesh.strategy}"
+        task = self.progress.add_task(f"compiling for {said}")
+        row = {**asked, "devices": where.size, "mesh": sizes}
+        row |= program.facts(config, where, o.timeout, program.cache_folder() if o.cache else None)
+        self.progress.remove_task(task)
+        verdict = "no program" if "reason" in row else f"{row['hbm_bytes'] / 2**30:.2f} GiB"
+        self.progress.console.print(f"{said}: {verdict}", highlight=False)
+        return row
+
+
+def _search(options: PlanOptions, where: Topology, compiler: _Compiler) -> dict[str, Any]:
+    """{"rows": every program tried, "found": the one searched for or None, "beyond": the next, which does not fit}."""
+    rows: list[dict[str, Any]] = []
+    data = options.data
+
+    def tried(where: Topology, **changes: Any) -> bool:
+        rows.append(compiler(where, **changes))
+        return bool(rows[-1].get("fits"))
+
+    if options.search == "min-devices":
+        machines = where.smaller()
+        at = search.smallest(lambda i: tried(machines[i]), len(machines))
+        found = None if at is None else machines[at].name
+        beyond = machines[at - 1].name if at else where.name if at is None else None
+        by: Callable[[dict[str, Any]], Any] = lambda row: row["topology"]
+    else:
+        key = "T" if options.search == "max-length" else "B"
+        mesh = options.mesh
+        if mesh.size == 1 and where.size > 1:  # the mesh stays while T or B grows
+            T = where.size * _TILE if key == "T" else data.T
+            mesh = _chosen(options.model, T, data.B // options.optimiser.accumulate, where, mesh)
+            compiler.options = dataclasses.replace(options, mesh=mesh)
+        unit = mesh.seq * _TILE if key == "T" else mesh.data * mesh.fsdp * options.optimiser.accumulate
+        limit = _LONGEST if key == "T" else max(unit, _LONGEST // data.T)
+        found, beyond = search.largest(lambda n: tried(where, **{key: n}), getattr(data, key), unit, limit)
+        by = lambda row: row[key]
+    pick = lambda value: next((row for row in rows if by(row) == value), None)
+    return {"rows": rows, "found": pick(found), "beyond": pick(beyond)}
+
+
+def _recommended(rows: list[dict[str, Any]]) -> str:
+    """One sentence: which strategy, and why."""
+    fit = [row for row in rows if row.get("fits")]
+    if not fit:
+        least = min((row for row in rows if "hbm_bytes" in row), key=lambda row: row["hbm_bytes"], default=None)
+        if least is None:
+            return "None: no strategy accepts this model on this mesh."
+        over = (least["hbm_bytes"] - least["hbm_limit"]) / 2**30
+        return f"None fits: {least['strategy']} needs least, and {over:.2f} GiB more than there are."
+    best = min(fit, key=lambda row: row["seconds"]["bound"])
+    others = [row for row in fit if row is not best]
+    bound = f"{best['seconds']['bound']:.3g} s a step"
+    why = f"its bound of {bound} is the lowest of {len(fit)} that fit" if others else f"it fits, and no other ({bound})"
+    waits = best["seconds"]["exposed"] / best["seconds"]["bound"]
+    return f"{best['strategy']}: {why}; at published rates devices wait for each other {waits:.0%} of it."

@@ -1,0 +1,227 @@
+"""The project's own train step, compiled for a machine that need not be there, and what its program says of itself.
+
+`facts` works in the process that asks; `compile_step` is its child, which has the machine's compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from longattn.analysis import aot, cost, hlo
+from longattn.analysis.plan import memory, topology
+from longattn.analysis.plan.timeline import Rates, Totals, walk
+from longattn.analysis.plan.topology import Topology
+from longattn.config import Config, from_json, to_json
+from longattn.models.context import Context
+from longattn.parallel import mesh as meshes
+from longattn.train import step as steps
+
+VERSION = 1  # of what is kept in the cache
+
+# Devices of a node, and bytes per second that one of its GPUs receives from other nodes: one 400 Gbit/s adapter per
+# GPU in NVIDIA's DGX H100, H200 and B200, 200 Gbit/s in its DGX A100.
+_NODE = 8
+_NETWORK = {"a100-40": 25e9, "a100-80": 25e9, "h100": 50e9, "h200": 50e9, "b200": 50e9}
+
+
+def cache_folder() -> Path:
+    """Where compiled programs' facts are kept."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "longattn" / "plan"
+
+
+def facts(config: Config, where: Topology, timeout: float, cache: Path | None = None) -> dict[str, Any]:
+    """What `compile_step` found out, or {"reason": why there is no program}.
+
+    Args:
+      config: the model, its data, mesh and optimiser; the mesh has as many devices as `where`.
+      where: the machine.
+      timeout: seconds for the compiler.
+      cache: a folder of earlier answers, by the hash of the lowered program; None keeps nothing.
+
+    Raises:
+      ValueError: where the machine's compiler is not installed.
+    """
+    request = {"config": to_json(config), "topology": where.name, "cache": None if cache is None else str(cache)}
+    return aot.call("longattn.analysis.plan.program:compile_step", request, where.environment(), timeout)
+
+
+def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
+    """One train step compiled: memory, collectives, FLOPs and a bound on its time, of one device.
+
+    A program that the compiler refuses for its memory has `fits` false and the memory it needs, but no time.
+    """
+    config, where = from_json(request["config"]), topology.parse(request["topology"])
+    devices = where.devices()
+    context, state, batch = _arguments(config, devices)
+    began = time.perf_counter()
+    with _target(where, context, devices):
+        lowered = steps.train_step(config, context).trace(state, batch).lower()
+    kept = None
+    if request["cache"]:
+        key = hashlib.sha256(f"{VERSION} {where.name} {_compiler(where)} {lowered.as_text()}".encode()).hexdigest()
+        kept = Path(request["cache"]) / f"{key}.json"
+        if kept.is_file():
+            return {**json.loads(kept.read_text()), "cached": True}
+    with tempfile.TemporaryDirectory(prefix="longattn_plan_") as name:
+        answer = _compiled(lowered, config, where, state, Path(name))
+    answer |= {"compile_seconds": time.perf_counter() - began, "cached": False}
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(answer))
+        part.replace(kept)
+    return answer
+
+
+def _compiler(where: Topology) -> str:
+    return json.dumps(aot.cuda_versions()) if where.is_gpu else aot.libtpu_version()
+
+
+def _arguments(config: Config, devices: list[Any]) -> tuple[Context | None, Any, Any]:
+    """(context, shapes of the state, shapes of the batch), as they lie on the devices."""
+    c = config.mesh
+    if c.size == 1:
+        alone = SingleDeviceSharding(devices[0])
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone)
+        return None, jax.tree.map(place, steps.state_shapes(config)), jax.tree.map(place, steps.batch_shapes(config))
+    context = Context(mesh=meshes.make_mesh(c.data, c.fsdp, c.tensor, c.seq, devices=devices), strategy=c.strategy)
+    lies = steps.batch_sharding(config, context)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), steps.batch_shapes(config))
+    return context, steps.state_shapes(config, context), batch
+
+
+@contextlib.contextmanager
+def _target(where: Topology, context: Context | None, devices: list[Any]) -> Iterator[None]:
+    """Back ends and kernels are chosen for the machine, not for this process's own device."""
+    mesh = context.mesh if context else meshes.make_mesh(devices=devices[:1])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
+        if where.is_gpu:  # Mosaic asks the default device
+            stack.enter_context(jax.default_device(devices[0]))
+        yield
+
+
+def _compiled(lowered: Any, config: Config, where: Topology, state: Any, folder: Path) -> dict[str, Any]:
+    try:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+        text, refused = compiled.as_text(), None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        text, refused = _dumped(folder), " ".join(str(error).split("\n")[0].split())
+    program = hlo.parse(text)
+    needed, buffers = memory.account(folder, program, _weights(state))
+    answer: dict[str, Any] = {
+        "fits": refused is None and needed <= where.hbm_bytes,
+        "refused": refused,
+        "hbm_bytes": needed,
+        "hbm_limit": where.hbm_bytes,
+        "by_kind": memory.by_kind(buffers),
+        "buffers": [vars(b) for b in buffers[:40]],
+    }
+    if refused is None:
+        stats = compiled.memory_analysis()
+        answer |= {
+            "argument_bytes": stats.argument_size_in_bytes,
+            "output_bytes": stats.output_size_in_bytes,
+            "aliased_bytes": stats.alias_size_in_bytes,
+            "temporary_bytes": needed - stats.argument_size_in_bytes,
+            "code_bytes": stats.generated_code_size_in_bytes,
+            **_time(program, config, where),
+        }
+    return answer
+
+
+def _dumped(folder: Path) -> str:
+    """The text of a program that was refused."""
+    found = sorted(folder.glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
+    return found[-1].read_text()
+
+
+def _weights(state: Any) -> Iterator[tuple[int, ...]]:
+    """Shapes in which matrices are met: as they lie on a device, and whole, but never all layers of a whole one."""
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+        stacked = re.search(meshes.STACKED, jax.tree_util.keystr(path, simple=True, separator="/"))
+        local = x.sharding.shard_shape(x.shape)
+        yield local
+        yield x.shape[1:] if stacked else x.shape
+        if stacked:
+            yield local[1:]
+
+
+def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, Any]:
+    """FLOPs, bytes, collectives and the bound on the step's time."""
+    name = where.chip.name
+    rates = Rates(
+        where.peak_flops, where.hbm_bandwidth, where.link_bandwidth,
+        _NETWORK.get(name, where.link_bandwidth), _NODE if where.is_gpu else where.size,
+    )  # fmt: skip
+    totals = walk(program, rates)
+    attention = _attention_flops(config) if totals.unknown else 0.0
+    seconds = totals.seconds + attention / rates.flops
+    model = cost.step_flops(config) / where.size
+    return {
+        "flops": totals.flops + attention,
+        "attention_flops_by_formula": attention,
+        "model_flops": model,
+        "hbm_traffic": totals.hbm_bytes,
+        "seconds": {
+            "bound": seconds,
+            "compute": totals.compute + attention / rates.flops,
+            "exposed": totals.exposed,
+            "products": (totals.flops + attention) / rates.flops,
+            "hbm": totals.hbm_bytes / rates.hbm,
+        },
+        "mfu_bound": model / rates.flops / seconds,
+        "collectives": _collectives(totals, rates),
+        "not_counted": sorted(totals.unknown),
+    }
+
+
+def _attention_flops(config: Config) -> float:
+    """FLOPs of one step's attention on the device that has most of it, blockwise attention's recomputation included.
+
+    Under a causal mask the last part of the sequence sees most keys; with a contiguous layout one device has it.
+    """
+    model, c = config.model, config.mesh
+    rows = config.data.B / (c.data * c.fsdp)
+    forwards = 2 if model.remat == "full" else 1
+    total = 0.0
+    for mixer in model.layers:
+        pairs = max(cost.pairs_by_part(mixer.mask, config.data.T, c.seq))
+        flops = cost.attention_flops(pairs, model.H // c.tensor, model.D)
+        total += rows * (forwards * flops.forward + flops.backward + flops.recompute)
+    return total
+
+
+def _collectives(totals: Totals, rates: Rates) -> list[dict[str, Any]]:
+    """One row for each kind of collective in each scope, with the most bytes first."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for (what, asynchronous), runs in totals.collectives.items():
+        key = (what.kind, len(what.group), memory.short(what.scope), asynchronous)
+        row = rows.setdefault(
+            key,
+            {
+                "kind": what.kind, "devices": len(what.group), "axes": what.axes, "scope": key[2],
+                "asynchronous": asynchronous, "runs": 0.0, "bytes": 0.0, "exposed_seconds": 0.0, "seconds": 0.0,
+            },
+        )  # fmt: skip
+        nodes = {device // rates.node for device in what.group}
+        row["runs"] += runs
+        row["bytes"] += runs * what.bytes
+        row["seconds"] += runs * what.bytes / (rates.link if len(nodes) <= 1 else rates.network)
+        row["exposed_seconds"] += totals.waits[what, asynchronous]
+    return sorted(rows.values(), key=lambda row: -row["bytes"])

@@ -1,0 +1,209 @@
+"""A plan for people: tables in the terminal, and a page. Nothing is computed here that is not in the document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from typing import Any
+
+import jinja2
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from longattn.analysis.plan.memory import KINDS
+from longattn.analysis.report.page import style
+
+_GiB = 2**30
+_SHOWN = 12  # buffers, and collectives
+FOOT = (
+    "Compiled, not run. Times are bounds: every instruction at the chip's published peak or bandwidth, every transfer at "
+    "the bandwidth of all links together; attention by formula where its loops depend on data. Real steps take longer."
+)
+
+
+def gib(n: float) -> str:
+    """Bytes for people."""
+    return f"{n / _GiB:.2f} GiB" if n >= 10 * 2**20 else f"{n / 2**20:.2f} MiB"
+
+
+def seconds(s: float) -> str:
+    """A time for people."""
+    return f"{s:.3g} s" if s >= 1 else f"{s * 1e3:.3g} ms" if s >= 1e-3 else f"{s * 1e6:.3g} µs"
+
+
+def title(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """What was compiled."""
+    mesh = " x ".join(f"{axis} {n}" for axis, n in row.get("mesh", {}).items() if n > 1)
+    where = f"{row['topology']} ({row['devices']} devices{': ' + mesh if mesh else ''})"
+    return (
+        f"{document['model']}, {document['parameters'] / 1e9:.2f} B parameters, T {row['T']:,}, B {row['B']:,} on {where}"
+        f"{', ' + row['strategy'] if mesh else ''}"
+    )
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Whether it fits, in one sentence."""
+    if "reason" in row:
+        return f"No program: {row['reason']}"
+    spare = row["hbm_limit"] - row["hbm_bytes"]
+    need = f"{gib(row['hbm_bytes'])} of {gib(row['hbm_limit'])} on each device"
+    return f"Fits: {need}, {gib(spare)} to spare." if row["fits"] else f"Does not fit: {need}, {gib(-spare)} too much."
+
+
+def memory_rows(row: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """What the memory is made of at its peak; the last part is what lies between buffers."""
+    parts = [(kind, row["by_kind"][kind]) for kind in KINDS if row["by_kind"][kind]]
+    return [*parts, ("between buffers", max(0, row["hbm_bytes"] - sum(n for _, n in parts)))]
+
+
+def buffer_rows(row: Mapping[str, Any]) -> list[tuple[str, str, str, int]]:
+    """(name, kind, type, bytes) of the largest buffers; those of equal kind, name and type are one row."""
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for b in row["buffers"]:
+        rows.setdefault((b["name"], b["kind"], b["type"]), []).append(b["bytes"])
+    found = [
+        (name, kind, f"{len(n)} x {type_}" if len(n) > 1 else type_, sum(n)) for (name, kind, type_), n in rows.items()
+    ]
+    return sorted(found, key=lambda r: -r[3])[:_SHOWN]
+
+
+def collective_rows(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """(kind, over, runs, bytes, time, hidden, where) of the largest collectives."""
+    return [
+        (
+            c["kind"],
+            f"{c['axes'] or '-'} ({c['devices']})",
+            f"{c['runs']:,.0f}",
+            gib(c["bytes"]),
+            seconds(c["seconds"]),
+            ("all" if c["exposed_seconds"] <= 1e-3 * c["seconds"] else f"{1 - c['exposed_seconds'] / c['seconds']:.0%}")
+            if c["asynchronous"]
+            else "none",
+            c["scope"] or "-",
+        )
+        for c in row["collectives"][:_SHOWN]
+    ]
+
+
+COLLECTIVES = ("collective", "over (devices)", "runs", "received", "at link rate", "hidden", "in")
+
+
+def time_rows(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Work and time of one step on one device."""
+    s = row["seconds"]
+    by_formula = row["attention_flops_by_formula"]
+    return [
+        ("products", f"{row['flops'] / 1e12:,.2f} TFLOP ({by_formula / row['flops']:.0%} attention, by formula)"),
+        ("of the model", f"{row['model_flops'] / 1e12:,.2f} TFLOP (nothing recomputed, all devices alike)"),
+        ("HBM traffic", gib(row["hbm_traffic"])),
+        ("products at peak", seconds(s["products"])),
+        ("HBM at its bandwidth", seconds(s["hbm"])),
+        ("waiting for others", seconds(s["exposed"])),
+        ("step, at least", f"{seconds(s['bound'])}: at most {row['T'] * row['B'] / s['bound']:,.0f} tokens/s"),
+        ("MFU, at most", f"{row['mfu_bound']:.1%}"),
+        ("compiled in", seconds(row["compile_seconds"]) + (", earlier" if row["cached"] else "")),
+    ]
+
+
+def _grid(heading: str, columns: Iterable[str], left: Iterable[int] = (0,)) -> Table:
+    table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i in left else "right", overflow="fold")
+    return table
+
+
+def tables(console: Console, document: Mapping[str, Any]) -> None:
+    """Print a plan."""
+    rows = document["rows"]
+    if "search" in document["options"] and document["options"]["search"]:
+        _searched(console, document)
+        chosen = document["found"]
+    elif document["options"]["strategies"]:
+        _strategies(console, document)
+        chosen = None
+    else:
+        chosen = rows[0]
+    if chosen is not None:
+        _one(console, document, chosen)
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    console.print(f"{FOOT} {versions}; commit {(document['commit'] or 'unknown')[:12]}.", highlight=False, style="dim")
+
+
+def _one(console: Console, document: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+    console.print(title(document, row), style="bold", highlight=False)
+    fits = row.get("fits")
+    console.print(verdict(row), style="green" if fits else "red", highlight=False)
+    if "reason" in row:
+        return
+    table = _grid("Memory of one device at its peak", ("", "", "share", ""), left=(0, 3))
+    for kind, n in memory_rows(row):
+        share = n / row["hbm_limit"]
+        table.add_row(kind, gib(n), f"{share:.1%}", "█" * min(60, round(40 * share)))
+    console.print(table)
+    table = _grid("Largest buffers", ("name", "kind", "type", "bytes"), left=(0, 1, 2))
+    for name, kind, type_, n in buffer_rows(row):
+        table.add_row(name, kind, type_, gib(n))
+    console.print(table)
+    if "seconds" not in row:
+        return
+    table = _grid("Collectives of one step, as scheduled", COLLECTIVES, left=(0, 1, 6))
+    for cells in collective_rows(row):
+        table.add_row(*cells)
+    if row["collectives"]:
+        console.print(table)
+    table = _grid("One step on one device", ("", ""), left=(0, 1))
+    for cells in time_rows(row):
+        table.add_row(*cells)
+    console.print(table)
+
+
+def _searched(console: Console, document: Mapping[str, Any]) -> None:
+    table = _grid("Programs compiled", ("machine", "devices", "T", "B", "needs", "fits"))
+    for row in sorted(document["rows"], key=lambda row: (row["devices"], row["T"], row["B"])):
+        need = gib(row["hbm_bytes"]) if "hbm_bytes" in row else "-"
+        answer = row.get("reason") or ("yes" if row["fits"] else "no")
+        table.add_row(row["topology"], str(row["devices"]), f"{row['T']:,}", f"{row['B']:,}", need, answer)
+    console.print(table)
+    console.print(found(document), style="bold", highlight=False)
+
+
+def found(document: Mapping[str, Any]) -> str:
+    """What the search found, in one sentence."""
+    what, row, beyond = document["options"]["search"], document["found"], document["beyond"]
+    value = {
+        "max-length": lambda r: f"T = {r['T']:,}",
+        "max-batch": lambda r: f"B = {r['B']:,}",
+        "min-devices": lambda r: f"{r['topology']} ({r['devices']} devices)",
+    }[what]
+    if row is None:
+        return f"Nothing fits: not even {value(beyond)}."
+    return f"{value(row)} fits; " + (f"{value(beyond)} does not." if beyond else "nothing beyond was tried.")
+
+
+def _strategies(console: Console, document: Mapping[str, Any]) -> None:
+    table = _grid("Strategies", ("strategy", "needs", "fits", "received", "waiting", "step, at least", "MFU, at most"))
+    for row in document["rows"]:
+        if "reason" in row:
+            table.add_row(row["strategy"], "-", row["reason"])
+            continue
+        timed = "seconds" in row
+        table.add_row(
+            row["strategy"],
+            gib(row["hbm_bytes"]),
+            "yes" if row["fits"] else "no",
+            gib(sum(c["bytes"] for c in row["collectives"])) if timed else "-",
+            seconds(row["seconds"]["exposed"]) if timed else "-",
+            seconds(row["seconds"]["bound"]) if timed else "-",
+            f"{row['mfu_bound']:.1%}" if timed else "-",
+        )
+    console.print(table)
+    console.print(f"Recommended: {document['recommended']}", style="bold", highlight=False)
+
+
+def page(document: Mapping[str, Any]) -> str:
+    """The plan as a page of HTML that needs nothing else."""
+    folder = resources.files("longattn.analysis.plan")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(folder.joinpath("page.html.j2").read_text())
+    return template.render(document=document, show=globals(), style=style())

@@ -1,0 +1,175 @@
+"""A compiled program's schedule walked through at a chip's published rates: a bound on the time of a step.
+
+Each instruction takes the longer of its products at the chip's peak and its bytes at the memory's bandwidth; what a
+device receives takes its bytes at the bandwidth of all its links. A synchronous collective stops the chip. One that is
+started and awaited later is hidden behind what runs between: links work through what has been started in order, and
+where the wait comes too early the chip stands still for the rest.
+
+Everything real is slower: nothing reaches its peak, links of a torus are rarely all in use, latencies are left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from longattn.analysis import hlo
+from longattn.analysis.hlo import Collective, Computation, Instruction, Program
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one device can do per second at most."""
+
+    flops: float  # bfloat16 products
+    hbm: float  # bytes from and to its memory
+    link: float  # bytes received from its node or pod
+    network: float  # bytes received from another node
+    node: int  # devices of a node, in the program's order
+
+
+@dataclass
+class Totals:
+    """One device's step, or a part of it."""
+
+    flops: float = 0.0  # of matrix products
+    hbm_bytes: float = 0.0
+    compute: float = 0.0  # seconds in which instructions run
+    exposed: float = 0.0  # seconds in which the chip only waits for others
+    collectives: Counter[tuple[Collective, bool]] = field(default_factory=Counter)  # runs of (which, asynchronous)
+    waits: Counter[tuple[Collective, bool]] = field(default_factory=Counter)  # seconds of `exposed` due to each
+    unknown: Counter[str] = field(default_factory=Counter)  # runs of loops whose bound is data, by scope; not counted
+
+    def add(self, other: Totals, times: float = 1.0) -> None:
+        self.flops += times * other.flops
+        self.hbm_bytes += times * other.hbm_bytes
+        self.compute += times * other.compute
+        self.exposed += times * other.exposed
+        for mine, theirs in (
+            (self.collectives, other.collectives), (self.waits, other.waits), (self.unknown, other.unknown),
+        ):  # fmt: skip
+            for key, n in theirs.items():
+                mine[key] += times * n
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.exposed
+
+
+def walk(program: Program, rates: Rates) -> Totals:
+    """The whole program's totals. Loops whose bound is data are left out and named; of branches the longest counts."""
+    return _Walk(program, rates).computation(program.entry)
+
+
+@dataclass
+class _Sent:
+    """A collective on its way."""
+
+    name: str  # of the instruction that started it
+    channel: str | None
+    what: Collective
+    left: float  # seconds of the links' time
+
+
+class _Walk:
+    def __init__(self, program: Program, rates: Rates) -> None:
+        self.program, self.rates = program, rates
+        self.done: dict[str, Totals] = {}
+
+    def computation(self, computation: Computation) -> Totals:
+        if computation.name not in self.done:
+            self.done[computation.name] = self._computation(computation)
+        return self.done[computation.name]
+
+    def _computation(self, computation: Computation) -> Totals:
+        totals, sent = Totals(), deque[_Sent]()
+        for instruction in computation.instructions:
+            opcode = instruction.opcode
+            if opcode == "while":
+                runs = hlo.trips(self.program, computation, instruction)
+                if runs is None:
+                    totals.unknown[instruction.scope] += 1
+                    continue
+                inner = self.computation(self.program.computations[instruction.attribute("body")])
+                totals.add(inner, runs)
+                self._hide(sent, runs * inner.compute)
+            elif opcode == "conditional":
+                longest = max(map(self.computation, self.program.branches(instruction)), key=lambda t: t.seconds)
+                totals.add(longest)
+                self._hide(sent, longest.compute)
+            elif opcode == "call":
+                totals.add(self.computation(self.program.computations[instruction.attribute("to_apply")]))
+            else:
+                self._one(computation, instruction, totals, sent)
+        for left in sent:  # awaited outside of this computation, if at all: charged here
+            totals.exposed += left.left
+            totals.waits[left.what, True] += left.left
+        return totals
+
+    def _one(self, computation: Computation, instruction: Instruction, totals: Totals, sent: deque[_Sent]) -> None:
+        role, what = _role(self.program, computation, instruction)
+        if role == "start":
+            totals.collectives[what, True] += 1
+            sent.append(_Sent(instruction.name, self._channel(instruction), what, self._time(what)))
+            return
+        if role == "done":
+            self._wait(computation, instruction, totals, sent)
+            return
+        if role == "whole":
+            totals.collectives[what, False] += 1
+            totals.exposed += self._time(what)
+            totals.waits[what, False] += self._time(what)
+            return
+        flops = hlo.flops(self.program, computation, instruction)
+        moved = hlo.hbm_bytes(self.program, computation, instruction)
+        seconds = max(flops / self.rates.flops, moved / self.rates.hbm)
+        totals.flops += flops
+        totals.hbm_bytes += moved
+        totals.compute += seconds
+        self._hide(sent, seconds)
+
+    @staticmethod
+    def _hide(sent: deque[_Sent], seconds: float) -> None:
+        """The links work while something runs."""
+        for collective in sent:
+            used = min(collective.left, seconds)
+            collective.left -= used
+            seconds -= used
+
+    def _wait(self, computation: Computation, instruction: Instruction, totals: Totals, sent: deque[_Sent]) -> None:
+        """What was started before and awaited here is done, and so is all that was started before it."""
+        names, channel = {name for name, _ in instruction.operands}, self._channel(instruction)
+        at = next((i for i, s in enumerate(sent) if s.name in names or (channel and s.channel == channel)), None)
+        if at is None:
+            return
+        for collective in list(sent)[: at + 1]:
+            totals.exposed += collective.left
+            totals.waits[collective.what, True] += collective.left
+            collective.left = 0.0
+        del sent[at]
+
+    def _channel(self, instruction: Instruction) -> str | None:
+        """The channel of the collective inside a fusion, by which its start and its end are known."""
+        inner = self.program.called(instruction)
+        return next((c for i in inner.instructions if (c := i.attribute("channel_id"))), None) if inner else None
+
+    def _time(self, what: Collective) -> float:
+        nodes = {device // self.rates.node for device in what.group}
+        return what.bytes / (self.rates.link if len(nodes) <= 1 else self.rates.network)
+
+
+def _role(program: Program, computation: Computation, instruction: Instruction) -> tuple[str, Collective | None]:
+    """start, done or whole of a collective; else compute, which may carry one along."""
+    opcode, name = instruction.opcode, instruction.name
+    if opcode == "fusion" and name.startswith("async-collective-done"):
+        return "done", None
+    if opcode.endswith("-done") and opcode != "copy-done":
+        return "done", None
+    inner = program.called(instruction) if opcode == "fusion" else None
+    if inner is not None and inner.name.startswith("async_collective_fusion"):
+        return "compute", None
+    what = hlo.collective(program, computation, instruction)
+    if what is None:
+        return "compute", None
+    started = opcode.endswith("-start") or name.startswith("async-collective-start")
+    return ("start" if started else "whole"), what

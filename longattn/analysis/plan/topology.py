@@ -1,0 +1,109 @@
+"""Machines by name: `v5e:16x16`, `v5p:8x8x8`, `v6e:16x16`, `tpu7x:4x4x4`, `h100:8`, `h100:8x8` (hosts x their GPUs)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from jax.experimental import topologies
+
+from longattn.analysis import aot, hardware
+from longattn.analysis.hardware import Chip
+from longattn.shapes import suggest
+
+_NODE = 8  # GPUs of one host of those that CHIPS lists
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Accelerators that need not be there."""
+
+    chip: Chip
+    dims: tuple[int, ...]  # chips along each axis of the torus; of GPUs (hosts, GPUs of a host)
+
+    @property
+    def name(self) -> str:
+        dims = self.dims[1:] if self.is_gpu and self.dims[0] == 1 else self.dims
+        return f"{self.chip.name}:{'x'.join(map(str, dims))}"
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.chip.name in hardware.GPUS
+
+    @property
+    def size(self) -> int:
+        """JAX devices."""
+        return math.prod(self.dims) * self.chip.devices
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Memory of one device that a program may use."""
+        if self.is_gpu:
+            return self.chip.hbm_bytes
+        return hardware.TENSOR_CORES[self.chip.name].hbm_usable
+
+    @property
+    def peak_flops(self) -> float:
+        """bfloat16 FLOP/s of one device."""
+        return self.chip.peak_bf16_flops / self.chip.devices
+
+    @property
+    def hbm_bandwidth(self) -> float:
+        """Bytes/s of one device."""
+        return self.chip.hbm_bandwidth / self.chip.devices
+
+    @property
+    def link_bandwidth(self) -> float:
+        """Bytes/s that one device receives over all its links together; GPUs: NVLink, within a host."""
+        return self.chip.link_bandwidth / 2 / self.chip.devices
+
+    def environment(self) -> dict[str, str]:
+        """The variables of a process that compiles for it. Raises ValueError where its compiler is not installed."""
+        return aot.cuda_environment() if self.is_gpu else aot.tpu_environment()
+
+    def devices(self) -> list[Any]:
+        """Its devices, in a process that has `environment()`."""
+        if self.is_gpu:
+            return list(aot.gpu_topology(self.chip.name, *self.dims).devices)
+        return list(topologies.get_topology_desc(topology_name=self.name, platform="tpu").devices)
+
+    def smaller(self) -> list[Topology]:
+        """This machine and those of its kind with fewer devices, smallest first, each twice the one before."""
+        ladder, dims = [self.dims], list(self.dims)
+        while math.prod(dims) > 1:
+            # A torus is halved along its longest axis; of GPUs, hosts are left out before GPUs of a host.
+            i = 0 if self.is_gpu and dims[0] > 1 else dims.index(max(dims)) if not self.is_gpu else 1
+            if dims[i] % 2:
+                break
+            dims[i] //= 2
+            if not self.is_gpu and math.prod(dims) < 4:  # the smallest slice that libtpu describes is one host's
+                break
+            ladder.append(tuple(sorted(dims, reverse=len(dims) == 3)) if not self.is_gpu else tuple(dims))
+        return [Topology(self.chip, d) for d in reversed(ladder)]
+
+
+def parse(name: str) -> Topology:
+    """The topology of a name.
+
+    Raises:
+      ValueError: for a chip that cannot be compiled for, or dimensions that it does not have.
+    """
+    chip, _, dims = name.partition(":")
+    known = [*hardware.TENSOR_CORES, *hardware.GPUS]
+    if chip not in known:
+        raise ValueError(f"topology={name!r} must begin with a chip that can be compiled for; {suggest(chip, known)}")
+    try:
+        sizes = tuple(int(d) for d in dims.split("x"))
+    except ValueError:
+        sizes = ()
+    is_gpu = chip in hardware.GPUS
+    rank = 2 if is_gpu else hardware.TENSOR_CORES[chip].topology.partition(":")[2].count("x") + 1
+    if is_gpu and len(sizes) == 1:
+        sizes = (1, *sizes)
+    if len(sizes) != rank or min(sizes, default=0) < 1:
+        example = f"{chip}:8 or {chip}:4x8 (hosts x GPUs)" if is_gpu else hardware.TENSOR_CORES[chip].topology
+        raise ValueError(f"topology={name!r} must be a chip and its {rank} dimensions, such as {example}")
+    if is_gpu and sizes[1] > _NODE:
+        raise ValueError(f"topology={name!r}: a host holds at most {_NODE} GPUs, such as {chip}:{sizes[1] // _NODE}x8")
+    return Topology(hardware.CHIPS[chip], sizes)

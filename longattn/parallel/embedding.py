@@ -1,0 +1,58 @@
+"""Rows of an embedding that is sliced along E over a mesh, for tokens that are spread over it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int32
+
+from longattn.ops import dispatch
+from longattn.parallel.mesh import SLICED, fit
+
+
+def rows(
+    table: Float[Array, "W E"],
+    tokens: Int32[Array, "B T"],
+    mesh: Mesh | AbstractMesh,
+    spec: P,
+    scale: float,
+    dtype: Any,
+) -> Float[Array, "B T E"]:
+    """`scale * table[tokens]` in `dtype`, spread like the tokens; the table is never whole on a device.
+
+    Each device looks up its slice of the rows of all tokens on the axes `SLICED`, and an all-to-all brings the slices
+    of a row together: B T E elements of `dtype` in all, whatever W is, and as many in the backward pass, where each
+    device sums the gradient of its slice in the table's dtype.
+
+    Args:
+      table: sliced along E over the axes `SLICED` of the mesh, which must divide E.
+      tokens: int32 in [0, W), B and T as `spec` says.
+      mesh: whose axes are Auto.
+      spec: how tokens lie.
+      scale: of the rows.
+      dtype: of the rows on their way, and of the result.
+    """
+    tokens_lie, table_lies = fit(spec, mesh), fit(P(None, SLICED), mesh)
+    axes = table_lies[1]
+    devices = math.prod(mesh.shape[axis] for axis in axes)
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(table_lies, tokens_lie), out_specs=P(*tokens_lie, None), check_vma=True
+    )
+    def local(table: Array, tokens: Array) -> Array:
+        table, tokens = dispatch.vary_together((table, tokens))
+        with jax.named_scope("gather"):
+            everyone = lax.all_gather(tokens, axes)  # [devices b t]
+        slices = (jnp.take(table, everyone, axis=0) * scale).astype(dtype)  # [devices b t e]
+        with jax.named_scope("exchange"):  # of my tokens, a slice from each device
+            mine = lax.all_to_all(slices, axes, split_axis=0, concat_axis=0)
+        return jnp.moveaxis(mine, 0, 2).reshape(*tokens.shape, devices * table.shape[1])
+
+    return local(table, tokens)
