@@ -18,7 +18,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,10 @@ VERSION = 1
 FILE = "compare.jsonl"
 WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits
 TOP = 5  # kernels shown of each contestant, and of the differences twice as many
-CASES = {"attention_forward": "forward", "attention_forward_backward": "forward_backward"}
+CASES: dict[str, Literal["forward", "forward_backward"]] = {
+    "attention_forward": "forward",
+    "attention_forward_backward": "forward_backward",
+}
 
 # ---- the contestants
 
@@ -140,7 +143,7 @@ class CompareOptions:
     H: int = 8  # query heads
     K: int | None = None  # key/value heads; none: as many as H
     D: int = 64  # head size
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # none: float32 on a CPU, bfloat16 elsewhere
     mask: Mask = Causal()  # an expression such as "Causal() & Window(512)"
     rounds: int = 15  # timed calls of each
     out: str = "runs/compare"  # folder of the trace, the plot and compare.jsonl
@@ -163,14 +166,14 @@ class CompareOptions:
     @property
     def what(self) -> Literal["forward", "forward_backward"]:
         """As `bench` calls the case."""
-        return "forward" if self.case == "attention_forward" else "forward_backward"
+        return CASES[self.case]
 
     @property
     def problem(self) -> bench.AttentionOptions:
         """The shapes, as `bench` takes them."""
         return bench.AttentionOptions(
-            T=(self.T,), B=self.B, H=self.H, K=self.K, D=self.D, dtype=self.dtype, mask=self.mask, window=0,
-            what=(self.what,),
+            T=(self.T,), B=self.B, H=self.H, K=self.K, D=self.D, mask=self.mask, window=0, what=(self.what,),
+            dtype=self.dtype or ("float32" if dispatch.target().platform == "cpu" else "bfloat16"),
         )  # fmt: skip
 
 
@@ -216,7 +219,7 @@ def _expected(options: CompareOptions, drawn: Mapping[str, np.ndarray]) -> tuple
     proportion to T x T is not there, the blockwise form's.
     """
     arrays = [jnp.asarray(x) for x in drawn.values()]
-    wide = CompareOptions(**{**vars(options), "dtype": "float32"})
+    wide = replace(options, dtype="float32")
     try:
         name, program = "reference", compiled("reference", wide, arrays)
     except NotImplementedError:
@@ -368,6 +371,7 @@ def measure(options: CompareOptions) -> dict[str, Any]:
       ValueError: for inputs beyond this machine's memory.
     """
     progress = Console(stderr=True)
+    options = replace(options, dtype=options.problem.dtype)
     elements = options.B * options.T * 2 * (options.H + options.problem.heads) * options.D
     needs, free = 3 * 4 * elements, available_memory()  # drawn in float32, rounded, and once more in the results
     if free is not None and needs > free:

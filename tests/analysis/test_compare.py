@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from rich.console import Console
 
-from longattn.analysis import bench, compare, cost, hardware, trace
+from longattn.analysis import bench, cases, compare, cost, hardware, trace
 from longattn.analysis.static import tpu
 from longattn.mask import Causal, Full, Window
 
@@ -221,6 +221,18 @@ def test_tpu_rivals_compute_attention(name, mask) -> None:
 
 
 # ---- the roofline
+
+
+def test_static_cases_exist() -> None:
+    for rival in compare.RIVALS.values():
+        assert rival.case is None or {rival.case, f"{rival.case}_backward"} <= set(cases.CASES)
+
+
+def test_the_dtype_is_the_devices_own(monkeypatch) -> None:
+    assert problem().dtype == "float32"
+    monkeypatch.setattr(compare.dispatch, "target", lambda: compare.dispatch.Target("tpu", "TPU v5 lite"))
+    assert problem().dtype == "bfloat16"
+    assert problem(dtype="float16").dtype == "float16"
 
 
 def test_minimal_bytes_by_hand() -> None:
