@@ -125,7 +125,8 @@ def scope_of(op_name: str) -> Scope:
     """
     shared, several, rest = op_name.partition("/(")
     if several:
-        return scope_of(f"{shared}/") if scope_of(f"{shared}/").path else scope_of(f"{shared}/{rest.split(':')[0]}")
+        common = scope_of(f"{shared}/")
+        return common if common.path else scope_of(f"{shared}/{rest.split(':')[0]}")
     whole = op_name.split(";")[0].removesuffix(":")
     *parts, _ = whole.split("/")
     path: list[str] = []
@@ -271,18 +272,16 @@ def program_ops(module: bytes | memoryview) -> dict[str, Op]:
         """The name of a product, which a fusion may hold."""
         if row.op_name:
             return row.op_name
-        outer = row.users or fusion is None
-        after = used(row) if outer else used(fusion)
+        after = used(row) if row.users or fusion is None else used(fusion)
         operands = [
             fusion.operands[x.parameter] if fusion is not None and x.opcode == "parameter" else x for x in row.operands
         ]
         if after.endswith("/dot_general"):
             return after
         moved = [x.op_name for x in operands if len(x.users) == 1 and x.op_name.split("/")[-1] in _MOVES]
-        behind = scope_of(after)
-        beside = [name for name in moved if len(scope_of(name).path) == len(behind.path) > 0]
-        beside = [name for name in beside if scope_of(name).path[:-1] == behind.path[:-1]]
-        return after if not beside or behind in map(scope_of, moved) else beside[0]
+        *outer, _ = scope_of(after).path or ("",)
+        beside = [name for name in moved if scope_of(name).path and list(scope_of(name).path[:-1]) == outer]
+        return after if not beside or scope_of(after) in map(scope_of, moved) else beside[0]
 
     def around(computation: int) -> str:
         while computation in callers:
@@ -504,7 +503,7 @@ def _gpu(plane: Any, programs: Programs) -> tuple[list[Execution], float]:
             if "hlo_module" not in stats:
                 unknown += event.duration_ns * 1e-9
                 continue
-            # Several instructions may share a kernel's annotation; the innermost comes last.
+            # Annotations may be nested; the innermost comes last.
             op = str(stats.get("hlo_op", "")).split("::")[-1]
             program = int(stats.get("program_id", 0))
             names[program] = stats["hlo_module"]
@@ -513,7 +512,7 @@ def _gpu(plane: Any, programs: Programs) -> tuple[list[Execution], float]:
     found = []
     for program, raws in by_program.items():
         raws.sort(key=lambda raw: raw.start)
-        # Kernels do not say which run they belong to, but each run begins with the same op.
+        # Kernels do not say which run they belong to, but each run begins with the same op, outside of any loop.
         first = raws[0].op, raws[0].name
         begins = [i for i, raw in enumerate(raws) if (raw.op, raw.name) == first]
         for i, j in zip(begins, [*begins[1:], len(raws)]):
