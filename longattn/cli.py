@@ -214,8 +214,11 @@ def _plan(arguments: list[str]) -> int:
         name = Path(name).stem
     else:
         return _fail(f"unknown model {name!r}{_suggest(name, plan.MODELS)}; there are {known}, and config files")
+    # Shorter names of what is changed most, and flags that take no value.
     for short, long in (("T", "data.T"), ("B", "data.B"), ("remat", "model.remat"), ("dtype", "model.dtype")):
         rest = [f"--{long}{a[len(short) + 2 :]}" if a.split("=")[0] == f"--{short}" else a for a in rest]
+    flags = {"--json": "--json=True", "--analytic": "--analytic=True", "--no-cache": "--cache=False"}
+    rest = [flags.get(a, a) for a in rest]
     plan.run(_parse(plan.PlanOptions, rest, f"plan {name}", default=default), name)
     return 0
 

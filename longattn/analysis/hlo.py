@@ -47,7 +47,7 @@ class Array:
         return math.prod(self.shape) * bits // 8
 
 
-Type = Array | tuple
+Type = Any  # an Array, or a tuple of types
 
 
 def leaves(kind: Type) -> Iterator[Array]:

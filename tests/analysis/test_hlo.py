@@ -30,7 +30,7 @@ HloModule jit_f, is_scheduled=true
   %i = s32[] get-tuple-element(%carry.1), index=0
   %two = s32[] constant(2)
   %left = f32[4,8]{1,0} constant({...})
-  %product = f32[4,16]{1,0} dot(%left, %carry.1#2), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(f)/while/body/mlp/dot_general"}
+  %product = f32[4,16]{1,0} dot(%left, %carry.1#2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %next = s32[] add(%i, %two)
   ROOT %out = (s32[], f32[4,16]{1,0}, f32[8,16]{1,0}) tuple(%next, %product, %carry.1#2)
 }

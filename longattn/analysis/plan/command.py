@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from longattn.analysis import aot, cost
-from longattn.analysis.plan import program, search, show, topology
+from longattn.analysis.plan import analytic, program, search, show, topology
 from longattn.analysis.plan.topology import Topology
 from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, to_json
 from longattn.parallel.api import STRATEGIES
@@ -36,6 +35,7 @@ class PlanOptions:
     html: str = ""  # also write this page
     cache: bool = True  # keep what was found out of each program in the user's cache folder
     timeout: float = 1800.0  # seconds for one compilation
+    analytic: bool = False  # by formula, at once, instead of by the compiler
     json: bool = False  # print one JSON document instead of the tables
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=ByteLM)  # only T and B are read
@@ -48,6 +48,8 @@ class PlanOptions:
             raise ValueError(f"timeout={self.timeout:g} must be positive")
         if self.search is not None and self.strategies is not None:
             raise ValueError(f"search={self.search} and strategies={self.strategies}: ask for one of them at a time")
+        if self.strategies is not None and self.analytic:
+            raise ValueError("strategies=all compares compiled programs: leave --analytic out")
         if self.search == "min-devices" and self.mesh.size > 1:
             raise ValueError(f"search=min-devices chooses the mesh for each machine: leave {self.mesh=} out")
         if self.mesh.size not in (1, where.size):
@@ -93,7 +95,8 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
       console: where to print.
     """
     where = topology.parse(options.topology)
-    where.environment()  # a compiler that is not installed is told before anything else
+    if not options.analytic:
+        where.environment()  # a compiler that is not installed is told before anything else
     document: dict[str, Any] = {
         "version": VERSION,
         "kind": "plan",
@@ -103,9 +106,10 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
         "options": {
             "search": options.search,
             "strategies": options.strategies,
+            "analytic": options.analytic,
             "config": json.loads(to_json(options.config(where)))["config"] if options.search is None else None,
         },
-        "versions": {"jax": jax.__version__, **_compilers(where)},
+        "versions": {"jax": jax.__version__, **({} if options.analytic else _compilers(where))},
         "commit": commit(),
     }
     with _Compiler(options) as compiler:
@@ -156,9 +160,11 @@ class _Compiler:
         except ValueError as error:
             return {**asked, "devices": where.size, "reason": str(error)}
         sizes = {axis: n for axis, n in dataclasses.asdict(config.mesh).items() if isinstance(n, int)}
+        row = {**asked, "devices": where.size, "mesh": sizes}
+        if o.analytic:
+            return row | analytic.estimate(config, where)
         said = f"{where.name}, T {config.data.T:,}, B {config.data.B:,}, {config.mesh.strategy}"
         task = self.progress.add_task(f"compiling for {said}")
-        row = {**asked, "devices": where.size, "mesh": sizes}
         row |= program.facts(config, where, o.timeout, program.cache_folder() if o.cache else None)
         self.progress.remove_task(task)
         verdict = "no program" if "reason" in row else f"{row['hbm_bytes'] / 2**30:.2f} GiB"
@@ -167,33 +173,50 @@ class _Compiler:
 
 
 def _search(options: PlanOptions, where: Topology, compiler: _Compiler) -> dict[str, Any]:
-    """{"rows": every program tried, "found": the one searched for or None, "beyond": the next, which does not fit}."""
-    rows: list[dict[str, Any]] = []
-    data = options.data
+    """{"rows": every program tried, "found": the one searched for or None, "beyond": the next, which does not fit}.
 
-    def tried(where: Topology, **changes: Any) -> bool:
-        rows.append(compiler(where, **changes))
-        return bool(rows[-1].get("fits"))
-
+    Raises:
+      ValueError: where there is no program to ask, with the compiler's reason.
+    """
+    rows: dict[Any, dict[str, Any]] = {}
     if options.search == "min-devices":
         machines = where.smaller()
-        at = search.smallest(lambda i: tried(machines[i]), len(machines))
-        found = None if at is None else machines[at].name
-        beyond = machines[at - 1].name if at else where.name if at is None else None
-        by: Callable[[dict[str, Any]], Any] = lambda row: row["topology"]
+
+        def fits(i: int) -> bool:  # a machine whose devices cannot share the work is too small or too large: no
+            rows[i] = compiler(machines[i])
+            return bool(rows[i].get("fits"))
+
+        at = search.smallest(fits, len(machines))
+        found, beyond = (None, len(machines) - 1) if at is None else (at, at - 1)
     else:
-        key = "T" if options.search == "max-length" else "B"
-        mesh = options.mesh
-        if mesh.size == 1 and where.size > 1:  # the mesh stays while T or B grows
-            T = where.size * _TILE if key == "T" else data.T
-            mesh = _chosen(options.model, T, data.B // options.optimiser.accumulate, where, mesh)
-            compiler.options = dataclasses.replace(options, mesh=mesh)
-        unit = mesh.seq * _TILE if key == "T" else mesh.data * mesh.fsdp * options.optimiser.accumulate
-        limit = _LONGEST if key == "T" else max(unit, _LONGEST // data.T)
-        found, beyond = search.largest(lambda n: tried(where, **{key: n}), getattr(data, key), unit, limit)
-        by = lambda row: row[key]
-    pick = lambda value: next((row for row in rows if by(row) == value), None)
-    return {"rows": rows, "found": pick(found), "beyond": pick(beyond)}
+        found, beyond = _largest(options, where, compiler, rows)
+    return {"rows": list(rows.values()), "found": rows.get(found), "beyond": rows.get(beyond)}
+
+
+def _largest(
+    options: PlanOptions, where: Topology, compiler: _Compiler, rows: dict[Any, dict[str, Any]]
+) -> tuple[int | None, int | None]:
+    """`search.largest` of T or B; programs go into `rows` by it."""
+    key, data, mesh = "T" if options.search == "max-length" else "B", options.data, options.mesh
+    pieces = options.optimiser.accumulate
+    if mesh.size == 1 and where.size > 1:  # the mesh stays while T or B grows
+        T = where.size * _TILE if key == "T" else data.T
+        mesh = _chosen(options.model, T, data.B // pieces, where, mesh)
+        compiler.options = dataclasses.replace(options, mesh=mesh)
+
+    def fits(n: int) -> bool:
+        rows[n] = compiler(where, **{key: n})
+        if "reason" in rows[n]:
+            raise ValueError(f"{key} = {n:,} on {where.name}: {rows[n]['reason']}")
+        return rows[n]["fits"]
+
+    def expected(n: int) -> bool:  # by formula
+        return analytic.estimate(compiler.options.config(where, **{key: n}), where)["fits"]
+
+    unit = mesh.seq * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
+    limit = max(unit, _LONGEST // (1 if key == "T" else data.T))
+    guess, _ = search.largest(expected, getattr(data, key), unit, limit)
+    return search.largest(fits, guess or unit, unit, limit)
 
 
 def _recommended(rows: list[dict[str, Any]]) -> str:

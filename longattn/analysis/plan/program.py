@@ -20,7 +20,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from longattn.analysis import aot, cost, hlo
-from longattn.analysis.plan import memory, topology
+from longattn.analysis.plan import analytic, memory, topology
 from longattn.analysis.plan.timeline import Rates, Totals, walk
 from longattn.analysis.plan.topology import Topology
 from longattn.config import Config, from_json, to_json
@@ -67,8 +67,9 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
     devices = where.devices()
     context, state, batch = _arguments(config, devices)
     began = time.perf_counter()
+    step: Any = steps.train_step(config, context)
     with _target(where, context, devices):
-        lowered = steps.train_step(config, context).trace(state, batch).lower()
+        lowered = step.trace(state, batch).lower()
     kept = None
     if request["cache"]:
         key = hashlib.sha256(f"{VERSION} {where.name} {_compiler(where)} {lowered.as_text()}".encode()).hexdigest()
@@ -170,7 +171,7 @@ def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, An
         _NETWORK.get(name, where.link_bandwidth), _NODE if where.is_gpu else where.size,
     )  # fmt: skip
     totals = walk(program, rates)
-    attention = _attention_flops(config) if totals.unknown else 0.0
+    attention = analytic.attention_flops(config) if totals.unknown else 0.0
     seconds = totals.seconds + attention / rates.flops
     model = cost.step_flops(config) / where.size
     return {
@@ -189,22 +190,6 @@ def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, An
         "collectives": _collectives(totals, rates),
         "not_counted": sorted(totals.unknown),
     }
-
-
-def _attention_flops(config: Config) -> float:
-    """FLOPs of one step's attention on the device that has most of it, blockwise attention's recomputation included.
-
-    Under a causal mask the last part of the sequence sees most keys; with a contiguous layout one device has it.
-    """
-    model, c = config.model, config.mesh
-    rows = config.data.B / (c.data * c.fsdp)
-    forwards = 2 if model.remat == "full" else 1
-    total = 0.0
-    for mixer in model.layers:
-        pairs = max(cost.pairs_by_part(mixer.mask, config.data.T, c.seq))
-        flops = cost.attention_flops(pairs, model.H // c.tensor, model.D)
-        total += rows * (forwards * flops.forward + flops.backward + flops.recompute)
-    return total
 
 
 def _collectives(totals: Totals, rates: Rates) -> list[dict[str, Any]]:

@@ -10,8 +10,8 @@ Fits = Callable[[int], bool]
 def largest(fits: Fits, start: int, unit: int, limit: int) -> tuple[int | None, int | None]:
     """(a multiple of `unit` that fits, a larger one that does not), at most a sixteenth or one unit apart.
 
-    From `start` it doubles or halves until the answer changes, then bisects. None: even one unit does not fit, or
-    even `limit` does. It takes for granted that what is larger needs more.
+    From `start`, best a good guess, it goes up or down by an eighth, then by ever more, until the answer changes, and
+    then bisects. None: not even one unit fits, or even `limit` does. What is larger is taken to need more.
 
     Args:
       fits: whether this number fits.
@@ -19,20 +19,16 @@ def largest(fits: Fits, start: int, unit: int, limit: int) -> tuple[int | None, 
       unit: the numbers tried are multiples of it.
       limit: the largest to try.
     """
-    low, high, at = 0, None, max(1, start // unit)
     most = max(1, limit // unit)
-    at = min(at, most)
-    while True:  # in units: `low` fits, `high` does not
+    low, high, at, step = 0, None, min(max(1, start // unit), most), 1.125
+    while not (low and high) and low < most and high != 1:  # in units: `low` fits, `high` does not
         if fits(at * unit):
             low = at
-            if high is not None or at == most:
-                break
-            at = min(2 * at, most)
+            at = min(max(at + 1, round(at * step)), most)
         else:
             high = at
-            if low or at == 1:
-                break
-            at //= 2
+            at = max(1, min(at - 1, round(at / step)))
+        step **= 2
     while high is not None and low and high - low > max(1, low // 16):
         middle = (low + high) // 2
         if fits(middle * unit):

@@ -11,15 +11,26 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from longattn.analysis.plan import checked
 from longattn.analysis.plan.memory import KINDS
 from longattn.analysis.report.page import style
 
 _GiB = 2**30
 _SHOWN = 12  # buffers, and collectives
 FOOT = (
-    "Compiled, not run. Times are bounds: every instruction at the chip's published peak or bandwidth, every transfer at "
-    "the bandwidth of all links together; attention by formula where its loops depend on data. Real steps take longer."
+    "Compiled, not run. Times are bounds: every instruction at the chip's published peak or bandwidth, every transfer "
+    "at the bandwidth of all links together; attention by formula where its loops depend on data. Real steps take "
+    "longer."
 )
+
+
+def formulas() -> str:
+    """What estimates by formula are worth."""
+    errors = [abs(row["error"]) for row in checked.errors()]
+    return (
+        f"By formula; over {len(errors)} compiled programs the memory was at most {max(errors):.0%} off "
+        f"({sum(errors) / len(errors):.0%} on average)."
+    )
 
 
 def gib(n: float) -> str:
@@ -36,10 +47,8 @@ def title(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     """What was compiled."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in row.get("mesh", {}).items() if n > 1)
     where = f"{row['topology']} ({row['devices']} devices{': ' + mesh if mesh else ''})"
-    return (
-        f"{document['model']}, {document['parameters'] / 1e9:.2f} B parameters, T {row['T']:,}, B {row['B']:,} on {where}"
-        f"{', ' + row['strategy'] if mesh else ''}"
-    )
+    model = f"{document['model']}, {document['parameters'] / 1e9:.3g} B parameters"
+    return f"{model}, T {row['T']:,}, B {row['B']:,} on {where}{', ' + row['strategy'] if mesh else ''}"
 
 
 def verdict(row: Mapping[str, Any]) -> str:
@@ -54,13 +63,14 @@ def verdict(row: Mapping[str, Any]) -> str:
 def memory_rows(row: Mapping[str, Any]) -> list[tuple[str, int]]:
     """What the memory is made of at its peak; the last part is what lies between buffers."""
     parts = [(kind, row["by_kind"][kind]) for kind in KINDS if row["by_kind"][kind]]
-    return [*parts, ("between buffers", max(0, row["hbm_bytes"] - sum(n for _, n in parts)))]
+    between = row["hbm_bytes"] - sum(n for _, n in parts)
+    return [*parts, ("between buffers", between)] if between > 0 else parts
 
 
 def buffer_rows(row: Mapping[str, Any]) -> list[tuple[str, str, str, int]]:
     """(name, kind, type, bytes) of the largest buffers; those of equal kind, name and type are one row."""
     rows: dict[tuple[str, str, str], list[int]] = {}
-    for b in row["buffers"]:
+    for b in row.get("buffers", ()):
         rows.setdefault((b["name"], b["kind"], b["type"]), []).append(b["bytes"])
     found = [
         (name, kind, f"{len(n)} x {type_}" if len(n) > 1 else type_, sum(n)) for (name, kind, type_), n in rows.items()
@@ -82,7 +92,7 @@ def collective_rows(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
             else "none",
             c["scope"] or "-",
         )
-        for c in row["collectives"][:_SHOWN]
+        for c in row.get("collectives", ())[:_SHOWN]
     ]
 
 
@@ -92,6 +102,14 @@ COLLECTIVES = ("collective", "over (devices)", "runs", "received", "at link rate
 def time_rows(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Work and time of one step on one device."""
     s = row["seconds"]
+    if "messages" in row:
+        return [
+            ("products", f"{row['flops'] / 1e12:,.2f} TFLOP"),
+            ("of the model", f"{row['model_flops'] / 1e12:,.2f} TFLOP (nothing recomputed, all devices alike)"),
+            ("products at peak", seconds(s["products"])),
+            ("messages at link rate", seconds(s["link"])),
+            ("MFU, at most", f"{row['mfu_bound']:.1%}"),
+        ]
     by_formula = row["attention_flops_by_formula"]
     return [
         ("products", f"{row['flops'] / 1e12:,.2f} TFLOP ({by_formula / row['flops']:.0%} attention, by formula)"),
@@ -127,7 +145,8 @@ def tables(console: Console, document: Mapping[str, Any]) -> None:
     if chosen is not None:
         _one(console, document, chosen)
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    console.print(f"{FOOT} {versions}; commit {(document['commit'] or 'unknown')[:12]}.", highlight=False, style="dim")
+    foot = formulas() if document["options"]["analytic"] else FOOT
+    console.print(f"{foot} {versions}; commit {(document['commit'] or 'unknown')[:12]}.", highlight=False, style="dim")
 
 
 def _one(console: Console, document: Mapping[str, Any], row: Mapping[str, Any]) -> None:
@@ -144,13 +163,20 @@ def _one(console: Console, document: Mapping[str, Any], row: Mapping[str, Any]) 
     table = _grid("Largest buffers", ("name", "kind", "type", "bytes"), left=(0, 1, 2))
     for name, kind, type_, n in buffer_rows(row):
         table.add_row(name, kind, type_, gib(n))
-    console.print(table)
+    if row.get("buffers"):
+        console.print(table)
+    if "messages" in row:
+        table = _grid("What one device receives in a step", ("", ""), left=(0,))
+        for name, n in row["messages"].items():
+            table.add_row(name, gib(n))
+        if row["messages"]:
+            console.print(table)
     if "seconds" not in row:
         return
     table = _grid("Collectives of one step, as scheduled", COLLECTIVES, left=(0, 1, 6))
     for cells in collective_rows(row):
         table.add_row(*cells)
-    if row["collectives"]:
+    if row.get("collectives"):
         console.print(table)
     table = _grid("One step on one device", ("", ""), left=(0, 1))
     for cells in time_rows(row):

@@ -10,8 +10,9 @@ Everything real is slower: nothing reaches its peak, links of a torus are rarely
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from longattn.analysis import hlo
 from longattn.analysis.hlo import Collective, Computation, Instruction, Program
@@ -28,6 +29,17 @@ class Rates:
     node: int  # devices of a node, in the program's order
 
 
+class Sums(defaultdict[Any, float]):
+    """Numbers by key, zero where there is none."""
+
+    def __init__(self) -> None:
+        super().__init__(float)
+
+    def add(self, other: Sums, times: float) -> None:
+        for key, n in other.items():
+            self[key] += times * n
+
+
 @dataclass
 class Totals:
     """One device's step, or a part of it."""
@@ -36,20 +48,18 @@ class Totals:
     hbm_bytes: float = 0.0
     compute: float = 0.0  # seconds in which instructions run
     exposed: float = 0.0  # seconds in which the chip only waits for others
-    collectives: Counter[tuple[Collective, bool]] = field(default_factory=Counter)  # runs of (which, asynchronous)
-    waits: Counter[tuple[Collective, bool]] = field(default_factory=Counter)  # seconds of `exposed` due to each
-    unknown: Counter[str] = field(default_factory=Counter)  # runs of loops whose bound is data, by scope; not counted
+    collectives: Sums = field(default_factory=Sums)  # runs of (which Collective, whether asynchronous)
+    waits: Sums = field(default_factory=Sums)  # seconds of `exposed` due to each
+    unknown: Sums = field(default_factory=Sums)  # runs of loops whose bound is data, by scope: they are not counted
 
     def add(self, other: Totals, times: float = 1.0) -> None:
         self.flops += times * other.flops
         self.hbm_bytes += times * other.hbm_bytes
         self.compute += times * other.compute
         self.exposed += times * other.exposed
-        for mine, theirs in (
-            (self.collectives, other.collectives), (self.waits, other.waits), (self.unknown, other.unknown),
-        ):  # fmt: skip
-            for key, n in theirs.items():
-                mine[key] += times * n
+        self.collectives.add(other.collectives, times)
+        self.waits.add(other.waits, times)
+        self.unknown.add(other.unknown, times)
 
     @property
     def seconds(self) -> float:

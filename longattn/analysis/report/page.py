@@ -74,11 +74,17 @@ TEXTS = {
         "is used: the same last bytes are predicted with everything further back than k bytes before them taken from "
         "another document.",
     ),
+    "pod": (
+        "On a pod",
+        "Public models whose training step, forward, backward and optimiser, is compiled for machines that need not be "
+        "there: what each device needs of its memory, and at published peaks the least time that a step takes. Nothing "
+        "here has run.",
+    ),
 }
 
 
 def _sections(study: Study) -> list[dict[str, Any]]:
-    pictures = {"cost": ("cost", "share"), "memory": ("memory",), "recall": (), "context": ("context",)}
+    pictures = {"cost": ("cost", "share"), "memory": ("memory",), "recall": (), "context": ("context",), "pod": ()}
     drawn, tabled = _figures(study), tables(study)
     sections = []
     for name, (title, text) in TEXTS.items():

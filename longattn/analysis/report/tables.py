@@ -168,7 +168,21 @@ def tables(study: Study) -> dict[str, list[Table]]:
             ),
         ],
     }
+    made["pod"] = [_pod(study)]
     return {section: [t for t in found if t.rows] for section, found in made.items()}
+
+
+def _pod(study: Study) -> Table:
+    """Models by machines."""
+    rows: list[tuple[Cell, ...]] = []
+    for needs in study.store.select("pod", "needs"):
+        number = lambda quantity, at=needs.at: study.store.one("pod", quantity, "", **at)
+        has = number("has")
+        fits = "yes" if needs.value <= has.value else "no"
+        name = f"{needs.at['model']}, T = {needs.at['T']:,}, B = {needs.at['B']:,} on {needs.at['machine']}"
+        rows.append((name, needs, has, fits, number("step_bound"), number("mfu_bound")))
+    head = ("model and machine", "needs, per device", "has", "fits", "step, at least", "MFU, at most")
+    return Table("Training steps of public models", head, tuple(rows), "Parameters float32, products bfloat16, AdamW.")
 
 
 def compared(a: Study, b: Study) -> Table:

@@ -80,6 +80,14 @@ class ContextPlan:
 
 
 @dataclass(frozen=True)
+class PodPlan:
+    """Part 5. Public models on machines that are not there."""
+
+    seconds: float = 60  # of compiling; what is left takes figures compiled earlier
+    cases: int = 6  # the first so many
+
+
+@dataclass(frozen=True)
 class Preset:
     """A whole study."""
 
@@ -87,6 +95,7 @@ class Preset:
     memory: MemoryPlan = MemoryPlan()
     recall: RecallPlan = RecallPlan()
     context: ContextPlan = ContextPlan()
+    pod: PodPlan = PodPlan()
 
 
 QUICK = Preset()
@@ -138,6 +147,7 @@ FULL = Preset(
         documents=100,
         every=True,
     ),
+    PodPlan(seconds=_HOUR),
 )
 
 _TINY = config.Model(N=2, E=16, F=32, H=2, K=2, D=8, W=257, dtype="float32")
@@ -178,6 +188,7 @@ SMOKE = Preset(  # seconds: whether every part runs; its numbers mean nothing
         keep=(0, 8),
         documents=4,
     ),
+    PodPlan(seconds=0, cases=2),
 )
 
 PRESETS = {"quick": QUICK, "full": FULL, "smoke": SMOKE}

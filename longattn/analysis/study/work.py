@@ -23,8 +23,13 @@ class Clock:
         self.report = report
 
     @property
+    def left(self) -> float:
+        """Seconds; negative where the time is over."""
+        return self.deadline - time.monotonic()
+
+    @property
     def over(self) -> bool:
-        return time.monotonic() > self.deadline
+        return self.left < 0
 
 
 @dataclass(frozen=True)

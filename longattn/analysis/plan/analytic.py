@@ -1,0 +1,189 @@
+"""A training step's memory and messages by formula, at once: what `longattn plan --analytic` prints.
+
+Bytes of one device, for n = B T / (data fsdp seq accumulate) tokens of a micro-batch on it, t = tensor, c bytes of the
+compute dtype, and p parameters that it holds. XLA needs most memory at one of three moments, each with the state (12 p:
+parameters and AdamW's moments, float32) and with what all N layers have kept of the forward pass:
+
+    the loss        the head gathered, its gradient in float32 (4 W E), and one chunk's logits
+    an MLP          backward: the layers' gradients, the head's, cast parameters (c p), one layer's gathered, and
+                    activations of width F and E
+    attention       backward: the same parameters, q, k, v, out and their gradients, keys and values of the whole
+                    sequence gathered, and their gradients in float32
+
+How many activations of each width are alive at once is a property of XLA's schedules: the counts below were read off
+compiled programs, and `checked.py` holds the errors against the compilers' own accounts. Messages are exact: what the
+strategies' formulas say (`parallel/exchange.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from longattn.analysis import cost
+from longattn.analysis.plan.memory import KINDS
+from longattn.analysis.plan.topology import Topology
+from longattn.config import Config
+from longattn.models.context import Context
+from longattn.parallel import mesh as meshes
+from longattn.train import step as steps
+
+_F32 = 4
+
+
+@functools.lru_cache(maxsize=256)
+def _held(config: Config) -> tuple[int, int]:
+    """(all parameters that one device holds, those of the layers)."""
+    c = config.mesh
+    mesh = AbstractMesh((c.data, c.fsdp, c.tensor, c.seq), meshes.AXES, axis_types=(AxisType.Auto,) * 4)
+    shapes = steps.state_shapes(config, Context(mesh=mesh)).params
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(x.sharding.shard_shape(x.shape))
+        for path, x in jax.tree_util.tree_leaves_with_path(shapes)
+    }
+    return sum(sizes.values()), sum(n for name, n in sizes.items() if "mixer" in name or "mlp" in name)
+
+
+def tokens(config: Config) -> float:
+    """Tokens of a micro-batch on one device."""
+    c = config.mesh
+    return config.data.B * config.data.T / (c.data * c.fsdp * c.seq * config.optimiser.accumulate)
+
+
+def kept(config: Config) -> float:
+    """Bytes that one device keeps of the forward pass of all layers, by the remat policy."""
+    m, t, n, c = config.model, config.mesh.tensor, tokens(config), np.dtype(config.model.dtype).itemsize
+    E, F, q, k = m.E, m.F / t, m.H * m.D / t, m.K * m.D / t
+    attention = c * q + _F32 * m.H / t  # out and lse
+    per_token = {
+        "full": c * E,
+        "attention": c * E + attention,
+        "dots": 2 * c * E + c * (q + 2 * k) + attention + 2 * c * F,
+        "none": (c + 6 * _F32) * E + c * (q + 6 * k) + attention + 6 * c * F,  # norms are computed in float32
+    }[m.remat]
+    return m.N * n * per_token
+
+
+def memory(config: Config) -> dict[str, float]:
+    """Bytes of one device at the peak, by kind as in `memory.KINDS`, and their sum as "total"."""
+    m, mesh, n = config.model, config.mesh, tokens(config)
+    c, t, E = np.dtype(m.dtype).itemsize, mesh.tensor, m.E
+    F, q, k = m.F / t, m.H * m.D / t, m.K * m.D / t
+    p, layers = _held(config)
+    rows = n * mesh.seq / config.data.T  # sequences on the device
+    sequence = rows * config.data.T  # keys that one of its queries may see
+    head = m.W * E
+    whole = max(E * F, head if not m.N else 0)  # the largest matrix of a layer, gathered
+    sums = _F32 * p if config.optimiser.accumulate > 1 else 0.0
+    spread = mesh.fsdp * mesh.seq > 1
+    always = {
+        "parameters": _F32 * p,
+        "moments": 2 * _F32 * p,
+        "batch": 4 * _F32 * n * config.optimiser.accumulate,
+        "forward pass": kept(config),
+    }
+    chunk = min(config.optimiser.loss_chunk, n)
+    recomputed = c * (2 * q + 2 * k) * n if m.remat == "full" else 0.0
+    wide, narrow = (4, 5) if m.remat in ("full", "attention") else (2, 6)
+    gradients = sums + _F32 * layers + _F32 * head
+    casts = c * layers * (c < _F32) + 2 * c * whole * spread
+    moments = {
+        "loss": {
+            "gradients": sums + _F32 * head,
+            "gathered or cast parameters": c * layers * (c < _F32) + 2 * c * head,
+            "backward pass": 2 * c * E * n + 3 * _F32 * chunk * m.W,
+        },
+        "MLP": {
+            "gradients": gradients,
+            "gathered or cast parameters": casts,
+            "backward pass": c * (wide * F + narrow * E) * n + recomputed,
+        },
+        "attention": {
+            "gradients": gradients,
+            "gathered or cast parameters": casts,
+            "backward pass": c * (4 * q + 3 * E) * n + (4 * c + 2 * _F32) * k * sequence,
+        },
+    }
+    largest = max(moments.values(), key=lambda parts: sum(parts.values()))
+    parts = always | largest
+    return {**parts, "total": sum(parts.values())}
+
+
+def attention_flops(config: Config) -> float:
+    """FLOPs of one step's attention on the device that has most of it, blockwise attention's recomputation included.
+
+    Under a causal mask the last part of the sequence sees most keys; with a contiguous layout one device has it.
+    """
+    model, c = config.model, config.mesh
+    rows = config.data.B / (c.data * c.fsdp)
+    forwards = 2 if model.remat == "full" else 1
+    total = 0.0
+    for mixer in model.layers:
+        pairs = max(cost.pairs_by_part(mixer.mask, config.data.T, c.seq))
+        flops = cost.attention_flops(pairs, model.H // c.tensor, model.D)
+        total += rows * (forwards * flops.forward + flops.backward + flops.recompute)
+    return total
+
+
+def flops(config: Config) -> float:
+    """FLOPs of one device's step as the program computes them, recomputation included."""
+    m, mesh = config.model, config.mesh
+    share = config.data.B / (mesh.data * mesh.fsdp * mesh.seq)  # of the batch's rows, heads and width apart
+    forward = cost.forward_flops(m, config.data.T)
+    layers = (forward.projections + forward.mlp) * share / mesh.tensor
+    # A rematerialised block runs forward again, without its last product, which no gradient asks for.
+    again = (forward.projections + 2 / 3 * forward.mlp) * share / mesh.tensor * (m.remat in ("full", "attention"))
+    return 3 * layers + again + 3 * forward.head * share + attention_flops(config)
+
+
+def messages(config: Config) -> dict[str, float]:
+    """Bytes that one device receives in a step, by what they are.
+
+    Keys and values and their gradients: the strategy's formula. Matrices are gathered in the compute dtype as often as
+    they are used, forward and backward, and their gradients summed in float32 or in it, as XLA sees fit: here in it,
+    by reduce-scatter where they are sliced and by all-reduce over `data`.
+    """
+    m, mesh, n = config.model, config.mesh, tokens(config)
+    c, pieces = np.dtype(m.dtype).itemsize, config.optimiser.accumulate
+    P, slices = mesh.seq, mesh.fsdp * mesh.seq
+    k = m.K * m.D / mesh.tensor
+    others = lambda devices: (devices - 1) / devices
+    _, layers = _held(config)
+    matrices = layers * slices  # of one tensor slice, whole
+    kv = 2 * m.N * pieces * n * k * (P - 1)
+    found = {
+        "keys and values": 2 * c * kv,
+        "their gradients": _F32 * kv,
+        "matrices": 2 * pieces * c * matrices * others(slices),
+        "their gradients, slices": pieces * c * matrices * others(slices),
+        "their gradients, replicas": 2 * _F32 * _held(config)[0] * others(mesh.data),
+        "activations over tensor": 4 * m.N * pieces * 2 * c * n * m.E * others(mesh.tensor),
+        "embedding": 2 * pieces * c * n * m.E * others(slices),
+        "head": pieces * (c + _F32) * m.W * m.E * others(slices),
+    }
+    return {name: size for name, size in found.items() if size}
+
+
+def estimate(config: Config, where: Topology) -> dict[str, Any]:
+    """What `program.facts` says of a compiled program, by formula."""
+    parts = memory(config)
+    total = parts.pop("total")
+    work, sent = flops(config), messages(config)
+    model = cost.step_flops(config) / where.size
+    products, link = work / where.peak_flops, sum(sent.values()) / where.link_bandwidth
+    return {
+        "fits": total <= where.hbm_bytes,
+        "hbm_bytes": total,
+        "hbm_limit": where.hbm_bytes,
+        "by_kind": {kind: parts.get(kind, 0.0) for kind in KINDS},
+        "messages": sent,
+        "flops": work,
+        "model_flops": model,
+        "seconds": {"products": products, "link": link},
+        "mfu_bound": model / where.peak_flops / max(products, link),
+    }

@@ -1,0 +1,120 @@
+"""The analytic model against the compilers: programs compiled once, their figures kept in `checked.json`.
+
+`python -m longattn.analysis.plan.checked` compiles the cases that the file lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from longattn.analysis.plan import analytic, program, topology
+from longattn.analysis.plan.presets import MODELS
+from longattn.config import ByteLM, Config, Mesh, Model, Optimiser
+
+_SMALL = Model(N=8, E=1024, F=2816, H=16, K=4, D=64, W=32_000, remat="attention")
+_WIDE = Model(N=12, E=1536, F=4096, H=12, K=4, D=128, W=50_304, tie=False, remat="attention")
+_1B, _8B, _70B = (MODELS[f"llama3_{size}"] for size in ("1b", "8b", "70b"))
+
+
+class Case(NamedTuple):
+    """One program."""
+
+    name: str
+    topology: str
+    config: Config
+
+
+def _case(name: str, where: str, model: Model, T: int, B: int, accumulate: int = 1, **mesh: Any) -> Case:
+    config = Config(model, ByteLM(T=T, B=B), Mesh(**mesh), Optimiser(accumulate=accumulate))
+    sizes = " ".join(f"{axis} {n}" for axis, n in mesh.items())
+    return Case(f"{name} {where} T{T} B{B} {sizes or 'alone'}", where, config)
+
+
+# Half of them need more memory than there is: the compiler's account of a program that it refuses takes seconds.
+CASES = (
+    _case("small", "v5e:2x2", _SMALL, 524_288, 4, fsdp=4),
+    _case("small remat none", "v5e:2x2", replace(_SMALL, remat="none"), 131_072, 4, fsdp=4),
+    _case("small remat full", "v5e:2x2", replace(_SMALL, remat="full"), 524_288, 4, fsdp=4),
+    _case("small remat dots", "v5e:2x2", replace(_SMALL, remat="dots"), 131_072, 4, fsdp=4),
+    _case("small", "v5e:2x2", _SMALL, 524_288, 4, fsdp=2, seq=2),
+    _case("small", "v5e:2x2", _SMALL, 524_288, 4, tensor=4),
+    _case("wide accumulate 2", "v5e:2x2", _WIDE, 131_072, 16, accumulate=2, fsdp=4),
+    _case("wide float32", "v6e:2x2", replace(_WIDE, dtype="float32"), 131_072, 8, fsdp=4),
+    _case("wide", "v6e:2x2", _WIDE, 1_048_576, 1, seq=4),
+    _case("1b", "v5e:4x4", _1B, 131_072, 16, fsdp=16),
+    _case("1b", "v5e:4x4", _1B, 524_288, 4, fsdp=4, seq=4),
+    _case("1b remat full", "v5e:4x4", replace(_1B, remat="full"), 2_097_152, 1, seq=16),
+    _case("1b", "v5e:4x4", _1B, 131_072, 8, fsdp=8, tensor=2),
+    _case("8b", "v6e:4x4", _8B, 65_536, 16, fsdp=16),
+    _case("8b remat full", "v6e:4x4", replace(_8B, remat="full"), 262_144, 4, fsdp=4, seq=4),
+    _case("8b", "v5p:2x2x2", _8B, 131_072, 8, fsdp=8),
+    _case("8b", "tpu7x:2x2x1", _8B, 131_072, 8, fsdp=8),
+    _case("8b", "v5e:16x16", _8B, 1_048_576, 16, fsdp=16, seq=16),
+    _case("70b", "v5p:4x4x4", _70B, 65_536, 64, fsdp=64),
+    _case("small", "v5e:2x2", _SMALL, 8192, 4, fsdp=4),
+    _case("small", "v5e:2x2", _SMALL, 65_536, 1, seq=4),
+    _case("small", "v5e:2x2", _SMALL, 8192, 4, data=4),
+    _case("1b", "v5e:4x4", _1B, 32_768, 4, fsdp=4, seq=4),
+    _case("small", "h100:1", _SMALL, 8192, 2),
+    _case("1b", "h100:8", _1B, 8192, 16, fsdp=8),
+    _case("8b", "h100:8", _8B, 8192, 8, fsdp=8),
+    _case("8b remat full", "h100:8", replace(_8B, remat="full"), 65_536, 1, seq=8),
+)
+
+KEPT = (
+    "fits", "hbm_bytes", "hbm_limit", "by_kind", "argument_bytes", "flops", "model_flops", "hbm_traffic", "seconds",
+    "mfu_bound", "collectives", "compile_seconds",
+)  # fmt: skip
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    """The compilers' figures by the case's name."""
+    return json.loads(resources.files("longattn.analysis.plan").joinpath("checked.json").read_text())
+
+
+def errors() -> list[dict[str, Any]]:
+    """One row for each case: the compiler's figures, the formulas', and the relative error of the memory."""
+    found, rows = recorded(), []
+    for case in CASES:
+        compiled, formula = found[case.name], analytic.estimate(case.config, topology.parse(case.topology))
+        row = {
+            "case": case.name,
+            "hbm_bytes": compiled["hbm_bytes"],
+            "hbm_bytes_by_formula": formula["hbm_bytes"],
+            "error": formula["hbm_bytes"] / compiled["hbm_bytes"] - 1,
+        }
+        if "flops" in compiled:
+            sent = sum(c["bytes"] for c in compiled["collectives"])
+            row |= {
+                "flops": compiled["flops"],
+                "flops_by_formula": formula["flops"],
+                "received": sent,
+                "received_by_formula": sum(formula["messages"].values()),
+            }
+        rows.append(row)
+    return rows
+
+
+def record(path: Path, cases: Sequence[Case] = CASES, timeout: float = 3600.0) -> None:
+    """Compile every case that the file lacks, and write it after each."""
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    found = {case.name: found[case.name] for case in cases if case.name in found}
+    for case in cases:
+        if case.name in found:
+            continue
+        print(case.name, file=sys.stderr)
+        answer = program.facts(case.config, topology.parse(case.topology), timeout)
+        if "reason" in answer:
+            raise RuntimeError(f"{case.name}: {answer['reason']}")
+        found[case.name] = {key: answer[key] for key in KEPT if key in answer}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    record(Path(str(resources.files("longattn.analysis.plan").joinpath("checked.json"))))

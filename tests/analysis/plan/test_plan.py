@@ -1,0 +1,197 @@
+"""Plans of programs that are really compiled: memory against a count by hand, what does not fit, refusals."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from longattn import cli
+from longattn.analysis import cost, plan
+from longattn.analysis.plan import command, program, show
+from longattn.config import ByteLM, Mesh, Model
+from tests.analysis.compilers import needs_cuda, needs_libtpu
+
+TINY = Model(N=2, E=512, F=1024, H=4, K=2, D=64, W=512, remat="attention")
+DATA = ByteLM(T=1024, B=4)
+ROW = {
+    "topology", "T", "B", "strategy", "devices", "mesh", "fits", "refused", "hbm_bytes", "hbm_limit", "by_kind",
+    "buffers", "argument_bytes", "output_bytes", "aliased_bytes", "temporary_bytes", "code_bytes", "flops",
+    "attention_flops_by_formula", "model_flops", "hbm_traffic", "seconds", "mfu_bound", "collectives", "not_counted",
+    "compile_seconds", "cached",
+}  # fmt: skip
+
+
+def planned(tmp_path_factory, where: str) -> tuple[dict, str]:
+    """(the document of a tiny model there, what is printed of it)."""
+    folder = tmp_path_factory.mktemp("plan")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        options = plan.PlanOptions(topology=where, model=TINY, data=DATA, html=str(folder / "plan.html"))
+        console = Console(width=200, file=io.StringIO())
+        document = plan.run(options, "tiny", console)
+        assert document["rows"][0] == command._Compiler(options)(command.topology.parse(where)) | {"cached": False}, (
+            "the cache gives what the compiler gave"
+        )
+    show.tables(console, document)
+    return document, (folder / "plan.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def on_tpu(tmp_path_factory):
+    return planned(tmp_path_factory, "v5e:2x2")
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory):
+    return planned(tmp_path_factory, "h100:8")
+
+
+def check(document: dict, devices: int) -> None:
+    """What holds for a plan of TINY on any machine."""
+    json.dumps(document)
+    assert {k: document[k] for k in ("version", "kind", "model")} == {"version": 1, "kind": "plan", "model": "tiny"}
+    (row,) = document["rows"]
+    assert set(row) == ROW and row["fits"]
+    sizes = row["mesh"]
+    assert sizes["fsdp"] * sizes["seq"] == devices and DATA.B % sizes["fsdp"] == 0
+
+    # By hand: float32 parameters and two moments, sliced over all devices but for the norms' gains; and the batch.
+    p = cost.parameters(TINY)
+    sliced = 4 * (p.total - p.norms) / devices
+    state = 3 * (sliced + 4 * p.norms)
+    batch = 4 * 4 * DATA.B * DATA.T / devices
+    assert row["argument_bytes"] == pytest.approx(state + batch, rel=0.03)  # a TPU pads its smallest arrays
+    assert row["by_kind"]["parameters"] == pytest.approx(state / 3, rel=0.05)
+    assert row["by_kind"]["moments"] == pytest.approx(2 * state / 3, rel=0.05)
+    # All that is alive at the peak is named: what lies between buffers is little.
+    assert 0.9 * row["hbm_bytes"] < sum(row["by_kind"].values()) <= row["hbm_bytes"]
+    assert row["hbm_bytes"] == pytest.approx(row["argument_bytes"] + row["temporary_bytes"])
+
+    # Products: three forwards and the remat policy's fourth (without the MLP's last), the head once more by nobody.
+    tokens = DATA.B * DATA.T / devices
+    forward = cost.forward_flops(TINY, DATA.T)
+    layers, head = (forward.projections + forward.mlp) / DATA.T * tokens, forward.head / DATA.T * tokens
+    last = forward.mlp / 3 / DATA.T * tokens
+    outside = row["flops"] - row["attention_flops_by_formula"]
+    assert outside == pytest.approx(4 * layers - last + 3 * head, rel=0.02)
+    assert row["model_flops"] == pytest.approx(3 * forward.total * DATA.B / devices)
+    assert all("attention" in name for name in row["not_counted"])
+    s = row["seconds"]
+    assert s["bound"] == pytest.approx(s["compute"] + s["exposed"]) and s["compute"] >= max(s["products"], s["hbm"]) / 2
+    assert 0 < row["mfu_bound"] < 1
+
+
+@needs_libtpu
+def test_a_small_model_on_a_tpu(on_tpu):
+    document, page = on_tpu
+    check(document, 4)
+    row = document["rows"][0]
+    # With one row to each device all of the sequence lies on it: what is sent are parameters, and sums.
+    gathered = sum(c["bytes"] for c in row["collectives"] if c["kind"] in ("all-gather", "collective-permute"))
+    assert gathered > 2 * 3 / 4 * 2 * (cost.parameters(TINY).mixers + cost.parameters(TINY).mlp)  # bf16, both ways
+    assert "Fits:" in page and "Largest buffers" in page and "<svg" not in page
+
+
+@needs_cuda
+def test_a_small_model_on_gpus(on_gpu):
+    document, page = on_gpu
+    check(document, 8)
+    row = document["rows"][0]
+    assert row["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "seq": 2}
+    # Keys and values gathered over seq in bfloat16, forward and backward; their gradients scattered in float32.
+    local = DATA.B / 4 * DATA.T / 2 * TINY.K * TINY.D
+    over_seq = [c for c in row["collectives"] if c["axes"] == "seq"]
+    gathered = sum(c["bytes"] for c in over_seq if c["kind"] == "all-gather" and "mixer" in c["scope"])
+    scattered = sum(c["bytes"] for c in over_seq if c["kind"] == "reduce-scatter")
+    assert scattered == TINY.N * 2 * local * 4
+    assert gathered <= TINY.N * 4 * local * 2
+    assert "h100:8" in page
+
+
+@needs_libtpu
+def test_what_does_not_fit_says_by_how_much(capsys):
+    code = cli.main(["plan", "llama3_8b", "--topology", "v5e:2x2", "--T", "8192", "--B", "4", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    (row,) = document["rows"]
+    assert code == 0 and row["fits"] is False and "exceeds available HBM" in row["refused"]
+    # 12 bytes for each of 8.03e9 parameters, a quarter of them here, are more than there is.
+    assert row["hbm_bytes"] > 12 * 8.03e9 / 4 > row["hbm_limit"] and "seconds" not in row
+    assert "GiB too much" in show.verdict(row)
+    assert "Does not fit" in show.page(document)
+
+
+@needs_libtpu
+def test_strategies_that_refuse_say_why(monkeypatch):
+    answers = {"all_gather": {"fits": True, "hbm_bytes": 10, "hbm_limit": 20, "by_kind": {}, "collectives": [],
+                              "seconds": {"bound": 2.0, "exposed": 0.5}, "mfu_bound": 0.4}}  # fmt: skip
+    monkeypatch.setattr(command, "STRATEGIES", {"all_gather": None, "ring": None})
+    monkeypatch.setattr(
+        program, "facts", lambda c, *rest: answers.get(c.mesh.strategy, {"reason": f"{c.mesh.strategy} is not there"})
+    )
+    console = Console(width=200, file=io.StringIO())
+    options = plan.PlanOptions(topology="v5e:2x2", model=TINY, data=DATA, strategies="all")
+    document = plan.run(options, "tiny", console)
+    assert [row.get("reason") for row in document["rows"]] == [None, "ring is not there"]
+    assert document["recommended"].startswith("all_gather: it fits, and no other")
+    assert "ring is not there" in console.file.getvalue()
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("kind", "found", "beyond"),
+    [
+        ("max-length", {"T": 30_720}, {"T": 32_768}),  # in steps of 16 * 128, and a sixteenth is less
+        ("max-batch", {"B": 15}, {"B": 16}),
+        ("min-devices", {"topology": "v5e:4x8"}, {"topology": "v5e:4x4"}),
+    ],
+)
+def test_searches_compile_until_the_border_is_known(monkeypatch, kind, found, beyond):
+    def facts(config, where, *rest):
+        need = config.data.T * config.data.B // where.size
+        return {"fits": need <= 31_000, "hbm_bytes": need, "hbm_limit": 31_000, "by_kind": {}, "buffers": []}
+
+    monkeypatch.setattr(program, "facts", facts)
+    monkeypatch.setattr(show, "_one", lambda *args: None)
+    where, data = (
+        ("v5e:8x16" if kind == "min-devices" else "v5e:4x4"),
+        ByteLM(T=32_768, B=1 if kind == "max-batch" else 16),
+    )
+    mesh = Mesh(seq=16) if kind != "min-devices" else Mesh()
+    options = plan.PlanOptions(topology=where, model=TINY, data=data, mesh=mesh, search=kind)
+    console = Console(width=200, file=io.StringIO())
+    document = plan.run(options, "tiny", console)
+    assert found.items() <= document["found"].items() and document["found"]["fits"]
+    assert beyond.items() <= document["beyond"].items() and not document["beyond"]["fits"]
+    assert show.found(document) in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "plan needs a model first: llama3_1b"),
+        (["llama3_9b"], "unknown model 'llama3_9b'; did you mean 'llama3_8b'"),
+        (["llama3_8b", "--topology", "v5e:4"], "2 dimensions, such as v5e:2x2"),
+        (["llama3_8b", "--topology", "v5e:4x4", "--mesh.seq", "3"], "the mesh has 3 devices, v5e:4x4 has 16"),
+        (["llama3_8b", "--search", "max"], "--search"),
+        (["llama3_8b", "--search", "max-length", "--strategies", "all"], "ask for one of them at a time"),
+        (["llama3_8b", "--search", "min-devices", "--mesh.fsdp", "16", "--topology", "v5e:4x4"], "leave"),
+        (["llama3_8b", "--timeout", "0"], "timeout=0 must be positive"),
+        (["nowhere.py"], "config nowhere.py does not exist"),
+    ],
+)
+def test_wrong_arguments_are_one_line_with_the_remedy(arguments, message, capsys):
+    assert cli.main(["plan", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_meshes_are_chosen_by_rows_and_then_positions():
+    choose = lambda where, T, B: plan.PlanOptions(topology=where, model=TINY, data=ByteLM(T=T, B=B)).config(
+        command.topology.parse(where)
+    )
+    assert choose("v5e:4x4", 4096, 4).mesh == Mesh(fsdp=4, seq=4)
+    assert choose("v5e:4x4", 4096, 48).mesh == Mesh(fsdp=16)
+    assert choose("h100:1", 4096, 3).mesh == Mesh()
+    with pytest.raises(ValueError, match="16 devices cannot share 3 rows of T=4100"):
+        choose("v5e:4x4", 4100, 3)

@@ -1,0 +1,155 @@
+"""The walk through a schedule, on programs whose times can be added up by hand."""
+
+import textwrap
+
+import pytest
+
+from longattn.analysis import hlo
+from longattn.analysis.plan.timeline import Rates, walk
+
+# A product of [8 8] x [8 8] takes 1024 FLOP; copies of its result move 512 bytes each.
+RATES = Rates(flops=1024.0, hbm=1e9, link=64.0, network=16.0, node=4)
+PRODUCT = "f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+
+
+def times(*lines: str, others: str = "") -> hlo.Program:
+    body = "\n".join(f"  {line}" for line in ("%x = f32[8,8]{1,0} parameter(0)", *lines))
+    return hlo.parse(f"{textwrap.dedent(others).strip()}\n\nENTRY %m (x: f32[8,8]) -> f32[8,8] {{\n{body}\n}}\n")
+
+
+GATHER = "all-gather(%x), channel_id=1, replica_groups={{0,1}}, dimensions={0}"  # 256 bytes received: 4 s
+
+
+def test_a_synchronous_collective_stops_the_chip():
+    totals = walk(times(f"%g = f32[16,8]{{1,0}} {GATHER}", f"ROOT %p = {PRODUCT}"), RATES)
+    assert (totals.flops, totals.compute, totals.exposed) == (1024, pytest.approx(1), pytest.approx(4))
+    ((key, runs),) = totals.collectives.items()
+    assert (key[0].kind, key[0].bytes, key[1], runs) == ("all-gather", 256, False, 1)
+
+
+def started(*between: str) -> hlo.Program:
+    return times(
+        "%s = (f32[8,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), channel_id=1, replica_groups={{0,1}}",
+        *between,
+        "%d = f32[16,8]{1,0} all-gather-done(%s)",
+        f"ROOT %last = {PRODUCT}",
+    )
+
+
+@pytest.mark.parametrize(("products", "exposed"), [(0, 4), (1, 3), (3, 1), (4, 0), (6, 0)])
+def test_what_runs_between_start_and_done_hides_the_transfer(products, exposed):
+    totals = walk(started(*(f"%p{i} = {PRODUCT}" for i in range(products))), RATES)
+    assert totals.exposed == pytest.approx(exposed, abs=1e-5) and totals.compute == pytest.approx(products + 1)
+    assert sum(totals.waits.values()) == pytest.approx(exposed, abs=1e-5)
+
+
+def test_transfers_share_the_links():
+    """Two transfers of 4 s, and 5 s of work: 3 s are left, of the second."""
+    totals = walk(
+        times(
+            "%s1 = (f32[8,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), channel_id=1, replica_groups={{0,1}}",
+            "%s2 = (f32[8,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), channel_id=2, replica_groups={{0,1}}",
+            *(f"%p{i} = {PRODUCT}" for i in range(5)),
+            "%d1 = f32[16,8]{1,0} all-gather-done(%s1)",
+            "%d2 = f32[16,8]{1,0} all-gather-done(%s2)",
+            f"ROOT %last = {PRODUCT}",
+        ),
+        RATES,
+    )
+    assert totals.exposed == pytest.approx(3, abs=1e-5) and totals.compute == pytest.approx(6)
+
+
+def test_between_nodes_the_network_counts():
+    totals = walk(times(f"%g = f32[16,8]{{1,0}} {GATHER.replace('{{0,1}}', '{{0,4}}')}", f"ROOT %p = {PRODUCT}"), RATES)
+    assert totals.exposed == pytest.approx(16)
+
+
+LOOP = """
+    %less (c: (s32[], f32[8,8])) -> pred[] {
+      %c = (s32[], f32[8,8]{1,0}) parameter(0)
+      %n = s32[] constant(3)
+      ROOT %lt = pred[] compare(%c#0, %n), direction=LT
+    }
+
+    %step (c.1: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+      %c.1 = (s32[], f32[8,8]{1,0}) parameter(0)
+      %one = s32[] constant(1)
+      %i = s32[] add(%c.1#0, %one)
+      %g.1 = f32[16,8]{1,0} all-gather(%c.1#1), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+      %p.1 = f32[8,8]{1,0} dot(%c.1#1, %c.1#1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+      ROOT %t.1 = (s32[], f32[8,8]{1,0}) tuple(%i, %p.1)
+    }
+"""
+
+
+def test_loops_count_as_often_as_they_run():
+    totals = walk(
+        times(
+            "%zero = s32[] constant(0)",
+            "%t = (s32[], f32[8,8]{1,0}) tuple(%zero, %x)",
+            "%w = (s32[], f32[8,8]{1,0}) while(%t), condition=%less, body=%step",
+            f"ROOT %p = {PRODUCT}",
+            others=LOOP,
+        ),
+        RATES,
+    )
+    assert (totals.flops, totals.exposed) == (4 * 1024, pytest.approx(12))
+    assert list(totals.collectives.values()) == [3]
+
+
+def test_loops_whose_bound_is_data_are_named_and_not_counted():
+    text = LOOP.replace("%n = s32[] constant(3)", '%n = s32[] custom-call(), custom_call_target="measure"')
+    totals = walk(
+        times(
+            "%zero = s32[] constant(0)",
+            "%t = (s32[], f32[8,8]{1,0}) tuple(%zero, %x)",
+            '%w = (s32[], f32[8,8]{1,0}) while(%t), condition=%less, body=%step, metadata={op_name="jit(f)/attention"}',
+            f"ROOT %p = {PRODUCT}",
+            others=text,
+        ),
+        RATES,
+    )
+    assert dict(totals.unknown) == {"jit(f)/attention": 1} and totals.flops == 1024 and not totals.collectives
+
+
+TPU = """
+    %starting (p: f32[8,8]) -> f32[16,8] {
+      %p = f32[8,8]{1,0} parameter(0)
+      ROOT %ag = f32[16,8]{1,0} all-gather(%p), channel_id=5, replica_groups={{0,1}}, dimensions={0}
+    }
+
+    %async_collective_fusion.1 (q: f32[8,8]) -> f32[8,8] {
+      %q = f32[8,8]{1,0} parameter(0)
+      %ag.1 = f32[16,8]{1,0} all-gather(%q), channel_id=5, replica_groups={{0,1}}, dimensions={0}
+      ROOT %dot = f32[8,8]{1,0} dot(%q, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+    }
+
+    %ending (r: f32[8,8]) -> f32[16,8] {
+      %r = f32[8,8]{1,0} parameter(0)
+      ROOT %ag.2 = f32[16,8]{1,0} all-gather(%r), channel_id=5, replica_groups={{0,1}}, dimensions={0}
+    }
+
+    %all-reduce-scatter.3 (s: f32[8,8]) -> f32[4,8] {
+      %s = f32[8,8]{1,0} parameter(0)
+      %ar = f32[8,8]{1,0} all-reduce(%s), channel_id=6, replica_groups={{0,1}}, to_apply=%starting
+      ROOT %ds = f32[4,8]{1,0} slice(%ar), slice={[0:4], [0:8]}
+    }
+"""
+
+
+def test_a_tpu_carries_a_collective_through_fusions():
+    """Started, carried along by a product and awaited, it is one; a sum of which a part is kept is a reduce-scatter."""
+    totals = walk(
+        times(
+            "%async-collective-start.1 = f32[16,8]{1,0} fusion(%x), kind=kCustom, calls=%starting",
+            "%fusion.1 = f32[8,8]{1,0} fusion(%x), kind=kOutput, calls=%async_collective_fusion.1",
+            "%async-collective-done.1 = f32[16,8]{1,0} fusion(%x), kind=kCustom, calls=%ending",
+            "ROOT %fusion.2 = f32[4,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3",
+            others=TPU,
+        ),
+        RATES,
+    )
+    found = {(what.kind, what.bytes, asynchronous): n for (what, asynchronous), n in totals.collectives.items()}
+    assert found == {("all-gather", 256, True): 1, ("reduce-scatter", 128, False): 1}
+    assert totals.compute == pytest.approx(1, abs=1e-5)
+    assert totals.exposed == pytest.approx(3 + 2, abs=1e-5)
