@@ -43,7 +43,7 @@ comma := ,
 COMPILERS := libtpu jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-nvdisasm
 STATIC := LONGATTN_AOT="$(CURDIR)/.venv/aot"
 
-.PHONY: help study profile profile-gpu test test-all lint format format-check typecheck bench notebook device clean
+.PHONY: help study plan profile profile-gpu test test-all lint format format-check typecheck bench notebook device clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | awk -F '\t' '{ printf "make %-13s%s\n", $$1, $$2 }'
@@ -51,7 +51,10 @@ help:  ## list the targets
 
 study: .venv/study-$(EXTRA)  ## what each way to attend costs and remembers, measured here
 	@$(DEVICE)
-	@$(PY) -m longattn study $(ARGS)
+	@$(if $(wildcard .venv/compilers),$(STATIC)) $(PY) -m longattn study $(ARGS)
+
+plan: .venv/study-$(EXTRA) .venv/compilers  ## does a training step fit a machine that is not there: ARGS="llama3_8b --topology v5e:16x16"
+	@$(STATIC) $(PY) -m longattn plan $(ARGS)
 
 profile: .venv/study-$(EXTRA) .venv/compilers  ## static cycles on TPUs that are not there: ARGS="jax_flash --chips v6e"
 	@$(STATIC) $(PY) -m longattn profile --static tpu $(ARGS)

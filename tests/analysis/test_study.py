@@ -14,8 +14,9 @@ from rich.console import Console
 
 from longattn import config
 from longattn.analysis import report
+from longattn.analysis.plan import program
 from longattn.analysis.store import FILE, Number, Store
-from longattn.analysis.study import StudyOptions, context, cost, main, memory, recall, run, table
+from longattn.analysis.study import StudyOptions, context, cost, main, memory, pod, recall, run, table
 from longattn.analysis.study.presets import PRESETS, SMOKE
 from longattn.analysis.study.work import Clock, Unit, share_interval, t_interval, wilson
 from longattn.models import MIXERS
@@ -162,9 +163,38 @@ def test_smoke(tmp_path: Path) -> None:
 def test_smoke_of_every_part(tmp_path: Path) -> None:
     run(StudyOptions(preset="smoke", name="s", dir=str(tmp_path), recorded=""))
     store = Store(tmp_path / "s" / FILE)
-    assert set(store.parts) == {"cost", "memory", "recall", "context"}
+    assert set(store.parts) == {"cost", "memory", "recall", "context", "pod"}
     assert not any(p["skipped"] for p in store.parts.values())
     assert abs(store.select("memory", "fit_error", "exact")[0].value) < 0.05
     for n in store.select("context", "tail_excess"):
         assert n.low <= n.value <= n.high
     assert store.select("context", "tail_excess", "exact", k=64 - 16)[0].value == 0
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_pods_are_compiled_anew_where_the_compilers_are(tmp_path: Path, monkeypatch, there: bool) -> None:
+    """And figures compiled earlier are shown as such where they are not."""
+    monkeypatch.setattr(pod.topology.Topology, "environment", lambda self: {} if there else _missing())
+    monkeypatch.setattr(
+        program, "facts", lambda c, where, *rest: {"fits": False, "hbm_bytes": 2 * where.hbm_bytes, "hbm_limit": 1}
+    )
+    store = Store(tmp_path / FILE)
+    part = next(p for p in main.PARTS if p.name == "pod")
+    preset = dataclasses.replace(SMOKE, pod=dataclasses.replace(SMOKE.pod, seconds=60))
+    main.run_part(part, preset, store, "e0", quiet())
+    needs = store.select("pod", "needs")
+    assert len(needs) == SMOKE.pod.cases == 2
+    for case, n in zip(pod.CASES, needs, strict=False):
+        earlier = pod.recorded()[case.name]
+        assert n.badge == ("compiled" if there else "recorded")
+        assert there or (n.value == earlier["hbm_bytes"] and "not installed" in n.note)
+        bounds = store.select("pod", "step_bound", **n.at)
+        assert len(bounds) == (0 if there else int(earlier["fits"]))
+
+
+def _missing() -> dict[str, str]:
+    raise ValueError("no compiler")
+
+
+def test_every_case_of_the_pods_is_recorded() -> None:
+    assert set(pod.recorded()) == {case.name for case in pod.CASES}

@@ -144,16 +144,18 @@ def flops(config: Config) -> float:
 def messages(config: Config) -> dict[str, float]:
     """Bytes that one device receives in a step, by what they are.
 
-    Keys and values and their gradients: the strategy's formula. Matrices are gathered in the compute dtype as often as
-    they are used, forward and backward, and their gradients summed in float32 or in it, as XLA sees fit: here in it,
-    by reduce-scatter where they are sliced and by all-reduce over `data`.
+    Keys and values and their gradients: the strategy's formula, which programs bear out to the byte. Matrices are
+    gathered in the compute dtype, forward and backward, and their gradients summed in it, by reduce-scatter where they
+    are sliced and by all-reduce over `data`. There programs differ from the formula: XLA may pass slices around a ring
+    of P devices P times instead of P - 1, inside the products that use them, and may sum by all-reduce what
+    is then sliced, which sends twice as much.
     """
     m, mesh, n = config.model, config.mesh, tokens(config)
     c, pieces = np.dtype(m.dtype).itemsize, config.optimiser.accumulate
     P, slices = mesh.seq, mesh.fsdp * mesh.seq
     k = m.K * m.D / mesh.tensor
     others = lambda devices: (devices - 1) / devices
-    _, layers = _held(config)
+    held, layers = _held(config)
     matrices = layers * slices  # of one tensor slice, whole
     kv = 2 * m.N * pieces * n * k * (P - 1)
     found = {
@@ -161,7 +163,7 @@ def messages(config: Config) -> dict[str, float]:
         "their gradients": _F32 * kv,
         "matrices": 2 * pieces * c * matrices * others(slices),
         "their gradients, slices": pieces * c * matrices * others(slices),
-        "their gradients, replicas": 2 * _F32 * _held(config)[0] * others(mesh.data),
+        "their gradients, replicas": 2 * (c * layers + _F32 * (held - layers)) * others(mesh.data),
         "activations over tensor": 4 * m.N * pieces * 2 * c * n * m.E * others(mesh.tensor),
         "embedding": 2 * pieces * c * n * m.E * others(slices),
         "head": pieces * (c + _F32) * m.W * m.E * others(slices),

@@ -1,6 +1,6 @@
 """The analytic model against the compilers: programs compiled once, their figures kept in `checked.json`.
 
-`python -m longattn.analysis.plan.checked` compiles the cases that the file lacks.
+`python -m longattn.analysis.plan.checked` compiles the cases that the file lacks, and prints the errors of all.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from longattn.analysis.plan import analytic, program, topology
 from longattn.analysis.plan.presets import MODELS
@@ -116,5 +120,20 @@ def record(path: Path, cases: Sequence[Case] = CASES, timeout: float = 3600.0) -
         path.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def _print(console: Console) -> None:
+    table = Table(title="Formulas against compiled programs, per device", box=box.SIMPLE_HEAD, title_justify="left")
+    for heading in ("case", "needs, GiB", "by formula", "error", "PFLOP", "error", "received, GiB", "by formula"):
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    for row in errors():
+        cells = [f"{row[key] / 2**30:.2f}" for key in ("hbm_bytes", "hbm_bytes_by_formula")] + [f"{row['error']:+.1%}"]
+        if "flops" in row:
+            off = row["flops_by_formula"] / row["flops"] - 1
+            cells += [f"{row['flops'] / 1e15:.3f}", f"{off:+.2%}"]
+            cells += [f"{row[key] / 2**30:.2f}" for key in ("received", "received_by_formula")]
+        table.add_row(row["case"], *cells)
+    console.print(table)
+
+
 if __name__ == "__main__":
     record(Path(str(resources.files("longattn.analysis.plan").joinpath("checked.json"))))
+    _print(Console(width=150))

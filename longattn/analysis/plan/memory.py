@@ -159,9 +159,10 @@ def _kind(instruction: Instruction, scope: str, array: Array | None, weights: se
 def short(scope: str) -> str:
     """A scope without the names that jax's transformations put into it."""
     parts = [part for part in scope.split(";")[0].replace("\\'", "'").split("/") if part not in _NOISE]
-    backward = any("transpose(" in part for part in parts)
-    parts = [part for part in parts if not part.startswith(("jvp(", "transpose(", "jit("))]
-    return ("backward " if backward else "") + "/".join(parts)
+    path = "/".join(part for part in parts if not part.startswith(("jvp(", "transpose(", "jit(")))
+    if "transpose(" in scope:
+        return f"backward {path}".rstrip()
+    return path or ("forward" if "jvp(" in scope else "")
 
 
 _NOISE = {"while", "body", "eval_jaxpr", "checkpoint", "rematted_computation", "layers", "shard_map", "closed_call"}

@@ -56,8 +56,10 @@ def verdict(row: Mapping[str, Any]) -> str:
     if "reason" in row:
         return f"No program: {row['reason']}"
     spare = row["hbm_limit"] - row["hbm_bytes"]
-    need = f"{gib(row['hbm_bytes'])} of {gib(row['hbm_limit'])} on each device"
-    return f"Fits: {need}, {gib(spare)} to spare." if row["fits"] else f"Does not fit: {need}, {gib(-spare)} too much."
+    need = f"each device needs {gib(row['hbm_bytes'])} and has {gib(row['hbm_limit'])}"
+    return (
+        f"Fits: {need}, {gib(spare)} to spare." if row["fits"] else f"Does not fit: {need}, {gib(-spare)} too little."
+    )
 
 
 def memory_rows(row: Mapping[str, Any]) -> list[tuple[str, int]]:
@@ -155,10 +157,10 @@ def _one(console: Console, document: Mapping[str, Any], row: Mapping[str, Any]) 
     console.print(verdict(row), style="green" if fits else "red", highlight=False)
     if "reason" in row:
         return
-    table = _grid("Memory of one device at its peak", ("", "", "share", ""), left=(0, 3))
+    table = _grid("Memory of one device at its peak", ("", "", "of the device", ""), left=(0, 3))
     for kind, n in memory_rows(row):
-        share = n / row["hbm_limit"]
-        table.add_row(kind, gib(n), f"{share:.1%}", "█" * min(60, round(40 * share)))
+        bar = round(32 * n / max(row["hbm_bytes"], row["hbm_limit"]))
+        table.add_row(kind, gib(n), f"{n / row['hbm_limit']:.1%}", "█" * bar)
     console.print(table)
     table = _grid("Largest buffers", ("name", "kind", "type", "bytes"), left=(0, 1, 2))
     for name, kind, type_, n in buffer_rows(row):

@@ -117,7 +117,7 @@ def test_what_does_not_fit_says_by_how_much(capsys):
     assert code == 0 and row["fits"] is False and "exceeds available HBM" in row["refused"]
     # 12 bytes for each of 8.03e9 parameters, a quarter of them here, are more than there is.
     assert row["hbm_bytes"] > 12 * 8.03e9 / 4 > row["hbm_limit"] and "seconds" not in row
-    assert "GiB too much" in show.verdict(row)
+    assert "GiB too little" in show.verdict(row)
     assert "Does not fit" in show.page(document)
 
 

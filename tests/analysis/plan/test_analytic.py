@@ -1,0 +1,75 @@
+"""Formulas against the compilers' figures: recorded ones for every case, and one compiled anew."""
+
+import pytest
+
+from longattn.analysis import plan
+from longattn.analysis.plan import analytic, checked, program, topology
+from longattn.config import ByteLM, Config, Mesh
+from tests.analysis.compilers import needs_cuda, needs_libtpu
+
+
+def test_memory_is_within_fifteen_percent_of_what_compilers_need():
+    errors = {row["case"]: row["error"] for row in checked.errors()}
+    assert len(errors) == len(checked.CASES) >= 20
+    assert {name: e for name, e in errors.items() if abs(e) > 0.15} == {}
+
+
+def test_products_are_those_of_the_program():
+    """What is left out are the few products that XLA merges or adds: a hundredth."""
+    compiled = [row for row in checked.errors() if "flops" in row]
+    assert len(compiled) >= 5
+    for row in compiled:
+        assert row["flops_by_formula"] == pytest.approx(row["flops"], rel=0.01), row["case"]
+
+
+@pytest.mark.parametrize("case", [c for c in checked.CASES if "collectives" in checked.recorded()[c.name]], ids=str)
+def test_keys_values_and_their_gradients_are_sent_as_the_formula_says(case):
+    """Exactly. All else is a matter of how XLA gathers matrices and sums their gradients: see `messages`."""
+    found = [c for c in checked.recorded()[case.name]["collectives"] if c["axes"] == "seq" and "mixer" in c["scope"]]
+    by_formula = analytic.messages(case.config)
+    gathered = sum(c["bytes"] for c in found if c["kind"] == "all-gather")
+    scattered = sum(c["bytes"] for c in found if c["kind"] == "reduce-scatter")
+    assert scattered == by_formula.get("their gradients", 0)
+    if "h100" not in case.topology:  # there gathers of several arrays are joined, ids among them
+        assert gathered == by_formula.get("keys and values", 0)
+
+
+def test_messages_between_all_devices_are_within_a_factor_of_the_program():
+    for row in checked.errors():
+        if row.get("received"):
+            assert 0.5 < row["received_by_formula"] / row["received"] < 1.1, row["case"]
+
+
+@needs_libtpu
+def test_the_recorded_figures_are_the_compilers():
+    """The smallest case that is refused, which takes seconds; another version of libtpu may differ by a little."""
+    case = next(c for c in checked.CASES if c.name.startswith("wide v6e"))
+    found = program.facts(case.config, topology.parse(case.topology), 300)
+    old = checked.recorded()[case.name]
+    assert found["hbm_bytes"] == pytest.approx(old["hbm_bytes"], rel=0.02) and found["fits"] == old["fits"]
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_the_recorded_figures_are_those_of_gpus_too():
+    case = next(c for c in checked.CASES if "h100:1" in c.name)
+    found = program.facts(case.config, topology.parse(case.topology), 600)
+    assert found["hbm_bytes"] == pytest.approx(checked.recorded()[case.name]["hbm_bytes"], rel=0.02)
+
+
+def test_estimates_need_no_compiler(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LONGATTN_AOT", str(tmp_path))
+    options = plan.PlanOptions(
+        topology="v5p:8x8x8", model=plan.MODELS["llama3_8b"], data=ByteLM(T=2**20, B=64), analytic=True
+    )
+    (row,) = plan.run(options, "llama3_8b")["rows"]
+    assert row["mesh"] == {"data": 1, "fsdp": 64, "tensor": 1, "seq": 8} and row["hbm_bytes"] > 0
+    said = capsys.readouterr().out
+    assert "By formula; over" in said and "keys and values" in said
+
+
+def test_more_tokens_need_more_and_more_devices_less():
+    model = plan.MODELS["llama3_8b"]
+    need = lambda T, fsdp: analytic.memory(Config(model, ByteLM(T=T, B=64), Mesh(fsdp=fsdp, seq=2)))["total"]
+    assert need(8192, 8) < need(16_384, 8) < need(65_536, 8)
+    assert need(16_384, 8) > need(16_384, 16) > need(16_384, 64)
