@@ -588,10 +588,10 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
         console.print("Nothing could be timed here.", highlight=False)
 
 
-def opening(session: str) -> str:
+def opening(recorded: str) -> str:
     """Where a trace is and how to look at it."""
-    folder = Path(session).parents[2]  # FOLDER/plugins/profile/TIME
-    return f"Trace: {session}; to open it: pip install xprof, then xprof --port 8791 {folder}"
+    folder = Path(recorded).parents[2]  # FOLDER/plugins/profile/TIME
+    return f"Trace: {recorded}; to open it: pip install xprof, then xprof --port 8791 {folder}"
 
 
 def plain_table(title: str) -> Table:

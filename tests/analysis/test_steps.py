@@ -28,9 +28,9 @@ def folder(tmp_path: Path, data: bytes | None, **run) -> Path:
     """A run's folder with that trace."""
     (tmp_path / "config.json").write_text(to_json(Config(run=Run(**run))))
     if data is not None:
-        session = tmp_path / "profile" / "plugins" / "profile" / "now"
-        session.mkdir(parents=True)
-        (session / "host.xplane.pb").write_bytes(data)
+        recorded = tmp_path / "profile" / "plugins" / "profile" / "now"
+        recorded.mkdir(parents=True)
+        (recorded / "host.xplane.pb").write_bytes(data)
     return tmp_path
 
 
