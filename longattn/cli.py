@@ -1,4 +1,4 @@
-"""The command line: `longattn train|eval|bench|study|plan|profile`. The one place that knows tyro.
+"""The command line: `longattn train|eval|bench|compare|study|plan|profile`. The one place that knows tyro.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 2 the caller's mistake (one line, with the
 remedy), 130 interrupted, 143 stopped by SIGTERM after saving. What is heavy is imported by the command that needs it.
@@ -27,10 +27,12 @@ USAGE = """usage: longattn COMMAND ...
   train CONFIG [--model.D 128 ...]   train as a config file says, or go on with the run where it stopped (--json)
   eval RUN [--T 2048 ...]            loss, bits per byte and loss by position of a trained run
   bench attention [...]              time the back ends of attention against each other
+  compare CASE [--with a,b ...]      attention kernels under one profiler trace: by op, by scope, against the roofline
   study [--preset quick ...]         measure cost and recall side by side; writes a page
   plan MODEL --topology v5e:16x16    does it fit, and what bounds its step: compiled for machines that are not there
   profile --static tpu CASE [...]    cycles of a kernel on TPUs that are not there, by their compiler's schedule
   profile --static gpu CASE [...]    registers, spills, instructions of a kernel on GPUs that are not there
+  profile --trace RUN                device time of a run's steps by op and by scope, from the trace it recorded
   COMMAND --help                     the options of a command
 
 CONFIG is a Python file that defines `config = longattn.config.Config(...)`, such as configs/bytelm_small.py.
@@ -89,7 +91,7 @@ def _train(arguments: list[str]) -> int:
         "--run.init_from" + a[len("--init-from") :] if a.split("=")[0] == "--init-from" else a for a in overrides
     ]
     config = _parse(Config, overrides, f"train {path}", default=load_config(path))
-    _compilation_cache()
+    _compilation_cache(scopes=config.run.profile is not None)
     _keep_freed_memory()
     from longattn.train.run import train
 
@@ -166,6 +168,26 @@ def _bench(arguments: list[str]) -> int:
     return 0
 
 
+def _compare(arguments: list[str]) -> int:
+    from longattn.analysis import compare
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--case", *arguments]
+    elif not {"-h", "--help"} & set(arguments):
+        return _fail(f"compare needs a case; the cases are {', '.join(compare.CASES)}")
+    # "with" is a word of Python's, so no name of a field; and names may have commas between them.
+    words = [word for a in arguments for word in (a.split("=", 1) if a.startswith("--with=") else [a])]
+    if "--with" in words:
+        at = words.index("--with") + 1
+        end = next((i for i in range(at, len(words)) if words[i].startswith("--")), len(words))
+        names = " ".join(words[at:end]).replace(",", " ").split()
+        if not names:
+            return _fail(f"--with must name at least one contestant; they are {', '.join(compare.CONTESTANTS)}")
+        words = [*words[: at - 1], "--contestants", *names, *words[end:]]
+    compare.run(_parse(compare.CompareOptions, words, "compare CASE"))
+    return 0
+
+
 def _study(arguments: list[str]) -> int:
     from longattn.analysis import study
 
@@ -202,6 +224,11 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _profile(arguments: list[str]) -> int:
+    if any(a.split("=")[0] == "--trace" for a in arguments):
+        from longattn.analysis import steps
+
+        steps.run(_parse(steps.TraceOptions, arguments, "profile --trace RUN"))
+        return 0
     if arguments[:2] == ["--static", "gpu"]:
         from longattn.analysis import gpu_cases
         from longattn.analysis.static import gpu_command
@@ -216,7 +243,10 @@ def _static(kind: str, arguments: list[str], options: Any, run: Callable[[Any], 
     if arguments[:1] == ["--static"] and len(arguments) > 2 and not arguments[2].startswith("-"):
         arguments = [*arguments[:2], "--cases", *arguments[2:]]
     elif not {"-h", "--help"} & set(arguments):
-        return _fail(f"profile needs --static tpu or gpu and a case; for {kind} the cases are {', '.join(cases)}")
+        names = ", ".join(cases)
+        return _fail(
+            f"profile needs --static tpu or gpu and a case, or --trace and a run; for {kind} the cases are {names}"
+        )
     run(_parse(options, arguments, f"profile --static {kind}"))
     return 0
 
@@ -225,6 +255,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "bench": _bench,
+    "compare": _compare,
     "study": _study,
     "plan": _plan,
     "profile": _profile,
@@ -308,13 +339,18 @@ def load_config(path: str) -> Config:
     return config
 
 
-def _compilation_cache() -> None:
-    """Keep compiled programs between processes: in JAX_COMPILATION_CACHE_DIR, else in the user's cache folder."""
+def _compilation_cache(*, scopes: bool = False) -> None:
+    """Keep compiled programs between processes: in JAX_COMPILATION_CACHE_DIR, else in the user's cache folder.
+
+    With `scopes` a program is found only if its named scopes are the same too: a trace tells them.
+    """
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "longattn" / "jax"))
+    if scopes:
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
 
 
 def _keep_freed_memory() -> None:

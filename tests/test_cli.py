@@ -141,6 +141,57 @@ def test_mistaken_profiles_are_one_line(capsys, arguments: list[str], message: s
     assert message in fails(capsys, "profile", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "compare needs a case; the cases are attention_forward, attention_forward_backward"),
+        (["--with", "xla"], "compare needs a case"),
+        (["attention_forwards"], "unknown case 'attention_forwards'"),
+        (["attention_forward", "--with", "xla,jax_n"], "unknown contestant 'jax_n'"),
+        (["attention_forward", "--with"], "--with must name at least one contestant"),
+        (["attention_forward", "--with", "--json"], "--with must name at least one contestant"),
+        (["attention_forward", "--with=xla,xla"], "must name each contestant once"),
+        (["attention_forward", "--T", "-3"], "T=-3 must be at least 1"),
+        (["attention_forward", "--mask", "Causl()"], "did you mean 'Causal'?"),
+    ],
+)
+def test_mistaken_comparisons_are_one_line(capsys, arguments: list[str], message: str) -> None:
+    assert message in fails(capsys, "compare", *arguments)
+
+
+def test_compare_takes_names_with_commas_or_spaces(monkeypatch) -> None:
+    from longattn.analysis import compare
+
+    given = []
+    monkeypatch.setattr(compare, "run", given.append)
+    for names in (
+        ["--with", "xla,jax_nn"],
+        ["--with", "xla", "jax_nn"],
+        ["--with=xla,jax_nn"],
+        ["--with", "xla, jax_nn"],
+    ):
+        assert cli.main(["compare", "attention_forward", *names, "--T", "64"]) == 0
+    assert {options.contestants for options in given} == {("xla", "jax_nn")}
+    assert {options.T for options in given} == {64}
+
+
+def test_a_traced_run_takes_no_program_with_other_scopes(monkeypatch) -> None:
+    import jax
+
+    changed = {}
+    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+    cli._compilation_cache()
+    assert "jax_compilation_cache_include_metadata_in_key" not in changed
+    cli._compilation_cache(scopes=True)
+    assert changed["jax_compilation_cache_include_metadata_in_key"] is True
+
+
+def test_profile_of_a_trace_that_is_not_there_is_one_line(capsys, tmp_path: Path) -> None:
+    assert "holds no trace" in fails(capsys, "profile", "--trace", str(tmp_path))
+    assert "--trace" in fails(capsys, "profile", "--trace")
+    assert "--trace and a run" in fails(capsys, "profile")
+
+
 def test_eval_of_no_run_is_one_line(capsys, tmp_path: Path) -> None:
     assert "is no run" in fails(capsys, "eval", str(tmp_path))
 

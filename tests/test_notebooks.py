@@ -68,11 +68,15 @@ def test_first_cell_asks_for_a_repository(path, monkeypatch, tmp_path):
         exec(sources(path)[0], {})
 
 
-@pytest.mark.slow
-@BY_NAME
-def test_runs_where_only_its_first_cell_installed_anything(path, tmp_path):
-    """Cell by cell in one IPython, without a kernel: now and then the reply of a kernel under load never comes."""
-    clone, env = tmp_path / "longattn", tmp_path / "env"
+def test_first_cells_are_the_same():
+    """So that one environment may serve all: whichever runs first has installed what they all install."""
+    assert len({sources(path)[0] for path in NOTEBOOKS}) == 1
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """A clone, a Python that has what a notebook's server has, and the variables to run it with."""
+    clone, env = tmp_path_factory.mktemp("machine") / "longattn", tmp_path_factory.mktemp("env")
     leave = shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, clone, ignore=leave)
     subprocess.run([sys.executable, "-m", "venv", env], check=True)
@@ -81,9 +85,17 @@ def test_runs_where_only_its_first_cell_installed_anything(path, tmp_path):
     left_out = ("PYTEST_", "COV_", "TPU_", "PYTHONPATH", "MPLBACKEND")
     variables = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     variables["PIP_CONSTRAINT"] = str(clone / "constraints.txt")
-    # What a notebook's server has: IPython, and what reads the file.
+    # IPython, and what reads the file.
     install = [python, "-m", "pip", "install", "--quiet", "ipykernel", "nbformat"]
     subprocess.run(install, check=True, env=variables)
+    return clone, python, variables
+
+
+@pytest.mark.slow
+@BY_NAME
+def test_runs_where_only_its_first_cell_installed_anything(path, machine):
+    """Cell by cell in one IPython, without a kernel: now and then the reply of a kernel under load never comes."""
+    clone, python, variables = machine
     command = [python, "-m", "IPython", "--no-banner", "--colors=NoColor", path.name]
     done = subprocess.run(command, cwd=clone / "notebooks", env=variables, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -213,17 +213,25 @@ def _forward_backward(attend: Attend) -> Callable[..., Any]:
     return both
 
 
+def candidate(attend: Attend, what: str) -> Callable[..., Any]:
+    """(q, k, v, do) -> (out,), or with `what` "forward_backward" (out, dq, dk, dv)."""
+    return _forward_backward(attend) if what == "forward_backward" else lambda q, k, v, do: (attend(q, k, v),)
+
+
 def _program(attend: Attend, what: str) -> Any:
-    """The jitted candidate (q, k, v, do) -> (out,) or (out, dq, dk, dv)."""
-    return jax.jit(_forward_backward(attend) if what == "forward_backward" else lambda q, k, v, do: (attend(q, k, v),))
+    """The jitted candidate."""
+    return jax.jit(candidate(attend, what))
 
 
-def _jax_nn(mask: Mask) -> Attend:
+def jax_nn(mask: Mask, implementation: Literal["xla", "cudnn"] = "xla") -> Attend:
+    """jax.nn's attention."""
+
     def attend(q: Any, k: Any, v: Any) -> Any:
+        dot_product_attention = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
         if isinstance(mask, Causal | Full):
-            return jax.nn.dot_product_attention(q, k, v, is_causal=isinstance(mask, Causal), implementation="xla")
+            return dot_product_attention(q, k, v, is_causal=isinstance(mask, Causal))
         T = jnp.arange(q.shape[1], dtype=jnp.int32)
-        return jax.nn.dot_product_attention(q, k, v, mask=mask(T[:, None], T[None])[None, None], implementation="xla")
+        return dot_product_attention(q, k, v, mask=mask(T[:, None], T[None])[None, None])
 
     return attend
 
@@ -238,7 +246,7 @@ def _attends(options: AttentionOptions, peers: Sequence[str]) -> dict[str, Atten
         "longattn": functools.partial(ours, mask=options.mask, implementation=options.implementation)
     }
     if "jax" in peers:
-        attends["jax"] = _jax_nn(options.mask)
+        attends["jax"] = jax_nn(options.mask)
     if "reference" in peers:
         attends["reference"] = functools.partial(ours, mask=options.mask, implementation="reference")
     if options.window:
@@ -357,7 +365,7 @@ def attention(options: AttentionOptions, console: Console | None = None) -> dict
     return document
 
 
-def _inputs(options: AttentionOptions, T: int) -> dict[str, np.ndarray]:
+def inputs(options: AttentionOptions, T: int) -> dict[str, np.ndarray]:
     """q, k, v and the cotangent do: standard normal float32 [B T H|K D], rounded to the dtype under test."""
     rng = np.random.default_rng(T)
     heads = {"q": options.H, "k": options.heads, "v": options.heads, "do": options.H}
@@ -377,8 +385,8 @@ def _row(
             f"{T=} is too long for this machine: inputs and results take {needs / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free; choose a shorter one"
         )
-    inputs = _inputs(options, T)
-    arrays = [jnp.asarray(x, options.dtype) for x in inputs.values()]
+    drawn = inputs(options, T)
+    arrays = [jnp.asarray(x, options.dtype) for x in drawn.values()]
     fns: dict[str, Callable[[], Any]] = {}
     temp: dict[str, int] = {}
     skipped: dict[str, str] = {}
@@ -399,7 +407,7 @@ def _row(
                 raise ValueError(f"{T=} is too long for this machine: it {skipped[name]}; choose a shorter one")
         else:
             fns[name] = functools.partial(compiled, *arrays)
-    errors = _agree(options, T, what, fns, inputs, torch, threads)
+    errors = _agree(options, T, what, fns, drawn, torch, threads)
     if torch:
         fns["torch"] = lambda: Seconds(torch.ask("run", what=what)["seconds"])
     seconds = interleave(fns, options.repeats)
@@ -418,15 +426,15 @@ def _row(
         "skipped": skipped,
         "temp_bytes": temp,
         "temp_bytes_at_2T": temp_bytes(_program(_attends(options, ())["longattn"], what), *twice),
-        "flops": {name: _flops(options, T, what, window=name == "window") for name in seconds},
+        "flops": {name: flops(options, T, what, window=name == "window") for name in seconds},
     }
 
 
-def _flops(options: AttentionOptions, T: int, what: str, *, window: bool) -> float:
+def flops(options: AttentionOptions, T: int, what: str, *, window: bool = False) -> float:
     """What the visible pairs cost, without recomputation: the same for every candidate, however it computes them."""
     mask = _window(options) if window else options.mask
-    flops = cost.attention_flops(cost.visible_pairs(mask, T), options.H * options.B, options.D)
-    return flops.forward + (flops.backward if what == "forward_backward" else 0)
+    parts = cost.attention_flops(cost.visible_pairs(mask, T), options.H * options.B, options.D)
+    return parts.forward + (parts.backward if what == "forward_backward" else 0)
 
 
 def _agree(
@@ -442,7 +450,7 @@ def _agree(
     mine = [np.asarray(x, np.float32) for x in fns["longattn"]()]
     errors = {}
     for name in [n for n in fns if n not in ("longattn", "window")]:
-        errors[name] = _error(mine, [np.asarray(x, np.float32) for x in fns[name]()])
+        errors[name] = relative_error(mine, [np.asarray(x, np.float32) for x in fns[name]()])
     if torch:
         with tempfile.TemporaryDirectory() as folder:
             for name, x in inputs.items():
@@ -453,7 +461,7 @@ def _agree(
             causal = isinstance(options.mask, Causal)
             torch.ask("load", folder=folder, dtype=options.dtype, threads=threads or 1, causal=causal, mask=dense)
             torch.ask("save", what=what)
-            errors["torch"] = _error(mine, [np.load(Path(folder, f"{n}.npy")) for n in RESULTS[: len(mine)]])
+            errors["torch"] = relative_error(mine, [np.load(Path(folder, f"{n}.npy")) for n in RESULTS[: len(mine)]])
     for name, error in errors.items():
         if not error <= AGREE[options.dtype]:
             raise FloatingPointError(
@@ -463,7 +471,8 @@ def _agree(
     return errors
 
 
-def _error(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
+def relative_error(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
+    """The largest relative L2 error of a's arrays against b's."""
     return max(float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in zip(a, b, strict=True))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
@@ -50,20 +51,23 @@ class Softmax(nn.Module):
             self.param(n, heads, (m.E, h, m.D), jnp.float32).astype(x.dtype) for n, h in zip("qkv", (m.H, m.K, m.K))
         )
         wo = self.param("out", fan_in((0, 1), 2, 1 / (2 * m.N)), (m.H, m.D, m.E), jnp.float32).astype(x.dtype)
-        q = jnp.einsum("BTE,EHD->BTHD", x, wq)
-        k = jnp.einsum("BSE,EKD->BSKD", x, wk)
-        v = jnp.einsum("BSE,EKV->BSKV", x, wv)
+        with jax.named_scope("projections"):
+            q = jnp.einsum("BTE,EHD->BTHD", x, wq)
+            k = jnp.einsum("BSE,EKD->BSKD", x, wk)
+            v = jnp.einsum("BSE,EKV->BSKV", x, wv)
         if cfg.qk_norm:
             q, k = RMSNorm(m.norm_eps, name="q_norm")(q), RMSNorm(m.norm_eps, name="k_norm")(k)
         if cfg.rope is not None:
             frequencies = rope_frequencies(cfg.rope, m.D)
-            q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+            with jax.named_scope("rotary"):
+                q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
         y = (self.context or Context()).attention(
             q, k, v, mask=cfg.mask, segment_ids=segment_ids, positions=positions,
             scale=m.D**-0.5 * rope_temperature(cfg.rope), softcap=cfg.softcap,
             sinks=self.param("sinks", nn.initializers.zeros, (m.H,), jnp.float32) if cfg.sinks else None,
         )  # fmt: skip
-        return jnp.einsum("BTHV,HVE->BTE", y, wo), None
+        with jax.named_scope("out"):
+            return jnp.einsum("BTHV,HVE->BTE", y, wo), None
 
     @staticmethod
     def state_elements(mixer: config.Softmax, model: config.Model, T: int) -> int:

@@ -118,7 +118,8 @@ class Transformer(nn.Module):
         # Tokens enter with RMS 1 (section 3.4 of arXiv:1706.03762), so that the blocks' outputs do not drown them, and
         # leave through rows of length 1. (Where tied, a token's own logit starts high: the loss starts above ln W.)
         context = self.context or Context()
-        x = context.spread(context.rows(self.embedding, tokens, self.config.E**0.5, self.config.dtype))
+        with jax.named_scope("embedding"):
+            x = context.spread(context.rows(self.embedding, tokens, self.config.E**0.5, self.config.dtype))
         if period(self.config) == self.config.N:
             for layer in self.layer:
                 x = layer(x, positions, segment_ids)
@@ -135,8 +136,9 @@ class Transformer(nn.Module):
     ) -> tuple[Float32[Array, "B T W"], None]:
         """Logits of the token that follows each token. For training take `hidden` and the loss in chunks instead."""
         x, state = self.hidden(tokens, positions, segment_ids, state)
-        w = (self.embedding if self.config.tie else self.head).astype(x.dtype)
-        return jnp.einsum("BTE,WE->BTW", x, w, preferred_element_type=jnp.float32), state
+        with jax.named_scope("head"):
+            w = (self.embedding if self.config.tie else self.head).astype(x.dtype)
+            return jnp.einsum("BTE,WE->BTW", x, w, preferred_element_type=jnp.float32), state
 
 
 def head(params: dict[str, Any], config: configs.Model) -> Float32[Array, "W E"]:

@@ -96,8 +96,9 @@ def _attention(q, k, v, sinks, extras, *, mesh, batch, head, strategy, call, dty
     def local(q, k, v, sinks, extras):
         if extras.bias is not None:  # so that the gradient of what is replicated is summed in float32
             extras = extras._replace(bias=extras.bias.astype(statistics_dtype(q.dtype)))
-        out, lse = STRATEGIES[strategy](*dispatch.vary_together((q, k, v, extras)), call)
-        return tuple(partials.finish(Partial(out, lse), sinks, dtype))
+        with jax.named_scope(strategy):
+            out, lse = STRATEGIES[strategy](*dispatch.vary_together((q, k, v, extras)), call)
+            return tuple(partials.finish(Partial(out, lse), sinks, dtype))
 
     return local(q, k, v, sinks, extras)
 

@@ -48,9 +48,11 @@ def rows(
     )
     def local(table: Array, tokens: Array) -> Array:
         table, tokens = dispatch.vary_together((table, tokens))
-        everyone = lax.all_gather(tokens, axes)  # [devices b t]
+        with jax.named_scope("gather"):
+            everyone = lax.all_gather(tokens, axes)  # [devices b t]
         slices = (jnp.take(table, everyone, axis=0) * scale).astype(dtype)  # [devices b t e]
-        mine = lax.all_to_all(slices, axes, split_axis=0, concat_axis=0)  # of my tokens, a slice from each device
+        with jax.named_scope("exchange"):  # of my tokens, a slice from each device
+            mine = lax.all_to_all(slices, axes, split_axis=0, concat_axis=0)
         return jnp.moveaxis(mine, 0, 2).reshape(*tokens.shape, devices * table.shape[1])
 
     return local(table, tokens)

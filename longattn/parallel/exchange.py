@@ -34,7 +34,8 @@ def all_gather(q: Query, k: Key, v: Value, extras: Extras, call: Call) -> tuple[
 
 
 def _gathered(k: Array, v: Array, axis: str) -> tuple[Array, Array]:
-    return tuple(lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v))
+    with jax.named_scope("gather"):
+        return tuple(lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -70,7 +71,8 @@ def _all_gather_backward(call: Call, residuals: Any, cotangents: tuple[Array, Ar
         dq, dk, dv, dbias = pull((do.astype(wide), dlse))
         dbias = dbias.astype(bias.dtype)
     # Summed in float32 over the devices, rounded once.
-    dk, dv = (lax.psum_scatter(x, call.axis, scatter_dimension=1, tiled=True) for x in (dk, dv))
+    with jax.named_scope("scatter"):
+        dk, dv = (lax.psum_scatter(x, call.axis, scatter_dimension=1, tiled=True) for x in (dk, dv))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dbias, None
 
 

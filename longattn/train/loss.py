@@ -87,7 +87,8 @@ def cross_entropy(
 
 def gathered(w: Float[Array, "W e"], sliced: tuple[str, ...]) -> Float[Array, "W E"]:
     """The whole of a head that is sliced along E over manual mesh axes."""
-    return jax.lax.all_gather(w, sliced, axis=1, tiled=True) if sliced else w
+    with jax.named_scope("gather"):
+        return jax.lax.all_gather(w, sliced, axis=1, tiled=True) if sliced else w
 
 
 def _piece(x: Array, w: Array, labels: Array, weights: Array, z_loss: float, grad: bool) -> tuple[Any, ...]:
@@ -138,7 +139,8 @@ def _pieces(
     if T % piece:
         carry = step(carry, whole * piece, T % piece)
     if grad and sliced:
-        carry["dw"] = jax.lax.psum_scatter(carry["dw"], sliced, scatter_dimension=1, tiled=True)
+        with jax.named_scope("scatter"):
+            carry["dw"] = jax.lax.psum_scatter(carry["dw"], sliced, scatter_dimension=1, tiled=True)
     return tuple(carry[name] for name in ("nll", "lse", "dx", "dw") if name in carry)
 
 

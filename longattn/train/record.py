@@ -369,9 +369,12 @@ class Profiler:
     def __init__(self, folder: Path, window: tuple[int, int] | None):
         self.folder, self.window, self.running = folder, window, False
 
-    def before(self, step: int) -> None:
+    def before(self, step: int, state: Any) -> None:
         if self.window and step == self.window[0]:
-            jax.profiler.start_trace(str(self.folder))
+            jax.block_until_ready(state)  # the step before is no part of it
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # Python's calls would be most of the trace, and slow the steps down
+            jax.profiler.start_trace(str(self.folder), profiler_options=options)
             self.running = True
 
     def after(self, step: int, state: Any) -> None:

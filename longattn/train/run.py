@@ -144,11 +144,12 @@ def _loop(
 
     stopping = False
     while step < run.steps and not stopping:
-        profiler.before(step + 1)
+        profiler.before(step + 1, state)
         asked = time.perf_counter()
         _, batch = next(batches)
         wait = time.perf_counter() - asked
-        state, metrics = step_fn(state, batch)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+            state, metrics = step_fn(state, batch)
         # The metrics of step n-1 are fetched after step n is dispatched, so that the device never waits for the host.
         if pending is not None:
             settled = settle()

@@ -164,14 +164,16 @@ def _sum_loss(
         return total, aux["nll_sum"]
 
     x = _hidden(params, batch, config, context)
-    return _token_sums(context, sums, x, head(params, config.model), *labels_and_weights(*batch))
+    with jax.named_scope("loss"):
+        return _token_sums(context, sums, x, head(params, config.model), *labels_and_weights(*batch))
 
 
 def _train_step(config: Config, context: Context | None, state: State, batch: Batch) -> tuple[State, Metrics]:
     pieces = config.optimiser.accumulate
     # The mean is over all weighted tokens of the step; a mean of the micro-batches' means would weigh them unequally.
-    weight_sum = labels_and_weights(*batch)[1].sum()
-    scale = 1 / jnp.maximum(weight_sum, 1)
+    with jax.named_scope("loss"):
+        weight_sum = labels_and_weights(*batch)[1].sum()
+        scale = 1 / jnp.maximum(weight_sum, 1)
 
     def sums(params: Params, piece: Batch) -> tuple[Params, Float[Array, " 2"]]:
         def loss(p: Params) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -190,20 +192,25 @@ def _train_step(config: Config, context: Context | None, state: State, batch: Ba
             split = jax.tree.map(lambda a: meshes.place(a, context.mesh, spec, "the micro-batches"), split)
 
         def add(carry: Any, piece: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, sums(state.params, piece)), None
+            new = sums(state.params, piece)
+            with jax.named_scope("accumulate"):
+                return jax.tree.map(jnp.add, carry, new), None
 
         zeros = jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(2)
         (grads, totals), _ = jax.lax.scan(add, zeros, split)
 
-    updates, opt_state = optimiser(config).update(grads, state.opt_state, state.params)
-    metrics = {
-        "loss": totals[0],  # nats per weighted token, z-loss included
-        "nll": totals[1],  # nats per weighted token
-        "grad_norm": optax.global_norm(grads),  # before clipping
-        "weight_sum": weight_sum,
-        "lr": learning_rate(config.optimiser, config.run.steps)(state.step),
-    }
-    return State(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+    with jax.named_scope("optimiser"):
+        updates, opt_state = optimiser(config).update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("metrics"):
+        metrics = {
+            "loss": totals[0],  # nats per weighted token, z-loss included
+            "nll": totals[1],  # nats per weighted token
+            "grad_norm": optax.global_norm(grads),  # before clipping
+            "weight_sum": weight_sum,
+            "lr": learning_rate(config.optimiser, config.run.steps)(state.step),
+        }
+    return State(params, opt_state, state.step + 1), metrics
 
 
 @functools.lru_cache
@@ -225,7 +232,8 @@ def _eval_step(config: Config, context: Context | None, params: Params, batch: B
     labels, weights = labels_and_weights(*batch)
     sums = functools.partial(_eval_sums, config.optimiser.loss_chunk, batch.tokens.shape[1])
     x = _hidden(params, batch, config, context)
-    return _token_sums(context, sums, x, head(params, config.model), labels, weights, batch.positions)
+    with jax.named_scope("loss"):
+        return _token_sums(context, sums, x, head(params, config.model), labels, weights, batch.positions)
 
 
 def _eval_sums(

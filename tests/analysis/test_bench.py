@@ -120,7 +120,7 @@ def test_a_peer_that_refuses_is_left_out_with_its_reason(capsys, monkeypatch):
     def refuses(q, k, v):
         raise NotImplementedError("no such thing here")
 
-    monkeypatch.setattr(bench, "_jax_nn", lambda mask: refuses)
+    monkeypatch.setattr(bench, "jax_nn", lambda mask: refuses)
     document, out = run(capsys, against=("jax",), T=(16,), what=("forward",), window=0)
     assert document["rows"][0]["skipped"] == {"jax": "refuses: no such thing here"}
     assert "no such thing here" in out
@@ -138,8 +138,8 @@ def test_json_is_one_document_with_where_it_ran(capsys):
 
 
 def test_disagreement_stops_before_timing(monkeypatch):
-    wrong = bench._jax_nn(Window(1))
-    monkeypatch.setattr(bench, "_jax_nn", lambda mask: wrong)
+    wrong = bench.jax_nn(Window(1))
+    monkeypatch.setattr(bench, "jax_nn", lambda mask: wrong)
     monkeypatch.setattr(bench, "interleave", lambda *a, **k: pytest.fail("timed a wrong result"))
     with pytest.raises(FloatingPointError, match="longattn and jax disagree at T=16"):
         bench.attention(bench.AttentionOptions(**TINY, against=("jax",)))

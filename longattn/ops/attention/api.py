@@ -122,14 +122,17 @@ def _prepare(
 @functools.partial(jax.jit, static_argnames=("spec", "name", "dtype"))
 def _attention(q, k, v, extras, sinks, *, spec, name, dtype):
     q, k, v, extras, sinks = dispatch.vary_together((q, k, v, extras, sinks))
-    out, lse = BACK_ENDS[name].attend(q, k, v, extras, spec)
-    return partials.finish(Partial(out, lse), sinks, dtype)
+    with jax.named_scope("attention"):
+        with jax.named_scope(name):
+            out, lse = BACK_ENDS[name].attend(q, k, v, extras, spec)
+        return partials.finish(Partial(out, lse), sinks, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "name"))
 def _backward_partial(q, k, v, extras, out, lse, do, dlse, *, spec, name):
     arrays = dispatch.vary_together((q, k, v, extras, out, lse, do, dlse))
-    return BACK_ENDS[name].backward_partial(*arrays, spec)
+    with jax.named_scope("attention"), jax.named_scope(name), jax.named_scope("backward"):
+        return BACK_ENDS[name].backward_partial(*arrays, spec)
 
 
 def attention_with_lse(

@@ -43,16 +43,20 @@ def _logits(q: Array, k: Array, extras: Extras, spec: Spec) -> Logits:
 def attend(q: Query, k: Key, v: Value, extras: Extras, spec: Spec) -> tuple[Out, Statistic]:
     """out [B T H V] and lse [B T H]; zeros and -inf where no key is visible."""
     q, k, v = _wide(q, k, v)
-    logits = _logits(q, k, extras, spec)
-    m = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
-    m = jnp.where(m == -jnp.inf, 0.0, m)
-    weights = jnp.exp(logits - m[..., None])
-    total = jnp.sum(weights, axis=-1)
-    empty = total == 0
-    total = jnp.where(empty, 1.0, total)
-    v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
-    out = jnp.einsum("BHTS,BSHV->BTHV", weights / total[..., None], v, precision=Precision.HIGHEST)
-    lse = jnp.where(empty, -jnp.inf, m + jnp.log(total)).transpose(0, 2, 1)
+    with jax.named_scope("logits"):
+        logits = _logits(q, k, extras, spec)
+    with jax.named_scope("softmax"):
+        m = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
+        m = jnp.where(m == -jnp.inf, 0.0, m)
+        weights = jnp.exp(logits - m[..., None])
+        total = jnp.sum(weights, axis=-1)
+        empty = total == 0
+        total = jnp.where(empty, 1.0, total)
+        weights = weights / total[..., None]
+        lse = jnp.where(empty, -jnp.inf, m + jnp.log(total)).transpose(0, 2, 1)
+    with jax.named_scope("values"):
+        v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
+        out = jnp.einsum("BHTS,BSHV->BTHV", weights, v, precision=Precision.HIGHEST)
     return out.astype(spec.out_dtype), lse
 
 

@@ -377,25 +377,36 @@ def _forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, s
     def row(_: None, index: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         o, i = index
         qb = _at(queries, o, i)
-        tiles, full, seen = _order(side, o, i, n)
+        with jax.named_scope("order"):
+            tiles, full, seen = _order(side, o, i, n)
 
         def logits(j: Array, masked: bool) -> Array:
-            s, visible, _ = _logits(qb, _at(keys, o, j), side, o, i, j, masked, n, spec)
-            return s if visible is None else jnp.where(visible, s, -jnp.inf)
+            with jax.named_scope("logits"):
+                s, visible, _ = _logits(qb, _at(keys, o, j), side, o, i, j, masked, n, spec)
+                return s if visible is None else jnp.where(visible, s, -jnp.inf)
 
         def add(acc: Array, p: Array, j: Array) -> Array:
-            return acc + _dot("bkvc,bkcr->bkvr", _at(values, o, j), p, n)
+            with jax.named_scope("values"):
+                return acc + _dot("bkvc,bkcr->bkvr", _at(values, o, j), p, n)
 
         def bounded(masked: bool) -> Any:
-            return lambda j, acc: add(acc, _exp(logits(j, masked)), j)
+            def step(j: Array, acc: Array) -> Array:
+                s = logits(j, masked)
+                with jax.named_scope("softmax"):
+                    p = _exp(s)
+                return add(acc, p, j)
+
+            return step
 
         def online(masked: bool) -> Any:
             def step(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
                 acc, m = carry
                 s = logits(j, masked)
-                new = jnp.maximum(m, s.max(2))
-                base = jnp.where(new == -jnp.inf, 0.0, new)
-                return add(acc * _exp(m - base)[:, :, None], _exp(s - base[:, :, None]), j), new
+                with jax.named_scope("softmax"):
+                    new = jnp.maximum(m, s.max(2))
+                    base = jnp.where(new == -jnp.inf, 0.0, new)
+                    acc, p = acc * _exp(m - base)[:, :, None], _exp(s - base[:, :, None])
+                return add(acc, p, j), new
 
             return step
 
@@ -446,12 +457,16 @@ def _backward(
             def step(j: Array, carry: Any) -> Any:
                 dq, dk, dv, dbias = carry
                 kb = _at(keys, o, j)
-                s, visible, slope = _logits(qb, kb, side, o, i, j, masked, n, spec)
-                p = _exp(s - shift)
-                if visible is not None:
-                    p = jnp.where(visible, p, 0.0)
-                dp = _dot("bkcv,bkrv->bkcr", _at(values, o, j), db, n)
-                ds = p * (dp - delta)
+                with jax.named_scope("logits"):
+                    s, visible, slope = _logits(qb, kb, side, o, i, j, masked, n, spec)
+                with jax.named_scope("softmax"):
+                    p = _exp(s - shift)
+                    if visible is not None:
+                        p = jnp.where(visible, p, 0.0)
+                with jax.named_scope("dp"):
+                    dp = _dot("bkcv,bkrv->bkcr", _at(values, o, j), db, n)
+                with jax.named_scope("ds"):
+                    ds = p * (dp - delta)
                 if dbias is not None:
                     starts, sizes = _bias_slice(side, o, i, j, n)
                     x = jnp.moveaxis(ds.reshape(n.inner, n.K, n.bk, n.G, n.bq), 2, 4)
@@ -460,15 +475,20 @@ def _backward(
                     dbias = lax.dynamic_update_slice(dbias, lax.dynamic_slice(dbias, starts, sizes) + x, starts)
                 if slope is not None:
                     ds = ds * slope
-                dq = dq + _dot("bkdc,bkcr->bkdr", kb.swapaxes(2, 3), ds, n)
-                dk = _add(dk, _dot("bkcr,bkrd->bkcd", ds, qb, n), o, j)
-                dv = _add(dv, _dot("bkcr,bkrv->bkcv", p, db, n), o, j)
+                with jax.named_scope("dq"):
+                    dq = dq + _dot("bkdc,bkcr->bkdr", kb.swapaxes(2, 3), ds, n)
+                with jax.named_scope("dk"):
+                    dk = _add(dk, _dot("bkcr,bkrd->bkcd", ds, qb, n), o, j)
+                with jax.named_scope("dv"):
+                    dv = _add(dv, _dot("bkcr,bkrv->bkcv", p, db, n), o, j)
                 return dq, dk, dv, dbias
 
             return step
 
         dq = _zeros((n.inner, n.K, n.D, n.G * n.bq), n.dtype, q)
-        dq, *carry = _walk(_order(side, o, i, n), tile, (dq, *carry))
+        with jax.named_scope("order"):
+            order = _order(side, o, i, n)
+        dq, *carry = _walk(order, tile, (dq, *carry))
         return tuple(carry), dq.swapaxes(2, 3)
 
     carry = (
