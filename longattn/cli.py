@@ -230,10 +230,10 @@ def _profile(arguments: list[str]) -> int:
         steps.run(_parse(steps.TraceOptions, arguments, "profile --trace RUN"))
         return 0
     if arguments[:2] == ["--static", "gpu"]:
-        from longattn.analysis import gpu_cases
+        from longattn.analysis.cases import gpu
         from longattn.analysis.static import gpu_command
 
-        return _static("gpu", arguments, gpu_command.ProfileOptions, gpu_command.run, gpu_cases.CASES)
+        return _static("gpu", arguments, gpu_command.ProfileOptions, gpu_command.run, gpu.CASES)
     from longattn.analysis import cases, static
 
     return _static("tpu", arguments, static.ProfileOptions, static.run, cases.CASES)

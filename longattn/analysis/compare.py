@@ -66,7 +66,7 @@ def _blocks(options: bench.AttentionOptions) -> cases.Shape:
     fitting = [b for b in (1024, 512, 256, 128) if T % b == 0 and b < T]
     if not fitting:
         raise NotImplementedError(f"its blocks are multiples of 128 that divide T, and T={T} has at least two of them")
-    return cases.Shape(T, options.H, options.D, options.mask, fitting[0], fitting[0])
+    return cases.Shape(T=T, H=options.H, D=options.D, mask=options.mask, bT=fitting[0], bS=fitting[0])
 
 
 def _heads_first(attend: Callable[..., Any]) -> bench.Attend:

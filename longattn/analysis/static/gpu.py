@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from longattn import mask
 from longattn.analysis import aot
-from longattn.analysis.gpu_cases import CASES, Shape
+from longattn.analysis.cases.gpu import CASES, Shape
 from longattn.analysis.static import sass
 
 CHIPS = {"sm_80": "a100-80", "sm_90a": "h100", "sm_100a": "b200"}  # which GPU has which instruction set
