@@ -207,10 +207,10 @@ def _plan(arguments: list[str]) -> int:
         return _fail(f"plan needs a model first: {known}, or a config file")
     name, *rest = arguments
     if name in plan.MODELS:
-        default = plan.PlanOptions(model=plan.MODELS[name])
+        default, mesh = plan.PlanOptions(model=plan.MODELS[name]), None
     elif name.endswith((".py", ".json")):
         c = load_config(name)
-        default = plan.PlanOptions(model=c.model, data=c.data, optimiser=c.optimiser)
+        default, mesh = plan.PlanOptions(model=c.model, data=c.data, optimiser=c.optimiser), c.mesh
         name = Path(name).stem
     else:
         return _fail(f"unknown model {name!r}{_suggest(name, plan.MODELS)}; there are {known}, and config files")
@@ -219,7 +219,8 @@ def _plan(arguments: list[str]) -> int:
         rest = [f"--{long}{a[len(short) + 2 :]}" if a.split("=")[0] == f"--{short}" else a for a in rest]
     flags = {"--json": "--json=True", "--analytic": "--analytic=True", "--no-cache": "--cache=False"}
     rest = [flags.get(a, a) for a in rest]
-    plan.run(_parse(plan.PlanOptions, rest, f"plan {name}", default=default), name)
+    options = _parse(plan.PlanOptions, rest, f"plan {name}", default=default)
+    plan.run(options if mesh is None else plan.with_mesh(options, mesh), name)
     return 0
 
 

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def gpu_topology(name: str, hosts: int = 1, devices: int = 1) -> topologies.Topo
 
     Args:
       name: a key of `hardware.GPUS`.
-      hosts: each is a slice of its own.
+      hosts: whose GPUs have one `process_index`; jax reports no slices here.
       devices: of one host.
 
     Raises:
@@ -191,7 +192,11 @@ def call(function: str, request: Mapping[str, Any], environment: Mapping[str, st
             lines = [line.strip() for line in said.split("\n*** ")[0].splitlines() if line.strip()]
             ended = f"the compiler ended with {child.returncode}"
             return {"reason": f"{ended}: {lines[-1] if lines else 'it said nothing'}"}
-        return json.loads(answer.read_text())
+        found = json.loads(answer.read_text())
+        where = found.pop("traceback", None)
+        if where and os.environ.get("LONGATTN_TRACEBACK"):
+            print(where, file=sys.stderr)
+        return found
 
 
 def serve() -> None:
@@ -204,5 +209,5 @@ def serve() -> None:
     try:
         answer = getattr(importlib.import_module(module), name)(request)
     except Exception as error:  # the compilers' refusals are of many classes; each becomes a row with its reason
-        answer = {"reason": f"{type(error).__name__}: {error}"}
+        answer = {"reason": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     Path(path).write_text(json.dumps(answer))

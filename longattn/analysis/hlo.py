@@ -327,8 +327,7 @@ def _convolution(computation: Computation, instruction: Instruction) -> float:
         low = int(pads[d].split("_")[0])
         inputs, outputs = lhs.shape[labels[1].index(c)], out.shape[labels[3].index(c)]
         products *= _seen(inputs, outputs, kernel[d], stride[d], low, dilated[d], spread[d])
-    groups = int(instruction.attribute("batch_group_count") or 1)
-    return 2.0 * products / groups
+    return 2.0 * products
 
 
 @functools.lru_cache(maxsize=4096)
@@ -357,11 +356,14 @@ def hbm_bytes(program: Program, computation: Computation, instruction: Instructi
     opcode = instruction.opcode
     if opcode in _MOVES_NOTHING or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
         return 0
-    if opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * size(instruction.type, space=0)
-    if opcode == "dynamic-update-slice":
-        return 2 * size(computation.operand(instruction, 1), space=0)
+    if opcode == "async-start":
+        inner = program.called(instruction)
+        return sum(hbm_bytes(program, inner, i) for i in inner.instructions)
     operands = computation.operands(instruction)
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        return (size(instruction.type) if size(operands[0], space=0) else 0) + size(instruction.type, space=0)
+    if opcode == "dynamic-update-slice":
+        return size(operands[1], space=0) + (size(operands[1]) if size(instruction.type, space=0) else 0)
     if opcode == "copy-start":
         return size(operands[0], space=0) + sum(a.bytes for a in leaves(instruction.type[0]) if a.space == 0)
     inner = program.called(instruction) if opcode == "fusion" else None
@@ -369,12 +371,13 @@ def hbm_bytes(program: Program, computation: Computation, instruction: Instructi
         return sum(size(kind, space=0) for kind in operands) + size(instruction.type, space=0)
     parameters = _parameters(inner)
     read = sum(
-        min(size(kind, space=0), _read(inner, parameter)) for kind, parameter in zip(operands, parameters, strict=True)
+        min(size(kind, space=0), _read(program, inner, parameter))
+        for kind, parameter in zip(operands, parameters, strict=True)
     )
     return read + _written(inner)
 
 
-def _read(computation: Computation, parameter: Instruction) -> int:
+def _read(program: Program, computation: Computation, parameter: Instruction) -> int:
     """Bytes of a fusion's parameter that it reads."""
     users = [i for i in computation.instructions if any(name == parameter.name for name, _ in i.operands)]
     total = 0
@@ -384,10 +387,14 @@ def _read(computation: Computation, parameter: Instruction) -> int:
         elif user.opcode == "dynamic-update-slice" and user.operands[0][0] == parameter.name:
             pass  # updated in place
         elif user.opcode == "bitcast":
-            total += _read(computation, user)
+            total += _read(program, computation, user)
+        elif user.opcode == "fusion":
+            inner = program.called(user)
+            inside = zip(_parameters(inner), user.operands, strict=True)
+            total += sum(_read(program, inner, p) for p, (name, _) in inside if name == parameter.name)
         else:
             return size(parameter.type)
-    return total
+    return min(total, size(parameter.type))
 
 
 def _written(computation: Computation) -> int:
@@ -417,6 +424,7 @@ class Collective:
     group: tuple[int, ...]  # the devices of the first group, by their place in the program's order
     axes: str  # of the mesh, where the program names them
     scope: str
+    pairs: tuple[tuple[int, int], ...] = ()  # of a collective-permute: who sends to whom
 
 
 def collective(program: Program, computation: Computation, instruction: Instruction) -> Collective | None:
@@ -435,7 +443,7 @@ def collective(program: Program, computation: Computation, instruction: Instruct
 
 
 def _collective(computation: Computation, instruction: Instruction, kind: str) -> Collective:
-    group, axes = _group(instruction.attributes)
+    group, axes, pairs = _group(instruction.attributes)
     operands, devices = sum(size(t) for t in computation.operands(instruction)), max(1, len(group))
     share = {
         "all-gather": devices - 1,
@@ -446,32 +454,51 @@ def _collective(computation: Computation, instruction: Instruction, kind: str) -
         "collective-permute": 1,
         "collective-broadcast": 1,
     }[kind]
-    return Collective(kind, round(operands * share), group, axes, instruction.scope)
+    return Collective(kind, round(operands * share), group, axes, instruction.scope, pairs)
 
 
-def _group(text: str) -> tuple[tuple[int, ...], str]:
-    """(devices of the first group, the mesh's axes where they are named) of a collective's attributes.
+def _group(text: str) -> tuple[tuple[int, ...], str, tuple[tuple[int, int], ...]]:
+    """(devices of the first group, the mesh's axes where they are named, pairs) of a collective's attributes.
 
     Raises:
       ValueError: for a form that is not known.
     """
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*)\))?\s*\{([^}]*)\}", text):
-        sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named[3])
-        places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        at: list[Any] = [0] * len(sizes)
-        for name, before, part in parts:  # of an axis, or of the part of it that begins after `before` devices
-            step = sizes[name] // (int(before) * int(part)) if part else 1
-            whole = slice(0, step * int(part), step) if part else slice(None)
-            at[list(sizes).index(name)] = whole
-        axes = ",".join(name for name, _, _ in parts)
-        return tuple(places[tuple(at)].reshape(-1).tolist()), "" if re.search(r"axis_\d", axes) else axes
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:,? ?device_ids=\(([\d, ]*)\))?\s*\{([^}]*)\}", text):
+        return *_of_mesh(*named.groups()), ()
     if counted := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         shape, source, order = ([int(n) for n in part.split(",")] if part else None for part in counted.groups())
         places = np.arange(math.prod(source)).reshape(source)
-        return tuple((places if order is None else places.transpose(order)).reshape(shape)[0].tolist()), ""
+        return tuple((places if order is None else places.transpose(order)).reshape(shape)[0].tolist()), "", ()
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return tuple(int(n) for n in listed[1].split(",") if n), ""
-    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
-        return tuple(sorted({int(n) for n in re.findall(r"\d+", pairs[1])})), ""
+        return tuple(int(n) for n in listed[1].split(",") if n), "", ()
+    if listed := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
+        pairs = tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", listed[1]))
+        receivers, ring = dict(pairs), [pairs[0][0]] if pairs else []
+        while ring and receivers.get(ring[-1], ring[0]) not in ring:
+            ring.append(receivers[ring[-1]])
+        return tuple(sorted(ring)), "", pairs
     raise ValueError(f"{text[:80]!r}: this form of a collective's groups is not known")
+
+
+def _of_mesh(axes: str, ids: str | None, used: str) -> tuple[tuple[int, ...], str]:
+    """The first group of "'fsdp'=2,'seq'=4", device ids or None, "'seq'": all devices along the axes that are used.
+
+    A used axis may be a part: 'a':(2)4 is the second factor of 'a' = 2 * 4 * rest.
+    """
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
+    parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", used)
+    shape: list[int] = []
+    taken: list[bool] = []
+    for name, whole in sizes.items():
+        done = 1
+        for _, before, part in sorted((p for p in parts if p[0] == name), key=lambda p: int(p[1] or 1)):
+            skipped, width = int(before or 1) // done, int(part or whole)
+            shape += [skipped, width]
+            taken += [False, True]
+            done *= skipped * width
+        shape.append(whole // done)
+        taken.append(False)
+    places = np.arange(math.prod(shape)) if ids is None else np.array([int(n) for n in ids.split(",")])
+    group = places.reshape(shape)[tuple(slice(None) if t else 0 for t in taken)].reshape(-1)
+    names = ",".join(dict.fromkeys(name for name, _, _ in parts))
+    return tuple(sorted(group.tolist())), "" if re.search(r"axis_\d", names) else names

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from longattn.ops import dispatch
-from longattn.parallel.mesh import SLICED, fit
+from longattn.parallel.mesh import SLICED, fit, sharding
 
 
 def rows(
@@ -38,9 +38,12 @@ def rows(
       spec: how tokens lie.
       scale: of the rows.
       dtype: of the rows on their way, and of the result.
+
+    Raises:
+      ValueError: where the devices on `SLICED` do not divide E.
     """
-    tokens_lie, table_lies = fit(spec, mesh), fit(P(None, SLICED), mesh)
-    axes = table_lies[1]
+    axes = tuple(axis for axis in SLICED if axis in mesh.axis_names)
+    tokens_lie, table_lies = fit(spec, mesh), sharding(mesh, P(None, axes), table.shape, "the embedding").spec
     devices = math.prod(mesh.shape[axis] for axis in axes)
 
     @functools.partial(
@@ -48,6 +51,8 @@ def rows(
     )
     def local(table: Array, tokens: Array) -> Array:
         table, tokens = dispatch.vary_together((table, tokens))
+        if not axes:
+            return (jnp.take(table, tokens, axis=0) * scale).astype(dtype)
         with jax.named_scope("gather"):
             everyone = lax.all_gather(tokens, axes)  # [devices b t]
         slices = (jnp.take(table, everyone, axis=0) * scale).astype(dtype)  # [devices b t e]

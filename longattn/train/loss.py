@@ -60,7 +60,8 @@ def cross_entropy(
             that rows stay where they are on a mesh.
         z_loss: weight of the squared log-partition.
         sliced: manual mesh axes over which w is sliced along E; it is gathered in x's dtype, and its gradient summed
-            over the devices in float32, a slice for each, before the loss is returned.
+            over the devices in float32, a slice for each, before the loss is returned. So the loss's cotangent must be
+            the same on all of them, as it is where their losses are summed.
 
     Returns:
         The loss (nats), and without gradient a dict: nll_sum (weighted), weight_sum and nll [B T] (not weighted).

@@ -121,6 +121,8 @@ def test_loops_run_as_their_constants_say_or_are_unknown():
         ("mesh['data'=1,'fsdp'=2,'tensor'=1,'seq'=4] {'fsdp','seq'}", tuple(range(8)), "fsdp,seq"),
         ("mesh['axis_0'=8] {'axis_0':(1)2}", (0, 4), ""),
         ("mesh['axis_0'=8] {'axis_0':(2)4}", (0, 1, 2, 3), ""),
+        ("mesh['axis_0'=8] {'axis_0':(1)2,'axis_0':(4)2}", (0, 1, 4, 5), ""),
+        ("mesh['a'=2,'b'=4], device_ids=(7,6,5,4,3,2,1,0) {'b'}", (4, 5, 6, 7), "b"),
     ],
 )
 def test_collectives_know_their_groups_and_bytes(groups, members, axes):
@@ -197,10 +199,23 @@ def test_bytes_of_slices_and_updates_are_those_of_the_part():
           ROOT %twice = f32[1,8,16]{2,1,0} add(%cut, %cut)
         }
 
+        %outer (stack.2: f32[9,8,16], at.2: s32[]) -> f32[1,8,16] {
+          %stack.2 = f32[9,8,16]{2,1,0} parameter(0)
+          %at.2 = s32[] parameter(1)
+          ROOT %inner = f32[1,8,16]{2,1,0} fusion(%stack.2, %at.2), kind=kLoop, calls=%fused
+        }
+
+        %wrapped (stack.3: f32[9,8,16]) -> f32[1,8,16] {
+          %stack.3 = f32[9,8,16]{2,1,0} parameter(0)
+          ROOT %one = f32[1,8,16]{2,1,0:S(1)} slice(%stack.3), slice={[0:1], [0:8], [0:16]}
+        }
+
         ENTRY %m (stack.1: f32[9,8,16], at.1: s32[]) -> f32[9,8,16] {
           %stack.1 = f32[9,8,16]{2,1,0} parameter(0)
           %at.1 = s32[] parameter(1)
           %part = f32[1,8,16]{2,1,0} fusion(%stack.1, %at.1), kind=kLoop, calls=%fused
+          %nested = f32[1,8,16]{2,1,0} fusion(%stack.1, %at.1), kind=kOutput, calls=%outer
+          %begun = ((f32[9,8,16]{2,1,0}), f32[1,8,16]{2,1,0:S(1)}, u32[]) async-start(%stack.1), calls=%wrapped
           %kept = f32[1,8,16]{2,1,0:S(1)} copy(%part)
           ROOT %put = f32[9,8,16]{2,1,0} dynamic-update-slice(%stack.1, %part, %at.1, %at.1, %at.1)
         }
@@ -209,6 +224,8 @@ def test_bytes_of_slices_and_updates_are_those_of_the_part():
     moved = {i.name: hlo.hbm_bytes(p, p.entry, i) for i in p.entry.instructions}
     part = 8 * 16 * 4
     assert moved["part"] - 4 == 2 * part  # the slice read, the result written; and the index
+    assert moved["nested"] == moved["part"]  # through a fusion within the fusion
+    assert moved["begun"] == part  # a slice of the stack, brought to the chip beside other work
     assert moved["kept"] == part  # what stays on the chip is not written to memory
     assert moved["put"] == 2 * part
     assert moved["stack.1"] == 0

@@ -88,6 +88,7 @@ def memory(config: Config) -> dict[str, float]:
         "forward pass": kept(config),
     }
     chunk = min(config.optimiser.loss_chunk, n)
+    piece = n if m.mlp_chunk is None else min(n, m.mlp_chunk * rows)  # tokens that the MLP sees at once
     full = m.remat == "full"  # attention's forward pass runs again, and what it gives is alive beside the rest
     wide, narrow = (4, 5) if m.remat in ("full", "attention") else (2, 6)
     gradients = sums + _F32 * layers + _F32 * head
@@ -101,7 +102,7 @@ def memory(config: Config) -> dict[str, float]:
         "MLP": {
             "gradients": gradients,
             "gathered or cast parameters": casts,
-            "backward pass": c * (wide * F + narrow * E + full * (2 * q + 2 * k)) * n,
+            "backward pass": c * (wide * F * piece + (narrow * E + full * (2 * q + 2 * k)) * n),
         },
         "attention": {
             "gradients": gradients,
@@ -115,20 +116,21 @@ def memory(config: Config) -> dict[str, float]:
     return {**parts, "total": sum(parts.values())}
 
 
-def attention_flops(config: Config) -> float:
-    """FLOPs of one step's attention on the device that has most of it, blockwise attention's recomputation included.
+def attention_flops(config: Config) -> tuple[float, float]:
+    """FLOPs of one step's attention, (forward, backward), on the device that has most of it.
 
-    Under a causal mask the last part of the sequence sees most keys; with a contiguous layout one device has it.
+    The backward pass includes what it recomputes. Under a causal mask the last part of the sequence sees most keys;
+    with a contiguous layout one device has it.
     """
     model, c = config.model, config.mesh
     rows = config.data.B / (c.data * c.fsdp)
-    forwards = 2 if model.remat == "full" else 1
-    total = 0.0
+    forward = backward = 0.0
     for mixer in model.layers:
         pairs = max(cost.pairs_by_part(mixer.mask, config.data.T, c.seq))
         flops = cost.attention_flops(pairs, model.H // c.tensor, model.D)
-        total += rows * (forwards * flops.forward + flops.backward + flops.recompute)
-    return total
+        forward += rows * flops.forward
+        backward += rows * (flops.backward + flops.recompute + flops.forward * (model.remat == "full"))
+    return forward, backward
 
 
 def flops(config: Config) -> float:
@@ -139,7 +141,7 @@ def flops(config: Config) -> float:
     layers = (forward.projections + forward.mlp) * share / mesh.tensor
     # A rematerialised block runs forward again, without its last product, which no gradient asks for.
     again = (forward.projections + 2 / 3 * forward.mlp) * share / mesh.tensor * (m.remat in ("full", "attention"))
-    return 3 * layers + again + 3 * forward.head * share + attention_flops(config)
+    return 3 * layers + again + 3 * forward.head * share + sum(attention_flops(config))
 
 
 def messages(config: Config) -> dict[str, float]:
@@ -181,12 +183,12 @@ def estimate(config: Config, where: Topology) -> dict[str, Any]:
     products, link = work / where.peak_flops, sum(sent.values()) / where.link_bandwidth
     return {
         "fits": total <= where.hbm_bytes,
-        "hbm_bytes": total,
+        "hbm_bytes": round(total),
         "hbm_limit": where.hbm_bytes,
-        "by_kind": {kind: parts.get(kind, 0.0) for kind in KINDS},
-        "messages": sent,
+        "by_kind": {kind: round(parts.get(kind, 0.0)) for kind in KINDS},
+        "messages": {name: round(size) for name, size in sent.items()},
         "flops": work,
         "model_flops": model,
-        "seconds": {"products": products, "link": link},
+        "seconds": {"bound": max(products, link), "products": products, "link": link},
         "mfu_bound": model / where.peak_flops / max(products, link),
     }

@@ -58,6 +58,11 @@ class PlanOptions:
                 "or leave them out"
             )
 
+    @property
+    def bare(self) -> Config:
+        """What is asked for, without a mesh."""
+        return Config(model=self.model, data=self.data, optimiser=self.optimiser)
+
     def config(self, where: Topology, **changes: Any) -> Config:
         """What is to be compiled for `where`; `changes`: T, B, strategy.
 
@@ -73,6 +78,17 @@ class PlanOptions:
         return Config(model=self.model, data=data, mesh=mesh, optimiser=self.optimiser)
 
 
+def with_mesh(options: PlanOptions, mesh: Mesh) -> PlanOptions:
+    """The options with a config file's mesh, where no other is asked for and it has as many devices as the machine."""
+    if mesh.size == 1 or options.mesh.size > 1 or options.search == "min-devices":
+        return options
+    where = topology.parse(options.topology)
+    if mesh.size != where.size:
+        print(f"longattn: the config's mesh of {mesh.size} devices is not used for {where.size}", file=sys.stderr)
+        return options
+    return dataclasses.replace(options, mesh=mesh)
+
+
 def _chosen(model: Model, T: int, rows: int, where: Topology, mesh: Mesh) -> Mesh:
     """Rows go over fsdp as far as they go, what devices are left over take parts of the sequence."""
     n = where.size
@@ -80,10 +96,12 @@ def _chosen(model: Model, T: int, rows: int, where: Topology, mesh: Mesh) -> Mes
         raise ValueError(
             f"{n} devices must divide {model.E=} to share the parameters: say the mesh, such as --mesh.data"
         )
-    for fsdp in sorted((f for f in range(1, n + 1) if n % f == 0 and rows % f == 0), reverse=True):
+    hosts = where.dims[0] if where.is_gpu else 1  # the sequence stays within a host
+    for fsdp in sorted((f for f in range(hosts, n + 1, hosts) if n % f == 0 and rows % f == 0), reverse=True):
         if T % (n // fsdp) == 0:
             return dataclasses.replace(mesh, fsdp=fsdp, seq=n // fsdp)
-    raise ValueError(f"{n} devices cannot share {rows} rows of {T=}: choose multiples of {n}, or say the mesh")
+    within = f", which {hosts} hosts must divide," if hosts > 1 else ""
+    raise ValueError(f"{n} devices cannot share {rows} rows{within} of {T=}: choose multiples of {n}, or say the mesh")
 
 
 def run(options: PlanOptions, name: str, console: Console | None = None) -> dict[str, Any]:
@@ -107,7 +125,7 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
             "search": options.search,
             "strategies": options.strategies,
             "analytic": options.analytic,
-            "config": json.loads(to_json(options.config(where)))["config"] if options.search is None else None,
+            "config": json.loads(to_json(options.config(where) if options.search is None else options.bare))["config"],
         },
         "versions": {"jax": jax.__version__, **({} if options.analytic else _compilers(where))},
         "commit": commit(),
@@ -120,13 +138,15 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
             document["recommended"] = _recommended(document["rows"])
         else:
             document["rows"] = [compiler(where)]
-    if options.html:
-        write_whole(Path(options.html), show.page(document))
-        print(f"wrote {options.html}", file=sys.stderr)
+    if [("reason" in row) for row in document["rows"]] == [True]:
+        raise ValueError(document["rows"][0]["reason"])
     if options.json:
         print(json.dumps(document))
     else:
         show.tables(console or Console(), document)
+    if options.html:
+        write_whole(Path(options.html), show.page(document))
+        print(f"wrote {options.html}", file=sys.stderr)
     return document
 
 
@@ -180,17 +200,30 @@ def _search(options: PlanOptions, where: Topology, compiler: _Compiler) -> dict[
     """
     rows: dict[Any, dict[str, Any]] = {}
     if options.search == "min-devices":
-        machines = where.smaller()
+        machines = [machine for machine in where.smaller() if _shares(options, machine)]
+        if not machines:
+            options.config(where)  # says why not
 
-        def fits(i: int) -> bool:  # a machine whose devices cannot share the work is too small or too large: no
+        def fits(i: int) -> bool:
             rows[i] = compiler(machines[i])
-            return bool(rows[i].get("fits"))
+            if "reason" in rows[i]:
+                raise ValueError(f"{machines[i].name}: {rows[i]['reason']}")
+            return rows[i]["fits"]
 
         at = search.smallest(fits, len(machines))
         found, beyond = (None, len(machines) - 1) if at is None else (at, at - 1)
     else:
         found, beyond = _largest(options, where, compiler, rows)
     return {"rows": list(rows.values()), "found": rows.get(found), "beyond": rows.get(beyond)}
+
+
+def _shares(options: PlanOptions, where: Topology) -> bool:
+    """Whether the devices of a machine can share the work."""
+    try:
+        options.config(where)
+    except ValueError:
+        return False
+    return True
 
 
 def _largest(
@@ -214,7 +247,7 @@ def _largest(
         return analytic.estimate(compiler.options.config(where, **{key: n}), where)["fits"]
 
     unit = mesh.seq * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
-    limit = max(unit, _LONGEST // (1 if key == "T" else data.T))
+    limit = max(unit, _LONGEST if key == "T" else _LONGEST // data.T * where.size)
     guess, _ = search.largest(expected, getattr(data, key), unit, limit)
     return search.largest(fits, guess or unit, unit, limit)
 

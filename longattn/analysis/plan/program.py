@@ -28,11 +28,8 @@ from longattn.models.context import Context
 from longattn.parallel import mesh as meshes
 from longattn.train import step as steps
 
-VERSION = 1  # of what is kept in the cache
-
-# Devices of a node, and bytes per second that one of its GPUs receives from other nodes: one 400 Gbit/s adapter per
-# GPU in NVIDIA's DGX H100, H200 and B200, 200 Gbit/s in its DGX A100.
-_NODE = 8
+# Bytes per second that a GPU receives from other hosts: it has one adapter of 400 Gbit/s in NVIDIA's DGX H100, H200 and
+# B200, of 200 Gbit/s in its DGX A100.
 _NETWORK = {"a100-40": 25e9, "a100-80": 25e9, "h100": 50e9, "h200": 50e9, "b200": 50e9}
 
 
@@ -72,7 +69,8 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
         lowered = step.trace(state, batch).lower()
     kept = None
     if request["cache"]:
-        key = hashlib.sha256(f"{VERSION} {where.name} {_compiler(where)} {lowered.as_text()}".encode()).hexdigest()
+        said = (where.name, _compiler(where), jax.__version__, os.environ.get("XLA_FLAGS", ""), _sources())
+        key = hashlib.sha256("\n".join((*said, lowered.as_text(debug_info=True))).encode()).hexdigest()
         kept = Path(request["cache"]) / f"{key}.json"
         if kept.is_file():
             return {**json.loads(kept.read_text()), "cached": True}
@@ -85,6 +83,15 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
         part.write_text(json.dumps(answer))
         part.replace(kept)
     return answer
+
+
+def _sources() -> str:
+    """A hash of the sources that read and count a program."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*here.glob("*.py"), *(here.parent / f"{name}.py" for name in ("hlo", "cost", "hardware"))]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _compiler(where: Topology) -> str:
@@ -120,7 +127,7 @@ def _compiled(lowered: Any, config: Config, where: Topology, state: Any, folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
         text, refused = compiled.as_text(), None
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
             raise
         text, refused = _dumped(folder), " ".join(str(error).split("\n")[0].split())
     program = hlo.parse(text)
@@ -168,10 +175,12 @@ def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, An
     name = where.chip.name
     rates = Rates(
         where.peak_flops, where.hbm_bandwidth, where.link_bandwidth,
-        _NETWORK.get(name, where.link_bandwidth), _NODE if where.is_gpu else where.size,
+        _NETWORK.get(name, where.link_bandwidth), where.dims[1] if where.is_gpu else where.size,
     )  # fmt: skip
     totals = walk(program, rates)
-    attention = analytic.attention_flops(config) if totals.unknown else 0.0
+    # Blockwise attention's loops run as often as the mask's blocks say: what was not counted is what the formula says.
+    passes = {"transpose(" in scope for scope in totals.unknown if "attention" in scope}
+    attention = sum(f for f, backward in zip(analytic.attention_flops(config), (False, True)) if backward in passes)
     seconds = totals.seconds + attention / rates.flops
     model = cost.step_flops(config) / where.size
     return {
@@ -188,7 +197,7 @@ def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, An
         },
         "mfu_bound": model / rates.flops / seconds,
         "collectives": _collectives(totals, rates),
-        "not_counted": sorted(totals.unknown),
+        "not_counted": sorted(scope for scope in totals.unknown if "attention" not in scope),
     }
 
 
@@ -196,17 +205,16 @@ def _collectives(totals: Totals, rates: Rates) -> list[dict[str, Any]]:
     """One row for each kind of collective in each scope, with the most bytes first."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for (what, asynchronous), runs in totals.collectives.items():
-        key = (what.kind, len(what.group), memory.short(what.scope), asynchronous)
+        key = (what.kind, len(what.group), what.axes, memory.short(what.scope), asynchronous)
         row = rows.setdefault(
             key,
             {
-                "kind": what.kind, "devices": len(what.group), "axes": what.axes, "scope": key[2],
+                "kind": what.kind, "devices": len(what.group), "axes": what.axes, "scope": key[3],
                 "asynchronous": asynchronous, "runs": 0.0, "bytes": 0.0, "exposed_seconds": 0.0, "seconds": 0.0,
             },
         )  # fmt: skip
-        nodes = {device // rates.node for device in what.group}
         row["runs"] += runs
         row["bytes"] += runs * what.bytes
-        row["seconds"] += runs * what.bytes / (rates.link if len(nodes) <= 1 else rates.network)
+        row["seconds"] += runs * rates.seconds(what)
         row["exposed_seconds"] += totals.waits[what, asynchronous]
     return sorted(rows.values(), key=lambda row: -row["bytes"])

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from longattn.analysis import hardware
 from longattn.analysis.plan import checked
 from longattn.analysis.plan.memory import KINDS
 from longattn.analysis.report.page import style
@@ -28,8 +29,8 @@ def formulas() -> str:
     """What estimates by formula are worth."""
     errors = [abs(row["error"]) for row in checked.errors()]
     return (
-        f"By formula; over {len(errors)} compiled programs the memory was at most {max(errors):.0%} off "
-        f"({sum(errors) / len(errors):.0%} on average)."
+        f"By formula; over {len(errors)} compiled programs (scanned layers, causal masks) the memory was at most "
+        f"{max(errors):.0%} off, {sum(errors) / len(errors):.0%} on average."
     )
 
 
@@ -52,11 +53,13 @@ def title(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """Whether it fits, in one sentence."""
+    """Whether it fits, in one sentence or two."""
     if "reason" in row:
         return f"No program: {row['reason']}"
     spare = row["hbm_limit"] - row["hbm_bytes"]
     need = f"each device needs {gib(row['hbm_bytes'])} and has {gib(row['hbm_limit'])}"
+    if row["topology"].partition(":")[0] in hardware.GPUS:
+        need += " (JAX takes 75% of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says more)"
     return (
         f"Fits: {need}, {gib(spare)} to spare." if row["fits"] else f"Does not fit: {need}, {gib(-spare)} too little."
     )
@@ -82,7 +85,8 @@ def buffer_rows(row: Mapping[str, Any]) -> list[tuple[str, str, str, int]]:
 
 def collective_rows(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """(kind, over, runs, bytes, time, hidden, where) of the largest collectives."""
-    return [
+    collectives = row.get("collectives", ())
+    rows = [
         (
             c["kind"],
             f"{c['axes'] or '-'} ({c['devices']})",
@@ -94,8 +98,12 @@ def collective_rows(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
             else "none",
             c["scope"] or "-",
         )
-        for c in row.get("collectives", ())[:_SHOWN]
+        for c in collectives[:_SHOWN]
     ]
+    total = lambda key: sum(c[key] for c in collectives)
+    more = f"all {len(collectives)}" if len(collectives) > _SHOWN else "all"
+    hidden = f"{1 - total('exposed_seconds') / total('seconds'):.0%}" if total("seconds") else "-"
+    return [*rows, (more, "", f"{total('runs'):,.0f}", gib(total("bytes")), seconds(total("seconds")), hidden, "")]
 
 
 COLLECTIVES = ("collective", "over (devices)", "runs", "received", "at link rate", "hidden", "in")
@@ -206,7 +214,7 @@ def found(document: Mapping[str, Any]) -> str:
     }[what]
     if row is None:
         return f"Nothing fits: not even {value(beyond)}."
-    return f"{value(row)} fits; " + (f"{value(beyond)} does not." if beyond else "nothing beyond was tried.")
+    return f"{value(row)} fits; " + (f"{value(beyond)} does not." if beyond else "that is as far as the search goes.")
 
 
 def _strategies(console: Console, document: Mapping[str, Any]) -> None:

@@ -3,13 +3,15 @@
 Each instruction takes the longer of its products at the chip's peak and its bytes at the memory's bandwidth; what a
 device receives takes its bytes at the bandwidth of all its links. A synchronous collective stops the chip. One that is
 started and awaited later is hidden behind what runs between: links work through what has been started in order, and
-where the wait comes too early the chip stands still for the rest.
+where the wait comes too early the chip stands still for the rest. Copies that are started ahead, and what loops of
+unknown length take or leave of the transfers under way, cost nothing here, so that it stays a bound.
 
 Everything real is slower: nothing reaches its peak, links of a torus are rarely all in use, latencies are left out.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +29,17 @@ class Rates:
     link: float  # bytes received from its node or pod
     network: float  # bytes received from another node
     node: int  # devices of a node, in the program's order
+
+    def seconds(self, what: Collective) -> float:
+        """The least time of a collective. Between nodes all devices of a node share what must come over the network."""
+        n, nodes = len(what.group), len({device // self.node for device in what.group})
+        if what.pairs:
+            crossing = 1.0 if any(a // self.node != b // self.node for a, b in what.pairs) else 0.0
+        elif what.kind in ("all-to-all", "ragged-all-to-all"):
+            crossing = (n - n / nodes) / max(1, n - 1)
+        else:
+            crossing = (nodes - 1) / max(1, n - 1)
+        return max(what.bytes / self.link, what.bytes * crossing / self.network)
 
 
 class Sums(defaultdict[Any, float]):
@@ -67,7 +80,7 @@ class Totals:
 
 
 def walk(program: Program, rates: Rates) -> Totals:
-    """The whole program's totals. Loops whose bound is data are left out and named; of branches the longest counts."""
+    """The whole program's totals. Loops whose bound is data are left out and named; of branches the shortest counts."""
     return _Walk(program, rates).computation(program.entry)
 
 
@@ -99,16 +112,19 @@ class _Walk:
                 runs = hlo.trips(self.program, computation, instruction)
                 if runs is None:
                     totals.unknown[instruction.scope] += 1
+                    self._hide(sent, math.inf)
                     continue
                 inner = self.computation(self.program.computations[instruction.attribute("body")])
                 totals.add(inner, runs)
                 self._hide(sent, runs * inner.compute)
             elif opcode == "conditional":
-                longest = max(map(self.computation, self.program.branches(instruction)), key=lambda t: t.seconds)
-                totals.add(longest)
-                self._hide(sent, longest.compute)
+                shortest = min(map(self.computation, self.program.branches(instruction)), key=lambda t: t.seconds)
+                totals.add(shortest)
+                self._hide(sent, shortest.compute)
             elif opcode == "call":
-                totals.add(self.computation(self.program.computations[instruction.attribute("to_apply")]))
+                inner = self.computation(self.program.computations[instruction.attribute("to_apply")])
+                totals.add(inner)
+                self._hide(sent, inner.compute)
             else:
                 self._one(computation, instruction, totals, sent)
         for left in sent:  # awaited outside of this computation, if at all: charged here
@@ -120,19 +136,20 @@ class _Walk:
         role, what = _role(self.program, computation, instruction)
         if role == "start":
             totals.collectives[what, True] += 1
-            sent.append(_Sent(instruction.name, self._channel(instruction), what, self._time(what)))
+            sent.append(_Sent(instruction.name, self._channel(instruction), what, self.rates.seconds(what)))
             return
         if role == "done":
             self._wait(computation, instruction, totals, sent)
             return
         if role == "whole":
             totals.collectives[what, False] += 1
-            totals.exposed += self._time(what)
-            totals.waits[what, False] += self._time(what)
+            totals.exposed += self.rates.seconds(what)
+            totals.waits[what, False] += self.rates.seconds(what)
             return
         flops = hlo.flops(self.program, computation, instruction)
         moved = hlo.hbm_bytes(self.program, computation, instruction)
-        seconds = max(flops / self.rates.flops, moved / self.rates.hbm)
+        ahead = instruction.opcode in ("copy-start", "async-start")
+        seconds = 0.0 if ahead else max(flops / self.rates.flops, moved / self.rates.hbm)
         totals.flops += flops
         totals.hbm_bytes += moved
         totals.compute += seconds
@@ -162,10 +179,6 @@ class _Walk:
         """The channel of the collective inside a fusion, by which its start and its end are known."""
         inner = self.program.called(instruction)
         return next((c for i in inner.instructions if (c := i.attribute("channel_id"))), None) if inner else None
-
-    def _time(self, what: Collective) -> float:
-        nodes = {device // self.rates.node for device in what.group}
-        return what.bytes / (self.rates.link if len(nodes) <= 1 else self.rates.network)
 
 
 def _role(program: Program, computation: Computation, instruction: Instruction) -> tuple[str, Collective | None]:

@@ -69,16 +69,14 @@ class Topology:
         return list(topologies.get_topology_desc(topology_name=self.name, platform="tpu").devices)
 
     def smaller(self) -> list[Topology]:
-        """This machine and those of its kind with fewer devices, smallest first, each twice the one before."""
+        """This machine and those of its kind with fewer devices, smallest first, each half the one after."""
         ladder, dims = [self.dims], list(self.dims)
         while math.prod(dims) > 1:
             # A torus is halved along its longest axis; of GPUs, hosts are left out before GPUs of a host.
             i = 0 if self.is_gpu and dims[0] > 1 else dims.index(max(dims)) if not self.is_gpu else 1
-            if dims[i] % 2:
+            if dims[i] % 2 and not self.is_gpu:
                 break
             dims[i] //= 2
-            if not self.is_gpu and math.prod(dims) < 4:  # the smallest slice that libtpu describes is one host's
-                break
             ladder.append(tuple(sorted(dims, reverse=len(dims) == 3)) if not self.is_gpu else tuple(dims))
         return [Topology(self.chip, d) for d in reversed(ladder)]
 

@@ -14,6 +14,11 @@ def test_memory_is_within_fifteen_percent_of_what_compilers_need():
     assert {name: e for name, e in errors.items() if abs(e) > 0.15} == {}
 
 
+def test_compilers_peaks_are_named_almost_whole():
+    shares = {name: sum(c["by_kind"].values()) / c["hbm_bytes"] for name, c in checked.recorded().items()}
+    assert {name: share for name, share in shares.items() if not 0.9 < share <= 1} == {}
+
+
 def test_products_are_those_of_the_program():
     """What is left out are the few products that XLA merges or adds: a hundredth."""
     compiled = [row for row in checked.errors() if "flops" in row]
@@ -34,10 +39,11 @@ def test_keys_values_and_their_gradients_are_sent_as_the_formula_says(case):
     assert sent["reduce_scatter"] == by_formula.get("their gradients", 0)
 
 
-def test_messages_between_all_devices_are_within_a_factor_of_the_program():
+def test_messages_between_all_devices_are_those_of_the_program_but_for_its_rings():
+    """Matrices that are passed around a ring of P devices are sent P / (P - 1) times as often as others."""
     for row in checked.errors():
         if row.get("received"):
-            assert 0.5 < row["received_by_formula"] / row["received"] < 1.1, row["case"]
+            assert 0.85 < row["received_by_formula"] / row["received"] < 1.02, row["case"]
 
 
 @needs_libtpu

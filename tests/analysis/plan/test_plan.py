@@ -64,8 +64,8 @@ def check(document: dict, devices: int) -> None:
     assert row["argument_bytes"] == pytest.approx(state + batch, rel=0.03)  # a TPU pads its smallest arrays
     assert row["by_kind"]["parameters"] == pytest.approx(state / 3, rel=0.05)
     assert row["by_kind"]["moments"] == pytest.approx(2 * state / 3, rel=0.05)
-    # All that is alive at the peak is named: what lies between buffers is little.
-    assert 0.9 * row["hbm_bytes"] < sum(row["by_kind"].values()) <= row["hbm_bytes"]
+    # What is alive at the peak is named (of a model so small a good part lies between buffers).
+    assert 0.75 * row["hbm_bytes"] < sum(row["by_kind"].values()) <= row["hbm_bytes"]
     assert row["hbm_bytes"] == pytest.approx(row["argument_bytes"] + row["temporary_bytes"])
 
     # Products: three forwards and the remat policy's fourth (without the MLP's last), the head once more by nobody.
@@ -76,10 +76,14 @@ def check(document: dict, devices: int) -> None:
     outside = row["flops"] - row["attention_flops_by_formula"]
     assert outside == pytest.approx(4 * layers - last + 3 * head, rel=0.02)
     assert row["model_flops"] == pytest.approx(3 * forward.total * DATA.B / devices)
-    assert all("attention" in name for name in row["not_counted"])
+    assert row["not_counted"] == []  # of loops whose length is data, attention's are charged by formula
     s = row["seconds"]
-    assert s["bound"] == pytest.approx(s["compute"] + s["exposed"]) and s["compute"] >= max(s["products"], s["hbm"]) / 2
-    assert 0 < row["mfu_bound"] < 1
+    assert s["bound"] == pytest.approx(s["compute"] + s["exposed"]) and s["products"] <= s["compute"]
+    assert row["mfu_bound"] == pytest.approx(row["model_flops"] / row["flops"] * s["products"] / s["bound"])
+    # Traffic: the update reads parameters, moments and gradients and writes the first two, all of float32; each matrix
+    # is read twice as gathered bfloat16. Activations come on top, and no stack of layers is read whole by each layer.
+    least = 6 * 4 * p.total / devices + 2 * 2 * (p.mixers + p.mlp)
+    assert least / 2 < row["hbm_traffic"] < 20 * least
 
 
 @needs_libtpu

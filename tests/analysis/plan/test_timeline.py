@@ -59,9 +59,51 @@ def test_transfers_share_the_links():
     assert totals.exposed == pytest.approx(3, abs=1e-5) and totals.compute == pytest.approx(6)
 
 
-def test_between_nodes_the_network_counts():
-    totals = walk(times(f"%g = f32[16,8]{{1,0}} {GATHER.replace('{{0,1}}', '{{0,4}}')}", f"ROOT %p = {PRODUCT}"), RATES)
-    assert totals.exposed == pytest.approx(16)
+@pytest.mark.parametrize(
+    ("kind", "groups", "received", "seconds"),
+    [
+        ("all-gather", "{{0,4}}", 256, 16),  # one of each node: all of it over the network
+        ("all-gather", "{{0,1,2,3}}", 768, 12),  # within a node: over its links
+        # Two nodes of four: 7 shards are received, and each device fetches one of the other node's four itself.
+        ("all-gather", "{{0,1,2,3,4,5,6,7}}", 1792, 28),
+        ("all-gather", "{{0,1,4,5}}", 768, 16),
+        ("all-to-all", "{{0,1,2,3,4,5,6,7}}", 224, 8),  # half of the data is for the other node
+        ("all-to-all", "{{0,1,4,5}}", 192, 8),
+    ],
+)
+def test_between_nodes_the_network_counts_for_what_must_cross_it(kind, groups, received, seconds):
+    text = f"%g = f32[16,8]{{1,0}} {kind}(%x), channel_id=1, replica_groups={groups}, dimensions={{0}}"
+    totals = walk(times(text, f"ROOT %p = {PRODUCT}"), RATES)
+    ((what, _),) = totals.collectives
+    assert (what.bytes, totals.exposed) == (received, pytest.approx(seconds))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "group", "seconds"),
+    [
+        ("{{0,1},{1,2},{2,3},{3,0}}", (0, 1, 2, 3), 4),
+        ("{{0,1},{1,0},{2,3},{3,2}}", (0, 1), 4),
+        ("{{1,0},{3,2}}", (0, 1), 4),
+        ("{{0,1},{1,2},{2,3},{3,4},{4,0}}", (0, 1, 2, 3, 4), 16),
+    ],
+)
+def test_permutes_know_their_ring_and_whether_it_leaves_the_node(pairs, group, seconds):
+    text = f"%g = f32[8,8]{{1,0}} collective-permute(%x), channel_id=1, source_target_pairs={pairs}"
+    totals = walk(times(text, f"ROOT %p = {PRODUCT}"), RATES)
+    ((what, _),) = totals.collectives
+    assert (what.bytes, what.group, totals.exposed) == (256, group, pytest.approx(seconds))
+
+
+def test_copies_that_are_started_ahead_take_no_time_of_their_own():
+    totals = walk(
+        times(
+            "%s = (f32[8,8]{1,0:S(1)}, f32[8,8]{1,0}, u32[]) copy-start(%x)",
+            "%d = f32[8,8]{1,0:S(1)} copy-done(%s)",
+            f"ROOT %p = {PRODUCT}",
+        ),
+        RATES,
+    )
+    assert totals.compute == pytest.approx(1, abs=1e-5) and totals.hbm_bytes == 256 + 3 * 256
 
 
 LOOP = """
@@ -110,6 +152,23 @@ def test_loops_whose_bound_is_data_are_named_and_not_counted():
         RATES,
     )
     assert dict(totals.unknown) == {"jit(f)/attention": 1} and totals.flops == 1024 and not totals.collectives
+
+
+def test_what_is_under_way_while_such_a_loop_runs_is_taken_for_hidden():
+    text = LOOP.replace("%n = s32[] constant(3)", '%n = s32[] custom-call(), custom_call_target="measure"')
+    totals = walk(
+        times(
+            "%s = (f32[8,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), channel_id=1, replica_groups={{0,1}}",
+            "%zero = s32[] constant(0)",
+            "%t = (s32[], f32[8,8]{1,0}) tuple(%zero, %x)",
+            "%w = (s32[], f32[8,8]{1,0}) while(%t), condition=%less, body=%step",
+            "%d = f32[16,8]{1,0} all-gather-done(%s)",
+            f"ROOT %p = {PRODUCT}",
+            others=text,
+        ),
+        RATES,
+    )
+    assert totals.exposed == 0
 
 
 TPU = """

@@ -39,11 +39,14 @@ def test_wrong_names_say_the_remedy(name, message):
 
 
 def test_smaller_machines_halve_their_longest_axis():
-    assert [t.name for t in parse("v5e:4x8").smaller()] == ["v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8"]
+    assert [t.name for t in parse("v5e:4x8").smaller()] == [
+        "v5e:1x1", "v5e:1x2", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8",
+    ]  # fmt: skip
     assert [t.name for t in parse("v5p:4x4x4").smaller()] == [
-        "v5p:2x2x1", "v5p:2x2x2", "v5p:4x2x2", "v5p:4x4x2", "v5p:4x4x4",
+        "v5p:1x1x1", "v5p:2x1x1", "v5p:2x2x1", "v5p:2x2x2", "v5p:4x2x2", "v5p:4x4x2", "v5p:4x4x4",
     ]  # fmt: skip
     assert [t.name for t in parse("h100:2x8").smaller()] == ["h100:1", "h100:2", "h100:4", "h100:8", "h100:2x8"]
+    assert [t.name for t in parse("h100:3x6").smaller()] == ["h100:1", "h100:3", "h100:6", "h100:3x6"]
 
 
 @needs_libtpu
