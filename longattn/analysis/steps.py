@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from longattn.analysis import trace
-from longattn.analysis.compare import opening, parts_table, plain_table, seconds_text
+from longattn.analysis.text import plain_table, seconds_text
 from longattn.train.record import read_config
 
 VERSION = 1
@@ -150,7 +150,7 @@ def _print(console: Console, document: Mapping[str, Any], top: int) -> None:
         table.add_row(name, *shown, seconds_text(mine), f"{mine / total:.1%}" if total else "-")
     console.print(table)
     if top:
-        console.print(parts_table("Top kernels, a step", document["kernels"][:top], total))
+        console.print(trace.parts_table("Top kernels, a step", document["kernels"][:top], total))
     wall, notes = document["wall_seconds"], []
     notes.append(
         f"Step {seconds_text(wall['median'])}, quartiles {seconds_text(wall['low'])} .. {seconds_text(wall['high'])}, "
@@ -164,4 +164,4 @@ def _print(console: Console, document: Mapping[str, Any], top: int) -> None:
         notes.append(f"Other programs, their executions and busy time in all: {listed}.")
     if document["unknown_seconds"]:
         notes.append(f"{seconds_text(document['unknown_seconds'])} of kernels name no program and are left out.")
-    console.print("\n".join([*notes, opening(document["trace"])]), highlight=False, soft_wrap=True)
+    console.print("\n".join([*notes, trace.opening(document["trace"])]), highlight=False, soft_wrap=True)

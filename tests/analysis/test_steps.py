@@ -12,7 +12,7 @@ from longattn.analysis import steps
 from longattn.analysis.trace import Scope
 from longattn.config import ByteLM, Config, Model, Optimiser, Run, to_json
 from longattn.train import train
-from tests.analysis.test_trace import CPU_STATS, cpu, instruction, module, plane, programs, space
+from tests.analysis.trace.written import CPU_STATS, cpu, instruction, module, plane, programs, space
 
 SOURCES = str(Path(__file__).parents[2] / "longattn" / "train" / "*.py")
 STEP = module(

@@ -1,0 +1,99 @@
+"""The contestants: this project's back ends and its rivals."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from longattn.analysis import bench, cases
+from longattn.mask import Causal, Full
+from longattn.ops.attention.api import BACK_ENDS
+from longattn.ops.attention.api import attention as ours
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to compute attention [B T H D]."""
+
+    about: str
+    build: Callable[[bench.AttentionOptions], bench.Attend]  # raises NotImplementedError with the reason
+    platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")  # where it runs
+    case: str | None = None  # its name in `cases.CASES`, without "_backward", whose static cycles are known
+
+
+def blocks(options: bench.AttentionOptions) -> cases.Shape:
+    """The shape of a TPU kernel's case. Raises NotImplementedError for one that it does not take."""
+    (T,) = options.T
+    fitting = [b for b in (1024, 512, 256, 128) if T % b == 0 and b < T]
+    if not fitting:
+        raise NotImplementedError(f"its blocks are multiples of 128 that divide T, and T={T} has at least two of them")
+    return cases.Shape(T=T, H=options.H, D=options.D, mask=options.mask, bT=fitting[0], bS=fitting[0])
+
+
+def _heads_first(attend: Callable[..., Any]) -> bench.Attend:
+    """[B T H D] for a function of [B H T D]."""
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return attend(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)
+
+    return call
+
+
+def _jax_flash(options: bench.AttentionOptions) -> bench.Attend:
+    if options.heads != options.H:
+        raise NotImplementedError(f"it has no grouped heads: K={options.heads} must be H={options.H}")
+    return _heads_first(cases.CASES["jax_flash"].build(blocks(options))[0])
+
+
+def _splash(options: bench.AttentionOptions) -> bench.Attend:
+    if options.heads != options.H:
+        raise NotImplementedError(f"it is built without grouped heads: K={options.heads} must be H={options.H}")
+    kernel = jax.vmap(cases.CASES["jax_splash"].build(blocks(options))[0])
+    scale = options.D**-0.5  # the kernel has none
+    return _heads_first(lambda q, k, v: kernel((q * scale).astype(q.dtype), k, v))
+
+
+def _cudnn(options: bench.AttentionOptions) -> bench.Attend:
+    if options.dtype == "float32":
+        raise NotImplementedError("cuDNN's attention takes bfloat16 and float16, dtype is float32")
+    return bench.jax_nn(options.mask, "cudnn")
+
+
+def _tokamax(options: bench.AttentionOptions) -> bench.Attend:
+    if importlib.util.find_spec("tokamax") is None:
+        raise NotImplementedError("not installed here: pip install tokamax")
+    import tokamax
+
+    mask = options.mask
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        if isinstance(mask, Causal | Full):
+            return tokamax.dot_product_attention(q, k, v, is_causal=isinstance(mask, Causal))
+        T = jnp.arange(q.shape[1], dtype=jnp.int32)
+        return tokamax.dot_product_attention(q, k, v, mask=mask(T[:, None], T[None])[None, None])
+
+    return attend
+
+
+def _ours(name: str) -> Contestant:
+    return Contestant(
+        f"longattn.attention, {name}", lambda o: functools.partial(ours, mask=o.mask, implementation=name)
+    )
+
+
+RIVALS: dict[str, Contestant] = {
+    "jax_nn": Contestant("jax.nn.dot_product_attention", lambda o: bench.jax_nn(o.mask)),
+    "jax_flash": Contestant("jax's Pallas flash attention", _jax_flash, ("tpu",), "jax_flash"),
+    "splash": Contestant("jax's Pallas splash attention", _splash, ("tpu",), "jax_splash"),
+    "cudnn": Contestant("cuDNN, through jax.nn", _cudnn, ("gpu",)),
+    "tokamax": Contestant("tokamax.dot_product_attention", _tokamax),
+}
+CONTESTANTS: dict[str, Contestant] = {name: _ours(name) for name in BACK_ENDS} | {
+    name: rival for name, rival in RIVALS.items() if name not in BACK_ENDS
+}

@@ -1,0 +1,173 @@
+"""The comparison: contestants take turns under one trace; what it says of each; what is left in the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from longattn.analysis import bench, hardware, trace
+from longattn.analysis.compare.admission import admit
+from longattn.analysis.compare.contestants import CONTESTANTS
+from longattn.analysis.compare.options import CompareOptions
+from longattn.analysis.compare.picture import plot
+from longattn.analysis.compare.roofline import minimal_bytes, static_seconds
+from longattn.analysis.text import seconds_text
+from longattn.ops.attention.api import BACK_ENDS
+from longattn.train.record import available_memory, environment
+
+VERSION = 1
+FILE = "compare.jsonl"
+
+
+def measure(options: CompareOptions) -> dict[str, Any]:
+    """The comparison; writes plot and JSONL, and keeps the trace.
+
+    Raises:
+      ValueError: for inputs beyond this machine's memory.
+    """
+    progress = Console(stderr=True)
+    options = replace(options, dtype=options.problem.dtype)
+    elements = options.B * options.T * 2 * (options.H + options.problem.heads) * options.D
+    needs, free = 3 * 4 * elements, available_memory()  # drawn in float32, rounded, and once more in the results
+    if free is not None and needs > free:
+        raise ValueError(
+            f"T={options.T} is too long for this machine: inputs and results take {needs / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free; choose a shorter one"
+        )
+    folder = Path(options.out)
+    device = hardware.detect()
+    with progress.status("compiling, and comparing results with the reference"):
+        against, fns, known = admit(options)
+    rows = [{"contestant": name, "about": CONTESTANTS[name].about, **known[name]} for name in options.contestants]
+    document: dict[str, Any] = {
+        "version": VERSION,
+        "kind": "compare",
+        "options": {**asdict(options), "mask": str(options.mask)},
+        "environment": environment(),
+        "load": os.getloadavg()[0],  # what else the machine was doing
+        "checked_against": f"{against}, float32",
+        "peak": {
+            "flops": device.peak_flops,
+            "measured": device.measured,
+            "hbm_bandwidth": device.chip.hbm_bandwidth / device.chip.devices if device.chip else None,
+        },
+        "trace": None,
+        "rows": rows,
+    }
+    if fns:
+        folder.mkdir(parents=True, exist_ok=True)
+        with progress.status(f"{options.rounds} rounds of {', '.join(fns)}"):
+            host = _record(fns, options.rounds, folder)
+        path = trace.find(folder)
+        document["trace"] = str(path.parent)
+        recorded = trace.read(path.read_bytes())
+        base: list[float] = []
+        for row in rows:
+            if (name := row["contestant"]) not in fns:
+                continue
+            executions = recorded.of(f"jit_compare_{name}")
+            if len(executions) != options.rounds + 1:
+                row["reason"] = f"the trace shows {len(executions)} executions of {options.rounds + 1} calls"
+                if recorded.unknown_seconds:
+                    row["reason"] += (
+                        f"; {seconds_text(recorded.unknown_seconds)} of kernels name no program, as in CUDA graphs: "
+                        "launch them one by one with XLA_FLAGS=--xla_gpu_enable_command_buffer="
+                    )
+                continue
+            row |= _row(name, options, executions[1:], device) | {"host_seconds": host[name]}
+            base = base or row["samples"]
+            row["ratio"] = asdict(bench.ratio(row["samples"], base))
+    document["differences"] = differences(rows)
+    _write(document, folder)
+    return document
+
+
+def _record(fns: Mapping[str, Callable[[], Any]], rounds: int, folder: Path) -> dict[str, list[float]]:
+    """Runs them in turns under one trace; gives the host's seconds. Each has one warming call in the trace."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # Python's own calls are no business of this and slow it down
+    with jax.profiler.trace(str(folder), profiler_options=options):
+        return bench.interleave(fns, rounds)
+
+
+def _row(
+    name: str, options: CompareOptions, executions: Sequence[trace.Execution], device: hardware.Device
+) -> dict[str, Any]:
+    """What the trace says about one contestant."""
+    samples = [e.seconds for e in executions]
+    seconds = trace.Spread.of(samples)
+    flops = bench.flops(options.problem, options.T, options.what)
+    moved = minimal_bytes(options.problem, options.T, options.what)
+    chip = device.chip
+    bandwidth = chip.hbm_bandwidth / chip.devices if chip else None
+    by_compute = flops / device.peak_flops if device.peak_flops else None
+    by_memory = moved / bandwidth if bandwidth else None
+    static, why = static_seconds(name, options, device)
+    return {
+        "samples": samples,
+        "device_seconds": asdict(seconds),
+        "idle": float(np.median([1 - e.busy / e.seconds for e in executions])),
+        "flops": flops,
+        "flops_per_second": flops / seconds.median,
+        "share_of_peak_flops": None if by_compute is None else by_compute / seconds.median,
+        "bytes": moved,
+        "bytes_per_second": moved / seconds.median,
+        "share_of_bandwidth": None if by_memory is None else by_memory / seconds.median,
+        "roofline": None if by_compute is None else max(by_compute, by_memory or 0.0) / seconds.median,
+        "bound": "memory" if (by_memory or 0.0) > (by_compute or 0.0) else "compute",
+        "static_seconds": static,
+        "static_ratio": None if static is None else seconds.median / static,
+        "static_note": why,
+        "kernels": [asdict(p) for p in trace.kernels(executions)],
+        "scopes": [asdict(p) for p in trace.scopes(executions, _align)],
+    }
+
+
+def _align(scope: trace.Scope) -> str:
+    """A scope without the names of attention and its back end, so that the parts of two back ends meet."""
+    path = scope.path
+    if path[:1] == ("attention",):
+        path = path[1:]
+        if path[:1] and path[0] in BACK_ENDS:
+            path = path[1:]
+        return "/".join(path) or "attention"
+    return str(scope)
+
+
+def differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By how much each scope of each contestant differs from the first that ran, largest first."""
+    ran = [row for row in rows if "scopes" in row]
+    result = []
+    parts = lambda row: {(p["name"], p["phase"]): p["seconds"] for p in row["scopes"]}
+    for row in ran[1:]:
+        mine, first = parts(row), parts(ran[0])
+        for key in dict.fromkeys([*mine, *first]):
+            a, b = mine.get(key, 0.0), first.get(key, 0.0)
+            result.append(
+                {"contestant": row["contestant"], "scope": key[0], "phase": key[1], "seconds": a, "first_seconds": b,
+                 "difference": a - b}
+            )  # fmt: skip
+    return sorted(result, key=lambda d: -abs(d["difference"]))
+
+
+def _write(document: dict[str, Any], folder: Path) -> None:
+    """A line per contestant in FILE, and the plot; nothing where nothing ran."""
+    document["plot"] = None
+    if document["trace"] is None:
+        return
+    shared = {k: v for k, v in document.items() if k not in ("rows", "differences", "plot")}
+    with open(folder / FILE, "a") as file:
+        file.write("".join(json.dumps({**shared, **row}) + "\n" for row in document["rows"]))
+    if not any("samples" in row for row in document["rows"]):
+        return
+    path = Path(document["trace"]) / "compare.png"
+    plot(document).savefig(path, dpi=150)
+    document["plot"] = str(path)

@@ -1,0 +1,33 @@
+"""Refusals and defaults."""
+
+from __future__ import annotations
+
+import pytest
+
+from longattn.analysis import compare
+from longattn.ops import dispatch
+from tests.analysis.compare.tiny import problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contestants": ("xla", "jax_n")}, "unknown contestant 'jax_n'.*jax_nn"),
+        ({"contestants": ()}, "--with must name at least one"),
+        ({"contestants": ("xla", "xla")}, "must name each contestant once"),
+        ({"case": "attention"}, "unknown case 'attention'.*attention_forward"),
+        ({"rounds": 0}, "rounds=0 must be at least 1"),
+        ({"T": 0}, "T=0 must be at least 1"),
+        ({"K": 3}, "K=3 must divide H=8"),
+    ],
+)
+def test_wrong_arguments(changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare.CompareOptions(**{"case": "attention_forward", **changes})
+
+
+def test_the_dtype_is_the_devices_own(monkeypatch) -> None:
+    assert problem().dtype == "float32"
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("tpu", "TPU v5 lite"))
+    assert problem().dtype == "bfloat16"
+    assert problem(dtype="float16").dtype == "float16"
