@@ -27,7 +27,10 @@ _TILE = 128  # lengths searched are multiples of this on each device
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What one training step needs and takes on a machine that need not be there: it is compiled for it, not run."""
+    """What one training step needs and takes on a machine that need not be there: it is compiled for it, not run.
+
+    --T, --B, --remat and --dtype are short for --data.T, --data.B, --model.remat and --model.dtype.
+    """
 
     topology: str = "v5e:4x4"  # v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, h100:8, h100:8x8 (hosts x GPUs), ...
     search: Literal["max-length", "max-batch", "min-devices"] | None = None  # the largest, or the fewest, that fit

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from longattn.analysis import hardware
@@ -156,13 +157,18 @@ def tables(console: Console, document: Mapping[str, Any]) -> None:
         _one(console, document, chosen)
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     foot = formulas() if document["options"]["analytic"] else FOOT
-    console.print(f"{foot} {versions}; commit {(document['commit'] or 'unknown')[:12]}.", highlight=False, style="dim")
+    console.print(
+        f"{foot} {versions}; commit {(document['commit'] or 'unknown')[:12]}.",
+        highlight=False,
+        markup=False,
+        style="dim",
+    )
 
 
 def _one(console: Console, document: Mapping[str, Any], row: Mapping[str, Any]) -> None:
-    console.print(title(document, row), style="bold", highlight=False)
+    console.print(title(document, row), style="bold", highlight=False, markup=False)
     fits = row.get("fits")
-    console.print(verdict(row), style="green" if fits else "red", highlight=False)
+    console.print(verdict(row), style="green" if fits else "red", highlight=False, markup=False)
     if "reason" in row:
         return
     table = _grid("Memory of one device at its peak", ("", "", "of the device", ""), left=(0, 3))
@@ -172,7 +178,7 @@ def _one(console: Console, document: Mapping[str, Any], row: Mapping[str, Any]) 
     console.print(table)
     table = _grid("Largest buffers", ("name", "kind", "type", "bytes"), left=(0, 1, 2))
     for name, kind, type_, n in buffer_rows(row):
-        table.add_row(name, kind, type_, gib(n))
+        table.add_row(escape(name), kind, escape(type_), gib(n))
     if row.get("buffers"):
         console.print(table)
     if "messages" in row:
@@ -198,10 +204,10 @@ def _searched(console: Console, document: Mapping[str, Any]) -> None:
     table = _grid("Programs compiled", ("machine", "devices", "T", "B", "needs", "fits"))
     for row in sorted(document["rows"], key=lambda row: (row["devices"], row["T"], row["B"])):
         need = gib(row["hbm_bytes"]) if "hbm_bytes" in row else "-"
-        answer = row.get("reason") or ("yes" if row["fits"] else "no")
+        answer = escape(row.get("reason", "")) or ("yes" if row["fits"] else "no")
         table.add_row(row["topology"], str(row["devices"]), f"{row['T']:,}", f"{row['B']:,}", need, answer)
     console.print(table)
-    console.print(found(document), style="bold", highlight=False)
+    console.print(found(document), style="bold", highlight=False, markup=False)
 
 
 def found(document: Mapping[str, Any]) -> str:
@@ -221,7 +227,7 @@ def _strategies(console: Console, document: Mapping[str, Any]) -> None:
     table = _grid("Strategies", ("strategy", "needs", "fits", "received", "waiting", "step, at least", "MFU, at most"))
     for row in document["rows"]:
         if "reason" in row:
-            table.add_row(row["strategy"], "-", row["reason"])
+            table.add_row(row["strategy"], "-", escape(row["reason"]))
             continue
         timed = "seconds" in row
         table.add_row(
@@ -234,7 +240,7 @@ def _strategies(console: Console, document: Mapping[str, Any]) -> None:
             f"{row['mfu_bound']:.1%}" if timed else "-",
         )
     console.print(table)
-    console.print(f"Recommended: {document['recommended']}", style="bold", highlight=False)
+    console.print(f"Recommended: {document['recommended']}", style="bold", highlight=False, markup=False)
 
 
 def page(document: Mapping[str, Any]) -> str:

@@ -211,7 +211,7 @@ def _print(console: Console, document: Mapping[str, Any], shown: Sequence[Mappin
         f"libtpu {document['versions']['libtpu']}, jax {document['versions']['jax']}; commit "
         f"{(document['commit'] or 'unknown')[:12]}. Nothing was run.",
     ]
-    console.print("\n".join(notes), highlight=False)
+    console.print("\n".join(notes), highlight=False, markup=False)
 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
