@@ -24,12 +24,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from scipy.special import stdtrit
 
 from longattn.analysis import cost, hardware
+from longattn.analysis.text import device_text, plain_table, seconds_text
 from longattn.mask import Causal, Full, Mask, Window
 from longattn.ops.attention.api import attention as ours
 from longattn.train.record import available_memory, environment
@@ -355,7 +354,7 @@ def attention(options: AttentionOptions, console: Console | None = None) -> dict
                 with progress.status(f"T={T} {what}"):
                     row = _row(options, T, what, peers, torch, n)
                 document["rows"].append(row)
-                times = ", ".join(f"{name} {_time(median)}" for name, median in row["median"].items())
+                times = ", ".join(f"{name} {seconds_text(median)}" for name, median in row["median"].items())
                 progress.print(f"T={T} {what}: {times}", highlight=False, soft_wrap=True)
     document["exponents"] = _exponents(document["rows"])
     if options.json:
@@ -374,10 +373,8 @@ def inputs(options: AttentionOptions, T: int) -> dict[str, np.ndarray]:
     return {n: rng.standard_normal(shape(h), np.float32).astype(rounded).astype(np.float32) for n, h in heads.items()}
 
 
-def _row(
-    options: AttentionOptions, T: int, what: str, peers: Sequence[str], torch: Torch | None, threads: int | None
-) -> dict[str, Any]:
-    """Everything about one length and one direction."""
+def check_memory(options: AttentionOptions, T: int) -> None:
+    """Raises ValueError for inputs and results beyond this machine's memory."""
     # Queries, keys, values and cotangent: drawn in float32, rounded, and once more in the results.
     needs, free = 3 * 4 * options.B * T * 2 * (options.H + options.heads) * options.D, available_memory()
     if free is not None and needs > free:
@@ -385,6 +382,13 @@ def _row(
             f"{T=} is too long for this machine: inputs and results take {needs / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free; choose a shorter one"
         )
+
+
+def _row(
+    options: AttentionOptions, T: int, what: str, peers: Sequence[str], torch: Torch | None, threads: int | None
+) -> dict[str, Any]:
+    """Everything about one length and one direction."""
+    check_memory(options, T)
     drawn = inputs(options, T)
     arrays = [jnp.asarray(x, options.dtype) for x in drawn.values()]
     fns: dict[str, Callable[[], Any]] = {}
@@ -497,7 +501,7 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
     """The document as a table, a line per length, direction and candidate."""
     options, environment, rows = document["options"], document["environment"], document["rows"]
     title = f"attention {options['mask']}: B{options['B']} H{options['H']} D{options['D']} {options['dtype']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = plain_table(title)
     for heading in ("T", "", "", "time", "GFLOP/s", "scratch", "at 2T", "ratio"):
         table.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
     reasons: dict[str, str] = dict(document["skipped"])
@@ -513,7 +517,7 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
                 growth = f"x{row['temp_bytes_at_2T'] / row['temp_bytes'][name]:.2f}" if name == "longattn" else ""
                 faster = str(Interval(**row["ratio"][name])) if name in row["ratio"] else ""
                 rate = f"{row['flops'][name] / row['median'][name] / 1e9:.0f}"
-                table.add_row(*first, label, _time(row["median"][name]), rate, scratch, growth, faster)
+                table.add_row(*first, label, seconds_text(row["median"][name]), rate, scratch, growth, faster)
             first = ["", ""]
     console.print(table)
     notes = [
@@ -523,12 +527,11 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
     if errors:
         text = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
         notes.append(f"Before timing the results agreed; largest relative error against {text}.")
-    device, versions = environment["device"], environment["versions"]
-    where = environment["host"]["cpu"] if device["platform"] == "cpu" else device["kind"]
-    commit = (environment["commit"] or "unknown")[:12]
+    versions = environment["versions"]
     notes.append(
-        f"{where}, {document['cores'] or '-'} cores, load {document['load']:.1f} before; {options['repeats']} rounds "
-        f"in turns; jax {versions['jax']}, torch {document['torch'] or '-'}; commit {commit}."
+        f"{device_text(environment)}, {document['cores'] or '-'} cores, load {document['load']:.1f} before; "
+        f"{options['repeats']} rounds in turns; jax {versions['jax']}, torch {document['torch'] or '-'}; commit "
+        f"{(environment['commit'] or 'unknown')[:12]}."
     )
     notes += [f"{name}: {why}." for name, why in reasons.items()]
     console.print("\n".join(notes), highlight=False)
@@ -536,7 +539,3 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
 
 def _mebibytes(n: int | None) -> str:
     return "" if n is None else f"{n / 2**20:.1f} MiB"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

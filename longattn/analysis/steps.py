@@ -1,7 +1,8 @@
 """`longattn profile --trace RUN`: what the steps of a training run cost on the device, from the trace it recorded.
 
 A step's wall time is from its first op to the first op of the next step: what the device waited for, such as data, is
-in it. Idle is the share of it in which no op ran.
+in it. Idle is the share of it in which no op ran, of this program or another. What came after the last step is not
+known: it ends with its completion, and where there are others it is left out of the medians of wall time and idle.
 """
 
 from __future__ import annotations
@@ -84,14 +85,18 @@ def read(options: TraceOptions) -> dict[str, Any]:
     by_device: dict[str, list[trace.Execution]] = defaultdict(list)
     for e in executions:
         by_device[e.device].append(e)
-    steps = []
+    steps, whole = [], []  # all, and those whose wall time is known
     for device, mine in by_device.items():
+        everything = [e for e in recorded.executions if e.device == device]
         for i, (e, after) in enumerate(zip(mine, [*mine[1:], None])):
-            wall = (after.start - e.start) * 1e-9 if after else e.seconds
+            end = after.start if after else e.end
+            wall, worked = (end - e.start) * 1e-9, trace.busy(everything, e.start, end)
             steps.append(
                 {"step": first + i, "device": device, "wall_seconds": wall, "device_seconds": e.seconds,
-                 "busy_seconds": e.busy, "idle": 1 - e.busy / wall if wall else 0.0}
+                 "busy_seconds": worked, "idle": 1 - worked / wall if wall else 0.0}
             )  # fmt: skip
+            whole += [steps[-1]] if after else []
+    whole = whole or steps
     kernels = trace.kernels(executions)
     return {
         "version": VERSION,
@@ -100,9 +105,9 @@ def read(options: TraceOptions) -> dict[str, Any]:
         "program": program,
         "devices": len(by_device),
         "steps": steps,
-        "wall_seconds": asdict(trace.Spread.of([s["wall_seconds"] for s in steps])),
+        "wall_seconds": asdict(trace.Spread.of([s["wall_seconds"] for s in whole])),
         "device_seconds": asdict(trace.Spread.of([s["device_seconds"] for s in steps])),
-        "idle": float(np.median([s["idle"] for s in steps])),
+        "idle": float(np.median([s["idle"] for s in whole])),
         "kernels": [asdict(p) for p in kernels],
         "scopes": [asdict(p) for p in trace.scopes(executions)],
         "parts": [asdict(p) for p in trace.scopes(executions, lambda scope: part_of(scope, options.depth))],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich import box
 from rich.table import Table
 
@@ -11,9 +14,20 @@ def plain_table(title: str) -> Table:
     return Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
+def digits(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:,.0f}"
+
+
 def seconds_text(seconds: float) -> str:
     """Three digits with a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= size:
-            return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:.0f} {unit}"
-    return f"{seconds * 1e9:.3g} ns" if seconds else "0"
+            return f"{digits(seconds / size)} {unit}"
+    return f"{digits(seconds * 1e9)} ns" if seconds else "0"
+
+
+def device_text(environment: Mapping[str, Any]) -> str:
+    """The device of `train.record.environment`, a CPU by its model."""
+    device = environment["device"]
+    return environment["host"]["cpu"] if device["platform"] == "cpu" else device["kind"]

@@ -58,14 +58,24 @@ def test_steps_by_hand(tmp_path) -> None:
     assert [s["wall_seconds"] for s in document["steps"]] == pytest.approx([100e-6, 150e-6, 70e-6])
     assert [s["device_seconds"] for s in document["steps"]] == pytest.approx([70e-6] * 3)
     assert [s["idle"] for s in document["steps"]] == pytest.approx([0.4, 0.6, 1 / 7])
-    assert document["idle"] == pytest.approx(0.4)
-    assert document["wall_seconds"]["median"] == pytest.approx(100e-6)
+    # What came after the last step is not known.
+    assert document["idle"] == pytest.approx(0.5)
+    assert document["wall_seconds"]["median"] == pytest.approx(125e-6)
     parts = {(p["name"], p["phase"]): p["seconds"] for p in document["parts"]}
     assert parts == pytest.approx(
         {("layer/mlp", "forward"): 30e-6, ("layer/mlp", "backward"): 20e-6, ("optimiser", "forward"): 10e-6}
     )
     assert [k["name"] for k in document["kernels"]] == ["dot.1", "dot.2", "mul.3"]
     assert document["other_programs"] == [{"program": "jit_g", "executions": 1, "busy_seconds": pytest.approx(10e-6)}]
+
+
+def test_time_of_other_programs_is_not_idle(tmp_path) -> None:
+    other = lambda start, end: f"o {start} {end} hlo_op=o hlo_module=jit_g program_id=8 run_id=9 device_ordinal=0"
+    lines = {"a": [cpu("dot.1", 0, 30, 1), other(30, 70), cpu("dot.1", 100, 130, 2)]}
+    data = space(programs(STEP), plane("/host:CPU", lines, CPU_STATS))
+    document = steps.read(steps.TraceOptions(str(folder(tmp_path, data, profile=(1, 2))), program="jit_f"))
+    assert [s["busy_seconds"] for s in document["steps"]] == pytest.approx([70e-6, 30e-6])
+    assert document["idle"] == pytest.approx(0.3)
 
 
 def test_another_program_may_be_read(tmp_path) -> None:

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from longattn.analysis import bench
 from longattn.analysis.compare.measurement import measure
-from longattn.analysis.compare.options import CompareOptions
-from longattn.analysis.text import plain_table, seconds_text
+from longattn.analysis.compare.options import CompareOptions, heading
+from longattn.analysis.text import device_text, digits, plain_table, seconds_text
 from longattn.analysis.trace import opening, parts_table
 
 WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits
@@ -36,18 +36,13 @@ def run(options: CompareOptions, console: Console | None = None) -> dict[str, An
 
 def _print(console: Console, document: Mapping[str, Any]) -> None:
     options, rows = document["options"], document["rows"]
-    K = "" if options["K"] is None else f" K{options['K']}"
-    title = (
-        f"{options['case']} {options['mask']}: B{options['B']} T{options['T']} H{options['H']}{K} D{options['D']} "
-        f"{options['dtype']}"
-    )
-    table = plain_table(title)
+    table = plain_table(heading(options))
     headings = (
         "contestant", "device time", "quartiles", "ratio", "idle", "GFLOP/s", "of peak", "GB/s", "of HBM", "vs static",
         "error",
     )  # fmt: skip
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "contestant" else "right", no_wrap=True)
+    for column in headings:
+        table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
     notes, ran = [], [row for row in rows if "samples" in row]
     for row in rows:
         error = f"{row['error']:.0e}" if "error" in row else ""
@@ -62,9 +57,9 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
             f"{seconds_text(s['low'])} .. {seconds_text(s['high'])}",
             str(bench.Interval(**row["ratio"])),
             f"{row['idle']:.0%}",
-            f"{row['flops_per_second'] / 1e9:.3g}",
+            digits(row["flops_per_second"] / 1e9),
             _percent(row["share_of_peak_flops"]),
-            f"{row['bytes_per_second'] / 1e9:.3g}",
+            digits(row["bytes_per_second"] / 1e9),
             _percent(row["share_of_bandwidth"]),
             "-" if row["static_ratio"] is None else f"{row['static_ratio']:.2f}",
             error,
@@ -77,9 +72,9 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
         console.print(parts_table(f"{row['contestant']}: top kernels", row["kernels"][:TOP], total))
     if document["differences"]:
         table = plain_table(f"Largest differences to {ran[0]['contestant']} by named scope")
-        for heading in ("contestant", "scope", "pass", "its time", ran[0]["contestant"], "difference"):
-            left = heading in ("contestant", "scope", "pass")
-            table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+        for column in ("contestant", "scope", "pass", "its time", ran[0]["contestant"], "difference"):
+            left = column in ("contestant", "scope", "pass")
+            table.add_column(column, justify="left" if left else "right", no_wrap=True)
         for d in document["differences"][: 2 * TOP]:
             sign = "+" if d["difference"] > 0 else "-"
             table.add_row(
@@ -88,19 +83,18 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
             )  # fmt: skip
         console.print(table)
     environment = document["environment"]
-    where = environment["host"]["cpu"] if environment["device"]["platform"] == "cpu" else environment["device"]["kind"]
     peak = document["peak"]
     if peak["flops"]:
         how = "a float32 matrix product measured here" if peak["measured"] else "published, bfloat16"
         notes.append(f"Peak {peak['flops'] / 1e9:,.0f} GFLOP/s ({how}); GB/s count each argument and result once.")
     if ran:
         notes += [
-            "The ratio is of median device times to the first's, its 95% interval in brackets; idle: no op ran, within "
-            "a call.",
+            f"The ratio is of median device times to that of {ran[0]['contestant']}, its 95% interval in brackets; "
+            "idle: no op ran, within a call.",
             f"Before timing, results agreed with {document['checked_against']}; the error is the largest relative one.",
         ]
     notes.append(
-        f"{where}, load {document['load']:.1f} before; {options['rounds']} rounds in turns; jax "
+        f"{device_text(environment)}, load {document['load']:.1f} before; {options['rounds']} rounds in turns; jax "
         f"{environment['versions']['jax']}; commit {(environment['commit'] or 'unknown')[:12]}."
     )
     console.print("\n".join(notes), highlight=False, soft_wrap=True)

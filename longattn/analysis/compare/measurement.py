@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from longattn.analysis.compare.picture import plot
 from longattn.analysis.compare.roofline import minimal_bytes, static_seconds
 from longattn.analysis.text import seconds_text
 from longattn.ops.attention.api import BACK_ENDS
-from longattn.train.record import available_memory, environment
+from longattn.train.record import environment
 
 VERSION = 1
 FILE = "compare.jsonl"
@@ -35,14 +37,8 @@ def measure(options: CompareOptions) -> dict[str, Any]:
     """
     progress = Console(stderr=True)
     options = replace(options, dtype=options.problem.dtype)
-    elements = options.B * options.T * 2 * (options.H + options.problem.heads) * options.D
-    needs, free = 3 * 4 * elements, available_memory()  # drawn in float32, rounded, and once more in the results
-    if free is not None and needs > free:
-        raise ValueError(
-            f"T={options.T} is too long for this machine: inputs and results take {needs / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB are free; choose a shorter one"
-        )
-    folder = Path(options.out)
+    bench.check_memory(options.problem, options.T)
+    folder, load = Path(options.out), os.getloadavg()[0]
     device = hardware.detect()
     with progress.status("compiling, and comparing results with the reference"):
         against, fns, known = admit(options)
@@ -52,7 +48,7 @@ def measure(options: CompareOptions) -> dict[str, Any]:
         "kind": "compare",
         "options": {**asdict(options), "mask": str(options.mask)},
         "environment": environment(),
-        "load": os.getloadavg()[0],  # what else the machine was doing
+        "load": load,  # what else the machine was doing
         "checked_against": f"{against}, float32",
         "peak": {
             "flops": device.peak_flops,
@@ -65,10 +61,9 @@ def measure(options: CompareOptions) -> dict[str, Any]:
     if fns:
         folder.mkdir(parents=True, exist_ok=True)
         with progress.status(f"{options.rounds} rounds of {', '.join(fns)}"):
-            host = _record(fns, options.rounds, folder)
-        path = trace.find(folder)
-        document["trace"] = str(path.parent)
-        recorded = trace.read(path.read_bytes())
+            host, session = _record(fns, options.rounds, folder)
+        document["trace"] = str(session)
+        recorded = trace.read(trace.find(session).read_bytes())
         base: list[float] = []
         for row in rows:
             if (name := row["contestant"]) not in fns:
@@ -90,12 +85,17 @@ def measure(options: CompareOptions) -> dict[str, Any]:
     return document
 
 
-def _record(fns: Mapping[str, Callable[[], Any]], rounds: int, folder: Path) -> dict[str, list[float]]:
-    """Runs them in turns under one trace; gives the host's seconds. Each has one warming call in the trace."""
+def _record(fns: Mapping[str, Callable[[], Any]], rounds: int, folder: Path) -> tuple[dict[str, list[float]], Path]:
+    """Runs them in turns under one trace, each with one warming call in it; gives the host's seconds and where it is.
+
+    The trace has a folder of its own, for another comparison may be writing beside it.
+    """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # Python's own calls are no business of this and slow it down
+    options.session_id = f"{time.strftime('%Y_%m_%d_%H_%M_%S')}_{uuid.uuid4().hex[:8]}"
     with jax.profiler.trace(str(folder), profiler_options=options):
-        return bench.interleave(fns, rounds)
+        seconds = bench.interleave(fns, rounds)
+    return seconds, folder / "plugins" / "profile" / options.session_id
 
 
 def _row(
@@ -122,7 +122,7 @@ def _row(
         "bytes_per_second": moved / seconds.median,
         "share_of_bandwidth": None if by_memory is None else by_memory / seconds.median,
         "roofline": None if by_compute is None else max(by_compute, by_memory or 0.0) / seconds.median,
-        "bound": "memory" if (by_memory or 0.0) > (by_compute or 0.0) else "compute",
+        "bound": None if by_compute is None or by_memory is None else "memory" if by_memory > by_compute else "compute",
         "static_seconds": static,
         "static_ratio": None if static is None else seconds.median / static,
         "static_note": why,

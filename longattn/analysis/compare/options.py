@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from longattn.analysis import bench
 from longattn.analysis.compare.contestants import CONTESTANTS
@@ -60,3 +61,10 @@ class CompareOptions:
             T=(self.T,), B=self.B, H=self.H, K=self.K, D=self.D, mask=self.mask, window=0, what=(self.what,),
             dtype=self.dtype or ("float32" if dispatch.target().platform == "cpu" else "bfloat16"),
         )  # fmt: skip
+
+
+def heading(options: Mapping[str, Any]) -> str:
+    """What a document's options compare, in one line."""
+    K = "" if options["K"] is None else f" K{options['K']}"
+    sizes = f"B{options['B']} T{options['T']} H{options['H']}{K} D{options['D']}"
+    return f"{options['case']} {options['mask']}: {sizes} {options['dtype']}"

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from longattn.analysis.compare.options import heading
+from longattn.analysis.text import device_text
+
 
 def plot(document: Mapping[str, Any], scopes: int = 7) -> Any:
     """A matplotlib figure: each contestant's device time, every call a point, and where its ops' time goes.
@@ -64,11 +67,5 @@ def plot(document: Mapping[str, Any], scopes: int = 7) -> Any:
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
-    options, where = document["options"], document["environment"]
-    device = where["host"]["cpu"] if where["device"]["platform"] == "cpu" else where["device"]["kind"]
-    figure.suptitle(
-        f"{options['case']} {options['mask']}  B{options['B']} T{options['T']} H{options['H']} D{options['D']} "
-        f"{options['dtype']}, {device}",
-        fontsize=11,
-    )
+    figure.suptitle(f"{heading(document['options'])}, {device_text(document['environment'])}", fontsize=11)
     return figure

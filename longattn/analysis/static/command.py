@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from longattn.analysis import aot, hardware
 from longattn.analysis.cases import CASES, Shape
 from longattn.analysis.static.rates import small
 from longattn.analysis.static.schedule import SLOTS
 from longattn.analysis.static.tpu import profile
+from longattn.analysis.text import plain_table
 from longattn.mask import Causal, Mask
 from longattn.train.record import commit
 
@@ -160,9 +159,7 @@ def _print(console: Console, document: Mapping[str, Any], shown: Sequence[Mappin
     options = document["options"]
     names = ("T", "H", "K", "D", "V", "documents")
     sizes = " ".join(f"{name}{options[name]}" for name in names if options[name])
-    table = Table(
-        title=f"{sizes} {options['mask']} bfloat16, per core", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    table = plain_table(f"{sizes} {options['mask']} bfloat16, per core")
     some_depend = any(row.get("rates") for row in shown)
     headings = ["case", "chip", "blocks", HEADING, *(["worst case"] if some_depend else []), "HBM-bound cycles"]
     headings += ["larger", "MXU floor", "floor / larger", "bound", *SLOTS, "spills", "VMEM MiB", "HBM MiB"]

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from longattn.analysis import aot, hardware
 from longattn.analysis.cases.gpu import CASES, Shape
 from longattn.analysis.static.gpu import profile
+from longattn.analysis.text import plain_table
 from longattn.mask import Causal, Mask
 from longattn.train.record import commit
 
@@ -80,10 +79,7 @@ def run(options: ProfileOptions, console: Console | None = None) -> dict[str, An
 
 def _print(console: Console, document: Mapping[str, Any]) -> None:
     options = document["options"]
-    table = Table(
-        title=f"T{options['T']} H{options['H']} D{options['D']} {options['mask']}: {HEADING}",
-        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
-    )  # fmt: skip
+    table = plain_table(f"T{options['T']} H{options['H']} D{options['D']} {options['mask']}: {HEADING}")
     for heading in ("case", "arch", "kernel", "blocks"):
         table.add_column(heading, no_wrap=True)
     for heading in ("threads", "registers", "spill st/ld B", "stack B", "shared memory"):

@@ -5,9 +5,9 @@ from longattn.analysis.trace.program import Op, program_ops
 from longattn.analysis.trace.scope import Scope, scope_of
 from longattn.analysis.trace.sums import Part, Spread, kernels, scopes
 from longattn.analysis.trace.tables import opening, parts_table
-from longattn.analysis.trace.timeline import Execution, Kernel, Trace
+from longattn.analysis.trace.timeline import Execution, Kernel, Trace, busy
 
 __all__ = [
-    "Execution", "Kernel", "Op", "Part", "Scope", "Spread", "Trace", "find", "kernels", "opening", "parts_table",
-    "program_ops", "read", "scope_of", "scopes",
+    "Execution", "Kernel", "Op", "Part", "Scope", "Spread", "Trace", "busy", "find", "kernels", "opening",
+    "parts_table", "program_ops", "read", "scope_of", "scopes",
 ]  # fmt: skip

@@ -44,7 +44,7 @@ def _nested(events: list[_Raw]) -> list[_Raw]:
         while open_ and events[open_[-1]].end <= event.start:
             open_.pop()
         if open_:
-            own[open_[-1]] -= event.end - event.start
+            own[open_[-1]] -= min(event.end, events[open_[-1]].end) - event.start
         open_.append(i)
     return [event._replace(own=max(0.0, t)) for event, t in zip(events, own)]
 
@@ -85,17 +85,17 @@ def cpu(plane: Any, programs: Programs) -> Iterator[Execution]:
         events = []
         for event in line.events:
             stats = dict(event.stats)
-            if "hlo_op" in stats:
+            if "hlo_op" in stats and "run_id" in stats:  # else it is of the host, such as the launch of a kernel
                 events.append(_Raw(event.name, stats["hlo_op"], event.start_ns, event.end_ns, 0.0, stats))
-            elif event.name.startswith("end: "):
-                ends[int(stats.get("_c", 0))] = event.start_ns
+            elif event.name.startswith("end: ") and "_c" in stats:
+                ends[int(stats["_c"])] = event.start_ns
             elif "run_id" in stats:
                 key = int(stats.get("device_ordinal", 0)), int(stats["run_id"])
                 bounds[key] = max(bounds.get(key, 0.0), event.end_ns)
         for raw in _nested(events):
             program = int(raw.stats.get("program_id", 0))
             names[program] = raw.stats.get("hlo_module", "")
-            run = int(raw.stats.get("run_id", 0))
+            run = int(raw.stats["run_id"])
             runs[program, run, int(raw.stats.get("device_ordinal", 0))].append(raw)
     for (program, run, device), raws in runs.items():
         known = _known(programs, program, names[program])
@@ -104,7 +104,7 @@ def cpu(plane: Any, programs: Programs) -> Iterator[Execution]:
         for raw in raws:
             # Other threads may finish what this one began. The mark of the end comes after whatever that set off, so
             # the op is taken to last until the next one begins, if that is earlier.
-            mark = ends.get(int(raw.stats.get("_p", 0)), raw.end)
+            mark = ends.get(int(raw.stats["_p"]), raw.end) if "_p" in raw.stats else raw.end
             following = bisect.bisect_left(starts, raw.end)
             tail = min(mark, starts[following] if following < len(starts) else mark)
             longer = max(0.0, tail - raw.end)

@@ -8,6 +8,7 @@ of ops are summed over threads.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,11 +43,7 @@ class Execution:
     @property
     def busy(self) -> float:
         """Seconds for which at least one op ran."""
-        total, until = 0.0, self.start
-        for kernel in self.kernels:
-            total += max(0.0, kernel.end - max(kernel.start, until))
-            until = max(until, kernel.end)
-        return total * 1e-9
+        return busy((self,), self.start, self.end)
 
 
 @dataclass(frozen=True)
@@ -68,3 +65,13 @@ class Trace:
         if not total:
             raise ValueError("the trace holds no execution of a compiled program: record one while the device works")
         return max(total, key=lambda name: total[name])
+
+
+def busy(executions: Iterable[Execution], start: float, end: float) -> float:
+    """Seconds between `start` and `end` for which at least one op of one device's executions ran."""
+    total, until = 0.0, start
+    near = (e for e in executions if e.start < end and e.end > start)
+    for kernel in sorted((k for e in near for k in e.kernels), key=lambda k: k.start):
+        total += max(0.0, min(kernel.end, end) - max(kernel.start, until))
+        until = max(until, kernel.end)
+    return total * 1e-9

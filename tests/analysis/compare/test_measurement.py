@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 
 import pytest
 
 from longattn.analysis import bench, compare, cost, hardware, trace
-from longattn.analysis.compare import measurement
+from longattn.analysis.compare import admission, measurement
 from longattn.analysis.static import tpu
 from longattn.mask import Causal
 from tests.analysis.compare.tiny import SHARED, TINY, quiet
@@ -37,7 +38,7 @@ def test_every_contestant_has_a_row(document) -> None:
         assert min(row["samples"]) <= s["low"] <= s["median"] <= s["high"] <= max(row["samples"])
         assert row["flops_per_second"] == pytest.approx(row["flops"] / s["median"])
         assert row["share_of_peak_flops"] == pytest.approx(row["roofline"])  # no bandwidth of a CPU is known
-        assert (row["share_of_bandwidth"], row["static_ratio"], row["bound"]) == (None, None, "compute")
+        assert (row["share_of_bandwidth"], row["static_ratio"], row["bound"]) == (None, None, None)
     assert rows["xla"]["ratio"]["value"] == 1
     medians = [rows[n]["device_seconds"]["median"] for n in ("jax_nn", "xla")]
     assert rows["jax_nn"]["ratio"]["value"] == pytest.approx(medians[0] / medians[1])
@@ -63,6 +64,20 @@ def test_what_is_left_behind(document) -> None:
         assert {"jax", "jaxlib", "numpy"} <= set(line["environment"]["versions"])
         assert "commit" in line["environment"]
     assert compare.opening(document["trace"]).endswith(f"xprof --port 8791 {folder.parents[2]}")
+
+
+def test_the_trace_is_its_own_and_the_load_that_of_before(monkeypatch, tmp_path) -> None:
+    another = tmp_path / "plugins" / "profile" / "another" / "host.xplane.pb"
+    another.parent.mkdir(parents=True)
+    another.touch()
+    os.utime(another, (2**32, 2**32))  # newer than anything that is recorded here
+    load = [1.0]
+    monkeypatch.setattr(measurement.os, "getloadavg", lambda: (load[-1], 0.0, 0.0))
+    monkeypatch.setattr(measurement, "admit", lambda options: (load.append(9.0), admission.admit(options))[1])
+    options = compare.CompareOptions("attention_forward", contestants=("xla",), out=str(tmp_path), **TINY)
+    document = compare.measure(options)
+    assert len(document["rows"][0]["samples"]) == TINY["rounds"]
+    assert document["load"] == 1.0
 
 
 def test_differences_are_to_the_first_and_sorted(document) -> None:
@@ -92,7 +107,7 @@ def test_calls_that_the_trace_does_not_show_are_a_reason(monkeypatch, tmp_path) 
 
 
 def test_beyond_memory_is_refused(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(measurement, "available_memory", lambda: 1000)
+    monkeypatch.setattr(bench, "available_memory", lambda: 1000)
     with pytest.raises(ValueError, match="T=300 is too long for this machine"):
         compare.run(compare.CompareOptions("attention_forward", out=str(tmp_path), **TINY), quiet())
 

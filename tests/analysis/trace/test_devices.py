@@ -31,6 +31,17 @@ def test_cpu_an_unfinished_op_ends_where_the_next_begins() -> None:
     assert [(k.name, k.start, k.end) for k in run.kernels] == [("dot.1", 0, 8e3), ("exp.1", 8e3, 20e3)]
 
 
+def test_cpu_marks_without_a_number_end_nothing() -> None:
+    lines = {"a": [cpu("exp.1", 0, 2), "end:~other 30 30"]}
+    (run,) = trace.read(space(programs(LOOP), plane("/host:CPU", lines, CPU_STATS))).executions
+    assert [(k.start, k.end) for k in run.kernels] == [(0, 2e3)]
+
+
+def test_what_the_host_does_for_an_op_is_no_execution() -> None:
+    lines = {"a": ["launch 0 5 hlo_op=dot.1 hlo_module=jit_f program_id=7"]}
+    assert trace.read(space(programs(LOOP), plane("/host:CPU", lines, CPU_STATS))).executions == ()
+
+
 def test_cpu_devices_and_programs_are_apart() -> None:
     lines = {"a": [cpu("dot.1", 0, 10), cpu("dot.1", 5, 25, device=3)]}
     runs = trace.read(space(plane("/host:CPU", lines, CPU_STATS))).executions  # no program is known here
@@ -77,6 +88,17 @@ def test_tpu() -> None:
     ]
     assert first.busy == pytest.approx(65e-6)
     assert (second.seconds, second.busy) == (pytest.approx(60e-6), pytest.approx(50e-6))
+
+
+def test_an_op_that_outlasts_the_one_it_began_in_takes_what_they_share() -> None:
+    lines = {"XLA~Modules": ["jit_f(7) 0 100"], "XLA~Ops": ["dot.1 0 50", "exp.1 40 80"]}
+    text = plane("/device:TPU:0", lines).replace("~", " ")
+    (run,) = trace.read(space(programs(LOOP), text)).executions
+    assert [(k.name, k.seconds) for k in run.kernels] == [
+        ("dot.1", pytest.approx(40e-6)),
+        ("exp.1", pytest.approx(40e-6)),
+    ]
+    assert run.busy == pytest.approx(80e-6)
 
 
 def test_tpu_takes_scopes_from_the_stored_program() -> None:
