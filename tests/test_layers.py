@@ -32,7 +32,7 @@ CORE = {"jax", "jaxlib", "numpy", "jaxtyping"}  # what longattn.ops and longattn
 THIRD_PARTY = {  # beyond CORE
     "models": {"flax"},
     "train": {"optax", "orbax", "grain", "rich", "tensorboardX", "psutil"},
-    "analysis": {"rich", "matplotlib", "jinja2", "markupsafe", "scipy", "torch", "tokamax"},
+    "analysis": {"rich", "matplotlib", "jinja2", "markupsafe", "scipy", "torch", "tokamax", "flywheel_tpu"},
     "cli": {"tyro", "rich"},
 }
 

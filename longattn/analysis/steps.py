@@ -104,6 +104,7 @@ def read(options: TraceOptions) -> dict[str, Any]:
         "trace": str(path.parent),
         "program": program,
         "devices": len(by_device),
+        "hosts": len(list(path.parent.glob("*.xplane.pb"))),
         "steps": steps,
         "wall_seconds": asdict(trace.Spread.of([s["wall_seconds"] for s in whole])),
         "device_seconds": asdict(trace.Spread.of([s["device_seconds"] for s in steps])),
@@ -139,7 +140,7 @@ def _print(console: Console, document: Mapping[str, Any], top: int) -> None:
         middle = lambda key, devices=devices: float(np.median([s[key] for s in devices]))
         times = (seconds_text(middle(f"{kind}_seconds")) for kind in ("wall", "device", "busy"))
         table.add_row(f"{step}", *times, f"{middle('idle'):.1%}")
-    console.print(table)
+    console.print(table, markup=False)
 
     parts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for p in document["parts"]:
@@ -153,9 +154,9 @@ def _print(console: Console, document: Mapping[str, Any], top: int) -> None:
         mine = sum(phases.values())
         shown = (seconds_text(phases[p]) if p in phases else "" for p in ("forward", "recompute", "backward"))
         table.add_row(name, *shown, seconds_text(mine), f"{mine / total:.1%}" if total else "-")
-    console.print(table)
+    console.print(table, markup=False)
     if top:
-        console.print(trace.parts_table("Top kernels, a step", document["kernels"][:top], total))
+        console.print(trace.parts_table("Top kernels, a step", document["kernels"][:top], total), markup=False)
     wall, notes = document["wall_seconds"], []
     notes.append(
         f"Step {seconds_text(wall['median'])}, quartiles {seconds_text(wall['low'])} .. {seconds_text(wall['high'])}, "
@@ -167,6 +168,8 @@ def _print(console: Console, document: Mapping[str, Any], top: int) -> None:
     )
     if listed := ", ".join(others):
         notes.append(f"Other programs, their executions and busy time in all: {listed}.")
+    if document["hosts"] > 1:
+        notes.append(f"The trace of one host; those of {document['hosts'] - 1} more lie beside it.")
     if document["unknown_seconds"]:
         notes.append(f"{seconds_text(document['unknown_seconds'])} of kernels name no program and are left out.")
-    console.print("\n".join([*notes, trace.opening(document["trace"])]), highlight=False, soft_wrap=True)
+    console.print("\n".join([*notes, trace.opening(document["trace"])]), highlight=False, markup=False, soft_wrap=True)

@@ -78,6 +78,16 @@ def test_time_of_other_programs_is_not_idle(tmp_path) -> None:
     assert document["idle"] == pytest.approx(0.3)
 
 
+def test_hosts_that_are_not_read_are_told(tmp_path, capsys) -> None:
+    run = folder(tmp_path, three_steps(), profile=(5, 3))
+    steps.run(steps.TraceOptions(str(run)))
+    assert "one host" not in capsys.readouterr().out
+    (recorded,) = run.rglob("*.xplane.pb")
+    (recorded.parent / "second.xplane.pb").write_bytes(recorded.read_bytes())
+    assert steps.run(steps.TraceOptions(str(run)))["hosts"] == 2
+    assert "one host; those of 1 more" in capsys.readouterr().out
+
+
 def test_another_program_may_be_read(tmp_path) -> None:
     run = str(folder(tmp_path, three_steps(), profile=(5, 3)))
     assert steps.read(steps.TraceOptions(run, program="jit_g"))["kernels"][0]["name"] == "other"

@@ -66,10 +66,10 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
         )
         if row["static_note"]:
             notes.append(f"{row['contestant']}: no static cycles: {row['static_note']}")
-    console.print(table)
+    console.print(table, markup=False)
     for row in ran:
         total = sum(kernel["seconds"] for kernel in row["kernels"])
-        console.print(parts_table(f"{row['contestant']}: top kernels", row["kernels"][:TOP], total))
+        console.print(parts_table(f"{row['contestant']}: top kernels", row["kernels"][:TOP], total), markup=False)
     if document["differences"]:
         table = plain_table(f"Largest differences to {ran[0]['contestant']} by named scope")
         for column in ("contestant", "scope", "pass", "its time", ran[0]["contestant"], "difference"):
@@ -81,7 +81,7 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
                 d["contestant"], d["scope"], d["phase"], seconds_text(d["seconds"]), seconds_text(d["first_seconds"]),
                 sign + seconds_text(abs(d["difference"])),
             )  # fmt: skip
-        console.print(table)
+        console.print(table, markup=False)
     environment = document["environment"]
     peak = document["peak"]
     if peak["flops"]:
@@ -97,10 +97,11 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
         f"{device_text(environment)}, load {document['load']:.1f} before; {options['rounds']} rounds in turns; jax "
         f"{environment['versions']['jax']}; commit {(environment['commit'] or 'unknown')[:12]}."
     )
-    console.print("\n".join(notes), highlight=False, soft_wrap=True)
+    console.print("\n".join(notes), highlight=False, markup=False, soft_wrap=True)
     if document["trace"]:
-        console.print(opening(document["trace"]), highlight=False, soft_wrap=True)
-        console.print(f"Plot: {document['plot']}", highlight=False, soft_wrap=True)
+        console.print(opening(document["trace"]), highlight=False, markup=False, soft_wrap=True)
+        if document["plot"]:
+            console.print(f"Plot: {document['plot']}", highlight=False, markup=False, soft_wrap=True)
     else:
         console.print("Nothing could be timed here.", highlight=False)
 

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from longattn.analysis import bench, compare
+from longattn.analysis.compare import admission
 from longattn.mask import Full
 from tests.analysis.compare.tiny import TINY, quiet
 
@@ -19,6 +20,12 @@ def test_who_disagrees_is_not_timed(monkeypatch, tmp_path) -> None:
     assert first["reason"].startswith("it disagrees with reference in float32: relative error")
     assert "samples" not in first
     assert second["ratio"]["value"] == 1  # the first that ran
+
+
+def test_what_cannot_be_checked_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(admission, "available_memory", lambda: 1000)
+    with pytest.raises(ValueError, match=r"T=300 is too long to be checked.*it needs .* free; choose a shorter one"):
+        admission.admit(compare.CompareOptions("attention_forward", dtype="float32", **TINY))
 
 
 def test_a_rival_that_fails_is_a_row_and_ours_is_an_error(monkeypatch, tmp_path) -> None:
