@@ -125,7 +125,7 @@ def time_rows(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("products", f"{row['flops'] / 1e12:,.2f} TFLOP ({by_formula / row['flops']:.0%} attention, by formula)"),
         ("of the model", f"{row['model_flops'] / 1e12:,.2f} TFLOP (nothing recomputed, all devices alike)"),
-        ("HBM traffic", gib(row["hbm_traffic"])),
+        ("HBM traffic", gib(row["hbm_traffic"]) + (", without attention's loops" if by_formula else "")),
         ("products at peak", seconds(s["products"])),
         ("HBM at its bandwidth", seconds(s["hbm"])),
         ("waiting for others", seconds(s["exposed"])),
