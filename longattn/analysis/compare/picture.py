@@ -10,12 +10,11 @@ import numpy as np
 from longattn.analysis.compare.options import heading
 from longattn.analysis.text import device_text
 
+SCOPES = 7  # those with the largest share of any contestant's time have a colour each
 
-def plot(document: Mapping[str, Any], scopes: int = 7) -> Any:
-    """A matplotlib figure: each contestant's device time, every call a point, and where its ops' time goes.
 
-    The `scopes` with the largest share of any contestant's time have a colour each.
-    """
+def plot(document: Mapping[str, Any]) -> Any:
+    """A matplotlib figure: each contestant's device time, every call a point, and where its ops' time goes."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -45,7 +44,7 @@ def plot(document: Mapping[str, Any], scopes: int = 7) -> Any:
         for name in {name for name, _ in seconds[-1]}:
             mine = sum(s for (n, _), s in seconds[-1].items() if n == name)
             share[name] = max(share.get(name, 0.0), mine / total if total else 0.0)
-    shown = sorted(share, key=lambda name: -share[name])[:scopes]
+    shown = sorted(share, key=lambda name: -share[name])[:SCOPES]
     start = np.zeros(len(rows))
     for backward in (False, True):
         for i, name in enumerate([*shown, "other scopes"]):

@@ -22,6 +22,7 @@ from longattn.train.record import commit, write_whole
 
 VERSION = 1
 _LONGEST = 2**27  # tokens; positions are int32, and nobody has asked for more
+_WIDTH = 116  # the tables': a narrower terminal wraps them
 _TILE = 128  # lengths searched are multiples of this on each device
 
 
@@ -146,7 +147,7 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
     if options.json:
         print(json.dumps(document))
     else:
-        show.tables(console or Console(), document)
+        show.tables(console or Console(width=max(_WIDTH, Console().width)), document)
     if options.html:
         write_whole(Path(options.html), show.page(document))
         print(f"wrote {options.html}", file=sys.stderr)

@@ -16,7 +16,7 @@ from longattn.analysis import hardware
 from longattn.analysis.plan import checked
 from longattn.analysis.plan.memory import KINDS
 from longattn.analysis.report.page import style
-from longattn.analysis.text import seconds_text
+from longattn.analysis.text import seconds_text as seconds
 
 _GiB = 2**30
 _SHOWN = 12  # buffers, and collectives
@@ -89,7 +89,7 @@ def collective_rows(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
             f"{c['axes'] or '-'} ({c['devices']})",
             f"{c['runs']:,.0f}",
             gib(c["bytes"]),
-            seconds_text(c["seconds"]),
+            seconds(c["seconds"]),
             ("all" if c["exposed_seconds"] <= 1e-3 * c["seconds"] else f"{1 - c['exposed_seconds'] / c['seconds']:.0%}")
             if c["asynchronous"]
             else "none",
@@ -100,7 +100,7 @@ def collective_rows(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     total = lambda key: sum(c[key] for c in collectives)
     more = f"all {len(collectives)}" if len(collectives) > _SHOWN else "all"
     hidden = f"{1 - total('exposed_seconds') / total('seconds'):.0%}" if total("seconds") else "-"
-    return [*rows, (more, "", f"{total('runs'):,.0f}", gib(total("bytes")), seconds_text(total("seconds")), hidden, "")]
+    return [*rows, (more, "", f"{total('runs'):,.0f}", gib(total("bytes")), seconds(total("seconds")), hidden, "")]
 
 
 COLLECTIVES = ("collective", "over (devices)", "runs", "received", "at link rate", "hidden", "in")
@@ -113,21 +113,21 @@ def time_rows(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [
             ("products", f"{row['flops'] / 1e12:,.2f} TFLOP"),
             ("of the model", f"{row['model_flops'] / 1e12:,.2f} TFLOP (nothing recomputed, all devices alike)"),
-            ("products at peak", seconds_text(s["products"])),
-            ("messages at link rate", seconds_text(s["link"])),
+            ("products at peak", seconds(s["products"])),
+            ("messages at link rate", seconds(s["link"])),
             ("MFU, at most", f"{row['mfu_bound']:.1%}"),
         ]
     by_formula = row["attention_flops_by_formula"]
     return [
         ("products", f"{row['flops'] / 1e12:,.2f} TFLOP ({by_formula / row['flops']:.0%} attention, by formula)"),
         ("of the model", f"{row['model_flops'] / 1e12:,.2f} TFLOP (nothing recomputed, all devices alike)"),
-        ("HBM traffic", gib(row["hbm_traffic"])),
-        ("products at peak", seconds_text(s["products"])),
-        ("HBM at its bandwidth", seconds_text(s["hbm"])),
-        ("waiting for others", seconds_text(s["exposed"])),
-        ("step, at least", f"{seconds_text(s['bound'])}: at most {row['T'] * row['B'] / s['bound']:,.0f} tokens/s"),
+        ("HBM traffic", gib(row["hbm_traffic"]) + (", without attention's loops" if by_formula else "")),
+        ("products at peak", seconds(s["products"])),
+        ("HBM at its bandwidth", seconds(s["hbm"])),
+        ("waiting for others", seconds(s["exposed"])),
+        ("step, at least", f"{seconds(s['bound'])}: at most {row['T'] * row['B'] / s['bound']:,.0f} tokens/s"),
         ("MFU, at most", f"{row['mfu_bound']:.1%}"),
-        ("compiled in", seconds_text(row["compile_seconds"]) + (", earlier" if row["cached"] else "")),
+        ("compiled in", seconds(row["compile_seconds"]) + (", earlier" if row["cached"] else "")),
     ]
 
 
@@ -231,8 +231,8 @@ def _strategies(console: Console, document: Mapping[str, Any]) -> None:
             gib(row["hbm_bytes"]),
             "yes" if row["fits"] else "no",
             gib(sum(c["bytes"] for c in row["collectives"])) if timed else "-",
-            seconds_text(row["seconds"]["exposed"]) if timed else "-",
-            seconds_text(row["seconds"]["bound"]) if timed else "-",
+            seconds(row["seconds"]["exposed"]) if timed else "-",
+            seconds(row["seconds"]["bound"]) if timed else "-",
             f"{row['mfu_bound']:.1%}" if timed else "-",
         )
     console.print(table)

@@ -145,6 +145,11 @@ def test_a_row_on_a_chip(monkeypatch) -> None:
     assert row["static_ratio"] == pytest.approx(2.0)
     assert row["scopes"][0]["name"] == "logits"
 
+    short = dataclasses.replace(options, case="attention_forward", T=256)  # 64 FLOPs a byte; the chip's are 241
+    row = measurement._row("splash", short, executions(1e-3), device)
+    assert row["bound"] == "memory"
+    assert row["roofline"] == pytest.approx(row["share_of_bandwidth"])
+
     wide = dataclasses.replace(options, dtype="float32")
     assert "known for bfloat16" in measurement._row("splash", wide, executions(1e-3), device)["static_note"]
     monkeypatch.setattr(tpu, "profile", lambda *_: {"reason": "the compiler ended"})
