@@ -243,7 +243,7 @@ def _profile(arguments: list[str]) -> int:
 def _static(kind: str, arguments: list[str], options: Any, run: Callable[[Any], Any], cases: Any) -> int:
     if arguments[:1] == ["--static"] and len(arguments) > 2 and not arguments[2].startswith("-"):
         arguments = [*arguments[:2], "--cases", *arguments[2:]]
-    elif not {"-h", "--help"} & set(arguments):
+    elif not {"-h", "--help", "--cases"} & set(arguments):
         names = ", ".join(cases)
         return _fail(
             f"profile needs --static tpu or gpu and a case, or --trace and a run; for {kind} the cases are {names}"

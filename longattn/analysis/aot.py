@@ -8,6 +8,7 @@ its own, with a time limit. Only there are they to be found: a jax that sees the
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
@@ -161,6 +162,21 @@ def gpu_topology(name: str, hosts: int = 1, devices: int = 1) -> topologies.Topo
     )
 
 
+def _inherited() -> dict[str, str]:
+    """This process's variables without those that change what a compiler makes: an answer depends on what was asked."""
+    return {name: x for name, x in os.environ.items() if not name.startswith(("JAX_", "XLA_FLAGS", "LIBTPU_INIT_ARGS"))}
+
+
+_children: set[subprocess.Popen[str]] = set()
+
+
+def stop() -> None:
+    """End the compilations that other threads of this process wait for."""
+    for child in list(_children):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+
 def call(function: str, request: Mapping[str, Any], environment: Mapping[str, str], timeout: float) -> dict[str, Any]:
     """`function(request)` in a process of its own: its answer, or {"reason": why there is none}.
 
@@ -176,14 +192,16 @@ def call(function: str, request: Mapping[str, Any], environment: Mapping[str, st
         answer = Path(folder) / "answer.json"
         child = subprocess.Popen(
             [sys.executable, "-c", "from longattn.analysis import aot; aot.serve()", function, str(answer)],
-            env={**os.environ, **environment, "PYTHONPATH": path},
+            env={**_inherited(), **environment, "PYTHONPATH": path},
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
+        _children.add(child)
         try:
             _, said = child.communicate(json.dumps(request), timeout=timeout)
         except subprocess.TimeoutExpired:
             return {"reason": f"the compiler took more than {timeout:g} s"}
         finally:
+            _children.discard(child)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
@@ -200,7 +218,10 @@ def call(function: str, request: Mapping[str, Any], environment: Mapping[str, st
 
 
 def serve() -> None:
-    """The child of `call`: a request on stdin, the answer in the file that is named."""
+    """The child of `call`: a request on stdin, the answer in the file that is named. It ends when its parent does."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # Compilers abort, and an image of their memory would lie in the caller's folder.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     function, path = sys.argv[1:]

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from longattn.analysis.cases.kernel import (
-    BF16,
     Branch,
     Case,
     Kernel,
@@ -21,6 +20,7 @@ from longattn.analysis.cases.kernel import (
     flops,
     inputs,
     moved,
+    row,
     sizes,
     walk,
 )
@@ -54,7 +54,7 @@ def _attend(shape: Shape) -> Callable[..., Any]:
 def _kernels(shape: Shape) -> tuple[Kernel, ...]:
     kinds = shape.kinds()
     run = shape.visible()
-    n, rows, token = int(run.sum()) * shape.H, shape.blocks[0] * shape.H, (shape.D + shape.values) * BF16
+    n, rows, token = int(run.sum()) * shape.H, shape.blocks[0] * shape.H, row(shape.D) + row(shape.values)
     computed = [b for what, runs in _copies(shape, kinds) for b in (Branch(what, runs), Branch("guard", runs, _GUARD))]
     if shape.mask == Full():  # one copy, at every step
         computed = computed[1:]

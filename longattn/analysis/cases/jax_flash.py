@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from longattn.analysis.cases.kernel import (
-    BF16,
     F32,
     LANES,
     SUBLANES,
@@ -21,6 +21,7 @@ from longattn.analysis.cases.kernel import (
     gradients,
     inputs,
     moved,
+    row,
     sizes,
     walk,
 )
@@ -68,7 +69,7 @@ def _ids(shape: Shape) -> dict[str, float]:
 
 def _forward(shape: Shape) -> tuple[Kernel, ...]:
     Jq, Jk = shape.blocks
-    token = shape.D * BF16
+    token = row(shape.D)
     steps = walk(shape.visible(), shape.H, "hqk")
     return (
         Kernel(
@@ -80,9 +81,13 @@ def _forward(shape: Shape) -> tuple[Kernel, ...]:
 
 def _backward(shape: Shape) -> tuple[Kernel, ...]:
     Jq, Jk = shape.blocks
-    token, statistic = shape.D * BF16, LANES * F32
+    token, statistic = row(shape.D), LANES * F32
     by_query, by_key = (walk(shape.visible(), shape.H, order) for order in ("hqk", "hkq"))
     n = Jq * Jk * shape.H
+    # dk and dv: the index maps of q, do and di give block 0 where nothing is visible, those of l and m go on.
+    steps = walk(np.ones_like(shape.visible()), shape.H, "hkq")
+    queried = np.where(shape.visible()[steps.query, steps.key], steps.query, 0)
+    by_pass = steps.changes(steps.head, queried) * (2 * token + statistic) + len(steps) * 2 * statistic
     return (
         Kernel(  # q, do, dq; row sum, row maximum, di
             "flash_mha_bwd_dq", n, _branches(shape, Jq), flops(shape, "DVD"),
@@ -90,7 +95,7 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
         ),
         Kernel(  # q, do and the statistics; k, v, dk, dv
             "flash_mha_bwd_dkv", n, _branches(shape, Jk), flops(shape, "DVVD"),
-            moved(shape, by_key, query=2 * token + 3 * statistic, key=4 * token, **_ids(shape)),
+            shape.bT * by_pass + moved(shape, by_key, key=4 * token, **_ids(shape)),
         ),
     )  # fmt: skip
 

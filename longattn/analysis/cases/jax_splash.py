@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from longattn.analysis.cases.kernel import (
-    BF16,
     F32,
     LANES,
     SUBLANES,
@@ -26,6 +25,7 @@ from longattn.analysis.cases.kernel import (
     gradients,
     inputs,
     moved,
+    row,
     sizes,
     walk,
 )
@@ -37,6 +37,8 @@ def _attend(shape: Shape, fused: bool = True, backward: bool = False) -> Callabl
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    if shape.bS == shape.T:
+        raise NotImplementedError(f"bS={shape.bS} must be less than T={shape.T}: of one block the branches fall away")
     edge = (shape.T, shape.T)
     if shape.mask == Causal():
         mask = masks.CausalMask(edge)
@@ -71,7 +73,7 @@ def _ids(shape: Shape, rows: str) -> dict[str, float]:
 
 
 def _forward(shape: Shape) -> tuple[Kernel, ...]:
-    return (_by_query(shape, "splash_mha_fwd", "DV", query=(shape.D + shape.values) * BF16),)
+    return (_by_query(shape, "splash_mha_fwd", "DV", query=row(shape.D) + row(shape.values)),)
 
 
 def _by_query(shape: Shape, name: str, products: str, query: float) -> Kernel:
@@ -82,7 +84,7 @@ def _by_query(shape: Shape, name: str, products: str, query: float) -> Kernel:
         rows * int(visible.sum(1).max()),
         (Branch("first of a row", rows), Branch("visible block", n), Branch("last of a row", rows)),
         flops(shape, products),
-        moved(shape, walk(visible, shape.H, "hqk"), query=query, key=(shape.D + shape.values) * BF16,
+        moved(shape, walk(visible, shape.H, "hqk"), query=query, key=row(shape.D) + row(shape.values),
               **_ids(shape, "query")),
     )  # fmt: skip
 
@@ -91,7 +93,7 @@ def _by_key(shape: Shape, products: str, width: int, every_step: float) -> Kerne
     """dk and dv, in a grid of `width` steps per row; at every step, of a hidden block too, `every_step` bytes leave."""
     visible = shape.visible()
     rows, steps = shape.blocks[1] * shape.key_heads, shape.blocks[1] * shape.H * width
-    token, statistic = (shape.D + shape.values) * BF16, SUBLANES * F32
+    token, statistic = row(shape.D) + row(shape.values), SUBLANES * F32
     return Kernel(
         "splash_mha_dkv",
         steps,
@@ -103,16 +105,17 @@ def _by_key(shape: Shape, products: str, width: int, every_step: float) -> Kerne
         flops(shape, products),
         moved(shape, walk(visible, shape.H, "khq"), query=token + 2 * statistic, key=2 * token, **_ids(shape, "key"))
         + steps * every_step,
+        after_bytes=steps * every_step,
     )
 
 
 def _fused(shape: Shape) -> tuple[Kernel, ...]:
     # It writes a share of dq per key block, to be summed by XLA, so that no step is left out.
-    return (_by_key(shape, "DVVDD", shape.blocks[0], shape.bT * shape.D * BF16),)
+    return (_by_key(shape, "DVVDD", shape.blocks[0], shape.bT * row(shape.D)),)
 
 
 def _unfused(shape: Shape) -> tuple[Kernel, ...]:
-    query = (2 * shape.D + shape.values) * BF16 + 2 * F32  # q, dq, do; lse, di
+    query = 2 * row(shape.D) + row(shape.values) + 2 * F32  # q, dq, do; lse, di
     widest = int(shape.visible().sum(0).max())
     return (_by_query(shape, "splash_mha_dq", "DVD", query), _by_key(shape, "DVVD", widest, 0))
 

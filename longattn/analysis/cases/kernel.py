@@ -40,6 +40,7 @@ class Kernel:
     branches: tuple[Branch, ...]  # every one that the source has, in its order
     flops: float  # that the visible pairs need; only matrix products count
     hbm_bytes: float  # between device memory and VMEM: a block is moved when its index changes
+    after_bytes: float = 0.0  # that XLA moves after it to sum what the kernel leaves in shares
     dynamic: bool = False  # the grid's length is a value at run time, which the compiled program cannot confirm
     loops: tuple[
         int, ...
@@ -55,6 +56,11 @@ class Case:
     kernels: Callable[[Shape], tuple[Kernel, ...]]
     blocks: Callable[[Shape], list[Shape]]  # block sizes worth trying for such a shape, legal ones alone
     module: str = ""  # of a peer: what must be importable, from the extra `peers`
+
+
+def row(size: int) -> int:
+    """Bytes of one row [size] of a bfloat16 array as a TPU stores it: filled up to whole registers of 128 lanes."""
+    return -(-size // LANES) * LANES * BF16
 
 
 # ---- arrays
@@ -130,8 +136,9 @@ def flops(shape: Shape, products: str) -> float:
 
 
 def edges(shape: Shape) -> tuple[int, ...]:
-    """Blocks worth trying along the sequence. Smaller ones lose to a step's own cost unless they skip more."""
-    return (512, 1024, 2048) if shape.documents or isinstance(shape.mask, Window) else (1024, 2048)
+    """Blocks worth trying along the sequence. Small ones lose to a step's own cost, unless they skip or T is short."""
+    small = shape.documents or isinstance(shape.mask, Window) or shape.T < 4096 or shape.T % 1024
+    return (512, 1024, 2048) if small else (1024, 2048)
 
 
 def sizes(

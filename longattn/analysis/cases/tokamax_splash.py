@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from longattn.analysis.cases.kernel import (
-    BF16,
     F32,
     LANES,
     SUBLANES,
@@ -27,6 +26,7 @@ from longattn.analysis.cases.kernel import (
     gradients,
     inputs,
     moved,
+    row,
     sizes,
     walk,
 )
@@ -79,7 +79,7 @@ def _run(shape: Shape) -> tuple[np.ndarray, tuple[Branch, ...]]:
 
 def _forward(shape: Shape) -> tuple[Kernel, ...]:
     run, blocks = _run(shape)
-    rows, token = shape.blocks[0] * shape.H, (shape.D + shape.values) * BF16
+    rows, token = shape.blocks[0] * shape.H, row(shape.D) + row(shape.values)
     return (
         Kernel(
             "splash_mha_fwd",
@@ -95,14 +95,14 @@ def _forward(shape: Shape) -> tuple[Kernel, ...]:
 def _backward(shape: Shape) -> tuple[Kernel, ...]:
     run, blocks = _run(shape)
     (Jq, Jk), n = shape.blocks, int(run.sum()) * shape.H
-    token, statistic = (shape.D + shape.values) * BF16, SUBLANES * F32
-    dq = shape.bT * shape.D
+    token, statistic = row(shape.D) + row(shape.values), SUBLANES * F32
+    dq = shape.bT * row(shape.D)  # in bfloat16
     if not shape.documents:  # a share of dq leaves at every step, to be summed by XLA: in float32 where there are many
         rows, steps = Jk * shape.key_heads, Jk * Jq * shape.H
-        every_step = steps * dq * (F32 if Jk > 4 else BF16)
+        every_step = steps * dq * (2 if Jk > 4 else 1)
         order, results = "khq", {"key": 2 * token}
     elif shape.key_heads == shape.H:  # dq is read and written at every step
-        rows, steps, every_step = Jk * shape.H, n, n * dq * 2 * BF16
+        rows, steps, every_step = Jk * shape.H, n, n * dq * 2
         order, results = "hkq", {"key": 2 * token}
     else:
         raise NotImplementedError("tokamax_splash_backward with fewer key heads and documents has branches of its own")
@@ -119,6 +119,7 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
             flops(shape, "DVVDD"),
             moved(shape, walk(run, shape.H, order), query=token + 2 * statistic, **results, **_ids(shape, "key"))
             + every_step,
+            after_bytes=0.0 if shape.documents else every_step,
             dynamic=bool(shape.documents),
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections import Counter
@@ -66,13 +67,15 @@ class ProfileOptions:
             raise ValueError(f"best={self.best} must not be negative")
         if self.plot is not None and self.plot.suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"plot={self.plot} must end in .png, .svg or .pdf")
+        blocks = (self.bT, self.bS, self.bC, self.bR)
+        if self.best and blocks != (1024, 1024, None, None):
+            raise ValueError(f"best={self.best} chooses the blocks: leave bT, bS, bC and bR out")
         _ = self.shape  # it checks the sizes
 
     @property
     def shape(self) -> Shape:
-        return Shape(
-            self.T, self.H, self.K, self.D, self.V, self.mask, self.documents, self.bT, self.bS, self.bC, self.bR
-        )
+        blocks = (self.T, self.T) if self.best else (self.bT, self.bS, self.bC, self.bR)
+        return Shape(self.T, self.H, self.K, self.D, self.V, self.mask, self.documents, *blocks)
 
     def shapes(self, case: str) -> list[Shape]:
         """What to compile of a case.
@@ -83,7 +86,7 @@ class ProfileOptions:
         if not self.best:
             return [self.shape]
         if not (tried := CASES[case].blocks(self.shape)):
-            raise ValueError(f"{case} has no block sizes that divide T={self.T}: try a multiple of 1024")
+            raise ValueError(f"{case} has no block sizes that suit T={self.T}: try a multiple of 1024, at least 2048")
         return tried
 
 
@@ -100,10 +103,7 @@ def run(options: ProfileOptions, console: Console | None = None) -> dict[str, An
         "rows": list(_rows(options)),
     }
     shown = _shown(document["rows"], options.best)
-    if options.plot is not None:
-        from longattn.analysis.static import picture
-
-        picture.save(options.plot, shown)
+    drawn = copy.deepcopy(shown) if options.plot is not None else []
     for row in document["rows"]:
         for kernel in row.get("kernels", ()):
             del kernel["along"]  # for the picture alone
@@ -111,6 +111,10 @@ def run(options: ProfileOptions, console: Console | None = None) -> dict[str, An
         print(json.dumps(document))
     else:
         _print(console, document, shown)
+    if options.plot is not None:
+        from longattn.analysis.static import picture
+
+        picture.save(options.plot, drawn)
     return document
 
 
@@ -135,6 +139,9 @@ def _rows(options: ProfileOptions) -> Iterator[dict[str, Any]]:
                 progress.update(task, description=description)
                 yield future.result()
                 progress.advance(task)
+        except BaseException:  # interrupted: nobody waits for the compilers
+            aot.stop()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -202,7 +209,8 @@ def _print(console: Console, document: Mapping[str, Any], shown: Sequence[Mappin
     others = sorted({name for row in shown for name in row.get("not_counted", ())})
     notes += [
         "Blocks: of queries, of keys, keys of one product, queries of one product, where named.",
-        "Compare by the larger of static and HBM-bound cycles: a win that vanishes under it is none.",
+        "Compare by the larger of static and HBM-bound cycles: a win that vanishes under it is none. Where XLA sums "
+        "what a kernel leaves in shares, the cycles in which HBM moves these are added to it.",
         "The floor is the products of visible pairs alone, on all matrix units of all cores.",
         f"Not counted: {', '.join(others) or 'no XLA operation around these kernels'}.",
         f"libtpu {document['versions']['libtpu']}, jax {document['versions']['jax']}; commit "

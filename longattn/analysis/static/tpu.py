@@ -97,17 +97,20 @@ def _compile(
         answer = aot.call("longattn.analysis.static.tpu:compile_here", request, environment, timeout)
         if "reason" in answer:
             return {"reason": " ".join(answer["reason"].split())[:500]}
-        dumps = {m["name"]: path for path in sorted((folder / "dump").iterdir()) if (m := _DUMPED.fullmatch(path.name))}
-        dumps = {name: path for name, path in dumps.items() if not name.endswith("schedule-analysis")}
         try:
-            chosen = [_the_one(kernel.name, answer["vmem"]) for kernel in kernels]
+            dumps = _dumped(folder / "dump")
+            scheduled = [name for name in answer["vmem"] if name in dumps]
+            chosen = [_the_one(kernel.name, scheduled) for kernel in kernels]
             schedules = [
                 parse(dumps[name].read_text(), _utilisation_of(dumps[name], name).read_text()) for name in chosen
             ]
             weighted = [weigh(s, kernel, core.per_device, rates) for s, kernel in zip(schedules, kernels)]
+            if case != "matmul" and shape.H % max(w.cores for w in weighted):
+                raise ValueError(f"H={shape.H} heads are not divided evenly over the cores: choose an even number")
         except ValueError as error:
             return {"reason": str(error)}
     cycles = sum(w.cycles for w in weighted)
+    after = sum(k.after_bytes for k in kernels) / hardware.hbm_bytes_per_cycle(chip)
     busy = {slot: sum(w.busy[slot] for w in weighted) for slot in SLOTS}
     hbm_bytes = sum(k.hbm_bytes for k in kernels)
     hbm_cycles = hbm_bytes / hardware.hbm_bytes_per_cycle(chip)
@@ -119,9 +122,10 @@ def _compile(
         "rates": rates,
         "hbm_bytes": hbm_bytes,
         "hbm_cycles": hbm_cycles,
-        "compare_cycles": max(cycles, hbm_cycles),
+        "after_cycles": after,
+        "compare_cycles": max(cycles, hbm_cycles) + after,
         "floor_cycles": floor,
-        "efficiency": floor / max(cycles, hbm_cycles),
+        "efficiency": floor / (max(cycles, hbm_cycles) + after),
         "bound": "HBM" if hbm_cycles > cycles else busiest,
         "utilisation": {slot: busy[slot] / cycles for slot in SLOTS},
         "cores": min(w.cores for w in weighted),
@@ -132,7 +136,16 @@ def _compile(
     }
 
 
-def _the_one(prefix: str, names: Mapping[str, Any]) -> str:
+def _dumped(folder: Path) -> dict[str, Path]:
+    """libtpu's schedules by kernel."""
+    found = {m["name"]: path for path in sorted(folder.glob("*")) if (m := _DUMPED.fullmatch(path.name))}
+    found = {name: path for name, path in found.items() if not name.endswith("schedule-analysis")}
+    if not found:
+        raise ValueError("libtpu wrote no schedule: this version is not known")
+    return found
+
+
+def _the_one(prefix: str, names: Sequence[str]) -> str:
     found = [name for name in names if name.startswith(prefix)]
     if len(found) != 1:
         raise ValueError(f"{prefix}: the program has the kernels {', '.join(names) or 'none'}, one was expected")
