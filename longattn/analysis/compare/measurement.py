@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def measure(options: CompareOptions) -> dict[str, Any]:
     bench.check_memory(options.problem, options.T)
     folder, load = Path(options.out), os.getloadavg()[0]
     device = hardware.detect()
-    with progress.status("compiling, and comparing results with the reference"):
+    with progress.status("compiling, and comparing results with the reference"), _compiled_anew():
         against, fns, known = admit(options)
     rows = [{"contestant": name, "about": CONTESTANTS[name].about, **known[name]} for name in options.contestants]
     document: dict[str, Any] = {
@@ -83,6 +84,18 @@ def measure(options: CompareOptions) -> dict[str, Any]:
     document["differences"] = differences(rows)
     _write(document, folder)
     return document
+
+
+@contextlib.contextmanager
+def _compiled_anew() -> Iterator[None]:
+    """No program is taken that was compiled before from sources with other scopes, which its key would not tell."""
+    before = jax.config.jax_compilation_cache_include_metadata_in_key
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", before)
 
 
 def _record(fns: Mapping[str, Callable[[], Any]], rounds: int, folder: Path) -> tuple[dict[str, list[float]], Path]:

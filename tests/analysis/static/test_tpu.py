@@ -414,8 +414,39 @@ def test_options_that_make_no_sense(change, message):
 
 
 def test_best_needs_blocks_that_divide_the_length():
-    with pytest.raises(ValueError, match="jax_flash has no block sizes that divide T=1000: try a multiple of 1024"):
-        static.ProfileOptions(cases=("jax_flash",), T=1000, bT=1000, bS=1000, best=1).shapes("jax_flash")
+    with pytest.raises(ValueError, match="jax_flash has no block sizes that suit T=1000: try a multiple of 1024"):
+        static.ProfileOptions(cases=("jax_flash",), T=1000, best=1).shapes("jax_flash")
+    with pytest.raises(ValueError, match="best=1 chooses the blocks: leave bT, bS, bC and bR out"):
+        static.ProfileOptions(cases=("jax_flash",), bT=512, best=1)
+    tried = static.ProfileOptions(cases=("jax_splash",), T=1536, best=1).shapes("jax_splash")
+    assert tried and {(s.bT, s.bS) for s in tried} == {(512, 512)}
+
+
+def test_rows_of_narrow_heads_are_moved_as_they_are_stored():
+    """A register has 128 lanes: a row of 64 or of 96 takes as much as one of 128."""
+    (narrow,), (wide,) = (CASES["jax_splash"].kernels(Shape(D=D)) for D in (64, 128))
+    assert narrow.hbm_bytes == wide.hbm_bytes and narrow.flops == wide.flops / 2
+
+
+def test_statistics_of_flash_are_fetched_at_hidden_steps_too():
+    """dk and dv of jax flash, step by step after its index maps: l and m are not clamped, q, do and di are."""
+    shape = Shape(T=4096, H=2)
+    J, token, statistic = 4, 128 * 2, 128 * 4
+    fetched, before = 0, (None, None)
+    for head in range(2):
+        for key in range(J):
+            for query in range(J):
+                now = (head, query if query >= key else 0), (head, query)
+                fetched += (now[0] != before[0]) * (2 * token + statistic) + (now[1] != before[1]) * 2 * statistic
+                before = now
+    of_keys = 2 * J * 1024 * 4 * token  # k, v, dk, dv
+    assert CASES["jax_flash_backward"].kernels(shape)[1].hbm_bytes == 1024 * fetched + of_keys
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_heads_that_two_cores_cannot_share_evenly_are_refused():
+    assert "H=3 heads are not divided evenly" in tpu.profile("jax_flash", "v5p", Shape(T=2048, H=3))["reason"]
 
 
 def test_answers_are_remembered_but_not_those_that_may_change():
