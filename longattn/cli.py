@@ -347,9 +347,10 @@ def _compilation_cache(*, scopes: bool = False) -> None:
     """
     import jax
 
+    from longattn.analysis import cache
+
     if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "longattn" / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(cache.folder("jax")))
     if scopes:
         jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
 

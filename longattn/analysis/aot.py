@@ -33,23 +33,31 @@ from longattn.analysis import hardware
 FOLDER = "LONGATTN_AOT"  # a folder that `pip install --target` put the compilers into
 
 
-def libtpu_folder() -> Path:
-    """The folder that holds the package libtpu: `LONGATTN_AOT`, else where it is installed beside jax.
+def _folder(module: str, marker: str, kind: str, name: str, packages: str) -> Path:
+    """The folder that holds a compiler's packages: `LONGATTN_AOT`, else where `module` is installed beside jax.
 
     Raises:
       ValueError: where there is none, with the remedy.
     """
     if named := os.environ.get(FOLDER):
-        if not (Path(named) / "libtpu" / "libtpu.so").is_file():
-            raise ValueError(f"{FOLDER}={named} holds no libtpu: pip install --no-deps --target {named} libtpu")
+        if not (Path(named) / marker).exists():
+            raise ValueError(f"{FOLDER}={named} holds no {kind}: pip install --no-deps --target {named} {packages}")
         return Path(named).resolve()
-    spec = importlib.util.find_spec("libtpu")
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of the package that the module would be in
+        spec = None
     if spec is None or spec.origin is None:
         raise ValueError(
-            f'libtpu, the compiler for TPUs, is not installed: pip install "longattn[aot]"; or, leaving other commands '
-            f"alone, pip install --no-deps --target FOLDER libtpu and {FOLDER}=FOLDER, as make does in a clone"
+            f'{name} is not installed: pip install "longattn[aot]"; or, leaving other commands alone, pip install '
+            f"--no-deps --target FOLDER {packages} and {FOLDER}=FOLDER, as make does in a clone"
         )
-    return Path(spec.origin).parents[1]
+    return Path(spec.origin).parents[module.count(".") + 1]
+
+
+def libtpu_folder() -> Path:
+    """The folder that holds the package libtpu. Raises ValueError, with the remedy, where there is none."""
+    return _folder("libtpu", "libtpu/libtpu.so", "libtpu", "libtpu, the compiler for TPUs,", "libtpu")
 
 
 def libtpu_version() -> str:
@@ -73,29 +81,14 @@ def tpu_environment(flags: str = "") -> dict[str, str]:
 
 
 def cuda_folder() -> Path:
-    """The folder that holds jax's plugin for CUDA: `LONGATTN_AOT`, else where it is installed beside jax.
-
-    Raises:
-      ValueError: where there is none, with the remedy.
-    """
-    packages = "jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-nvdisasm"
-    if named := os.environ.get(FOLDER):
-        if not (Path(named) / "jax_plugins" / "xla_cuda13").is_dir():
-            raise ValueError(
-                f"{FOLDER}={named} holds no compiler for GPUs: pip install --no-deps --target {named} {packages}"
-            )
-        return Path(named).resolve()
-    try:
-        spec = importlib.util.find_spec("jax_plugins.xla_cuda13")
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None:
-        raise ValueError(
-            f'jax\'s plugin for CUDA, the compiler for GPUs, is not installed: pip install "longattn[aot]"; or, '
-            f"leaving other commands alone, pip install --no-deps --target FOLDER {packages} and {FOLDER}=FOLDER, as "
-            f"make does in a clone"
-        )
-    return Path(spec.origin).parents[2]
+    """The folder that holds jax's plugin for CUDA. Raises ValueError, with the remedy, where there is none."""
+    return _folder(
+        "jax_plugins.xla_cuda13",
+        "jax_plugins/xla_cuda13",
+        "compiler for GPUs",
+        "jax's plugin for CUDA, the compiler for GPUs,",
+        "jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-nvdisasm",
+    )
 
 
 def cuda_tool(name: str) -> Path:

@@ -153,6 +153,13 @@ def _ampere(blocks: Blocks, dtype: Any) -> tuple[Callable[..., None], dict[str, 
     return multiply, {}
 
 
+def _leave(block: Any, ref: Any) -> None:
+    """Brings a block from shared memory to its place in `ref`."""
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(block, ref)
+    plgpu.wait_smem_to_gmem(0)
+
+
 def _hopper(blocks: Blocks, dtype: Any) -> tuple[Callable[..., None], dict[str, Any]]:
     """Copies by the copy engine, products by the warpgroup out of shared memory into its registers."""
 
@@ -175,9 +182,7 @@ def _hopper(blocks: Blocks, dtype: Any) -> tuple[Callable[..., None], dict[str, 
             return sum_ref[...]
 
         out_block[...] = pl.run_scoped(add_up, plgpu.ACC((blocks.bT, blocks.bS), jnp.float32)).astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_block, out_ref)
-        plgpu.wait_smem_to_gmem(0)
+        _leave(out_block, out_ref)
 
     return multiply, {
         "out_block": plgpu.SMEM((blocks.bT, blocks.bS), dtype, transforms=_TILED),
@@ -205,9 +210,7 @@ def _blackwell(blocks: Blocks, dtype: Any) -> tuple[Callable[..., None], dict[st
 
         out_block[...] = plgpu.async_load_tmem(sums).astype(dtype)
         plgpu.wait_load_tmem()
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_block, out_ref)
-        plgpu.wait_smem_to_gmem(0)
+        _leave(out_block, out_ref)
 
     return multiply, {
         "out_block": plgpu.SMEM((blocks.bT, blocks.bS), dtype, transforms=_TILED),

@@ -39,31 +39,45 @@ def _attend(shape: Shape, fused: bool = True, backward: bool = False) -> Callabl
 
     if shape.bS == shape.T:
         raise NotImplementedError(f"bS={shape.bS} must be less than T={shape.T}: of one block the branches fall away")
-    edge = (shape.T, shape.T)
-    if shape.mask == Causal():
-        mask = masks.CausalMask(edge)
-    elif shape.mask == Full():
-        mask = masks.FullMask(edge)
-    elif isinstance(shape.mask, Window):
-        mask = masks.LocalMask(edge, (shape.mask.left, shape.mask.right), 0)
-    else:
-        raise NotImplementedError(f"jax_splash is built for Causal(), Full() and Window(n), mask is {shape.mask}")
+    mask = static_mask(masks, shape, "jax_splash")
     of_dq = {} if fused else {"block_q_dq": shape.bT, "block_kv_dq": shape.bS}
     sizes = splash.BlockSizes(
         block_q=shape.bT, block_kv=shape.bS, block_kv_compute=shape.compute,
         block_q_dkv=shape.bT, block_kv_dkv=shape.bS, block_kv_dkv_compute=shape.compute, use_fused_bwd_kernel=fused,
         k_layout=splash.QKVLayout.HEAD_DIM_MINOR if backward else splash.QKVLayout.SEQ_MINOR, **of_dq,
     )  # fmt: skip
-    with jax.default_device(jax.devices("cpu")[0]):  # the mask's metadata are arrays
-        kernel = splash.make_splash_mha(
-            masks.MultiHeadMask([mask] * shape.H), block_sizes=sizes, head_shards=1, q_seq_shards=1
-        )
-    kernel = jax.tree.map(np.asarray, kernel)  # constants of the program, on no device
+    make = lambda: splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * shape.H), block_sizes=sizes, head_shards=1, q_seq_shards=1
+    )
+    return bound(make, splash, shape)
+
+
+def static_mask(masks: Any, shape: Shape, case: str) -> Any:
+    """The shape's mask as splash writes it; `masks` is its module of them, jax's or tokamax's, which grew from it.
+
+    Raises:
+      NotImplementedError: for a mask that the case does not build.
+    """
+    edge = (shape.T, shape.T)
+    if shape.mask == Causal():
+        return masks.CausalMask(edge)
+    if shape.mask == Full():
+        return masks.FullMask(edge)
+    if isinstance(shape.mask, Window):
+        return masks.LocalMask(edge, (shape.mask.left, shape.mask.right), 0)
+    raise NotImplementedError(f"{case} is built for Causal(), Full() and Window(n), mask is {shape.mask}")
+
+
+def bound(make: Callable[[], Any], splash: Any, shape: Shape) -> Callable[..., Any]:
+    """The kernel of `make` as a function of q, k and v; its mask's metadata and ids are constants of the program."""
+    with jax.default_device(jax.devices("cpu")[0]):  # the metadata are arrays
+        kernel = make()
+    kernel = jax.tree.map(np.asarray, kernel)  # on no device
     ids = splash.SegmentIds(shape.segment_ids(), shape.segment_ids()) if shape.documents else None
     return lambda q, k, v: kernel(q, k, v, ids)
 
 
-def _ids(shape: Shape, rows: str) -> dict[str, float]:
+def numbers(shape: Shape, rows: str) -> dict[str, float]:
     """Bytes per token of positions, from which the mask is computed, and of segment ids: what stands in rows is
     broadcast over the lanes, what stands in columns over the sublanes.
     """
@@ -85,7 +99,7 @@ def _by_query(shape: Shape, name: str, products: str, query: float) -> Kernel:
         (Branch("first of a row", rows), Branch("visible block", n), Branch("last of a row", rows)),
         flops(shape, products),
         moved(shape, walk(visible, shape.H, "hqk"), query=query, key=row(shape.D) + row(shape.values),
-              **_ids(shape, "query")),
+              **numbers(shape, "query")),
     )  # fmt: skip
 
 
@@ -103,7 +117,7 @@ def _by_key(shape: Shape, products: str, width: int, every_step: float) -> Kerne
             Branch("last of a row", rows),
         ),
         flops(shape, products),
-        moved(shape, walk(visible, shape.H, "khq"), query=token + 2 * statistic, key=2 * token, **_ids(shape, "key"))
+        moved(shape, walk(visible, shape.H, "khq"), query=token + 2 * statistic, key=2 * token, **numbers(shape, "key"))
         + steps * every_step,
         after_bytes=steps * every_step,
     )
@@ -124,7 +138,7 @@ def _blocks(shape: Shape) -> list[Shape]:
     return sizes(shape, edges(shape), edges(shape), (256, 512, 1024))
 
 
-def _backward_blocks(shape: Shape) -> list[Shape]:
+def backward_blocks(shape: Shape) -> list[Shape]:
     return sizes(shape, edges(shape), edges(shape), (None, 512))
 
 
@@ -133,5 +147,5 @@ def _backward(fused: bool) -> Callable[[Shape], tuple[Callable[..., Any], list[j
 
 
 FORWARD = Case("jax splash, forward", lambda s: (_attend(s), inputs(s)), _forward, _blocks)
-FUSED = Case("jax splash, dq, dk, dv in one kernel", _backward(True), _fused, _backward_blocks)
-UNFUSED = Case("jax splash, dq and dk, dv in two kernels", _backward(False), _unfused, _backward_blocks)
+FUSED = Case("jax splash, dq, dk, dv in one kernel", _backward(True), _fused, backward_blocks)
+UNFUSED = Case("jax splash, dq and dk, dv in two kernels", _backward(False), _unfused, backward_blocks)

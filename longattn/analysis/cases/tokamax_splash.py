@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
+from longattn.analysis.cases.jax_splash import backward_blocks, bound, numbers, static_mask
 from longattn.analysis.cases.kernel import (
     F32,
-    LANES,
     SUBLANES,
     Branch,
     Case,
@@ -31,40 +30,21 @@ from longattn.analysis.cases.kernel import (
     walk,
 )
 from longattn.analysis.cases.shape import Shape
-from longattn.mask import FULL, Causal, Full, Window
+from longattn.mask import FULL, Full
 
 
 def _attend(shape: Shape, backward: bool = False) -> Callable[..., Any]:
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
 
-    edge = (shape.T, shape.T)
-    if shape.mask == Causal():
-        mask = masks.CausalMask(edge)
-    elif shape.mask == Full():
-        mask = masks.FullMask(edge)
-    elif isinstance(shape.mask, Window):
-        mask = masks.LocalMask(edge, (shape.mask.left, shape.mask.right), 0)
-    else:
-        raise NotImplementedError(f"tokamax_splash is built for Causal(), Full() and Window(n), mask is {shape.mask}")
+    mask = static_mask(masks, shape, "tokamax_splash")
     config = splash.SplashConfig(
         block_q=shape.bT, block_kv=shape.bS, block_kv_compute=shape.compute,
         block_q_dkv=shape.bT, block_kv_dkv=shape.bS, block_kv_dkv_compute=shape.compute,
         k_layout=splash.QKVLayout.HEAD_DIM_MINOR if backward else splash.QKVLayout.SEQ_MINOR,
         use_experimental_scheduler=True,
     )  # fmt: skip
-    with jax.default_device(jax.devices("cpu")[0]):  # the mask's metadata are arrays
-        kernel = splash.make_splash_mha_single_device(mask, config=config)
-    kernel = jax.tree.map(np.asarray, kernel)  # constants of the program, on no device
-    ids = splash.SegmentIds(shape.segment_ids(), shape.segment_ids()) if shape.documents else None
-    return lambda q, k, v: kernel(q, k, v, ids)
-
-
-def _ids(shape: Shape, rows: str) -> dict[str, float]:
-    """Bytes per token of positions, from which the mask is computed, and of segment ids, as in jax's splash."""
-    query, key = (LANES, SUBLANES) if rows == "query" else (SUBLANES, LANES)
-    per_query = (shape.mask != Full()) + bool(shape.documents)
-    return {"query_ids": per_query * query * F32, "key_ids": bool(shape.documents) * key * F32}
+    return bound(lambda: splash.make_splash_mha_single_device(mask, config=config), splash, shape)
 
 
 def _run(shape: Shape) -> tuple[np.ndarray, tuple[Branch, ...]]:
@@ -86,7 +66,7 @@ def _forward(shape: Shape) -> tuple[Kernel, ...]:
             int(run.sum()) * shape.H,
             (Branch("first of a row", rows), *blocks, Branch("last of a row", rows)),
             flops(shape, "DV"),
-            moved(shape, walk(run, shape.H, "hqk"), query=token, key=token, **_ids(shape, "query")),
+            moved(shape, walk(run, shape.H, "hqk"), query=token, key=token, **numbers(shape, "query")),
             dynamic=True,
         ),
     )
@@ -100,10 +80,10 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
     if not shape.documents:  # a share of dq leaves at every step, to be summed by XLA: in float32 where there are many
         rows, steps = Jk * shape.key_heads, Jk * Jq * shape.H
         every_step = steps * dq * (2 if Jk > 4 else 1)
-        order, results = "khq", {"key": 2 * token}
+        order = "khq"
     elif shape.key_heads == shape.H:  # dq is read and written at every step
         rows, steps, every_step = Jk * shape.H, n, n * dq * 2
-        order, results = "hkq", {"key": 2 * token}
+        order = "hkq"
     else:
         raise NotImplementedError("tokamax_splash_backward with fewer key heads and documents has branches of its own")
     return (
@@ -117,7 +97,7 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
                 *([Branch("last of a row", rows)] if shape.documents or Jq > 2 else []),
             ),
             flops(shape, "DVVDD"),
-            moved(shape, walk(run, shape.H, order), query=token + 2 * statistic, **results, **_ids(shape, "key"))
+            moved(shape, walk(run, shape.H, order), query=token + 2 * statistic, key=2 * token, **numbers(shape, "key"))
             + every_step,
             after_bytes=0.0 if shape.documents else every_step,
             dynamic=bool(shape.documents),
@@ -129,15 +109,11 @@ def _blocks(shape: Shape) -> list[Shape]:
     return sizes(shape, edges(shape), edges(shape), (256, 512))
 
 
-def _backward_blocks(shape: Shape) -> list[Shape]:
-    return sizes(shape, edges(shape), edges(shape), (None, 512))
-
-
 FORWARD = Case("tokamax splash, forward", lambda s: (_attend(s), inputs(s)), _forward, _blocks, "tokamax")
 BACKWARD = Case(
     "tokamax splash, dq, dk, dv in one kernel",
     lambda s: (gradients(_attend(s, backward=True)), [*inputs(s), cotangent(s)]),
     _backward,
-    _backward_blocks,
+    backward_blocks,
     "tokamax",
 )

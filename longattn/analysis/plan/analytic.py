@@ -28,23 +28,28 @@ from jax.sharding import AbstractMesh, AxisType
 from longattn.analysis import cost
 from longattn.analysis.plan.memory import KINDS
 from longattn.analysis.plan.topology import Topology
-from longattn.config import Config
-from longattn.models.context import Context
+from longattn.config import Config, Model
+from longattn.models.transformer import init_params
 from longattn.parallel import mesh as meshes
-from longattn.train import step as steps
 
 _F32 = 4
 
 
 @functools.lru_cache(maxsize=256)
+def _parameters(model: Model) -> Any:
+    """Shapes of a model's parameters."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+@functools.lru_cache(maxsize=256)
 def _held(config: Config) -> tuple[int, int]:
     """(all parameters that one device holds, those of the layers)."""
-    c = config.mesh
+    c, shapes = config.mesh, _parameters(config.model)
     mesh = AbstractMesh((c.data, c.fsdp, c.tensor, c.seq), meshes.AXES, axis_types=(AxisType.Auto,) * 4)
-    shapes = steps.state_shapes(config, Context(mesh=mesh)).params
+    lies = jax.tree.leaves(meshes.shardings(mesh, shapes))
     sizes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(x.sharding.shard_shape(x.shape))
-        for path, x in jax.tree_util.tree_leaves_with_path(shapes)
+        jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(sharding.shard_shape(x.shape))
+        for (path, x), sharding in zip(jax.tree_util.tree_leaves_with_path(shapes), lies, strict=True)
     }
     return sum(sizes.values()), sum(n for name, n in sizes.items() if "mixer" in name or "mlp" in name)
 
@@ -75,10 +80,8 @@ def memory(config: Config) -> dict[str, float]:
     c, t, E = np.dtype(m.dtype).itemsize, mesh.tensor, m.E
     F, q, k = m.F / t, m.H * m.D / t, m.K * m.D / t
     p, layers = _held(config)
-    rows = n * mesh.seq / config.data.T  # sequences on the device
-    sequence = rows * config.data.T  # keys that one of its queries may see
+    sequence = n * mesh.seq  # keys of the device's rows, those of other devices too
     head = m.W * E
-    whole = max(E * F, head if not m.N else 0)  # the largest matrix of a layer, gathered
     sums = _F32 * p if config.optimiser.accumulate > 1 else 0.0
     spread = mesh.fsdp * mesh.seq > 1
     always = {
@@ -88,12 +91,14 @@ def memory(config: Config) -> dict[str, float]:
         "forward pass": kept(config),
     }
     chunk = min(config.optimiser.loss_chunk, n)
-    piece = n if m.mlp_chunk is None else min(n, m.mlp_chunk * rows)  # tokens that the MLP sees at once
+    piece = (
+        n if m.mlp_chunk is None else min(n, m.mlp_chunk * sequence / config.data.T)
+    )  # tokens that the MLP sees at once
     full = m.remat == "full"  # attention's forward pass runs again, and what it gives is alive beside the rest
     wide, narrow = (4, 5) if m.remat in ("full", "attention") else (2, 6)
     gradients = sums + _F32 * layers + _F32 * head
-    casts = c * layers * (c < _F32) + 2 * c * whole * spread
-    moments = {
+    casts = c * layers * (c < _F32) + 2 * c * E * F * spread  # two of a layer's largest matrices, gathered
+    peaks = {
         "loss": {
             "gradients": sums + _F32 * head,
             "gathered or cast parameters": c * layers * (c < _F32) + 2 * c * head,
@@ -111,7 +116,7 @@ def memory(config: Config) -> dict[str, float]:
             + 2 * (c + _F32) * k * sequence,
         },
     }
-    largest = max(moments.values(), key=lambda parts: sum(parts.values()))
+    largest = max(peaks.values(), key=lambda parts: sum(parts.values()))
     parts = always | largest
     return {**parts, "total": sum(parts.values())}
 

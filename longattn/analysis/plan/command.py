@@ -210,15 +210,20 @@ def _search(options: PlanOptions, where: Topology, compiler: _Compiler) -> dict[
 
         def fits(i: int) -> bool:
             rows[i] = compiler(machines[i])
-            if "reason" in rows[i]:
-                raise ValueError(f"{machines[i].name}: {rows[i]['reason']}")
-            return rows[i]["fits"]
+            return _fits(rows[i], machines[i].name)
 
         at = search.smallest(fits, len(machines))
         found, beyond = (None, len(machines) - 1) if at is None else (at, at - 1)
     else:
         found, beyond = _largest(options, where, compiler, rows)
     return {"rows": list(rows.values()), "found": rows.get(found), "beyond": rows.get(beyond)}
+
+
+def _fits(row: dict[str, Any], asked: str) -> bool:
+    """A row's answer. Raises ValueError, with the reason, where there is no program: that is no lack of memory."""
+    if "reason" in row:
+        raise ValueError(f"{asked}: {row['reason']}")
+    return row["fits"]
 
 
 def _shares(options: PlanOptions, where: Topology) -> bool:
@@ -243,9 +248,7 @@ def _largest(
 
     def fits(n: int) -> bool:
         rows[n] = compiler(where, **{key: n})
-        if "reason" in rows[n]:
-            raise ValueError(f"{key} = {n:,} on {where.name}: {rows[n]['reason']}")
-        return rows[n]["fits"]
+        return _fits(rows[n], f"{key} = {n:,} on {where.name}")
 
     def expected(n: int) -> bool:  # by formula
         return analytic.estimate(compiler.options.config(where, **{key: n}), where)["fits"]

@@ -50,9 +50,9 @@ def account(folder: Path, program: Program, weights: Iterable[tuple[int, ...]]) 
     Raises:
       ValueError: where XLA wrote no account of this form.
     """
-    total = _TOTAL.search(_read(folder, "memory-usage-report.txt"))
-    values = _values(_read(folder, "buffer-assignment.txt"))
-    ranges = _RANGE.findall(_read(folder, "live-range.txt").partition("BufferLiveRange:")[2])
+    total = _TOTAL.search(read(folder, "-memory-usage-report.txt"))
+    values = _values(read(folder, "-buffer-assignment.txt"))
+    ranges = _RANGE.findall(read(folder, "-live-range.txt").partition("BufferLiveRange:")[2])
     if total is None or not values or not ranges:
         raise ValueError("XLA's account of the program's memory is not of a known form")
     spans = [(values[n], n, int(start), int(end)) for name, start, end in ranges if (n := _plain(name)) in values]
@@ -88,10 +88,15 @@ def _peak(spans: list[tuple[_Value, str, int, int]]) -> int:
     return at
 
 
-def _read(folder: Path, ending: str) -> str:
-    found = sorted(folder.glob(f"*after_optimizations-{ending}"), key=lambda path: path.stat().st_size)
+def read(folder: Path, ending: str) -> str:
+    """One of the files that XLA wrote of a compiled program: ".txt" is its text, whether it fits or not.
+
+    Raises:
+      ValueError: where there is none.
+    """
+    found = sorted(folder.glob(f"*after_optimizations{ending}"), key=lambda path: path.stat().st_size)
     if not found:
-        raise ValueError(f"XLA wrote no {ending}: this version is not known")
+        raise ValueError(f"XLA wrote no {ending.removeprefix('-')}: this version is not known")
     return found[-1].read_text()  # the program's own: those of the little ones that jax compiles beside it are small
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import tempfile
 import time
@@ -20,6 +19,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from longattn.analysis import aot, cost, hlo
+from longattn.analysis import cache as caches
 from longattn.analysis.plan import analytic, memory, topology
 from longattn.analysis.plan.timeline import Rates, Totals, walk
 from longattn.analysis.plan.topology import Topology
@@ -35,8 +35,7 @@ _NETWORK = {"a100-40": 25e9, "a100-80": 25e9, "h100": 50e9, "h200": 50e9, "b200"
 
 def cache_folder() -> Path:
     """Where compiled programs' facts are kept."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "longattn" / "plan"
+    return caches.folder("plan")
 
 
 def facts(config: Config, where: Topology, timeout: float, cache: Path | None = None) -> dict[str, Any]:
@@ -67,31 +66,25 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
     step: Any = steps.train_step(config, context)
     with _target(where, context, devices):
         lowered = step.trace(state, batch).lower()
-    kept = None
-    if request["cache"]:
-        said = (where.name, _compiler(where), jax.__version__, _sources())
-        key = hashlib.sha256("\n".join((*said, lowered.as_text(debug_info=True))).encode()).hexdigest()
-        kept = Path(request["cache"]) / f"{key}.json"
-        if kept.is_file():
-            return {**json.loads(kept.read_text()), "cached": True}
-    with tempfile.TemporaryDirectory(prefix="longattn_plan_") as name:
-        answer = _compiled(lowered, config, where, state, Path(name))
-    answer |= {"compile_seconds": time.perf_counter() - began, "cached": False}
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(answer))
-        part.replace(kept)
-    return answer
 
+    def compiled() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="longattn_plan_") as name:
+            answer = _compiled(lowered, config, where, state, Path(name))
+        return answer | {"compile_seconds": time.perf_counter() - began}
 
-def _sources() -> str:
-    """A hash of the sources that read and count a program."""
+    if not request["cache"]:
+        return compiled() | {"cached": False}
     here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted([*here.glob("*.py"), *(here.parent / f"{name}.py" for name in ("hlo", "cost", "hardware"))]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    counting = [*here.glob("*.py"), *(here.parent / f"{name}.py" for name in ("hlo", "cost", "hardware"))]
+    key = {
+        "topology": where.name,
+        "compiler": _compiler(where),
+        "jax": jax.__version__,
+        "sources": caches.sources(counting),
+        "program": hashlib.sha256(lowered.as_text(debug_info=True).encode()).hexdigest(),
+    }
+    answer, cached = caches.remembered(Path(request["cache"]), key, compiled)
+    return answer | {"cached": cached}
 
 
 def _compiler(where: Topology) -> str:
@@ -129,7 +122,7 @@ def _compiled(lowered: Any, config: Config, where: Topology, state: Any, folder:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
             raise
-        text, refused = _dumped(folder), " ".join(str(error).split("\n")[0].split())
+        text, refused = memory.read(folder, ".txt"), " ".join(str(error).split("\n")[0].split())
     program = hlo.parse(text)
     needed, buffers = memory.account(folder, program, _weights(state))
     answer: dict[str, Any] = {
@@ -151,12 +144,6 @@ def _compiled(lowered: Any, config: Config, where: Topology, state: Any, folder:
             **_time(program, config, where),
         }
     return answer
-
-
-def _dumped(folder: Path) -> str:
-    """The text of a program that was refused."""
-    found = sorted(folder.glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
-    return found[-1].read_text()
 
 
 def _weights(state: Any) -> Iterator[tuple[int, ...]]:

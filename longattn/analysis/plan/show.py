@@ -29,7 +29,7 @@ FOOT = (
 
 def formulas() -> str:
     """What estimates by formula are worth."""
-    errors = [abs(row["error"]) for row in checked.errors()]
+    errors = [abs(error) for error in checked.memory_errors().values()]
     return (
         f"By formula; over {len(errors)} compiled programs (scanned layers, causal masks) the memory was at most "
         f"{max(errors):.0%} off, {sum(errors) / len(errors):.0%} on average."

@@ -72,12 +72,15 @@ class Topology:
         """This machine and those of its kind with fewer devices, smallest first, each half the one after."""
         ladder, dims = [self.dims], list(self.dims)
         while math.prod(dims) > 1:
-            # A torus is halved along its longest axis; of GPUs, hosts are left out before GPUs of a host.
-            i = 0 if self.is_gpu and dims[0] > 1 else dims.index(max(dims)) if not self.is_gpu else 1
-            if dims[i] % 2 and not self.is_gpu:
+            if self.is_gpu:  # hosts are left out before GPUs of a host
+                dims[0 if dims[0] > 1 else 1] //= 2
+                ladder.append(tuple(dims))
+                continue
+            longest = dims.index(max(dims))
+            if dims[longest] % 2:
                 break
-            dims[i] //= 2
-            ladder.append(tuple(sorted(dims, reverse=len(dims) == 3)) if not self.is_gpu else tuple(dims))
+            dims[longest] //= 2
+            ladder.append(tuple(sorted(dims, reverse=len(dims) == 3)))
         return [Topology(self.chip, d) for d in reversed(ladder)]
 
 

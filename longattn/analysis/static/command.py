@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections import Counter
@@ -100,13 +99,10 @@ def run(options: ProfileOptions, console: Console | None = None) -> dict[str, An
         "options": {**vars(options), "mask": str(options.mask), "plot": options.plot and str(options.plot)},
         "versions": {"libtpu": aot.libtpu_version(), "jax": jax.__version__},
         "commit": commit(),
-        "rows": list(_rows(options)),
     }
-    shown = _shown(document["rows"], options.best)
-    drawn = copy.deepcopy(shown) if options.plot is not None else []
-    for row in document["rows"]:
-        for kernel in row.get("kernels", ()):
-            del kernel["along"]  # for the picture alone
+    rows = list(_rows(options))
+    document["rows"] = [_without_picture(row) for row in rows]
+    shown = _shown(rows, options.best)
     if options.json:
         print(json.dumps(document))
     else:
@@ -114,8 +110,15 @@ def run(options: ProfileOptions, console: Console | None = None) -> dict[str, An
     if options.plot is not None:
         from longattn.analysis.static import picture
 
-        picture.save(options.plot, drawn)
+        picture.save(options.plot, shown)
     return document
+
+
+def _without_picture(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what the picture alone is drawn from."""
+    if "kernels" not in row:
+        return row
+    return {**row, "kernels": [{k: v for k, v in kernel.items() if k != "along"} for kernel in row["kernels"]]}
 
 
 def _rows(options: ProfileOptions) -> Iterator[dict[str, Any]]:

@@ -124,11 +124,15 @@ LOOP = """
 """
 
 
+# A loop that carries %x, and one whose bound is data.
+CARRIED = ("%zero = s32[] constant(0)", "%t = (s32[], f32[8,8]{1,0}) tuple(%zero, %x)")
+OPEN_LOOP = LOOP.replace("%n = s32[] constant(3)", '%n = s32[] custom-call(), custom_call_target="measure"')
+
+
 def test_loops_count_as_often_as_they_run():
     totals = walk(
         times(
-            "%zero = s32[] constant(0)",
-            "%t = (s32[], f32[8,8]{1,0}) tuple(%zero, %x)",
+            *CARRIED,
             "%w = (s32[], f32[8,8]{1,0}) while(%t), condition=%less, body=%step",
             f"ROOT %p = {PRODUCT}",
             others=LOOP,
@@ -140,14 +144,12 @@ def test_loops_count_as_often_as_they_run():
 
 
 def test_loops_whose_bound_is_data_are_named_and_not_counted():
-    text = LOOP.replace("%n = s32[] constant(3)", '%n = s32[] custom-call(), custom_call_target="measure"')
     totals = walk(
         times(
-            "%zero = s32[] constant(0)",
-            "%t = (s32[], f32[8,8]{1,0}) tuple(%zero, %x)",
+            *CARRIED,
             '%w = (s32[], f32[8,8]{1,0}) while(%t), condition=%less, body=%step, metadata={op_name="jit(f)/attention"}',
             f"ROOT %p = {PRODUCT}",
-            others=text,
+            others=OPEN_LOOP,
         ),
         RATES,
     )
@@ -155,16 +157,14 @@ def test_loops_whose_bound_is_data_are_named_and_not_counted():
 
 
 def test_what_is_under_way_while_such_a_loop_runs_is_taken_for_hidden():
-    text = LOOP.replace("%n = s32[] constant(3)", '%n = s32[] custom-call(), custom_call_target="measure"')
     totals = walk(
         times(
             "%s = (f32[8,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), channel_id=1, replica_groups={{0,1}}",
-            "%zero = s32[] constant(0)",
-            "%t = (s32[], f32[8,8]{1,0}) tuple(%zero, %x)",
+            *CARRIED,
             "%w = (s32[], f32[8,8]{1,0}) while(%t), condition=%less, body=%step",
             "%d = f32[16,8]{1,0} all-gather-done(%s)",
             f"ROOT %p = {PRODUCT}",
-            others=text,
+            others=OPEN_LOOP,
         ),
         RATES,
     )
