@@ -91,9 +91,8 @@ def memory(config: Config) -> dict[str, float]:
         "forward pass": kept(config),
     }
     chunk = min(config.optimiser.loss_chunk, n)
-    piece = (
-        n if m.mlp_chunk is None else min(n, m.mlp_chunk * sequence / config.data.T)
-    )  # tokens that the MLP sees at once
+    rows = sequence / config.data.T
+    piece = n if m.mlp_chunk is None else min(n, m.mlp_chunk * rows)  # tokens that the MLP sees at once
     full = m.remat == "full"  # attention's forward pass runs again, and what it gives is alive beside the rest
     wide, narrow = (4, 5) if m.remat in ("full", "attention") else (2, 6)
     gradients = sums + _F32 * layers + _F32 * head
