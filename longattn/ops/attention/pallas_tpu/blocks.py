@@ -17,6 +17,7 @@ The kernel fetches one row of it at a time, so that no length of the sequence ou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -68,6 +69,7 @@ def kinds(extras: Extras, tile_q: int, tile_k: int, Jq: int, Jk: int, S: int, in
     return jnp.minimum(kind, _inside(S, tile_k, np.arange(Jk) * tile_k))
 
 
+@functools.lru_cache(256)
 def patterns(
     mask: Mask, block_q: int, block_k: int, tile_q: int, tile_k: int, T: int, S: int
 ) -> tuple[Pattern, ...] | None:
