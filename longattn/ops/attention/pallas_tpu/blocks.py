@@ -81,8 +81,8 @@ def patterns(
 
     columns = np.arange(0, S, block_k, dtype=np.int32)
     found: dict[Pattern, None] = {}
-    for row in np.arange(0, T, block_q, dtype=np.int32):  # one at a time, so that a long sequence takes no memory
-        cut = columns[kind(row[None], block_q, columns, block_k) == PARTIAL]
+    for row in np.arange(0, T, block_q, dtype=np.int32)[:, None]:  # one at a time, so that a long sequence takes no memory
+        cut = columns[kind(row, block_q, columns, block_k) == PARTIAL]
         q = row + np.arange(0, block_q, tile_q, dtype=np.int32)[None, :, None]
         k = cut[:, None, None] + np.arange(0, block_k, tile_k, dtype=np.int32)
         for tiles in kind(q, tile_q, k, tile_k):
