@@ -24,11 +24,12 @@ SUBLANES = 8
 
 @dataclass(frozen=True)
 class Branch:
-    """One `pl.when` of a kernel's source that is compiled to a jump."""
+    """One `pl.when` of a kernel's source that is compiled to a jump, or a body of products that a list leads to."""
 
     what: str
     runs: float  # in one call of the kernel, over all cores; with `data` how often it is asked: the most it can run
     data: str = ""  # of a branch that depends on the data: the name of the function under its `pl.when`
+    alternative: bool = False  # for the same data only branches of one such name run
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Kernel:
     loops: tuple[
         int, ...
     ] = ()  # of a kernel that walks by itself: how often the body of each loop runs, from outside in
+    lists: bool = False  # a step of the grid walks over a list: `branches` are its regions with products of their own
 
 
 @dataclass(frozen=True)

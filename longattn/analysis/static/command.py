@@ -48,7 +48,7 @@ class ProfileOptions:
     bT: int = 1024  # block of queries; matmul: of rows and of columns
     bS: int = 1024  # block of keys; matmul: of the summed dimension
     bC: int | None = None  # keys of one product within a block; none: bS, or the kernel's own
-    bR: int | None = None  # queries of one product within a block, for flywheel
+    bR: int | None = None  # queries of one product within a block, for flywheel and longattn
     best: int = 0  # try all block sizes that suit a case, and show so many of the fastest; 0: the block sizes above
     plot: Path | None = None  # draw how full the units are along the schedules: a .png, .svg or .pdf
     timeout: float = 300  # seconds for one compilation
@@ -206,7 +206,8 @@ def _print(console: Console, document: Mapping[str, Any], shown: Sequence[Mappin
     rates = {(row["case"], name): rate for row in shown for name, rate in (row.get("rates") or {}).items()}
     notes += [
         f"{case}: the branch {name} depends on the data; it ran {rate:.0%} of the times it was asked, in interpret "
-        f"mode on N(0, 1) inputs at T {small(Shape()).T}, and always in the worst case."
+        f"mode on N(0, 1) inputs at T {small(Shape()).T}, and in the worst case always, "
+        "unless one that excludes it costs more."
         for (case, name), rate in rates.items()
     ]
     others = sorted({name for row in shown for name in row.get("not_counted", ())})

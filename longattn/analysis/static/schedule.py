@@ -8,6 +8,9 @@ their loops and branches, and how many slots of each unit a bundle fills. So
 Trip counts of loops stand in the schedule; how often branches run comes from the mask's geometry (`analysis/cases`),
 or, where it depends on the data, from kernels that were run (`rates.py`). What is declared must fit what was compiled:
 loops must run for the declared steps, and there must be as many branches as the source has.
+
+Of a kernel that walks over lists, regions with matrix products of their own are declared instead. What has none is
+charged whenever the region around it runs: an upper bound, as copies that are already on their way are not sent again.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from longattn.analysis.cases import Branch, Kernel
 # ---- the schedule, parsed
 
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2} *)?: *>* *\{", re.MULTILINE)
-_BRANCH = re.compile(r"\bsbr\.(?:rel|abs)\s*(?:\(!?%\w+\)\s*)?target bundleno = (\d+)")
+_BRANCH = re.compile(r"\bsbr\.(?:rel|abs)\s*(?:\((?P<unless>!?)(?P<test>%\w+)\)\s*)?target bundleno = (?P<target>\d+)")
 _TRIPS = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
+_COPY = r"{test} = (?:scmp\.ge\.s32\.totalorder %\w+, (\d+)|pmov 1\b)"  # in a loop that the compiler made for a copy
 _CORE = re.compile(r"(%s\w+) = sld \[\S+\] /\* megacore core id")
 _DELAY = 5  # a branch's own bundle and its four delay slots run before it takes effect
 # Columns of the utilisation file; versions of libtpu differ in the first one's name. It counts the cycles for which
@@ -86,12 +90,13 @@ def parse(bundles: str, utilisation: str) -> Schedule:
     if len(used) != n:
         raise ValueError(f"libtpu's schedule has {n} bundles, its utilisation {len(used)}: this version is not known")
 
-    regions = []
+    regions, left = [], {}  # the test that leaves a loop, by its id
     for i, bundle in enumerate(text):
         for match in _BRANCH.finditer(bundle):
-            target, after = int(match[1]), min(i + _DELAY, n)
+            target, after = int(match["target"]), min(i + _DELAY, n)
             if target <= i:
                 regions.append(Region("loop", target, after))
+                left[id(regions[-1])] = match["test"] if match["unless"] else None
             elif after < target:
                 regions.append(Region("branch", after, target))
     root = Region("kernel", 0, n)
@@ -111,8 +116,11 @@ def parse(bundles: str, utilisation: str) -> Schedule:
         region.slots = {s: int(sum(sign * (c[end] - c[start]) for start, end, sign in parts)) for s, c in sums.items()}
         if region.kind == "loop":
             inner = {i for r in region.inside for i in range(r.start, r.end)}
-            tests = [m for i in range(region.start, region.end) if i not in inner for m in _TRIPS.finditer(text[i])]
-            region.trips = int(tests[-1][1]) if tests else None
+            own = "".join(text[i] for i in range(region.start, region.end) if i not in inner)
+            tests = list(_TRIPS.finditer(own))
+            if not tests and (test := left[id(region)]):
+                tests = list(re.finditer(_COPY.format(test=re.escape(test)), own))
+            region.trips = int(tests[-1][1] or 1) if tests else None
     core = _CORE.search(bundles)
     divided = core is not None and not re.search(rf"scmp\.ne\.s32\.totalorder {core[1]}, 0", bundles)
     return Schedule(root, capacity, dict(zip(capacity, used.T)), divided)
@@ -142,7 +150,7 @@ class Executions:
     what: str  # of a branch of the source
     bundles: int
     runs: float
-    most: float  # if every branch that depends on the data ran whenever it is asked
+    most: float  # if, where it depends on the data, it ran whenever it is asked
     trips: int | None
     start: int
     end: int
@@ -154,7 +162,7 @@ class Weighted:
 
     name: str
     cycles: float
-    cycles_worst: float  # if every branch that depends on the data ran whenever it is asked
+    cycles_worst: float  # if every branch that depends on the data ran whenever asked; of alternatives the costliest
     busy: dict[str, float]  # cycles for which each unit would be busy if nothing else were in the way
     cores: int  # that the grid spreads over
     spills: int  # spilling stores in the schedule, each counted once
@@ -183,39 +191,51 @@ def weigh(schedule: Schedule, kernel: Kernel, cores: int, rates: Mapping[str, fl
       ValueError: where what was compiled does not fit what the case declares, or a rate is missing.
     """
     found = _own_loops(schedule, kernel) if kernel.loops else _grid(schedule, kernel, cores)
-    branches = [r for r in found.step.walk() if r.kind == "branch" and r is not found.step]
-    if len(branches) != len(kernel.branches):
+    if kernel.lists:
+        regions, kind = [r for r in found.step.walk() if r.slots["MXU"]], "regions with matrix products"
+    else:
+        regions, kind = [r for r in found.step.walk() if r.kind == "branch" and r is not found.step], "branches"
+    if len(regions) != len(kernel.branches):
         raise ValueError(
-            f"{kernel.name}: the schedule's step has {len(branches)} branches, its source {len(kernel.branches)}"
+            f"{kernel.name}: the schedule's step has {len(regions)} {kind}, its source {len(kernel.branches)}"
         )
-    declared = {id(region): branch for region, branch in zip(branches, kernel.branches)}
+    declared = {id(region): branch for region, branch in zip(regions, kernel.branches)}
     rows: list[Executions] = []
-    cycles, worst, filled = 0.0, 0.0, dict.fromkeys(schedule.capacity, 0.0)
+    cycles, filled = 0.0, dict.fromkeys(schedule.capacity, 0.0)
+    worst = {"": 0.0}  # by alternative; "" is what runs in any case
 
-    def add(region: Region, runs: float, most: float) -> None:
-        nonlocal cycles, worst
+    def times(branch: Branch) -> tuple[float, float]:
+        most = branch.runs / found.cores
+        return most * _rate(kernel, branch, rates), most
+
+    def add(region: Region, runs: float, most: float, alternative: str) -> None:
+        nonlocal cycles
         what = "grid step" if region is found.step else ""
         if id(region) in found.runs:
             runs = most = found.runs[id(region)]
         elif branch := declared.get(id(region)):
-            runs, most, what = branch.runs / found.cores * _rate(kernel, branch, rates), branch.runs, branch.what
-            most /= found.cores
-        elif region.kind == "loop":
-            if region.trips is None:
-                raise ValueError(f"{kernel.name}: the loop at bundle {region.start} has no constant number of trips")
+            (runs, most), what = times(branch), branch.what
+            alternative = branch.data if branch.alternative else alternative
+        elif region.kind == "loop" and region.trips is not None:
             runs, most = runs * region.trips, most * region.trips
-        # Any other branch lies outside of a step and is charged whenever it is reached.
+        elif region.kind == "loop":
+            inside = [times(declared[id(r)]) for r in region.walk() if id(r) in declared]
+            if not kernel.lists or not inside:
+                raise ValueError(f"{kernel.name}: the loop at bundle {region.start} has no constant number of trips")
+            runs, most = map(max, zip(*inside))
+        # Any other branch is charged whenever it is reached.
         cycles += runs * region.bundles
-        worst += most * region.bundles
+        worst[alternative] = worst.get(alternative, 0.0) + most * region.bundles
         for slot, n in region.slots.items():
             filled[slot] += runs * n
         rows.append(Executions(region.kind, what, region.bundles, runs, most, region.trips, region.start, region.end))
         for inner in region.inside:
-            add(inner, runs, most)
+            add(inner, runs, most, alternative)
 
-    add(schedule.root, 1.0, 1.0)
+    add(schedule.root, 1.0, 1.0, "")
     busy = {slot: n / schedule.capacity[slot] for slot, n in filled.items()}
-    return Weighted(kernel.name, cycles, worst, busy, found.cores, schedule.root.total("spill"), tuple(rows))
+    cycles_worst = worst.pop("") + max(worst.values(), default=0.0)
+    return Weighted(kernel.name, cycles, cycles_worst, busy, found.cores, schedule.root.total("spill"), tuple(rows))
 
 
 def _rate(kernel: Kernel, branch: Branch, rates: Mapping[str, float] | None) -> float:

@@ -1,0 +1,184 @@
+"""This library's attention kernels for TPUs (`longattn.ops.attention.pallas_tpu`), which walk over lists of blocks.
+
+How often each body runs is summed over the very lists that the kernels would be given. A row of blocks whose logits are
+bounded takes other bodies than one whose are not: the data decide, and a row's blocks never take both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import longattn
+from longattn.analysis.cases.kernel import F32, Branch, Case, Kernel, edges, flops, gradients, row, sizes
+from longattn.analysis.cases.shape import Shape
+from longattn.ops.attention.pallas_tpu import Blocks, Tuning, blocks
+from longattn.ops.attention.spec import Extras
+
+INT32 = 4  # bytes
+_BOUNDED, _OTHERS = "of_bounded", "of_others"  # the functions under the forward kernel's `pl.when`
+
+
+def _tuning(shape: Shape, kernel: str) -> Tuning:
+    """The blocks of the shape for one of the kernels, and its own tiles where the shape names none."""
+    own = getattr(Tuning(), kernel)
+    try:
+        return Tuning(**{kernel: Blocks(shape.bT, shape.bS, shape.bR or own.tile_q, shape.bC or own.tile_k)})
+    except ValueError as error:
+        raise NotImplementedError(str(error)) from error
+
+
+def _ids(shape: Shape) -> jax.Array | None:
+    return jnp.asarray(shape.segment_ids())[None] if shape.documents else None
+
+
+def _attend(shape: Shape, kernel: str) -> Callable[..., Any]:
+    tuning = _tuning(shape, kernel)
+    return lambda q, k, v: longattn.attention(
+        q, k, v, mask=shape.mask, segment_ids=_ids(shape), implementation="pallas_tpu", tuning=tuning
+    )
+
+
+def _arrays(shape: Shape, *heads: tuple[int, int]) -> list[jax.ShapeDtypeStruct]:
+    """[1 T heads size] each: as callers hold them, so that XLA moves the heads, which is not counted."""
+    return [jax.ShapeDtypeStruct((1, shape.T, n, size), jnp.bfloat16) for n, size in heads]
+
+
+def _inputs(shape: Shape) -> list[jax.ShapeDtypeStruct]:
+    return _arrays(shape, (shape.H, shape.D), (shape.key_heads, shape.D), (shape.key_heads, shape.values))
+
+
+# ---- the lists
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """What the lists of one head say."""
+
+    visits: np.ndarray  # blocks of each class in each row, int [rows classes]; the last class needs no mask
+    first: int  # blocks that no row visited before
+    words: int  # of a row's list
+
+    @property
+    def rows(self) -> int:
+        return len(self.visits)
+
+    @property
+    def blocks(self) -> int:
+        """Visits of all rows."""
+        return int(self.visits.sum())
+
+
+def _lists(shape: Shape, tuning: Blocks, by_key: bool) -> _Lists:
+    """The lists of one head, whose rows are blocks of queries or, `by_key`, of keys."""
+    own = 0 if by_key else 1  # whether the row's logits are bounded
+    strips, parts = tuning.block_q // tuning.tile_q, tuning.block_k // tuning.tile_k
+    with jax.default_device(jax.devices("cpu")[0]):
+        positions, ids = jnp.arange(shape.T, dtype=jnp.int32)[None], _ids(shape)
+        kinds = blocks.kinds(
+            Extras(shape.mask, positions, positions, ids, ids), tuning.tile_q, tuning.tile_k,
+            shape.T // tuning.tile_q, shape.T // tuning.tile_k, shape.T, True,
+        )  # fmt: skip
+        patterns = None
+        if not shape.documents:
+            patterns = blocks.patterns(
+                shape.mask, tuning.block_q, tuning.block_k, tuning.tile_q, tuning.tile_k, shape.T, shape.T
+            )
+        outer, inner = strips, parts
+        if by_key:
+            outer, inner, kinds = parts, strips, kinds.swapaxes(2, 3)
+            patterns = None if patterns is None else tuple(tuple(zip(*pattern)) for pattern in patterns)
+        walk = np.asarray(blocks.lists(kinds, outer, inner, patterns, [0] * own, mark_first=True))[0, 0]
+    classes = 2 if patterns is None else len(patterns) + 1
+    ends = walk[:, :classes]
+    order = walk[:, classes + 1 + own : -1]
+    seen = np.arange(order.shape[1]) < ends[:, -1:]
+    return _Lists(np.diff(ends, axis=1, prepend=0), int((seen & (order > blocks.INDEX)).sum()), walk.shape[1])
+
+
+# ---- what the kernels do
+
+
+def _forward(shape: Shape) -> tuple[Kernel, ...]:
+    found = _lists(shape, _tuning(shape, "forward").forward, by_key=False)
+    *cut, whole = (shape.H * found.visits.sum(0)).tolist()
+    rows_of_whole = shape.H * int((found.visits[:, -1] > 0).sum())
+
+    def either(data: str, *bodies: tuple[str, int]) -> list[Branch]:
+        return [Branch(what, runs, data, alternative=True) for what, runs in bodies]
+
+    bounded = either(
+        _BOUNDED,
+        *((f"bounded, cut block {i}", runs) for i, runs in enumerate(cut)),
+        ("bounded, first whole block of a row", rows_of_whole),
+        ("bounded, whole block", whole - rows_of_whole),
+    )
+    of_cut = [("online, cut block", sum(cut))] if cut else []
+    others = either(_OTHERS, *of_cut, ("online, whole block", whole))
+    number = INT32 * bool(shape.documents)
+    query = row(shape.D) + row(shape.values) + F32 + number  # q, out, lse, segment id
+    key = row(shape.D) + row(shape.values) + number
+    per_head = found.rows * (shape.bT * query + found.words * INT32) + found.blocks * shape.bS * key
+    steps = shape.H * found.rows
+    return (
+        Kernel(
+            "longattn_attention_forward", steps, (*bounded, *others), flops(shape, "DV"), float(shape.H * per_head),
+            lists=True,
+        ),
+    )  # fmt: skip
+
+
+def _backward(shape: Shape) -> tuple[Kernel, ...]:
+    found = _lists(shape, _tuning(shape, "backward").backward, by_key=True)
+    *cut, whole = (shape.H * found.visits.sum(0)).tolist()
+    number = INT32 * bool(shape.documents)
+    query = row(shape.D) + row(shape.values) + 2 * F32 + number  # q, do, lse, delta, segment id
+    key = 2 * (row(shape.D) + row(shape.values)) + number  # k, v, dk, dv
+    dq = shape.D * F32  # stands transposed, so that no register is filled up
+    visits = found.blocks * (query + dq) + (found.blocks - found.first) * dq
+    per_group = found.rows * (shape.bS * key + found.words * INT32)
+    return (
+        Kernel(
+            "longattn_attention_backward", shape.key_heads * found.rows,
+            (*(Branch(f"cut block {i}", runs) for i, runs in enumerate(cut)), Branch("whole block", whole)),
+            flops(shape, "DVVDD"), float(shape.H * shape.bT * visits + shape.key_heads * per_group),
+            after_bytes=float(shape.H * shape.T * dq), lists=True,  # XLA scales and turns dq; as for shares, its reads
+        ),
+    )  # fmt: skip
+
+
+# ---- block sizes worth trying
+
+
+def _forward_blocks(shape: Shape) -> list[Shape]:
+    small = min(edges(shape)) == 512
+    pairs = [(512, 512), (512, 1024), (1024, 1024), (2048, 1024)]
+    pairs = pairs if small else [(1024, 1024), (2048, 1024), (2048, 2048), (4096, 1024)]
+    tiles = [(256, 256), (512, 128), (512, 256), (1024, 256)]
+    return [s for pair in pairs for tile in tiles for s in _sized(shape, pair, tile) if s.bS // s.bC % 2 == 0]
+
+
+def _backward_blocks(shape: Shape) -> list[Shape]:
+    pairs = [(bT, bS) for bT in (512, 1024, 2048) for bS in (512, 1024)]
+    usual = [s for pair in pairs for s in _sized(shape, pair, (256, 256))]
+    return usual + [s for tile in ((512, 256), (256, 512)) for s in _sized(shape, (1024, 1024), tile)]
+
+
+def _sized(shape: Shape, block: tuple[int, int], tile: tuple[int, int]) -> list[Shape]:
+    """`shape` with these (queries, keys) of a block and of a product, if they divide it."""
+    (bT, bS), (bR, bC) = block, tile
+    return sizes(shape, (bT,), (bS,), (bC,), bR)
+
+
+FORWARD = Case("longattn, forward", lambda s: (_attend(s, "forward"), _inputs(s)), _forward, _forward_blocks)
+BACKWARD = Case(
+    "longattn, dq, dk, dv in one kernel",
+    lambda s: (gradients(_attend(s, "backward")), [*_inputs(s), *_arrays(s, (s.H, s.values))]),
+    _backward,
+    _backward_blocks,
+)
