@@ -21,14 +21,16 @@ from longattn.ops.attention.pallas_tpu import Blocks, Tuning, blocks
 from longattn.ops.attention.spec import Extras
 
 INT32 = 4  # bytes
+_TILES = {"forward": (512, 256), "backward": (256, 256)}  # queries and keys of one product where the shape names none
 _BOUNDED, _OTHERS = "of_bounded", "of_others"  # the functions under the forward kernel's `pl.when`
 
 
 def _tuning(shape: Shape, kernel: str) -> Tuning:
-    """The blocks of the shape for one of the kernels, and its own tiles where the shape names none."""
-    own = getattr(Tuning(), kernel)
+    """The shape's block sizes for one of the kernels."""
+    queries, keys = _TILES[kernel]
     try:
-        return Tuning(**{kernel: Blocks(shape.bT, shape.bS, shape.bR or own.tile_q, shape.bC or own.tile_k)})
+        sizes = Blocks(shape.bT, shape.bS, shape.bR or min(queries, shape.bT), shape.bC or min(keys, shape.bS))
+        return Tuning(**{kernel: sizes})
     except ValueError as error:
         raise NotImplementedError(str(error)) from error
 
@@ -77,21 +79,21 @@ class _Lists:
 def _lists(shape: Shape, tuning: Blocks, by_key: bool) -> _Lists:
     """The lists of one head, whose rows are blocks of queries or, `by_key`, of keys."""
     own = 0 if by_key else 1  # whether the row's logits are bounded
-    strips, parts = tuning.block_q // tuning.tile_q, tuning.block_k // tuning.tile_k
     with jax.default_device(jax.devices("cpu")[0]):
         positions, ids = jnp.arange(shape.T, dtype=jnp.int32)[None], _ids(shape)
-        kinds = blocks.kinds(
-            Extras(shape.mask, positions, positions, ids, ids), tuning.tile_q, tuning.tile_k,
-            shape.T // tuning.tile_q, shape.T // tuning.tile_k, shape.T, True,
-        )  # fmt: skip
         patterns = None
         if not shape.documents:
             patterns = blocks.patterns(
                 shape.mask, tuning.block_q, tuning.block_k, tuning.tile_q, tuning.tile_k, shape.T, shape.T
             )
-        outer, inner = strips, parts
+        outer, inner = 1, 1  # tiles of a block, where the ways in which blocks are cut matter
+        if patterns is not None:
+            outer, inner = tuning.block_q // tuning.tile_q, tuning.block_k // tuning.tile_k
+        tile_q, tile_k = tuning.block_q // outer, tuning.block_k // inner
+        extras = Extras(shape.mask, positions, positions, ids, ids)
+        kinds = blocks.kinds(extras, tile_q, tile_k, shape.T // tile_q, shape.T // tile_k, shape.T, True)
         if by_key:
-            outer, inner, kinds = parts, strips, kinds.swapaxes(2, 3)
+            outer, inner, kinds = inner, outer, kinds.swapaxes(2, 3)
             patterns = None if patterns is None else tuple(tuple(zip(*pattern)) for pattern in patterns)
         walk = np.asarray(blocks.lists(kinds, outer, inner, patterns, [0] * own, mark_first=True))[0, 0]
     classes = 2 if patterns is None else len(patterns) + 1
@@ -119,7 +121,8 @@ def _forward(shape: Shape) -> tuple[Kernel, ...]:
         ("bounded, whole block", whole - rows_of_whole),
     )
     of_cut = [("online, cut block", sum(cut))] if cut else []
-    others = either(_OTHERS, *of_cut, ("online, whole block", whole))
+    last = ("online, last block's products", shape.H * found.rows)
+    others = either(_OTHERS, last, *of_cut, ("online, whole block", whole))
     number = INT32 * bool(shape.documents)
     query = row(shape.D) + row(shape.values) + F32 + number  # q, out, lse, segment id
     key = row(shape.D) + row(shape.values) + number

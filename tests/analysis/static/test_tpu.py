@@ -4,7 +4,9 @@ where libtpu is there, kernels of known cost. Nothing runs on a TPU.
 
 import importlib.util
 import json
+import re
 import textwrap
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from longattn.analysis.cases.kernel import walk
 from longattn.analysis.static import cache, command, rates, tpu
 from longattn.analysis.static.schedule import along, parse, weigh
 from longattn.mask import Causal, Full, Window
+from longattn.ops.attention.pallas_tpu import back_end
 from tests.analysis.compilers import needs_libtpu
 
 
@@ -41,7 +44,7 @@ COLUMNS = "MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VST
 CAPACITY = [2, 2, 2, 4, 2, 1, 3, 3, 2, 2, 2]
 
 
-def dumps(jumps: dict[int, int], trips: int = 6, products: range = range(20, 30)) -> tuple[str, str]:
+def dumps(jumps: dict[int, int], trips: int = 6, products: Container[int] = range(20, 30)) -> tuple[str, str]:
     """(bundles, utilisation) of 40 bundles that jump from one to another; a product in each of `products`."""
     lines = ["= control target key start", "LH: loop header", "= control target key end", ""]
     rows = ["== CAPACTIY:", COLUMNS, " ".join(map(str, CAPACITY)), "== UTILIZATION:"]
@@ -146,6 +149,63 @@ def test_weigh_charges_no_branch_silently_whose_rate_is_not_known():
     guarded = replace(KERNEL, branches=(Branch("first", 1), Branch("guard", 3, data="recover")))
     with pytest.raises(ValueError, match="how often the branch 'guard' runs depends on the data, and no rate is known"):
         weigh(parse(*dumps(JUMPS)), guarded, cores=1, rates={"other": 0.5})
+
+
+LISTS = Kernel(
+    "k", steps=4, flops=1, hbm_bytes=1, lists=True,
+    branches=(Branch("a", 8, data="fast", alternative=True), Branch("b", 7, data="slow", alternative=True)),
+)  # fmt: skip
+
+
+def test_weigh_takes_of_alternatives_the_costliest_as_the_worst_case():
+    schedule = parse(*dumps(JUMPS, products=(16, 17, 24)))  # [16, 18) and [24, 28)
+    always = 4 + 6 * 15 + 4 * 15
+    for fast in (0.0, 0.25, 1.0):
+        weighted = weigh(schedule, LISTS, cores=1, rates={"fast": fast, "slow": 1 - fast})
+        assert weighted.cycles == always + fast * 8 * 2 + (1 - fast) * 7 * 4
+        assert weighted.cycles_worst == always + 7 * 4
+        assert weighted.busy["MXU"] == fast * 8 * 2 + (1 - fast) * 7
+    two_of_one = replace(LISTS, branches=tuple(replace(b, data="fast") for b in LISTS.branches))
+    weighted = weigh(schedule, two_of_one, cores=1, rates={"fast": 1.0})
+    assert weighted.cycles == weighted.cycles_worst == always + 8 * 2 + 7 * 4
+    with pytest.raises(ValueError, match="branch 'b' runs depends on the data, and no rate is known"):
+        weigh(schedule, LISTS, cores=1, rates={"fast": 1.0})
+
+
+@pytest.mark.parametrize(("products", "found"), [(range(9, 30), 3), ((24,), 1)])
+def test_weigh_refuses_bodies_that_no_list_leads_to(products, found):
+    with pytest.raises(ValueError, match=f"step has {found} regions with matrix products, its source 2"):
+        weigh(parse(*dumps(JUMPS, products=products)), LISTS, cores=1)
+
+
+LOOP_IN_STEP = {4: 30, 15: 22, 25: 12, 33: 2}  # in the step [9, 30) a loop [12, 30), in it a branch [20, 22)
+
+
+def test_weigh_charges_a_loop_around_bodies_as_often_as_they_run():
+    kernel = replace(LISTS, branches=(Branch("a", 7),))
+    weighted = weigh(parse(*dumps(LOOP_IN_STEP, products=(20,))), kernel, cores=1)
+    assert [(r.what, r.runs) for r in weighted.regions] == [("", 1), ("", 6), ("grid step", 4), ("", 7), ("a", 7)]
+    assert weighted.cycles == 4 + 6 * 15 + 4 * 3 + 7 * 16 + 7 * 2
+    no_body_inside = parse(*dumps(LOOP_IN_STEP, products=(9,)))
+    with pytest.raises(ValueError, match="the loop at bundle 12 has no constant number of trips"):
+        weigh(no_body_inside, kernel, cores=1)
+
+
+@pytest.mark.parametrize(
+    ("test", "trips"),
+    [
+        ("%p1_p0 = scmp.ge.s32.totalorder %s3_s4, 5", 5),
+        ("%p1_p0 = pmov 1 /* materialized constant */", 1),
+        ("%p1_p0 = scmp.ge.s32.totalorder %s3_s4, %s5", None),
+        ("%p7_p0 = scmp.ge.s32.totalorder %s3_s4, 5", None),
+    ],
+)
+def test_parse_finds_the_trips_of_loops_made_for_copies(test, trips):
+    bundles, utilisation = dumps(LOOP_IN_STEP)
+    bundles, n = re.subn(r"( 0xe .*?\{ )", rf"\1{test}  ;;  ", bundles)
+    assert n == 1
+    found = [r for r in parse(bundles, utilisation).root.walk() if r.kind == "loop"]
+    assert [(r.start, r.trips) for r in found] == [(2, 6), (12, trips)]
 
 
 def test_along_the_schedule_every_bundle_is_as_wide_as_it_runs_often():
@@ -255,6 +315,76 @@ def test_flywheel_has_a_copy_of_its_body_per_distance_from_the_diagonal(change):
     counts = [c for c in rates.count("flywheel", shape) if c.name in ("_run_block", "_run_window_block")]
     assert [b.runs for b in kernel.branches if b.what.startswith(("whole", "block"))] == [c.runs for c in counts]
     assert kernel.steps == counts[0].asked
+
+
+OWN = Shape(T=1024, H=2, K=1, bT=512, bS=256, bC=128, bR=128)
+CHANGES = [{}, {"mask": Full()}, {"mask": Window(300)}, {"mask": Window(300), "documents": 3}]
+
+
+@pytest.mark.parametrize("case", ["longattn", "longattn_backward"])
+@pytest.mark.parametrize("change", [*CHANGES[:3], {"mask": Full(), "documents": 3}], ids=str)
+def test_lists_lead_to_the_blocks_that_hold_a_visible_pair(case, change):
+    shape = replace(OWN, **change)
+    ids = shape.segment_ids() if shape.documents else np.zeros(shape.T)
+    seen = np.asarray(shape.mask.dense(shape.T, shape.T)) & (ids[:, None] == ids[None])
+    seen = seen.reshape(shape.blocks[0], shape.bT, shape.blocks[1], shape.bS)
+    whole, some = seen.all((1, 3)), seen.any((1, 3))
+    (kernel,) = CASES[case].kernels(shape)
+    runs = {"cut": 0.0, "whole": 0.0}
+    for branch in kernel.branches:
+        if branch.data != "of_others":
+            runs["cut" if "cut" in branch.what else "whole"] += branch.runs
+    assert runs == {"cut": 2 * (some & ~whole).sum(), "whole": 2 * whole.sum()}
+    visits, row, stats = some.sum(), 128 * 2, 4
+    number = 4 * bool(shape.documents)
+    if case == "longattn":
+        words = kernel.hbm_bytes - 2 * visits * 256 * (2 * row + number) - 2 * 1024 * (2 * row + stats + number)
+        assert words % (2 * 2 * 4) == 0 and 0 < words <= 2 * 2 * 4 * 20  # two heads' two short lists
+    else:
+        later = visits - some.any(1).sum()  # dq is there to be read
+        of_visits = visits * 512 * (2 * row + 2 * stats + number + 128 * 4) + later * 512 * 128 * 4
+        words = kernel.hbm_bytes - 2 * of_visits - 1024 * (4 * row + number)
+        assert words % (4 * 4) == 0 and 0 < words <= 4 * 4 * 20
+        assert kernel.after_bytes == 2 * 1024 * 128 * 4
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize(
+    "change", [CHANGES[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CHANGES[1:])], ids=str
+)
+def test_the_bodies_of_our_forward_kernel_run_as_declared(change, bounded, monkeypatch):
+    shape = replace(OWN, **change)
+    if not bounded:
+        monkeypatch.setattr(back_end, "BOUND", -1.0)
+    jax.clear_caches()  # the bound is a constant of what is traced
+    counts = rates.count("longattn", shape)
+    jax.clear_caches()
+    (kernel,) = CASES["longattn"].kernels(shape)
+    data = "of_bounded" if bounded else "of_others"
+    for name, runs in (("of_bounded", bounded), ("of_others", not bounded)):
+        assert [(c.asked, c.runs) for c in counts if c.name == name and c.asked] == [
+            (kernel.steps, kernel.steps * runs)
+        ]
+    # Each body sends for the block after it, if there is one.
+    assert [c.asked for c in counts if c.name == "_next" and c.asked] == [
+        b.runs for b in kernel.branches if b.data == data and b.runs and "block's products" not in b.what
+    ]
+
+
+@pytest.mark.parametrize(
+    "change", [CHANGES[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CHANGES[1:])], ids=str
+)
+def test_the_bodies_of_our_backward_kernel_run_as_declared(change):
+    shape = replace(OWN, **change)
+    (kernel,) = CASES["longattn_backward"].kernels(shape)
+    first = [c for c in rates.count("longattn_backward", shape) if c.name == "_zero" and c.asked]
+    assert [c.asked for c in first] == [b.runs for b in kernel.branches if b.runs]
+    assert sum(c.runs for c in first) == 2 * shape.blocks[0]  # dq of each block is begun once
+
+
+def test_blocks_that_our_kernel_refuses_are_a_row():
+    row = tpu.profile("longattn", "v6e", Shape(bS=256))
+    assert "block_k must be an even multiple of tile_k" in row["reason"]
 
 
 def test_rates_are_shares_of_the_times_a_branch_is_asked(monkeypatch):
@@ -509,6 +639,43 @@ def test_causal_flash_executes_the_steps_that_it_sees():
     # An earlier measurement by an independent tool, libtpu 0.0.52.
     assert row["cycles"] == pytest.approx(1.145e6, rel=0.03)
     assert row["floor_cycles"] == pytest.approx(0.262e6, rel=0.01)
+
+
+@needs_libtpu
+def test_our_forward_kernel_takes_one_version_of_its_bodies_per_row():
+    row = compiled("longattn", "v6e", T=2048, H=2, bT=512, bS=512, bC=256, bR=256)
+    (kernel,) = row["kernels"]
+    assert {r["what"]: (r["runs"], r["most"]) for r in kernel["regions"] if r["what"]} == {
+        "grid step": (8, 8),
+        "bounded, cut block 0": (8, 8),
+        "bounded, first whole block of a row": (6, 6),
+        "bounded, whole block": (6, 6),
+        "online, last block's products": (0, 8),
+        "online, cut block": (0, 8),
+        "online, whole block": (0, 12),
+    }
+    assert row["rates"] == {"of_bounded": 1.0, "of_others": 0.0}
+    assert row["floor_cycles"] < row["cycles"] < row["cycles_worst"] < 3 * row["cycles"]
+    everything = sum(r["bundles"] * r["most"] for r in kernel["regions"])
+    assert (
+        row["cycles_worst"]
+        < everything - sum(r["bundles"] * r["most"] for r in kernel["regions"] if r["what"].startswith("bounded")) + 1
+    )  # a row's blocks take one version alone
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+def test_our_backward_kernel_is_compiled_as_declared(chip):
+    row = compiled("longattn_backward", chip, T=2048, H=4, K=2, bT=512, bS=512)
+    (kernel,) = row["kernels"]
+    assert row["cores"] == (2 if chip == "v5p" else 1)
+    share = 1 / row["cores"]
+    assert {r["what"]: r["runs"] for r in kernel["regions"] if r["what"]} == {
+        "grid step": 8 * share, "cut block 0": 16 * share, "whole block": 24 * share,
+    }  # fmt: skip
+    assert row["cycles_worst"] == row["cycles"] > row["floor_cycles"] and row["after_cycles"] > 0
+    assert any("longattn_attention_forward" in name for name in row["not_counted"])
 
 
 BIG = {"bT": 2048, "bS": 2048}
