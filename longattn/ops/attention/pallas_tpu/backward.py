@@ -66,7 +66,9 @@ class _Sums:
             self.state[_WRITING + slot] = 0
 
 
-def _kernel(n: Call, mask: Any, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any, stats_hbm: Any, *rest: Any):
+def _kernel(
+    n: Call, mask: Any, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any, stats_hbm: Any, *rest: Any
+) -> None:
     refs = list(rest)
     k_numbers, q_numbers = (refs.pop(0), refs.pop(0)) if n.numbers else (None, None)
     dq_hbm, dk_ref, dv_ref, q_ring, do_ring, stats_ring, number_ring, dq_ring, dk_acc, dv_acc, state, sems, dq_sems = (
@@ -82,7 +84,7 @@ def _kernel(n: Call, mask: Any, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, d
     shows = jax.tree.unflatten(mask, [walk[0, first_leaf + i] for i in range(mask.num_leaves)])
     sums = _Sums(dq_hbm, dq_ring, state, dq_sems)
 
-    def entry(step: Array) -> Array:
+    def entry(step: Array | int) -> Array:
         return walk[0, first_leaf + mask.num_leaves + step]
 
     def fetch(h: Array) -> Fetch:
@@ -245,7 +247,7 @@ def backward(
     Bw, _, columns, W = walk.shape
     T = n.rows_q * n.block_q
     shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
-    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # where copies overlap; XLA might put it elsewhere
     by_row = lambda size: pl.BlockSpec((None, None, n.block_k, size), lambda h, j: (h // n.K, h % n.K, j, 0))
     numbers = [] if k_numbers is None else [k_numbers, q_numbers]
     number_specs = [pl.BlockSpec((None, len(n.numbers), n.block_k), lambda h, j: (h // n.K, 0, j)), hbm]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,7 @@ INDEX = 2**30 - 1  # the bits of a block's index
 _MOST_PATTERNS = 4
 
 
-def _bounds(x: Array, tile: int, tiles: int, in_order: bool) -> tuple[Array, Array]:
+def _bounds(x: Array, tile: int, tiles: int, in_order: bool) -> tuple[Any, Any]:
     """Least and greatest value of [B|1 T] in each tile, [B|1 tiles].
 
     A tile beyond the end repeats the last value; positions that are `in_order` go on.
@@ -66,7 +67,7 @@ def kinds(extras: Extras, tile_q: int, tile_k: int, Jq: int, Jk: int, S: int, in
         same = (q_lo == q_hi) & (k_lo == k_hi) & (q_lo == k_lo)
         other = (q_hi < k_lo) | (k_hi < q_lo)
         kind = jnp.minimum(kind, jnp.where(other, EMPTY, jnp.where(same, FULL, PARTIAL)).astype(kind.dtype))
-    return jnp.minimum(kind, _inside(S, tile_k, np.arange(Jk) * tile_k))
+    return jnp.minimum(kind, _inside(S, tile_k, np.arange(Jk) * tile_k)[None, None, None])
 
 
 @functools.lru_cache(256)
@@ -81,7 +82,8 @@ def patterns(
 
     columns = np.arange(0, S, block_k, dtype=np.int32)
     found: dict[Pattern, None] = {}
-    for row in np.arange(0, T, block_q, dtype=np.int32)[:, None]:  # one at a time, so that a long sequence takes no memory
+    # A row at a time, so that a long sequence takes no memory.
+    for row in np.arange(0, T, block_q, dtype=np.int32)[:, None]:
         cut = columns[kind(row, block_q, columns, block_k) == PARTIAL]
         q = row + np.arange(0, block_q, tile_q, dtype=np.int32)[None, :, None]
         k = cut[:, None, None] + np.arange(0, block_k, tile_k, dtype=np.int32)
@@ -119,7 +121,8 @@ def lists(
     count = 1 if classes is None else len(classes)
     rank = jnp.where(empty, count + 1, jnp.where(full, count, 0))
     for i, pattern in enumerate(classes or ()):
-        rank = jnp.where((tiles == np.array(pattern, np.int8)).all((-1, -2)), i, rank)
+        like = tiles == np.array(pattern, np.int8).reshape(1, 1, 1, 1, outer, inner)
+        rank = jnp.where(like.all((-1, -2)), i, rank)
     order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
     if mark_first:
         earlier = jnp.cumsum(~empty, axis=2) - ~empty > 0

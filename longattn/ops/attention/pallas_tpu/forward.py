@@ -281,7 +281,7 @@ def forward(
     Bw, Hw, rows, W = walk.shape
     strips, chunk = n.block_q // n.tile_q, n.block_k // 2
     shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
-    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # where copies overlap; XLA might put it elsewhere
 
     def by_row(*block: int | None, last: bool = False) -> pl.BlockSpec:
         """Of an array [B H ... ] the part of this head and row; the row is the last axis or the one before it."""

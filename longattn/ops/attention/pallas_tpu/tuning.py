@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -16,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from longattn.mask import EMPTY, FULL, Mask
 from longattn.ops import dispatch
 from longattn.ops.attention.pallas_tpu.fetch import RING
+from longattn.ops.attention.pallas_tpu.tuned import TUNED
 
 LANES, SUBLANES = 128, 8
 _MiB = 2**20
@@ -89,12 +86,6 @@ def limit(which: Pass, blocks: Blocks, D: int, V: int, itemsize: int, numbers: i
     return fast_memory(which, blocks, D, V, itemsize, numbers) + _SPARE
 
 
-@functools.cache
-def _table() -> Mapping[str, list[int]]:
-    """Sizes found by the static sweep (`python -m longattn.analysis.static.sweep`), by the key of `_key`."""
-    return json.loads((Path(__file__).parent / "tuned.json").read_text())
-
-
 def _key(chip: str, which: Pass, kind: str, D: int, tokens: int) -> str:
     head = next((size for size in (64, 128) if size >= D), 256)
     return f"{chip} {which} {kind} D{head} {'8k' if tokens <= 16384 else '32k'}"
@@ -140,10 +131,10 @@ def choose(which: Pass, mask: Mask, numbers: tuple[str, ...], T: int, S: int, D:
     Raises:
       NotImplementedError: if none fit.
     """
-    table, chip, kind = _table(), _chip(), _kind(mask, numbers, T, S)
+    chip, kind = _chip(), _kind(mask, numbers, T, S)
     wide = chip in ("v6e", "tpu7x", "8i", "8t")
     chips = (chip, "v6e" if wide else "v5e")  # others have the matrix units of one of these
-    found = next(table[key] for c in chips if (key := _key(c, which, kind, max(D, V), max(T, S))) in table)
+    found = next(TUNED[key] for c in chips if (key := _key(c, which, kind, max(D, V), max(T, S))) in TUNED)
     blocks = Blocks(*found)
     block_q, tile_q = _fitted(blocks.block_q, blocks.tile_q, 1, T)
     block_k, tile_k = _fitted(blocks.block_k, blocks.tile_k, 2 if which == "forward" else 1, S)
