@@ -251,11 +251,16 @@ def tried(problem: Problem, implementation: str, drawn: Drawn, truth: Results, p
         row = {
             "outcome": "passed" if found[worst].agrees else "failed",
             "worst": worst,
-            "results": {name: {**asdict(d), "agrees": d.agrees} for name, d in found.items()},
+            "results": {name: {**_json(d), "agrees": d.agrees} for name, d in found.items()},
         }
         if not found[worst].agrees:
             row["reason"] = f"{worst}: {found[worst]}"
     return row | {"seconds": time.perf_counter() - began}
+
+
+def _json(d: Deviation) -> dict[str, Any]:
+    """None for what is no number, which JSON does not know."""
+    return {name: None if isinstance(x, float) and not np.isfinite(x) else x for name, x in asdict(d).items()}
 
 
 def _share(d: Deviation) -> float:

@@ -1,0 +1,62 @@
+"""Results and gradients of every back end that accepts this device, against the reference in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from longattn.analysis import agreement
+from longattn.analysis.bringup.cases import problems
+from longattn.analysis.bringup.options import BringupOptions
+from longattn.analysis.bringup.report import Report
+from longattn.ops.attention.api import BACK_ENDS
+
+
+def run(options: BringupOptions, report: Report) -> None:
+    """A row for each case and back end, written as soon as it is there."""
+    every = problems(options.length)
+    cpu = _cpu()
+    part = report.part("numerics")
+    part["against"] = "reference in float64 on this machine's CPU" if cpu else "reference in float32 on this device"
+    part["of"] = len(every)
+    for case in options.cases or tuple(every):
+        problem = every[case]
+        rows = [{"case": case, "problem": _json(problem), "back_end": name} for name in BACK_ENDS]
+        if report.late:
+            part["rows"] += [{**row, "outcome": "not run", "reason": "the time for this part was over"} for row in rows]
+            continue
+        report.at(f"the truth of {case!r}")
+        drawn = agreement.draw(problem)
+        truth, plain = _truth(problem, drawn, cpu), jax.block_until_ready(agreement.plain(problem, drawn))
+        for row in rows:
+            report.at(f"{row['back_end']} at {case!r}")
+            row |= agreement.tried(problem, row["back_end"], drawn, truth, plain)
+            part["rows"].append(row)
+            report.say(f"{row['back_end']}, {case}: {row['outcome']}" + (f" ({r})" if (r := row.get("reason")) else ""))
+            report.write()
+    if all(row["outcome"] == "not run" for row in part["rows"]):
+        part["reason"] = "no time was left for any case"
+
+
+def _cpu() -> jax.Device | None:
+    """This machine's CPU, if JAX may use it: with JAX_PLATFORMS=tpu it may not, with tpu,cpu it may."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def _truth(problem: agreement.Problem, drawn: agreement.Drawn, cpu: jax.Device | None) -> agreement.Results:
+    if cpu is None:
+        single = dataclasses.replace(problem, dtype="float32")
+        return jax.device_get(agreement.attended(single, "reference", agreement.wide(drawn, np.float32)))
+    double = dataclasses.replace(problem, dtype="float64")
+    with jax.enable_x64(True), jax.default_device(cpu):
+        return jax.device_get(agreement.attended(double, "reference", agreement.wide(drawn, np.float64)))
+
+
+def _json(problem: agreement.Problem) -> dict[str, Any]:
+    return {**vars(problem), "mask": str(problem.mask)}
