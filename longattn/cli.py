@@ -1,7 +1,7 @@
 """The command line: `longattn train|eval|bench|compare|study|plan|profile|bringup`. The one place that knows tyro.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 1 a kernel's results are wrong (bringup, and
-train before step 0), 2 the caller's mistake (one line, with the remedy), 130 interrupted, 143 stopped by SIGTERM after
+Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 1 a kernel is wrong (bringup, and train
+before step 0), 2 the caller's mistake (one line, with the remedy), 130 interrupted, 143 stopped by SIGTERM after
 saving. What is heavy is imported by the command that needs it. LONGATTN_TRACEBACK=1 shows where a refusal came from.
 """
 

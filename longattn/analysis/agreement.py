@@ -244,7 +244,10 @@ def tried(problem: Problem, implementation: str, drawn: Drawn, truth: Results, p
     try:
         got = jax.block_until_ready(attended(problem, implementation, drawn))
     except Exception as error:  # of the compiler's or the device's many kinds: a kernel that was accepted must run
-        row = {"outcome": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+        row: dict[str, Any] = {
+            "outcome": "failed",
+            "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",
+        }
     else:
         found = deviations(got, truth, plain, shapes.statistics_dtype(problem.dtype))
         worst = max(found, key=lambda name: (not found[name].agrees, _share(found[name])))

@@ -97,9 +97,7 @@ def check(config: Config, context: Context | None, console: Console) -> dict[str
     if not wanted:
         return None
     used = " and ".join(dict.fromkeys(name for name, _ in wanted.values()))
-    console.print(
-        f"no bring-up report of {target.kind} that {used} passed: comparing with xla first", highlight=False
-    )
+    console.print(f"no bring-up report of {target.kind} that {used} passed: comparing with xla first", highlight=False)
     verdict = compare(wanted)
     for row in verdict["rows"]:
         console.print(sentence(row), highlight=False, markup=False, soft_wrap=True)
@@ -123,8 +121,8 @@ def compare(wanted: dict[str, tuple[str, agreement.Problem]], seconds: float = _
       seconds: after which no further layer is begun.
 
     Returns:
-      JSON: a row for each layer, as `agreement.tried` makes it, or with the outcome "not run"; and the `outcome` of all,
-      "passed" or "failed".
+      JSON: a row for each layer, as `agreement.tried` makes it, or with the outcome "not run"; and the `outcome` of
+      all, "passed" or "failed".
     """
     end, rows = time.monotonic() + seconds, []
     for layer, (name, whole) in wanted.items():

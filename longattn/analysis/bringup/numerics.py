@@ -24,18 +24,19 @@ def run(options: BringupOptions, report: Report) -> None:
     part["of"] = len(every)
     for case in options.cases or tuple(every):
         problem = every[case]
-        rows = [{"case": case, "problem": _json(problem), "back_end": name} for name in BACK_ENDS]
+        about = {"case": case, "problem": _json(problem)}
         if report.late:
-            part["rows"] += [{**row, "outcome": "not run", "reason": "the time for this part was over"} for row in rows]
+            over = {"outcome": "not run", "reason": "the time for this part was over"}
+            part["rows"] += [{**about, "back_end": name, **over} for name in BACK_ENDS]
             continue
         report.at(f"the truth of {case!r}")
         drawn = agreement.draw(problem)
         truth, plain = _truth(problem, drawn, cpu), jax.block_until_ready(agreement.plain(problem, drawn))
-        for row in rows:
-            report.at(f"{row['back_end']} at {case!r}")
-            row |= agreement.tried(problem, row["back_end"], drawn, truth, plain)
-            part["rows"].append(row)
-            report.say(f"{row['back_end']}, {case}: {row['outcome']}" + (f" ({r})" if (r := row.get("reason")) else ""))
+        for name in BACK_ENDS:
+            report.at(f"{name} at {case!r}")
+            row = agreement.tried(problem, name, drawn, truth, plain)
+            part["rows"].append({**about, "back_end": name, **row})
+            report.say(f"{name}, {case}: {row['outcome']}" + (f" ({row['reason']})" if "reason" in row else ""))
             report.write()
     if all(row["outcome"] == "not run" for row in part["rows"]):
         part["reason"] = "no time was left for any case"

@@ -126,8 +126,9 @@ class Report:
 
 
 def verdict(document: dict[str, Any], parts: tuple[str, ...]) -> tuple[str, list[str]]:
-    """"failed" where something is wrong, "passed" where all cases of the numerics were tried, else "incomplete"; and
-    what speaks against "passed", a sentence each.
+    """The verdict, and what speaks against "passed", a sentence each.
+
+    "failed" where something is wrong, else "passed" where all cases of the numerics were tried, else "incomplete".
     """
     wrong, missing = [], []
     for name in parts:

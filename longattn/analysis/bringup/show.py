@@ -17,7 +17,9 @@ from longattn.analysis.text import device_text, plain_table, seconds_text
 WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits
 Rows = list[tuple[str, ...]]
 MEMORY = ("step", "plan", "its compiler here", "peak here", "peak / plan")
-TIMING = ("direction", "contestant", "time", "by", "ratio", "of peak", "of HBM", "static", "measured", "measured / static")
+TIMING = (
+    "direction", "contestant", "time", "by", "ratio", "of peak", "of HBM", "static", "measured", "measured / static",
+)  # fmt: skip
 VERDICTS = {
     "passed": "Every case was tried, and every back end that accepts it agrees.",
     "failed": "Something is wrong: see what was found.",
@@ -97,7 +99,8 @@ def heads(document: Mapping[str, Any]) -> Iterable[tuple[str, str, Sequence[str]
     yield "numerics", f"Numerics against {against}: {error}", heading, rows
     yield "memory", "Device memory of a training step", MEMORY, memory(document)
     problems = {row["problem"]: None for row in document["timing"]["rows"] if "problem" in row}
-    yield "timing", f"Time of attention, {', '.join(problems) or 'not taken'}; cycles of a core", TIMING, timing(document)
+    caption = f"Time of attention, {', '.join(problems) or 'not taken'}; cycles of a core"
+    yield "timing", caption, TIMING, timing(document)
 
 
 def facts(document: Mapping[str, Any]) -> str:
