@@ -249,6 +249,7 @@ def _bringup(arguments: list[str]) -> int:
     from longattn.analysis import bringup
 
     options = _parse(bringup.BringupOptions, arguments, "bringup")
+    _compilation_cache()
     return 1 if bringup.run(options)["verdict"] == "failed" else 0
 
 

@@ -160,11 +160,11 @@ def _plain(arrays: Any, ids: Any, cotangents: Any, *, problem: Problem) -> Any:
         if "segment_ids" in ids:
             visible &= ids["segment_ids"][:, None, :, None] == ids["segment_ids"][:, None, None, :]
         s = jnp.where(visible, s, -jnp.inf)
-        sink = jnp.full(p.H, -jnp.inf) if sinks is None else sinks
-        m = jax.lax.stop_gradient(jnp.maximum(s.max(-1), sink[:, None]))
+        sink = (jnp.full(p.H, -jnp.inf) if sinks is None else sinks)[None, :, None]
+        m = jax.lax.stop_gradient(jnp.maximum(s.max(-1), sink))
         m = jnp.where(m == -jnp.inf, 0.0, m)
         e = jnp.exp(s - m[..., None])
-        total = e.sum(-1) + jnp.exp(sink[:, None] - m)
+        total = e.sum(-1) + jnp.exp(sink - m)
         empty = total == 0
         total = jnp.where(empty, 1.0, total)
         out = r(jnp.einsum("BHTS,BSHV->BTHV", r(e / total[..., None]), v, precision=Precision.HIGHEST))
@@ -238,10 +238,10 @@ def tried(problem: Problem, implementation: str, drawn: Drawn, truth: Results, p
     """
     began = time.perf_counter()
     try:
-        check(problem, implementation)
-    except NotImplementedError as refusal:
-        return {"outcome": "refused", "reason": " ".join(str(refusal).split())}
-    try:
+        try:
+            check(problem, implementation)
+        except NotImplementedError as refusal:
+            return {"outcome": "refused", "reason": " ".join(str(refusal).split())}
         got = jax.block_until_ready(attended(problem, implementation, drawn))
     except Exception as error:  # of the compiler's or the device's many kinds: a kernel that was accepted must run
         row: dict[str, Any] = {
@@ -267,5 +267,5 @@ def _json(d: Deviation) -> dict[str, Any]:
 
 
 def _share(d: Deviation) -> float:
-    """How much of what is allowed an error is."""
-    return d.error / d.allowed if d.allowed else float(d.error > 0)
+    """How much of what is allowed an error is; a flaw is beyond all."""
+    return np.inf if d.flaw else d.error / d.allowed if d.allowed else float(d.error > 0)

@@ -16,7 +16,7 @@ from longattn.analysis.bringup.report import Report
 # The memory part comes before the timed calls, whose peers hold more than its step does; each may take that share of
 # the time that is left.
 _RUN: dict[str, tuple[Callable[[BringupOptions, Report], None], float]] = {
-    "numerics": (numerics.run, 0.55),
+    "numerics": (numerics.run, 0.65),
     "memory": (memory.run, 0.4),
     "timing": (timing.run, 1.0),
 }
@@ -25,6 +25,7 @@ _RUN: dict[str, tuple[Callable[[BringupOptions, Report], None], float]] = {
 def _asked(options: BringupOptions) -> dict[str, Any]:
     """What was asked for, with the sizes that were chosen, and without places on this machine."""
     asked = {name: x for name, x in asdict(options).items() if name not in ("out", "json")}
+    asked |= {"parts": list(options.parts), "cases": list(options.cases)}
     return asked | {"T": options.length, "timed_T": options.timed_length, "rounds": options.calls}
 
 

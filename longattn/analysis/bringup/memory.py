@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -58,12 +59,14 @@ def _measured(config: Config) -> dict[str, Any]:
         reason = "this device keeps no account of its memory"
     elif after["peak_bytes_in_use"] <= before["peak_bytes_in_use"]:
         reason = f"what ran before held more: {before['peak_bytes_in_use']:,} bytes"
+    loss = float(metrics["loss"])
+    wrong = {} if math.isfinite(loss) else {"outcome": "failed", "reason": f"the loss of the step is {loss}"}
     return {
         "compiled_bytes": reserved,
         "measured_bytes": None if reason else after["peak_bytes_in_use"],
         "held_before_bytes": before.get("bytes_in_use"),
         "measured_reason": reason,
-        "loss": float(metrics["loss"]),
+        **wrong,
     }
 
 

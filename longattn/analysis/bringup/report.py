@@ -137,7 +137,7 @@ def verdict(document: dict[str, Any], parts: tuple[str, ...]) -> tuple[str, list
             wrong.append(f"{name}: {part['reason']}")
         for row in part["rows"]:
             if row.get("outcome") == "failed":
-                what = ", ".join(row[key] for key in ("back_end", "contestant", "case", "what") if key in row)
+                what = ", ".join(row[key] for key in ("back_end", "contestant", "case", "what", "step") if key in row)
                 wrong.append(f"{name}: {what}: {row['reason']}")
     numerics = document.get("numerics", {"status": "not run", "rows": []})
     tried = {row["case"] for row in numerics["rows"] if row["outcome"] != "not run"}

@@ -86,17 +86,17 @@ def notes(document: Mapping[str, Any], part: str) -> list[str]:
                 about += ["static cycles"] * (key == "static_note") + ["device time"] * (key == "clock_note")
                 where = row["case"] if "case" in row else row.get("what", "").replace("_", " + ")
                 found.setdefault(f"{', '.join(filter(None, about))}: {row[key]}", []).append(where)
-    own = document[part].get("reason")
+    own = [document[part][key] for key in ("reason", "note") if key in document[part]]
     of = lambda where: f" ({'; '.join(dict.fromkeys(filter(None, where)))})" if any(where) else ""
-    return [*([own] if own else []), *(f"{reason}{of(where)}" for reason, where in found.items())]
+    return [*own, *(f"{reason}{of(where)}" for reason, where in found.items())]
 
 
 def heads(document: Mapping[str, Any]) -> Iterable[tuple[str, str, Sequence[str], Rows]]:
     """(part, caption, heading, rows) of each table."""
     against = document["numerics"].get("against", "the reference")
     heading, rows = numerics(document)
-    error = "largest share of the error allowed, over results and gradients; allowed: twice a plain implementation's"
-    yield "numerics", f"Numerics against {against}: {error}", heading, rows
+    cell = "the result or gradient nearest to its limit: error, limit (twice a plain implementation's error)"
+    yield "numerics", f"Against {against}: {cell}", heading, rows
     yield "memory", "Device memory of a training step", MEMORY, memory(document)
     problems = {row["problem"]: None for row in document["timing"]["rows"] if "problem" in row}
     caption = f"Time of attention, {', '.join(problems) or 'not taken'}; cycles of a core"

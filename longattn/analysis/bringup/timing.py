@@ -25,6 +25,10 @@ _KEPT = (
 def run(options: BringupOptions, report: Report) -> None:
     """A row for each contestant and direction."""
     part = report.part("timing")
+    kind, known = dispatch.target().kind, ", ".join(hardware.TENSOR_CORES)
+    chip = hardware.chip_of(kind)
+    if chip is None or chip.name not in hardware.TENSOR_CORES:
+        part["note"] = f"static cycles are known of Pallas kernels on {known}, this is {kind}"
     for case, what in compare.CASES.items():
         if report.late:
             row = {"what": what, "contestant": "all", "outcome": "not run", "reason": "the time for this part was over"}
