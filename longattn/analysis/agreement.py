@@ -142,6 +142,8 @@ def wide(drawn: Drawn, dtype: Any) -> Drawn:
 @functools.partial(jax.jit, static_argnames="problem")
 def _plain(arrays: Any, ids: Any, cotangents: Any, *, problem: Problem) -> Any:
     p, bits = problem, jnp.finfo(problem.dtype)
+    # Factors that were rounded to bfloat16 are exact in any device's products, and compiled in a third of the time.
+    product = functools.partial(jnp.einsum, precision=None if p.dtype == "bfloat16" else Precision.HIGHEST)
 
     def r(x: Any) -> Any:  # its transpose rounds cotangents
         return jax.lax.reduce_precision(x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
@@ -150,7 +152,7 @@ def _plain(arrays: Any, ids: Any, cotangents: Any, *, problem: Problem) -> Any:
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
         k, v = (jnp.repeat(x, p.H // p.heads, axis=2) for x in (k, v))
         scale = p.D**-0.5 if p.scale is None else p.scale
-        s = r(scale * r(jnp.einsum("BTHD,BSHD->BHTS", q, k, precision=Precision.HIGHEST)))
+        s = r(scale * r(product("BTHD,BSHD->BHTS", q, k)))
         if p.softcap is not None:
             s = r(p.softcap * r(jnp.tanh(r(s / p.softcap))))
         if bias is not None:
@@ -167,7 +169,7 @@ def _plain(arrays: Any, ids: Any, cotangents: Any, *, problem: Problem) -> Any:
         total = e.sum(-1) + jnp.exp(sink - m)
         empty = total == 0
         total = jnp.where(empty, 1.0, total)
-        out = r(jnp.einsum("BHTS,BSHV->BTHV", r(e / total[..., None]), v, precision=Precision.HIGHEST))
+        out = r(product("BHTS,BSHV->BTHV", r(e / total[..., None]), v))
         return out, jnp.where(empty, -jnp.inf, m + jnp.log(total)).transpose(0, 2, 1)
 
     return _with_gradients(attend, arrays, cotangents)
@@ -176,7 +178,7 @@ def _plain(arrays: Any, ids: Any, cotangents: Any, *, problem: Problem) -> Any:
 def plain(problem: Problem, drawn: Drawn) -> Results:
     """The whole matrix at once in float32, each result rounded to the problem's dtype, forwards and backwards.
 
-    float32 products are full ones, so that on any device its error is what this precision costs there.
+    Products are exact but for their sum in float32, so that on any device its error is what this precision costs there.
     """
     return _plain(drawn.arrays, drawn.ids, drawn.cotangents, problem=problem)
 

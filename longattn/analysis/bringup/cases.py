@@ -11,29 +11,25 @@ from longattn.mask import Causal, Full, Window
 def problems(T: int) -> dict[str, Problem]:
     """By name, what training uses most first; `T`, at least 64, is about the length of each."""
     odd, quarter = T - 37, T // 4
-    causal = Problem(T=T, H=4, D=128, dtype="bfloat16")
+    causal = Problem(T=T, H=2, D=128, dtype="bfloat16")
     single = replace(causal, dtype="float32")
     everything = Problem(
-        T=odd, H=4, K=2, D=128, B=2, mask=Causal() & Window(quarter), documents=3, softcap=20.0, sinks=True,
+        T=odd, H=4, K=2, D=128, mask=Causal() & Window(quarter), documents=3, softcap=20.0, sinks=True,
         bias=(4, 1, odd), dtype="bfloat16",
     )  # fmt: skip
     return {
         "causal": causal,
         "causal, float32": single,
-        "packed documents": replace(causal, B=2, K=2, documents=5),
-        "packed documents, odd T, D 64": replace(causal, T=odd, K=1, D=64, documents=5),
-        "packed documents, float32": replace(single, T=odd, documents=5),
-        "full, odd T, grouped heads, D 64": replace(causal, T=odd, K=2, D=64, mask=Full()),
+        "packed documents, grouped heads": replace(causal, H=4, K=2, documents=5),
+        "packed documents, odd T, D 64, float32": replace(single, T=odd, D=64, K=1, documents=5),
+        "full, odd T, D 64": replace(causal, T=odd, D=64, mask=Full()),
         "window": replace(causal, K=1, mask=Causal() & Window(quarter)),
         "window on both sides, float32": replace(single, mask=Window(quarter, quarter // 2)),
-        "soft cap, D 256": replace(causal, D=256, K=2, softcap=20.0),
+        "soft cap, D 256": replace(causal, D=256, softcap=20.0),
         "sinks, D 64": replace(causal, D=64, sinks=True, mask=Causal() & Window(quarter)),
-        "bias": replace(causal, H=2, bias=(1, 2, T, T)),
-        "bias, float32": replace(single, H=2, D=64, bias=(2, T, 1)),
-        "values of another size": replace(causal, D=192, V=128),
-        "more keys than queries, float32": replace(single, T=quarter + 1, S=T, mask=Full()),
+        "bias, two sequences": replace(causal, B=2, bias=(1, 2, T, T)),
+        "more keys, values of another size": replace(causal, T=T // 2 + 1, S=T, D=192, V=128, mask=Full()),
         "empty rows": replace(causal, S=quarter, mask=Window(T // 8)),
-        "empty rows, float32": replace(single, S=quarter, mask=Window(T // 8)),
         "large logits, float32": replace(single, scale=10.0),
         "rising logits": replace(causal, rise=40.0),
         "rising logits, float32": replace(single, rise=40.0),

@@ -26,7 +26,7 @@ from longattn.train import bringup as reports
 
 ROOT = Path(__file__).parents[3]
 SMALL = {"T": 64, "timed_T": 128, "rounds": 1}
-FEW = ("causal", "empty rows, float32")
+FEW = ("causal, float32", "empty rows")
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_the_tables_say_all(whole) -> None:
     console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     show.tables(console, whole[0], whole[1] / "x.json")
     text = console.export_text()
-    for piece in ("empty rows, float32", "passed: ", "forward + backward", "cpu: incomplete", "x.html"):
+    for piece in ("empty rows", "passed: ", "forward + backward", "cpu: incomplete", "x.html"):
         assert piece in text, piece
 
 
@@ -121,7 +121,7 @@ def test_a_wrong_kernel_is_reported_and_the_rest_goes_on(monkeypatch, tmp_path, 
         assert rows[case, "choosy"]["outcome"] == "refused"
         assert "it is Tuesday" in rows[case, "choosy"]["reason"]
     assert document["verdict"] == "failed"
-    assert any(f.startswith("numerics: wrong, causal: ") for f in document["findings"])
+    assert any(f.startswith("numerics: wrong, causal, float32: ") for f in document["findings"])
     assert reports.report("cpu", "xla") is None
 
 
@@ -143,6 +143,7 @@ def test_a_part_that_raises_is_in_the_report(monkeypatch, tmp_path) -> None:
         raise RuntimeError("the device\nis gone")
 
     monkeypatch.setattr(agreement, "plain", broken)
+    monkeypatch.setattr(memory, "_measured", lambda config: {"measured_bytes": None})
     document = run(BringupOptions(parts=("numerics", "memory"), out=str(tmp_path / "o"), **SMALL), quiet())
     assert document["numerics"]["status"] == "failed"
     assert document["numerics"]["reason"] == "the truth of 'causal': RuntimeError: the device is gone"
@@ -265,15 +266,18 @@ def test_cycles_on_a_chip(monkeypatch) -> None:
     assert show.timing(rows)[0][-3:] == ("1.503 M", "3.006 M", "2.00")
 
 
-@pytest.mark.parametrize("kind", ["TPU v5 lite", "NVIDIA H100 80GB HBM3", "Tesla T4"])
-def test_memory_on_a_chip(monkeypatch, kind) -> None:
+def test_the_peak_of_a_step(monkeypatch) -> None:
     peaks = iter([{"peak_bytes_in_use": 10, "bytes_in_use": 5}, {"peak_bytes_in_use": 300, "bytes_in_use": 5}])
-    asked = []
     monkeypatch.setattr(memory, "_stats", lambda: next(peaks))
-    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("tpu", kind))
-    monkeypatch.setattr(program, "facts", lambda config, where, *_: asked.append(where.name) or {"hbm_bytes": 200})
     made = memory._measured(memory._SMALL)
     assert (made["measured_bytes"], made["held_before_bytes"], made["measured_reason"]) == (300, 5, None)
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "NVIDIA H100 80GB HBM3", "Tesla T4"])
+def test_plan_is_asked_for_one_device_of_this_chip(monkeypatch, kind) -> None:
+    asked = []
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("tpu", kind))
+    monkeypatch.setattr(program, "facts", lambda config, where, *_: asked.append(where.name) or {"hbm_bytes": 200})
     predicted = memory._predicted(memory._SMALL, 10.0)
     if kind == "Tesla T4":
         assert "this is Tesla T4" in predicted["predicted_reason"] and not asked
