@@ -205,7 +205,7 @@ class Prefix(Mask):
 
     def _limit(self, *xs: Any) -> tuple[Any, ...]:
         """(n, *xs), all ready to broadcast."""
-        if isinstance(self.n, int):
+        if isinstance(self.n, int) or self.n.ndim == 0:  # one sequence, as a kernel sees it
             return (self.n, *xs)
         return (self.n.reshape(-1, 1, 1, 1), *(_lift(x, 4) for x in xs))
 

@@ -19,15 +19,15 @@ from longattn import shapes
 from longattn.mask import Causal, Mask
 from longattn.ops import dispatch
 from longattn.ops import partial as partials
-from longattn.ops.attention import reference, xla
+from longattn.ops.attention import pallas_tpu, reference, xla
 from longattn.ops.attention.spec import Extras, Spec
 from longattn.ops.partial import Partial
 from longattn.shapes import Key, KeyIds, Out, Query, QueryIds, Statistic, Value
 
 Ids = QueryIds | tuple[QueryIds, KeyIds]
 
-BACK_ENDS = {"xla": xla, "reference": reference}  # best first; a Pallas back end joins here
-DEFAULT = ("xla",)  # never the reference: nothing silently becomes O(T S) in memory
+BACK_ENDS = {"pallas_tpu": pallas_tpu, "xla": xla, "reference": reference}  # best first
+DEFAULT = ("pallas_tpu", "xla")  # never the reference: nothing silently becomes O(T S) in memory
 
 
 def _pair(name: str, given: Any, q: Any, k: Any) -> tuple[Array, Array]:
@@ -101,6 +101,7 @@ def validate(
         scale=D**-0.5 if scale is None else shapes.check_positive("scale", scale),
         softcap=None if softcap is None else shapes.check_positive("softcap", softcap),
         out_dtype=(q.dtype if rounded else shapes.statistics_dtype(q.dtype)).name,
+        in_order=positions is None,
         tuning=tuning,
     )
     if sinks is not None:

@@ -39,4 +39,5 @@ class Spec:
     scale: float  # logits are scale * q k^T
     softcap: float | None  # then softcap * tanh(logits / softcap)
     out_dtype: str  # name of the dtype of `out`
+    in_order: bool  # positions are arange(T) and arange(S), as no positions were given
     tuning: Any = None  # this back end's Tuning, or None for its own choice

@@ -1,0 +1,183 @@
+"""Exact attention by Pallas kernels for TPUs: arrays in the kernels' layout, what is refused, and the gradient's rule.
+
+XLA moves heads before tokens (it may fold that into the operation before), sums delta, and makes the lists of blocks;
+all of it is linear in the sequence but the lists, of one number per pair of blocks.
+
+Not supported, with the reason in the error: float16 and float64, a bias, masks with arrays other than one number per
+sequence, jvp and second derivatives.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool
+
+from longattn.ops import dispatch
+from longattn.ops.attention.pallas_tpu import blocks
+from longattn.ops.attention.pallas_tpu.backward import NO_KEY, backward
+from longattn.ops.attention.pallas_tpu.call import LOG2E, Call
+from longattn.ops.attention.pallas_tpu.forward import forward
+from longattn.ops.attention.pallas_tpu.tuning import Blocks, Tuning, choose
+from longattn.ops.attention.spec import Extras, Spec
+from longattn.shapes import Key, Out, Query, Statistic, Value
+
+BOUND = 80.0  # 2^80 times any sum of values, and 2^-80 times any value, are far from float32's limits
+_ROWS = 16  # rows of bfloat16 in a register: copies begin and end at multiples of it
+
+
+def check(q: Any, k: Any, v: Any, extras: Extras, spec: Spec) -> None:
+    """Raises NotImplementedError with the reason where the kernels cannot serve the call."""
+    target = dispatch.target()
+    if target.platform != "tpu" and not dispatch.interpreted_as_tpu():
+        raise NotImplementedError(f"the kernels are for TPUs, the target is {target.kind!r}")
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"{q.dtype} products are not what TPUs have; cast to bfloat16 or float32")
+    if extras.bias is not None:
+        raise NotImplementedError("a bias is not read by the kernels")
+    for leaf in jax.tree.leaves(extras.mask):
+        if leaf.ndim != 1:
+            raise NotImplementedError(f"the mask {extras.mask} has an array other than one number per sequence")
+
+
+def _call(
+    q: Array, k: Array, v: Array, extras: Extras, spec: Spec, sizes: Blocks, vmem_bytes: int, out_dtype: Any
+) -> Call:
+    (B, T, H, D), (S, K), V = q.shape, k.shape[1:3], v.shape[3]
+    numbers = [] if spec.in_order else ["positions"]
+    numbers += [] if extras.q_segments is None else ["segments"]
+    patterns = None
+    if not numbers and not jax.tree.leaves(extras.mask):
+        patterns = blocks.patterns(extras.mask, sizes.block_q, sizes.block_k, sizes.tile_q, sizes.tile_k, T, S)
+    return Call(
+        B, H, K, T, S, D, V, sizes.block_q, sizes.block_k, sizes.tile_q, sizes.tile_k, spec.scale, spec.softcap,
+        jnp.dtype(out_dtype), tuple(numbers), patterns, vmem_bytes,
+    )  # fmt: skip
+
+
+def _heads_first(x: Array) -> Array:
+    """[B T H ...] -> [B H T ...], filled up to whole registers: copies of a part of one are not possible."""
+    x = x.swapaxes(1, 2)
+    short = -x.shape[2] % _ROWS
+    return jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0))) if short else x
+
+
+def _numbers(n: Call, extras: Extras, side: str, length: int | None) -> Array | None:
+    """int32 [B numbers T], or filled up to `length`."""
+    if not n.numbers:
+        return None
+    rows = [getattr(extras, f"{side}_{name}") for name in n.numbers]
+    rows = [jnp.broadcast_to(x, (n.B, x.shape[1])) for x in rows]
+    x = jnp.stack(rows, 1)
+    return x if length is None else jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])), mode="edge")
+
+
+def _kinds(n: Call, extras: Extras, spec: Spec) -> Array:
+    strips, parts = n.block_q // n.tile_q, n.block_k // n.tile_k
+    return blocks.kinds(
+        extras, n.tile_q, n.tile_k, n.rows_q * strips, n.rows_k * parts, n.S, spec.in_order
+    )  # fmt: skip
+
+
+def _leaves(mask: Any) -> list[Array]:
+    """The mask's numbers, one per sequence, as the lists take them: [B 1 1]."""
+    return [x[:, None, None] for x in jax.tree.leaves(mask)]
+
+
+def _bounded(n: Call, q: Array, k: Array) -> Bool[Array, "B H rows"]:
+    """Whether no logit in a row of blocks can leave [-BOUND, BOUND] in base 2, by Cauchy and Schwarz. [B H T D]"""
+    length = lambda x: jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(-1))
+    queries = jnp.pad(length(q), ((0, 0), (0, 0), (0, n.rows_q * n.block_q - q.shape[2])))
+    queries = queries.reshape(n.B, n.H, n.rows_q, n.block_q).max(-1)
+    keys = jnp.repeat(length(k).max(-1), n.H // n.K, axis=1)
+    most = queries * keys[..., None] * n.scale
+    return (most if n.softcap is None else jnp.minimum(most, n.softcap)) * LOG2E <= BOUND
+
+
+def _forward(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> tuple[Array, Array]:
+    (B, T, H, _), S, V = q.shape, k.shape[1], v.shape[3]
+    if 0 in (B, T, H, S, V):
+        zero = 0.0 * jnp.sum(q, dtype=jnp.float32)  # of the inputs' type over a mesh
+        return (
+            jnp.broadcast_to(zero, (B, T, H, V)).astype(spec.out_dtype),
+            jnp.broadcast_to(zero - jnp.inf, (B, T, H)),
+        )
+    tuning, vmem_bytes = choose(spec.tuning, q, k, v, extras)
+    n = _call(q, k, v, extras, spec, tuning.forward, vmem_bytes, spec.out_dtype)
+    q, k, v = (_heads_first(x) for x in (q, k, v))
+    with jax.named_scope("order"):
+        own = [_bounded(n, q, k), *_leaves(extras.mask)]
+        kinds = _kinds(n, extras, spec)
+        walk = blocks.lists(kinds, n.block_q // n.tile_q, n.block_k // n.tile_k, n.patterns, own)
+    numbers = _numbers(n, extras, "q", None), _numbers(n, extras, "k", n.rows_k * n.block_k)
+    out, lse = forward(n, jax.tree.structure(extras.mask), *_one_type((walk, q, k, v, *numbers)))
+    return out.swapaxes(1, 2), lse.swapaxes(1, 2)
+
+
+def _one_type(arrays: Any) -> Any:
+    """The same arrays, all varying over the mesh axes that any does: the lists of blocks may come from constants."""
+    return dispatch.vary_together(arrays)
+
+
+def _backward(
+    q: Array, k: Array, v: Array, extras: Extras, out: Array, lse: Array, do: Array, dlse: Array, spec: Spec,
+    out_dtype: Any,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    if 0 in (*q.shape[:3], k.shape[1], v.shape[3]):
+        return tuple(jnp.zeros_like(x, out_dtype) for x in (q, k, v))
+    tuning, vmem_bytes = choose(spec.tuning, q, k, v, extras)
+    n = _call(q, k, v, extras, spec, tuning.backward, vmem_bytes, out_dtype)
+    T, length = n.T, n.rows_q * n.block_q
+    empty = lse == -jnp.inf
+    delta = jnp.where(empty, 0.0, (do.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse)
+    lse = jnp.where(empty, NO_KEY, lse * LOG2E)
+    fill = lambda x, value: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - T)), constant_values=value)
+    stats = jnp.stack([fill(lse, NO_KEY), fill(delta, 0.0)], 2)
+    q, k, v, do = (_heads_first(x) for x in (q, k, v, do.astype(q.dtype)))
+    with jax.named_scope("order"):
+        kinds = _kinds(n, extras, spec).swapaxes(2, 3)
+        cut = None if n.patterns is None else tuple(tuple(zip(*pattern)) for pattern in n.patterns)
+        walk = blocks.lists(
+            kinds, n.block_k // n.tile_k, n.block_q // n.tile_q, cut, _leaves(extras.mask), mark_first=True
+        )
+        visited = jnp.any((kinds > 0).reshape(*kinds.shape[:3], n.rows_q, -1), (2, 4))  # [B|1 1 rows_q]
+    numbers = _numbers(n, extras, "k", None), _numbers(n, extras, "q", length)
+    dq, dk, dv = backward(n, jax.tree.structure(extras.mask), *_one_type((walk, q, k, v, do, stats, *numbers)))
+    dq = jnp.where(jnp.repeat(visited, n.block_q, -1)[:, :, None, :T], dq[..., :T] * n.scale, 0.0)
+    return dq.transpose(0, 3, 1, 2).astype(out_dtype), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> tuple[Array, Array]:
+    return _forward(q, k, v, extras, spec)
+
+
+def _attend_forward(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> Any:
+    out, lse = _forward(q, k, v, extras, spec)
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    return (out, lse), (q, k, v, extras, out, lse)
+
+
+def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
+    q = residuals[0]
+    gradient = functools.partial(_backward, spec=spec, out_dtype=q.dtype)
+    return *dispatch.once(gradient, *residuals, *cotangents), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def attend(q: Query, k: Key, v: Value, extras: Extras, spec: Spec) -> tuple[Out, Statistic]:
+    """out [B T H V] in spec.out_dtype and lse [B T H]; zeros and -inf where no key is visible."""
+    return _attend(q, k, v, extras, spec)
+
+
+def backward_partial(
+    q: Query, k: Key, v: Value, extras: Extras, out: Out, lse: Statistic, do: Out, dlse: Statistic, spec: Spec
+) -> tuple[Query, Key, Value]:
+    """dq, dk, dv from these keys in float32, given the global out and lse."""
+    return _backward(q, k, v, extras, out, lse, do, dlse, spec, jnp.float32)

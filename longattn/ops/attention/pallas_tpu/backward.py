@@ -1,0 +1,282 @@
+"""The backward kernel: dq, dk and dv in one walk over the visible blocks, in tiles S^T that stand transposed.
+
+    S = c q k^T (base 2);  P = 2^(S - lse);  dP = do v^T;  dS = P (dP - delta);  delta = rowsum(do out) - dlse
+    dv = P^T do;  dk = scale dS^T q;  dq = scale dS k
+
+Algorithm 2 of arXiv:2307.08691 in its loop order (keys outside). Of a tile, the gradients come as dv^T = do^T P,
+dk^T = q^T dS and dq^T = k^T dS^T, whose stationary operand is the tile: on matrix units of 256 x 256 each takes half
+the cycles at D = V = 128. In the program's order the products of one tile stand between the outputs of the tile before
+and its own softmax, which the compiler needs to keep the units busy.
+
+dk and dv of a row stay in fast memory. dq is summed in device memory, float32 [D T], read and written back at each
+visit, in the order of the walk: one order, so the sum is the same bit for bit every time. The copies overlap the
+computation. `_Sums` keeps them apart where a block of queries returns before its last write has landed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from longattn.mask import EMPTY, FULL, PARTIAL
+from longattn.ops.attention.pallas_tpu import blocks, tiles
+from longattn.ops.attention.pallas_tpu.call import LOG2E, Call
+from longattn.ops.attention.pallas_tpu.fetch import RING, Fetch, after, before
+
+NO_KEY = 1e30  # stands for the lse of a query that sees no key: P = 2^(S - NO_KEY) = 0
+_SLOT, _FETCHED, _READING, _LAST, _WRITING = range(5)  # of the state; from _WRITING on one flag per buffer
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """The blocks of dq that are on their way. At most one copy into, and one out of, each buffer of the ring."""
+
+    hbm: Any  # [B H D T] float32
+    ring: Any  # [RING D block]
+    state: Any
+    semaphores: Any  # DMA [2 RING]: reads, writes
+
+    def _at(self, place: tuple[Array, Array, Array]) -> Any:
+        b, h, i = place
+        size = self.ring.shape[-1]
+        return self.hbm.at[b, h, :, pl.ds(pl.multiple_of(i * size, size), size)]
+
+    def read(self, place: tuple[Array, Array, Array], slot: Array) -> Any:
+        return pltpu.make_async_copy(self._at(place), self.ring.at[slot], self.semaphores.at[0, slot])
+
+    def write(self, place: tuple[Array, Array, Array], slot: Array) -> None:
+        pltpu.make_async_copy(self.ring.at[slot], self._at(place), self.semaphores.at[1, slot]).start()
+        self.state[_WRITING + slot] = 1
+
+    def settle(self, slot: Array) -> None:
+        """Waits until what was written from this buffer has landed."""
+
+        @pl.when(self.state[_WRITING + slot] == 1)
+        def _wait() -> None:
+            zero = jnp.int32(0)  # all blocks are of one size, which is all that a wait reads
+            pltpu.make_async_copy(self.ring.at[slot], self._at((zero, zero, zero)), self.semaphores.at[1, slot]).wait()
+            self.state[_WRITING + slot] = 0
+
+
+def _kernel(n: Call, mask: Any, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any, stats_hbm: Any, *rest: Any):
+    refs = list(rest)
+    k_numbers, q_numbers = (refs.pop(0), refs.pop(0)) if n.numbers else (None, None)
+    dq_hbm, dk_ref, dv_ref, q_ring, do_ring, stats_ring, number_ring, dq_ring, dk_acc, dv_acc, state, sems, dq_sems = (
+        refs
+    )
+    head, row = pl.program_id(0), pl.program_id(1)
+    b, kv, group = head // n.K, head % n.K, n.H // n.K
+    c, tq, tk = n.scale * LOG2E, n.tile_q, n.tile_k
+    precision = lax.Precision.HIGHEST if k_ref.dtype == jnp.float32 else None
+    classes = 1 if n.patterns is None else len(n.patterns)
+    ends = [walk[0, i] for i in range(classes + 1)]
+    seen, following_row, first_leaf = ends[-1], walk[0, classes + 1], classes + 2
+    shows = jax.tree.unflatten(mask, [walk[0, first_leaf + i] for i in range(mask.num_leaves)])
+    sums = _Sums(dq_hbm, dq_ring, state, dq_sems)
+
+    def entry(step: Array) -> Array:
+        return walk[0, first_leaf + mask.num_leaves + step]
+
+    def fetch(h: Array) -> Fetch:
+        """Of query head h of this key head's group."""
+        h = kv * group + h
+        lanes = [(stats_hbm.at[b, h], stats_ring)] + ([(q_numbers.at[b], number_ring)] if n.numbers else [])
+        return Fetch(n.T, n.block_q, [(q_hbm.at[b, h], q_ring), (do_hbm.at[b, h], do_ring)], lanes, sems)
+
+    # ---- one block
+
+    def block(pattern: blocks.Pattern, slot: Array, i: Array) -> None:
+        used = [
+            (strip, part)
+            for strip in range(n.block_q // tq)
+            for part in range(n.block_k // tk)
+            if pattern[strip][part] != EMPTY
+        ]
+        q, do, stats, dq = q_ring.at[slot], do_ring.at[slot], stats_ring.at[slot], dq_ring.at[slot]
+
+        def where(tile: tuple[int, int]) -> tuple[slice, slice]:
+            strip, part = tile
+            return slice(strip * tq, (strip + 1) * tq), slice(part * tk, (part + 1) * tk)
+
+        def products(tile: tuple[int, int]) -> tuple[Array, Array]:
+            queries, keys = where(tile)
+            return (
+                tiles.dot(k_ref[keys], q[queries], "NT", precision),
+                tiles.dot(v_ref[keys], do[queries], "NT", precision),
+            )
+
+        def softmax(tile: tuple[int, int], s: Array, dp: Array) -> tuple[Array, Array]:
+            queries, keys = where(tile)
+            slope = None
+            if n.softcap is None:
+                s = s * c
+            else:
+                t = jnp.tanh(s * (n.scale / n.softcap))
+                s, slope = t * (n.softcap * LOG2E), 1 - t * t
+            p = jnp.exp2(s - stats[:1, queries])
+            ds = p * (dp - stats[1:2, queries])
+            if slope is not None:
+                ds = ds * slope
+            if pattern[tile[0]][tile[1]] == PARTIAL:
+                visible = tiles.visible(
+                    shows, n.numbers, number_ring.at[slot] if n.numbers else None, k_numbers,
+                    i * n.block_q + queries.start, row * n.block_k + keys.start, queries.start, keys.start, tq, tk,
+                    n.S if n.S % n.block_k else None,
+                )  # fmt: skip
+                p, ds = jnp.where(visible, p, 0.0), jnp.where(visible, ds, 0.0)
+            return p.astype(q.dtype), ds.astype(q.dtype)
+
+        def outputs(tile: tuple[int, int], p: Array, ds: Array) -> None:
+            queries, keys = where(tile)
+            k = k_ref[keys]
+            if n.S % n.block_k and pattern[tile[0]][tile[1]] == PARTIAL:  # beyond the keys there may be NaN
+                index = row * n.block_k + keys.start + lax.broadcasted_iota(jnp.int32, k.shape, 0)
+                k = jnp.where(index < n.S, k, jnp.zeros_like(k))
+            dv_acc[:, keys] += tiles.dot(do[queries], p, "TT", precision)
+            dk_acc[:, keys] += tiles.dot(q[queries], ds, "TT", precision)
+            dq[:, queries] += tiles.dot(k, ds, "TN", precision)
+
+        now, last = products(used[0]), None
+        for t, tile in enumerate(used):
+            following = products(used[t + 1]) if t + 1 < len(used) else None
+            if last is not None:
+                outputs(used[t - 1], *last)
+            last, now = softmax(tile, *now), following
+        outputs(used[-1], *last)
+
+    # ---- one visit: a block of queries of one head of the group
+
+    def visit(pattern: blocks.Pattern, h: Array, step: Array, _: Any) -> None:
+        slot = state[_SLOT]
+        i, first = entry(step) & blocks.INDEX, entry(step) > blocks.INDEX
+        here = (b, kv * group + h, i)
+        more, other = step + 1 < seen, h + 1 < group
+        next_entry = jnp.where(more, entry(step + 1), jnp.where(other, entry(0), following_row))
+        next_h, next_i = jnp.where(more, h, jnp.where(other, h + 1, 0)), next_entry & blocks.INDEX
+        reading, next_reading = state[_READING], (next_entry >= 0) & (next_entry <= blocks.INDEX)
+
+        @pl.when(state[_FETCHED] == 0)
+        def _fetch() -> None:
+            fetch(h).start(i, slot)
+
+        sums.settle(after(slot))
+
+        # The next block's sum can be read once it is written: not yet if that is this block or waits in the ring.
+        same = (next_h == h) & (next_i == i)
+        pl.when(next_reading & (next_h * n.rows_q + next_i == state[_LAST]))(lambda: sums.settle(before(slot)))
+
+        @pl.when(next_entry >= 0)
+        def _next() -> None:
+            fetch(next_h).start(next_i, after(slot))
+
+        ahead = next_reading & ~same
+        pl.when(ahead)(lambda: sums.read((b, kv * group + next_h, next_i), after(slot)).start())
+        fetch(h).wait(i, slot)
+
+        @pl.when(first)
+        def _zero() -> None:
+            dq_ring[slot] = jnp.zeros(dq_ring.shape[1:], jnp.float32)
+
+        @pl.when(~first)
+        def _arrive() -> None:
+            @pl.when(reading == 0)
+            def _read() -> None:
+                sums.settle(before(slot))
+                sums.read(here, slot).start()
+
+            sums.read(here, slot).wait()
+
+        state[_FETCHED], state[_READING] = (next_entry >= 0).astype(jnp.int32), ahead.astype(jnp.int32)
+        state[_LAST], state[_SLOT] = h * n.rows_q + i, after(slot)
+        block(pattern, slot, i)
+        sums.write(here, slot)
+
+    # ---- the row
+
+    @pl.when(row == 0)
+    def _start() -> None:
+        for i in range(_WRITING + RING):
+            state[i] = 0
+        state[_LAST] = -1
+
+    dk_acc[...] = jnp.zeros_like(dk_acc)
+    dv_acc[...] = jnp.zeros_like(dv_acc)
+    every = lambda kind: ((kind,) * (n.block_k // tk),) * (n.block_q // tq)
+    cut = [every(PARTIAL)] if n.patterns is None else n.patterns
+
+    def of_head(h: Array, _: Any) -> None:
+        for i, pattern in enumerate([*cut, every(FULL)]):
+            lax.fori_loop(ends[i - 1] if i else 0, ends[i], functools.partial(visit, pattern, h), None)
+
+    lax.fori_loop(0, group, of_head, None)
+    dk_ref[...] = (dk_acc[...] * n.scale).T.astype(dk_ref.dtype)
+    dv_ref[...] = dv_acc[...].T.astype(dv_ref.dtype)
+
+    @pl.when(row == pl.num_programs(1) - 1)
+    def _land() -> None:
+        for slot in range(RING):
+            sums.settle(jnp.int32(slot))
+
+
+def backward(
+    n: Call, mask: Any, walk: Array, q: Array, k: Array, v: Array, do: Array, stats: Array, k_numbers: Array | None,
+    q_numbers: Array | None,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """dq / scale [B H D rows*block_q] in float32, dk [B K S D] and dv [B K S V] in n.out_dtype.
+
+    Blocks of queries that the walk never visits are left as they were found: the caller knows which.
+
+    Args:
+      mask: its tree, whose leaves are one number per sequence.
+      walk: int32 [B|1 1 columns W], of `blocks.lists` with keys as rows and first visits marked; its own numbers are
+        the mask's leaves.
+      q, k, v, do: [B H T D], [B K S D], [B K S V], [B H T V].
+      stats: float32 [B H 2 rows*block_q], lse in base 2 (NO_KEY where there is none, and beyond the queries), delta.
+      k_numbers, q_numbers: int32 [B numbers S], [B numbers rows*block_q], where the kernel reads any.
+    """
+    Bw, _, columns, W = walk.shape
+    group, T = n.H // n.K, n.rows_q * n.block_q
+    shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    by_row = lambda size: pl.BlockSpec((None, None, n.block_k, size), lambda h, j: (h // n.K, h % n.K, j, 0))
+    numbers = [] if k_numbers is None else [k_numbers, q_numbers]
+    number_specs = [pl.BlockSpec((None, len(n.numbers), n.block_k), lambda h, j: (h // n.K, 0, j)), hbm]
+    walk_spec = pl.BlockSpec(
+        (None, None, 1, W), lambda h, j: (h // n.K if Bw > 1 else 0, j, 0, 0), memory_space=pltpu.SMEM
+    )
+    return pl.pallas_call(
+        functools.partial(_kernel, n, mask),
+        name="longattn_attention_backward",
+        grid=(n.B * n.K, columns),
+        in_specs=[walk_spec, by_row(n.D), by_row(n.V), hbm, hbm, hbm, *(number_specs if numbers else [])],
+        out_specs=[hbm, by_row(n.D), by_row(n.V)],
+        out_shape=[
+            shape((n.B, n.H, n.D, T), jnp.float32),
+            shape((n.B, n.K, n.S, n.D), n.out_dtype),
+            shape((n.B, n.K, n.S, n.V), n.out_dtype),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((RING, n.block_q, n.D), q.dtype),
+            pltpu.VMEM((RING, n.block_q, n.V), do.dtype),
+            pltpu.VMEM((RING, 2, n.block_q), jnp.float32),
+            pltpu.VMEM((RING, max(len(n.numbers), 1), n.block_q), jnp.int32),
+            pltpu.VMEM((RING, n.D, n.block_q), jnp.float32),
+            pltpu.VMEM((n.D, n.block_k), jnp.float32),
+            pltpu.VMEM((n.V, n.block_k), jnp.float32),
+            pltpu.SMEM((_WRITING + RING,), jnp.int32),
+            pltpu.SemaphoreType.DMA((4, RING)),
+            pltpu.SemaphoreType.DMA((2, RING)),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=n.vmem_bytes
+        ),
+    )(walk.reshape(Bw, columns, 1, W), k, v, q, do, stats, *numbers)

@@ -1,0 +1,131 @@
+"""Which blocks a kernel visits: lists made at run time from the mask's interval kinds and the segments' bounds.
+
+A kernel walks over rows: blocks of queries in the forward pass, of keys in the backward pass. For each row there is a
+list of the blocks on the other side that hold a visible pair, those that need a mask first. It is int32 [B|1 H|1 J W]:
+
+    where each class of blocks ends in the list, one word per class
+    the first block of the next row's list, or -1
+    numbers of the kernel's own
+    the blocks, class by class; beyond `INDEX` where this is the first row that visits the block, if that is marked
+
+The last class are the blocks that need no mask. Where the geometry is known at compile time, each way in which a block
+is cut into hidden, cut and whole tiles (its `Pattern`) is a class of its own, and a kernel has a body for each that
+leaves the hidden tiles out; else there is one class whose blocks are masked throughout.
+
+The kernel fetches one row of it at a time, so that no length of the sequence outgrows the scalar memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Int8
+
+from longattn.mask import EMPTY, FULL, PARTIAL, Mask
+from longattn.ops.attention.spec import Extras
+
+Pattern = tuple[tuple[int, ...], ...]  # kinds of a block's tiles [queries][keys]
+INDEX = 2**30 - 1  # the bits of a block's index
+_MOST_PATTERNS = 4
+
+
+def _bounds(x: Array, tile: int, tiles: int, in_order: bool) -> tuple[Array, Array]:
+    """Least and greatest value of [B|1 T] in each tile, [B|1 tiles].
+
+    A tile beyond the end repeats the last value; positions that are `in_order` go on.
+    """
+    if in_order:
+        first = np.arange(tiles, dtype=np.int32)[None] * tile
+        return first, first + (tile - 1)
+    x = jnp.pad(x, ((0, 0), (0, tiles * tile - x.shape[1])), mode="edge").reshape(x.shape[0], tiles, tile)
+    return x.min(-1), x.max(-1)
+
+
+def _inside(length: int, tile: int, first: np.ndarray) -> np.ndarray:
+    """The most that tiles can be that begin at `first`, by the length alone."""
+    return np.where(first + tile <= length, FULL, np.where(first < length, PARTIAL, EMPTY)).astype(np.int8)
+
+
+def kinds(extras: Extras, tile_q: int, tile_k: int, Jq: int, Jk: int, S: int, in_order: bool) -> Int8[Array, "..."]:
+    """EMPTY, PARTIAL or FULL of each tile [B|1 H|1 Jq Jk]; a tile that the keys end in is not FULL.
+
+    Where the queries end does not matter: what is computed for those beyond is thrown away.
+
+    Args:
+      in_order: positions are arange(T) and arange(S).
+    """
+    rows = [x[:, None, :, None] for x in _bounds(extras.q_positions, tile_q, Jq, in_order)]
+    columns = [x[:, None, None, :] for x in _bounds(extras.k_positions, tile_k, Jk, in_order)]
+    kind = jnp.asarray(extras.mask.kind(*rows, *columns))
+    if extras.q_segments is not None:
+        q_lo, q_hi = (x[:, None, :, None] for x in _bounds(extras.q_segments, tile_q, Jq, False))
+        k_lo, k_hi = (x[:, None, None, :] for x in _bounds(extras.k_segments, tile_k, Jk, False))
+        same = (q_lo == q_hi) & (k_lo == k_hi) & (q_lo == k_lo)
+        other = (q_hi < k_lo) | (k_hi < q_lo)
+        kind = jnp.minimum(kind, jnp.where(other, EMPTY, jnp.where(same, FULL, PARTIAL)).astype(kind.dtype))
+    return jnp.minimum(kind, _inside(S, tile_k, np.arange(Jk) * tile_k))
+
+
+def patterns(
+    mask: Mask, block_q: int, block_k: int, tile_q: int, tile_k: int, T: int, S: int
+) -> tuple[Pattern, ...] | None:
+    """The ways in which blocks are cut at positions arange(T), arange(S); None if there are too many to compile."""
+
+    def kind(q_first: np.ndarray, q_size: int, k_first: np.ndarray, k_size: int) -> np.ndarray:
+        found = mask.kind(q_first, q_first + (q_size - 1), k_first, k_first + (k_size - 1))
+        return np.minimum(np.asarray(found), _inside(S, k_size, k_first))
+
+    columns = np.arange(0, S, block_k, dtype=np.int32)
+    found: dict[Pattern, None] = {}
+    for row in np.arange(0, T, block_q, dtype=np.int32):  # one at a time, so that a long sequence takes no memory
+        cut = columns[kind(row[None], block_q, columns, block_k) == PARTIAL]
+        q = row + np.arange(0, block_q, tile_q, dtype=np.int32)[None, :, None]
+        k = cut[:, None, None] + np.arange(0, block_k, tile_k, dtype=np.int32)
+        for tiles in kind(q, tile_q, k, tile_k):
+            if tiles.any() and not (tiles == FULL).all():
+                found[tuple(map(tuple, tiles.tolist()))] = None
+        if len(found) > _MOST_PATTERNS:
+            return None
+    return tuple(found)
+
+
+def lists(
+    kind: Int8[Array, "..."],
+    outer: int,
+    inner: int,
+    classes: tuple[Pattern, ...] | None,
+    own: Sequence[Array | int],
+    mark_first: bool = False,
+) -> Int[Array, "..."]:
+    """The lists of a kernel whose rows are `outer` tiles high and whose blocks are `inner` tiles wide.
+
+    Args:
+      kind: of tiles [B|1 H|1 Jo*outer Ji*inner], rows first.
+      classes: the patterns [outer][inner] that blocks are cut into, or None for one class of all that are cut.
+      own: the kernel's own numbers, each broadcasting to [B H Jo].
+      mark_first: whether to mark first visits.
+
+    Returns:
+      int32 [B|1 H|1 Jo W].
+    """
+    B, H, rows, columns = kind.shape
+    Jo, Ji = rows // outer, columns // inner
+    tiles = jnp.moveaxis(kind.reshape(B, H, Jo, outer, Ji, inner), 4, 3)  # [B H Jo Ji outer inner]
+    empty, full = (tiles == EMPTY).all((-1, -2)), (tiles == FULL).all((-1, -2))
+    count = 1 if classes is None else len(classes)
+    rank = jnp.where(empty, count + 1, jnp.where(full, count, 0))
+    for i, pattern in enumerate(classes or ()):
+        rank = jnp.where((tiles == np.array(pattern, np.int8)).all((-1, -2)), i, rank)
+    order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
+    if mark_first:
+        earlier = jnp.cumsum(~empty, axis=2) - ~empty > 0
+        order = order + jnp.where(jnp.take_along_axis(earlier, order, axis=-1), 0, INDEX + 1)
+    ends = [(rank <= i).sum(-1, dtype=jnp.int32) for i in range(count + 1)]
+    first = jnp.where(ends[-1] > 0, order[..., 0], -1)
+    following = jnp.concatenate([first[..., 1:], jnp.full_like(first[..., :1], -1)], -1)
+    header = jnp.broadcast_arrays(*ends, following, *(jnp.asarray(x, jnp.int32) for x in own))
+    order = jnp.broadcast_to(order, (*header[0].shape, Ji))
+    end = jnp.full((*order.shape[:-1], 1), -1, jnp.int32)  # what is read, and not used, behind a list of all blocks
+    return jnp.concatenate([jnp.stack(header, -1), order, end], -1)

@@ -1,0 +1,45 @@
+"""The static side of a kernel."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from longattn.ops.attention.pallas_tpu.blocks import Pattern
+
+LOG2E = math.log2(math.e)
+SUBLANES = 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a kernel is compiled for."""
+
+    B: int
+    H: int
+    K: int
+    T: int
+    S: int
+    D: int
+    V: int
+    block_q: int
+    block_k: int
+    tile_q: int
+    tile_k: int
+    scale: float
+    softcap: float | None
+    out_dtype: Any  # of out, or of dk and dv
+    numbers: tuple[str, ...]  # which of "positions", "segments" the kernel reads
+    patterns: tuple[Pattern, ...] | None  # ways in which blocks are cut, [queries][keys]; None: by any numbers
+    vmem_bytes: int  # that the kernel may use
+
+    @property
+    def rows_q(self) -> int:
+        """Blocks of queries."""
+        return -(-self.T // self.block_q)
+
+    @property
+    def rows_k(self) -> int:
+        """Blocks of keys."""
+        return -(-self.S // self.block_k)

@@ -1,0 +1,68 @@
+"""Blocks of a sequence on their way from device memory into a ring of buffers, while others are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+RING = 3  # buffers: what is computed, what is on its way, and what is still read from the block before
+
+
+def after(slot: Array) -> Array:
+    """The next place in the ring."""
+    return jnp.where(slot == RING - 1, 0, slot + 1)
+
+
+def before(slot: Array) -> Array:
+    """The place in the ring before this one."""
+    return jnp.where(slot == 0, RING - 1, slot - 1)
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Copies of one block of tokens from several arrays.
+
+    Tokens stand in the rows of some arrays and in the lanes of others. The last block may end early; its rows are then
+    filled up with zeros, for what lies in device memory beyond an array may be NaN.
+    """
+
+    length: int  # of the sequence; where it ends within a block, a multiple of the rows of a register
+    block: int  # tokens
+    rows: Sequence[tuple[Any, Any]]  # (an array's ref [length size], its ring [RING block size])
+    lanes: Sequence[tuple[Any, Any]]  # (an array's ref [n blocks*block], its ring [RING n block])
+    semaphores: Any  # DMA [arrays RING]
+
+    def _each(self, j: Array, slot: Array, do: Callable[[Any], None]) -> None:
+        def copy(tokens: int) -> None:
+            first = pl.multiple_of(j * self.block, self.block)
+            pairs = [(hbm.at[pl.ds(first, tokens)], ring.at[slot, pl.ds(0, tokens)]) for hbm, ring in self.rows]
+            pairs += [(hbm.at[:, pl.ds(first, self.block)], ring.at[slot]) for hbm, ring in self.lanes]
+            for i, (source, target) in enumerate(pairs):
+                do(pltpu.make_async_copy(source, target, self.semaphores.at[i, slot]))
+
+        if not (tail := self.length % self.block):
+            copy(self.block)
+            return
+        last = self.length // self.block
+        pl.when(j < last)(lambda: copy(self.block))
+        pl.when(j == last)(lambda: copy(tail))
+
+    def start(self, j: Array, slot: Array) -> None:
+        """Sends for block j."""
+        self._each(j, slot, lambda copy: copy.start())
+
+    def wait(self, j: Array, slot: Array) -> None:
+        """Waits for block j."""
+        self._each(j, slot, lambda copy: copy.wait())
+        if tail := self.length % self.block:
+
+            @pl.when(j == self.length // self.block)
+            def _fill() -> None:
+                for _, ring in self.rows:
+                    ring[slot, tail:] = jnp.zeros((self.block - tail, ring.shape[-1]), ring.dtype)

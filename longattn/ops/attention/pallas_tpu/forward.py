@@ -1,0 +1,309 @@
+"""The forward kernel: O^T = V^T P^T of tiles S^T = K q^T that stand transposed, keys along sublanes.
+
+    S = c q k^T (base 2);  m' = max(m, rowmax S);  P = 2^(S - m');  l' = 2^(m - m') l + rowsum P;  O' = 2^(m - m') O + P v
+    out = O / l;  lse = ln 2 (m + log2 l)
+
+Algorithm 1 of arXiv:2307.08691. Transposed, the statistics of a row lie along lanes, so that no reduction crosses them,
+and P is the stationary operand of the second product, whose other side is only V rows high: on matrix units of 256 x
+256 it takes half the cycles at V = 128.
+
+Where |q| |k| bounds every logit of a row of blocks (`bounded`, found by the caller), m stays 0: no maximum, no
+rescaling, and P of one tile is multiplied by v while S of the next one is computed, across blocks. Elsewhere the
+softmax is online.
+
+The kernel walks over a row's list (`blocks`) by itself: keys and values of the next block, or of the next row's first,
+are on their way while one is computed. Of a block that the mask cuts, each tile is left out, computed whole or masked
+by its own kind.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from longattn.mask import EMPTY, FULL, PARTIAL
+from longattn.ops.attention.pallas_tpu import blocks, tiles
+from longattn.ops.attention.pallas_tpu.call import LOG2E, SUBLANES, Call
+from longattn.ops.attention.pallas_tpu.fetch import RING, Fetch, after
+
+NEVER = -1e30  # below every logit; finite, so that differences are
+_SLOT, _FETCHED = range(2)  # of the state
+
+
+def chunk_size(n: Call) -> int:
+    """Keys whose P is multiplied by v at once: half a block, as P alternates between two buffers."""
+    if n.block_k // n.tile_k % 2:
+        raise ValueError(f"block_k={n.block_k} must be an even multiple of tile_k={n.tile_k}")
+    return n.block_k // 2
+
+
+def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) -> None:
+    refs = list(rest)
+    q_numbers, k_numbers = (refs.pop(0), refs.pop(0)) if n.numbers else (None, None)
+    o_ref, lse_ref, k_ring, v_ring, number_ring, p_ref, s_ref, acc_ref, m_ref, l_ref, a_ref, state, sems = refs
+    head, row = pl.program_id(0), pl.program_id(1)
+    b, kv = head // n.H, head % n.H // (n.H // n.K)
+    c, tq, pk, strips = n.scale * LOG2E, n.tile_q, n.tile_k, n.block_q // n.tile_q
+    tk = chunk_size(n)
+    chunks = n.block_k // tk
+    precision = lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
+    classes = 1 if n.patterns is None else len(n.patterns)  # of blocks that are cut
+    ends = [walk[0, i] for i in range(classes + 1)]
+    cut, seen = (ends[-2] if classes else 0), ends[-1]
+    following_row, bound, first_own = walk[0, classes + 1], walk[0, classes + 2], classes + 3
+    leaves = [walk[0, first_own + i] for i in range(mask.num_leaves)]
+    shows = jax.tree.unflatten(mask, leaves)
+
+    def block(step: Array) -> Array:
+        return walk[0, first_own + mask.num_leaves + step]
+
+    lanes = [(k_numbers.at[b], number_ring)] if n.numbers else []
+    fetch = Fetch(n.S, n.block_k, [(k_hbm.at[b, kv], k_ring), (v_hbm.at[b, kv], v_ring)], lanes, sems)
+
+    def arrive(step: Array, slot: Array) -> None:
+        """Waits for the block of this step, and sends for the one after it."""
+        following = jnp.where(step + 1 < seen, block(step + 1), following_row)
+
+        @pl.when(state[_FETCHED] == 0)
+        def _fetch() -> None:
+            fetch.start(block(step), slot)
+
+        @pl.when(following >= 0)
+        def _next() -> None:
+            fetch.start(following, after(slot))
+
+        state[_FETCHED] = (following >= 0).astype(jnp.int32)
+        fetch.wait(block(step), slot)
+
+    # ---- products
+
+    def logits(slot: Array, first: int, keys: int, strip: int) -> Array:
+        """S^T [keys tile_q] in base 2."""
+        q = q_ref[strip * tq : (strip + 1) * tq, :]
+        s = tiles.dot(k_ring[slot, first : first + keys, :], q, "NT", precision)
+        if n.softcap is None:
+            return s * c
+        return jnp.tanh(s * (n.scale / n.softcap)) * (n.softcap * LOG2E)
+
+    def weighted(slot: Array, first: int, keys: slice, p: Array) -> Array:
+        """V^T P^T [V tile_q] of the keys counted from `first`."""
+        return tiles.dot(v_ring[slot, first + keys.start : first + keys.stop, :], p, "TN", precision)
+
+    def groups(x: Array) -> Array:
+        """[keys queries] -> [keys/8 8 queries], registers above each other."""
+        return x.reshape(x.shape[0] // 8, 8, x.shape[1])
+
+    def shown(slot: Array, j: Array, first: Array | int, keys: int, strip: int) -> Array:
+        """Visible pairs, bool [keys tile_q], of the keys from `first` on in block j."""
+        return tiles.visible(
+            shows, n.numbers, q_numbers, number_ring.at[slot] if n.numbers else None,
+            row * n.block_q + strip * tq, j * n.block_k + first, strip * tq, first, tq, keys, n.S if n.S % n.block_k else None,
+        )  # fmt: skip
+
+    # ---- rows whose logits are bounded: m = 0
+
+    def bounded(pattern: blocks.Pattern, slot: Array, j: Array, before: Array | None, flush: bool) -> None:
+        """One block: P of each chunk of keys, and P v of the chunk before it.
+
+        Args:
+          before: the slot of the block whose last chunk's P is still to be multiplied by v, if there is one.
+          flush: whether no block follows that would do so for this one.
+        """
+        parts = tk // pk
+
+        def used(chunk: int, strip: int) -> list[int]:
+            """The parts of a chunk from the first to the last that are not hidden."""
+            seen = [part for part in range(parts) if pattern[strip][chunk * parts + part] != EMPTY]
+            return list(range(seen[0], seen[-1] + 1)) if seen else []
+
+        def probabilities(chunk: int, strip: int) -> None:
+            for part in used(chunk, strip):
+                kind, where = pattern[strip][chunk * parts + part], slice(part * pk, (part + 1) * pk)
+                if kind == EMPTY:
+                    p_ref[chunk % 2, strip, where] = jnp.zeros((pk, tq), p_ref.dtype)
+                    continue
+                first = chunk * tk + part * pk
+                p = jnp.exp2(logits(slot, first, pk, strip))
+                if kind == PARTIAL:
+                    p = jnp.where(shown(slot, j, first, pk, strip), p, 0.0)
+                l_ref[strip] += groups(p).sum(0)
+                p_ref[chunk % 2, strip, where] = p.astype(p_ref.dtype)
+
+        def multiply(chunk: int, strip: int) -> None:
+            if seen := used(chunk, strip):
+                keys = slice(seen[0] * pk, (seen[-1] + 1) * pk)
+                acc_ref[strip] += weighted(slot, chunk * tk, keys, p_ref[chunk % 2, strip, keys])
+
+        for chunk in range(chunks):
+            for strip in range(strips):
+                probabilities(chunk, strip)
+                if chunk:
+                    multiply(chunk - 1, strip)
+                elif before is not None:
+                    acc_ref[strip] += weighted(before, (chunks - 1) * tk, slice(0, tk), p_ref[1, strip])
+        if flush:
+            for strip in range(strips):
+                multiply(chunks - 1, strip)
+
+    # ---- other rows: online softmax
+
+    def online(masked: bool, step: Array, slot: Array) -> Array:
+        """One block, tile by tile: S of the next tile, P of this one, P v of this one."""
+        arrive(step, slot)
+        j = block(step)
+        tile = [(chunk, strip) for chunk in range(chunks) for strip in range(strips)]
+
+        def begin(t: int) -> None:
+            chunk, strip = tile[t]
+            s = logits(slot, chunk * tk, tk, strip)
+            if masked:
+                s = jnp.where(shown(slot, j, chunk * tk, tk, strip), s, NEVER)
+            s_ref[t % 2] = s
+            old = m_ref[strip]
+            new = jnp.maximum(old, groups(s).max(0).max(0, keepdims=True))
+            m_ref[strip] = new
+            # Where no key was seen yet, the sum of what stands for none is thrown away by 2^(NEVER - new) = 0.
+            a_ref[t % 2, 0], a_ref[t % 2, 1] = new, jnp.exp2(old - new)
+
+        def middle(t: int) -> None:
+            _, strip = tile[t]
+            s = groups(s_ref[t % 2])
+            p = jnp.exp2(s - a_ref[t % 2, 0][None])
+            l_ref[strip] = l_ref[strip] * a_ref[t % 2, 1] + p.sum(0)
+            p_ref[t % 2, 0] = p.reshape(tk, tq).astype(p_ref.dtype)
+
+        def end(t: int) -> None:
+            chunk, strip = tile[t]
+            kept = acc_ref[strip] * a_ref[t % 2, 1, :1]
+            acc_ref[strip] = kept + weighted(slot, chunk * tk, slice(0, tk), p_ref[t % 2, 0])
+
+        begin(0)
+        for t in range(len(tile)):
+            if t + 1 < len(tile):
+                begin(t + 1)
+            middle(t)
+            end(t)
+        return after(slot)
+
+    # ---- the row
+
+    @pl.when(row == 0)
+    def _start() -> None:
+        state[_SLOT] = 0
+        state[_FETCHED] = 0
+
+    start = state[_SLOT]
+    acc_ref[...] = jnp.zeros_like(acc_ref)
+    l_ref[...] = jnp.zeros_like(l_ref)
+
+    def of_bounded() -> None:
+        m_ref[...] = jnp.zeros_like(m_ref)
+        every = lambda kind: ((kind,) * (n.block_k // pk),) * strips
+        slot = start
+        for i, pattern in enumerate([every(PARTIAL)] if n.patterns is None else n.patterns):
+
+            def alone(step: Array, slot: Array, pattern: blocks.Pattern = pattern) -> Array:
+                arrive(step, slot)
+                bounded(pattern, slot, block(step), None, True)
+                return after(slot)
+
+            slot = lax.fori_loop(ends[i - 1] if i else 0, ends[i], alone, slot)
+
+        def following(step: Array, slots: tuple[Array, Array]) -> tuple[Array, Array]:
+            slot, before = slots
+            arrive(step, slot)
+            bounded(every(FULL), slot, block(step), before, False)
+            return after(slot), slot
+
+        @pl.when(cut < seen)
+        def _whole() -> None:
+            arrive(cut, slot)
+            bounded(every(FULL), slot, block(cut), None, False)
+            state[_SLOT], before = lax.fori_loop(cut + 1, seen, following, (after(slot), slot))
+            for strip in range(strips):
+                acc_ref[strip] += weighted(before, (chunks - 1) * tk, slice(0, tk), p_ref[1, strip])
+
+        @pl.when(cut == seen)
+        def _none() -> None:
+            state[_SLOT] = slot
+
+    def of_others() -> None:
+        m_ref[...] = jnp.full_like(m_ref, NEVER)
+        slot = lax.fori_loop(0, cut, functools.partial(online, True), start)
+        state[_SLOT] = lax.fori_loop(cut, seen, functools.partial(online, False), slot)
+
+    pl.when(bound == 1)(of_bounded)
+    pl.when(bound == 0)(of_others)
+
+    for strip in range(strips):
+        total = l_ref[strip].sum(0, keepdims=True)
+        m = m_ref[strip, :1]
+        empty = (total == 0.0) | (m == NEVER)
+        total = jnp.where(empty, 1.0, total)
+        columns = slice(strip * tq, (strip + 1) * tq)
+        o_ref[columns] = jnp.where(empty, 0.0, acc_ref[strip] * (1.0 / total)).T.astype(o_ref.dtype)
+        lse_ref[:, columns] = jnp.where(empty, -jnp.inf, (m + jnp.log2(total)) * math.log(2))
+
+
+def forward(
+    n: Call, mask: Any, walk: Array, q: Array, k: Array, v: Array, q_numbers: Array | None, k_numbers: Array | None
+) -> tuple[Array, Array]:
+    """out [B H T V] in n.out_dtype and lse float32 [B H T].
+
+    Args:
+      mask: its tree, whose leaves are one number per sequence.
+      walk: int32 [B|1 H|1 rows W], of `blocks.lists`; its own numbers are whether the row's logits are bounded, and
+        the mask's leaves.
+      q, k, v: [B H T D], [B K S D], [B K S V].
+      q_numbers, k_numbers: int32 [B numbers T], [B numbers columns*block_k], where the kernel reads any.
+    """
+    Bw, Hw, rows, W = walk.shape
+    strips, chunk = n.block_q // n.tile_q, chunk_size(n)
+    shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+
+    def by_row(*block: int | None, last: bool = False) -> pl.BlockSpec:
+        """Of an array [B H ... ] the part of this head and row; the row is the last axis or the one before it."""
+        return pl.BlockSpec((None, None, *block), lambda h, i: (h // n.H, h % n.H, *((0, i) if last else (i, 0))))
+
+    numbers = [] if q_numbers is None else [q_numbers, k_numbers]
+    number_specs = [pl.BlockSpec((None, len(n.numbers), n.block_q), lambda h, i: (h // n.H, 0, i)), hbm]
+    walk_spec = pl.BlockSpec(
+        (None, None, 1, W),
+        lambda h, i: (h // n.H if Bw > 1 else 0, (h % n.H if Hw > 1 else 0) * rows + i, 0, 0),
+        memory_space=pltpu.SMEM,
+    )
+    statistics = pltpu.VMEM((strips, SUBLANES, n.tile_q), jnp.float32)
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, n, mask),
+        name="longattn_attention_forward",
+        grid=(n.B * n.H, rows),
+        in_specs=[walk_spec, by_row(n.block_q, n.D), hbm, hbm, *(number_specs if numbers else [])],
+        out_specs=[by_row(n.block_q, n.V), by_row(1, n.block_q, last=True)],
+        out_shape=[shape((n.B, n.H, n.T, n.V), n.out_dtype), shape((n.B, n.H, 1, n.T), jnp.float32)],
+        scratch_shapes=[
+            pltpu.VMEM((RING, n.block_k, n.D), k.dtype),
+            pltpu.VMEM((RING, n.block_k, n.V), v.dtype),
+            pltpu.VMEM((RING, max(len(n.numbers), 1), n.block_k), jnp.int32),
+            pltpu.VMEM((2, strips, chunk, n.tile_q), v.dtype),
+            pltpu.VMEM((2, chunk, n.tile_q), jnp.float32),
+            pltpu.VMEM((strips, n.V, n.tile_q), jnp.float32),
+            statistics,
+            statistics,
+            pltpu.VMEM((2, 2, SUBLANES, n.tile_q), jnp.float32),
+            pltpu.SMEM((2,), jnp.int32),
+            pltpu.SemaphoreType.DMA((3, RING)),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=n.vmem_bytes
+        ),
+    )(walk.reshape(Bw, Hw * rows, 1, W), q, k, v, *numbers)
+    return out, lse[:, :, 0]

@@ -1,0 +1,60 @@
+"""What the kernels do on one tile [keys queries] of logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from longattn.mask import Mask
+
+LANES = 128
+_FORMS = {"NT": ((1,), (1,)), "TN": ((0,), (0,)), "TT": ((0,), (1,))}
+
+
+def dot(a: Array, b: Array, form: str, precision: Any) -> Array:
+    """A product in float32: "N" operands as they stand, "T" transposed, in the sense of a matrix product a b."""
+    return lax.dot_general(a, b, (_FORMS[form], ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _column(row: Array, queries: int) -> Array:
+    """A row [1 keys] of numbers as [keys queries]: turned around, the same in every lane."""
+    parts = [jnp.broadcast_to(row[:, i : i + LANES], (LANES, LANES)).T for i in range(0, row.shape[1], LANES)]
+    return jnp.tile(jnp.concatenate(parts), (1, queries // LANES))
+
+
+def visible(
+    mask: Mask, numbers: tuple[str, ...], q_numbers: Any, k_numbers: Any, q_index: Any, k_index: Any,
+    q_offset: int, k_offset: int, queries: int, keys: int, S: int | None,
+) -> Array:  # fmt: skip
+    """Visible pairs of a tile, bool [keys queries].
+
+    Args:
+      numbers: which rows the number arrays have; what is missing is counted from the index.
+      q_numbers, k_numbers: refs int32 [numbers block].
+      q_index, k_index: of the tile's first query and key in the sequences.
+      q_offset, k_offset: where the tile stands in its block.
+      S: number of keys where the tile may end beyond it.
+    """
+    shape = (keys, queries)
+    index = k_index + lax.broadcasted_iota(jnp.int32, shape, 0)
+
+    def pair(name: str) -> tuple[Array, Array]:
+        i = numbers.index(name)
+        q = q_numbers[i : i + 1, q_offset : q_offset + queries]
+        k = k_numbers[i : i + 1, k_offset : k_offset + keys]
+        return q, _column(k, queries)
+
+    if "positions" in numbers:
+        q_positions, k_positions = pair("positions")
+    else:
+        q_positions, k_positions = q_index + lax.broadcasted_iota(jnp.int32, (1, queries), 1), index
+    seen = mask(q_positions, k_positions)
+    if "segments" in numbers:
+        q_segments, k_segments = pair("segments")
+        seen = seen & (q_segments == k_segments)
+    if S is not None:
+        seen = seen & (index < S)
+    return jnp.broadcast_to(seen, shape)
