@@ -131,9 +131,8 @@ def compare(wanted: dict[str, tuple[str, agreement.Problem]], seconds: float = _
         if rows and time.monotonic() > end:
             rows.append({**row, "outcome": "not run", "reason": f"{seconds:g} s were over"})
             continue
-        drawn = agreement.draw(problem)
-        single = dataclasses.replace(problem, dtype="float32")
-        truth = agreement.attended(single, "xla", agreement.wide(drawn, np.float32))
+        drawn = agreement.draws(problem)
+        truth = agreement.truth(problem, "xla", drawn, np.float32)
         rows.append(row | agreement.tried(problem, name, drawn, truth, agreement.plain(problem, drawn)))
     outcome = "failed" if any(row["outcome"] == "failed" for row in rows) else "passed"
     return {"against": "xla, float32", "device": dispatch.target().kind, "outcome": outcome, "rows": rows}

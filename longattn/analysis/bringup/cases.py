@@ -10,12 +10,12 @@ from longattn.mask import Causal, Full, Window
 
 def problems(T: int) -> dict[str, Problem]:
     """By name, what training uses most first; `T`, at least 64, is about the length of each."""
-    odd, quarter = T - 37, T // 4
+    odd, half, quarter = T - 37, T // 2, T // 4
     causal = Problem(T=T, H=2, D=128, dtype="bfloat16")
     single = replace(causal, dtype="float32")
     everything = Problem(
-        T=odd, H=4, K=2, D=128, mask=Causal() & Window(quarter), documents=3, softcap=20.0, sinks=True,
-        bias=(4, 1, odd), dtype="bfloat16",
+        T=half + 1, H=8, K=4, D=128, mask=Causal() & Window(quarter), documents=3, softcap=20.0, sinks=True,
+        dtype="bfloat16",
     )  # fmt: skip
     return {
         "causal": causal,
@@ -26,9 +26,11 @@ def problems(T: int) -> dict[str, Problem]:
         "window": replace(causal, K=1, mask=Causal() & Window(quarter)),
         "window on both sides, float32": replace(single, mask=Window(quarter, quarter // 2)),
         "soft cap, D 256": replace(causal, D=256, softcap=20.0),
-        "sinks, D 64": replace(causal, D=64, sinks=True, mask=Causal() & Window(quarter)),
-        "bias, two sequences": replace(causal, B=2, bias=(1, 2, T, T)),
-        "more keys, values of another size": replace(causal, T=T // 2 + 1, S=T, D=192, V=128, mask=Full()),
+        "sinks, D 64": replace(causal, T=half, H=8, D=64, sinks=True, mask=Causal() & Window(quarter)),
+        "prefixes of two sequences": replace(causal, B=2, prefix=quarter),
+        "bias": replace(causal, bias=(1, 2, T, T)),
+        "bias, float32": replace(single, D=64, bias=(2, 1, T)),
+        "more keys, values of another size": replace(causal, T=half + 1, S=T, D=192, V=128, mask=Full()),
         "empty rows": replace(causal, S=quarter, mask=Window(T // 8)),
         "large logits, float32": replace(single, scale=10.0),
         "rising logits": replace(causal, rise=40.0),

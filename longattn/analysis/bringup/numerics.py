@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,8 +31,8 @@ def run(options: BringupOptions, report: Report) -> None:
             part["rows"] += [{**about, "back_end": name, **over} for name in back_ends]
             continue
         report.at(f"the truth of {case!r}")
-        drawn = agreement.draw(problem)
-        truth, plain = _truth(problem, drawn, cpu), jax.block_until_ready(agreement.plain(problem, drawn))
+        drawn = agreement.draws(problem)
+        truth, plain = _truth(problem, drawn, cpu), agreement.plain(problem, drawn)
         for name in back_ends:
             report.at(f"{name} at {case!r}")
             row = agreement.tried(problem, name, drawn, truth, plain)
@@ -51,13 +51,11 @@ def _cpu() -> jax.Device | None:
         return None
 
 
-def _truth(problem: agreement.Problem, drawn: agreement.Drawn, cpu: jax.Device | None) -> agreement.Results:
+def _truth(problem: agreement.Problem, drawn: Sequence[agreement.Drawn], cpu: jax.Device | None) -> agreement.Results:
     if cpu is None:
-        single = dataclasses.replace(problem, dtype="float32")
-        return jax.device_get(agreement.attended(single, "reference", agreement.wide(drawn, np.float32)))
-    double = dataclasses.replace(problem, dtype="float64")
+        return agreement.truth(problem, "reference", drawn, np.float32)
     with jax.enable_x64(True), jax.default_device(cpu):
-        return jax.device_get(agreement.attended(double, "reference", agreement.wide(drawn, np.float64)))
+        return agreement.truth(problem, "reference", drawn, np.float64)
 
 
 def _json(problem: agreement.Problem) -> dict[str, Any]:
