@@ -234,7 +234,7 @@ class Deviation:
 
 
 def deviations(
-    got: Results, truth: Results, plain: Results, work: Any, terms: int | None = None
+    got: Results, truth: Results, plain: Results, work: Any, units: float | None = None
 ) -> dict[str, Deviation]:
     """How far each result is from the truth.
 
@@ -242,9 +242,9 @@ def deviations(
       got: what is judged.
       truth: as if exact, of the same names and shapes.
       plain: what a plain implementation of the same precision gives.
-      work: the dtype of statistics and accumulators. Rounding of the result and of sums of n terms, at least 1024, is
-        allowed sqrt(n) of its units in the last place.
-      terms: of the longest sum; None: as many as a result has numbers.
+      work: the dtype of statistics and accumulators.
+      units: in its last place that rounding is allowed beside; None: sqrt(n) for a sum of n terms, with n the number of
+        a result's elements, at least 1024.
     """
     found = {}
     for name, array in got.items():
@@ -261,7 +261,8 @@ def deviations(
             flaw = f"{np.count_nonzero(~np.isfinite(x[finite]))} of {x.size} numbers are NaN or inf"
         size = float(np.linalg.norm(exact[finite]))
         error, own = (float(np.linalg.norm(a[finite] - exact[finite])) for a in (x, yardstick))
-        bound, unit = 2 * own + float(eps) * max(terms or x.size, 1024) ** 0.5 * size, size or 1.0
+        rounding = float(eps) * (max(x.size, 1024) ** 0.5 if units is None else units)
+        bound, unit = 2 * own + rounding * size, size or 1.0
         found[name] = Deviation(error / unit, bound / unit, own / unit, flaw)
     return found
 
@@ -286,10 +287,7 @@ def tried(
             "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",
         }
     else:
-        p = problem
-        found = deviations(
-            got, truth, plain, shapes.statistics_dtype(p.dtype), p.B * p.H * max(p.T, p.keys, p.D, p.values)
-        )
+        found = deviations(got, truth, plain, shapes.statistics_dtype(problem.dtype), _units(problem, truth))
         for name, x in got.items():
             if x.tobytes() != again[name].tobytes() and not found[name].flaw:
                 found[name] = replace(found[name], flaw="two calls with equal arguments differ")
@@ -302,6 +300,15 @@ def tried(
         if not found[worst].agrees:
             row["reason"] = f"{worst}: {found[worst]}"
     return row | {"seconds": time.perf_counter() - began}
+
+
+def _units(problem: Problem, truth: Results) -> float:
+    """What rounding is allowed: of the longest sums, and of an lse that is kept for the backward pass, whose rounding,
+    in proportion to its size, is in every weight there.
+    """
+    p, lse = problem, truth["lse"][np.isfinite(truth["lse"])]
+    terms = p.B * p.H * max(p.T, p.keys, p.D, p.values)
+    return max(terms, 1024) ** 0.5 + (float(np.sqrt(np.mean(np.square(lse)))) if lse.size else 0.0)
 
 
 def _json(d: Deviation) -> dict[str, Any]:

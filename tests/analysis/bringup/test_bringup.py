@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from rich.console import Console
 
 from longattn import cli
@@ -62,6 +63,8 @@ def test_every_part_on_a_cpu(whole) -> None:
     assert [document[part]["status"] for part in ("numerics", "memory", "timing")] == ["done"] * 3
     assert {(row["case"], row["back_end"]) for row in document["numerics"]["rows"]} >= {(case, "xla") for case in FEW}
     assert "float64" in document["numerics"]["against"]
+    (refused,) = {row["reason"] for row in document["numerics"]["rows"] if row["back_end"] == "pallas_tpu"}
+    assert "the kernels are for TPUs, the target is 'cpu'" in refused
     assert document["verdict"] == "incomplete"  # of the cases
     (finding,) = document["findings"]
     assert finding == f"numerics: 2 of {document['numerics']['of']} cases were tried"
@@ -125,6 +128,16 @@ def test_a_wrong_kernel_is_reported_and_the_rest_goes_on(monkeypatch, tmp_path, 
     assert reports.report("cpu", "xla") is None
 
 
+def test_kernels_that_accept_the_device_are_tried(tmp_path) -> None:
+    """In interpret mode a CPU is a TPU to them."""
+    options = BringupOptions(parts=("numerics",), cases=("causal, float32",), out=str(tmp_path), **SMALL)
+    with pltpu.force_tpu_interpret_mode():
+        document = run(options, quiet())
+    assert [(row["back_end"], row["outcome"]) for row in document["numerics"]["rows"]] == [
+        ("pallas_tpu", "passed"), ("xla", "passed"),
+    ]  # fmt: skip
+
+
 def test_a_report_that_passed_is_kept_where_training_looks(monkeypatch, tmp_path) -> None:
     everything = {name: p for name, p in numerics.problems(64).items() if name in FEW}
     monkeypatch.setattr(numerics, "problems", lambda T: everything)
@@ -134,7 +147,7 @@ def test_a_report_that_passed_is_kept_where_training_looks(monkeypatch, tmp_path
     found = reports.report("cpu", "xla")
     assert found is not None and found.parent == reports.folders()[1]
     assert json.loads(found.read_text()) == document
-    assert reports.report("cpu", "pallas_tpu") is None  # it was not there when the report was made
+    assert reports.report("cpu", "pallas_tpu") is None  # it refused
     assert reports.report("v5e", "xla") is None
 
 
@@ -191,7 +204,7 @@ def test_a_killed_run_leaves_what_it_has(tmp_path) -> None:
     try:
         end = time.monotonic() + 120
         rows: list[dict] = []
-        while len(rows) < 3 and time.monotonic() < end and child.poll() is None:
+        while len(rows) < 5 and time.monotonic() < end and child.poll() is None:
             time.sleep(0.1)
             for path in tmp_path.glob("*.json"):
                 rows = json.loads(path.read_text())["numerics"]["rows"]  # whole at any moment
@@ -199,7 +212,8 @@ def test_a_killed_run_leaves_what_it_has(tmp_path) -> None:
         child.send_signal(signal.SIGKILL)
         child.communicate()
     document = one_report(tmp_path)
-    assert [(row["case"], row["back_end"], row["outcome"]) for row in document["numerics"]["rows"]] == [
+    rows = [row for row in document["numerics"]["rows"] if row["back_end"] != "pallas_tpu"]
+    assert [(row["case"], row["back_end"], row["outcome"]) for row in rows] == [
         ("causal", "xla", "passed"), ("causal", "stuck", "passed"), ("longer", "xla", "passed"),
     ]  # fmt: skip
     assert (document["numerics"]["status"], document["verdict"]) == ("running", "incomplete")
