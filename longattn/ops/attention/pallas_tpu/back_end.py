@@ -10,6 +10,7 @@ sequence, jvp and second derivatives.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,12 +18,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool
 
+from longattn.mask import EMPTY
 from longattn.ops import dispatch
 from longattn.ops.attention.pallas_tpu import blocks
 from longattn.ops.attention.pallas_tpu.backward import NO_KEY, backward
 from longattn.ops.attention.pallas_tpu.call import LOG2E, Call
 from longattn.ops.attention.pallas_tpu.forward import forward
-from longattn.ops.attention.pallas_tpu.tuning import Blocks, Tuning, choose
+from longattn.ops.attention.pallas_tpu.tuning import PASSES, Pass, Tuning, choose, limit
 from longattn.ops.attention.spec import Extras, Spec
 from longattn.shapes import Key, Out, Query, Statistic, Value
 
@@ -42,20 +44,22 @@ def check(q: Any, k: Any, v: Any, extras: Extras, spec: Spec) -> None:
     for leaf in jax.tree.leaves(extras.mask):
         if leaf.ndim != 1:
             raise NotImplementedError(f"the mask {extras.mask} has an array other than one number per sequence")
+    if min(*q.shape, *k.shape, *v.shape):
+        for which in PASSES:
+            _call(which, q, k, v, extras, spec, spec.out_dtype)
 
 
-def _call(
-    q: Array, k: Array, v: Array, extras: Extras, spec: Spec, sizes: Blocks, vmem_bytes: int, out_dtype: Any
-) -> Call:
+def _call(which: Pass, q: Array, k: Array, v: Array, extras: Extras, spec: Spec, out_dtype: Any) -> Call:
     (B, T, H, D), (S, K), V = q.shape, k.shape[1:3], v.shape[3]
-    numbers = [] if spec.in_order else ["positions"]
-    numbers += [] if extras.q_segments is None else ["segments"]
+    numbers = (() if spec.in_order else ("positions",)) + (() if extras.q_segments is None else ("segments",))
+    sizes = getattr(spec.tuning or Tuning(), which)
+    sizes = sizes or choose(which, extras.mask, numbers, T, S, D, V, q.dtype.itemsize)
     patterns = None
     if not numbers and not jax.tree.leaves(extras.mask):
         patterns = blocks.patterns(extras.mask, sizes.block_q, sizes.block_k, sizes.tile_q, sizes.tile_k, T, S)
     return Call(
         B, H, K, T, S, D, V, sizes.block_q, sizes.block_k, sizes.tile_q, sizes.tile_k, spec.scale, spec.softcap,
-        jnp.dtype(out_dtype), tuple(numbers), patterns, vmem_bytes,
+        jnp.dtype(out_dtype), numbers, patterns, limit(which, sizes, D, V, q.dtype.itemsize, len(numbers)),
     )  # fmt: skip
 
 
@@ -76,11 +80,15 @@ def _numbers(n: Call, extras: Extras, side: str, length: int | None) -> Array | 
     return x if length is None else jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])), mode="edge")
 
 
-def _kinds(n: Call, extras: Extras, spec: Spec) -> Array:
-    strips, parts = n.block_q // n.tile_q, n.block_k // n.tile_k
-    return blocks.kinds(
-        extras, n.tile_q, n.tile_k, n.rows_q * strips, n.rows_k * parts, n.S, spec.in_order
-    )  # fmt: skip
+def _kinds(n: Call, extras: Extras, spec: Spec) -> tuple[Array, int, int]:
+    """Kinds [B|1 H|1 ...] of the tiles, where the ways in which blocks are cut matter, else of the blocks; the number
+    of them in a block along its queries, and along its keys.
+    """
+    strips, parts = (1, 1) if n.patterns is None else (n.block_q // n.tile_q, n.block_k // n.tile_k)
+    kinds = blocks.kinds(
+        extras, n.block_q // strips, n.block_k // parts, n.rows_q * strips, n.rows_k * parts, n.S, spec.in_order
+    )
+    return kinds, strips, parts
 
 
 def _leaves(mask: Any) -> list[Array]:
@@ -106,13 +114,11 @@ def _forward(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> tuple[
             jnp.broadcast_to(zero, (B, T, H, V)).astype(spec.out_dtype),
             jnp.broadcast_to(zero - jnp.inf, (B, T, H)),
         )
-    tuning, vmem_bytes = choose(spec.tuning, q, k, v, extras)
-    n = _call(q, k, v, extras, spec, tuning.forward, vmem_bytes, spec.out_dtype)
+    n = _call("forward", q, k, v, extras, spec, spec.out_dtype)
     q, k, v = (_heads_first(x) for x in (q, k, v))
     with jax.named_scope("order"):
         own = [_bounded(n, q, k), *_leaves(extras.mask)]
-        kinds = _kinds(n, extras, spec)
-        walk = blocks.lists(kinds, n.block_q // n.tile_q, n.block_k // n.tile_k, n.patterns, own)
+        walk = blocks.lists(*_kinds(n, extras, spec), n.patterns, own)
     numbers = _numbers(n, extras, "q", None), _numbers(n, extras, "k", n.rows_k * n.block_k)
     out, lse = forward(n, jax.tree.structure(extras.mask), *_one_type((walk, q, k, v, *numbers)))
     return out.swapaxes(1, 2), lse.swapaxes(1, 2)
@@ -129,8 +135,7 @@ def _backward(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     if 0 in (*q.shape[:3], k.shape[1], v.shape[3]):
         return tuple(jnp.zeros_like(x, out_dtype) for x in (q, k, v))
-    tuning, vmem_bytes = choose(spec.tuning, q, k, v, extras)
-    n = _call(q, k, v, extras, spec, tuning.backward, vmem_bytes, out_dtype)
+    n = _call("backward", q, k, v, extras, spec, out_dtype)
     T, length = n.T, n.rows_q * n.block_q
     empty = lse == -jnp.inf
     delta = jnp.where(empty, 0.0, (do.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse)
@@ -139,33 +144,56 @@ def _backward(
     stats = jnp.stack([fill(lse, NO_KEY), fill(delta, 0.0)], 2)
     q, k, v, do = (_heads_first(x) for x in (q, k, v, do.astype(q.dtype)))
     with jax.named_scope("order"):
-        kinds = _kinds(n, extras, spec).swapaxes(2, 3)
+        kinds, strips, parts = _kinds(n, extras, spec)
         cut = None if n.patterns is None else tuple(tuple(zip(*pattern)) for pattern in n.patterns)
-        walk = blocks.lists(
-            kinds, n.block_k // n.tile_k, n.block_q // n.tile_q, cut, _leaves(extras.mask), mark_first=True
-        )
-        visited = jnp.any((kinds > 0).reshape(*kinds.shape[:3], n.rows_q, -1), (2, 4))  # [B|1 1 rows_q]
+        walk = blocks.lists(kinds.swapaxes(2, 3), parts, strips, cut, _leaves(extras.mask), mark_first=True)
+        visited = (kinds != EMPTY).reshape(*kinds.shape[:2], n.rows_q, -1).any(-1)
     numbers = _numbers(n, extras, "k", None), _numbers(n, extras, "q", length)
     dq, dk, dv = backward(n, jax.tree.structure(extras.mask), *_one_type((walk, q, k, v, do, stats, *numbers)))
     dq = jnp.where(jnp.repeat(visited, n.block_q, -1)[:, :, None, :T], dq[..., :T] * n.scale, 0.0)
     return dq.transpose(0, 3, 1, 2).astype(out_dtype), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
 
+def _folded(function: Callable[..., Any], *arrays: Any) -> Any:
+    """`function` of arrays [B ...], those of the fourth argument (Extras) [B|1 ...]; vmap makes a longer B of its axis.
+
+    Pallas would add it to the grid, which a kernel that walks by itself cannot have.
+    """
+    call = jax.custom_batching.custom_vmap(function)
+
+    @call.def_vmap
+    def _rule(size: int, batched: Any, *arrays: Any) -> Any:
+        B = arrays[0].shape[int(batched[0])]
+
+        def fold(x: Array, batched: bool, shared: bool) -> Array:
+            if shared and not batched and x.shape[0] == 1:
+                return x
+            x = x if batched else x[None]
+            return jnp.broadcast_to(x, (size, B, *x.shape[2:])).reshape(size * B, *x.shape[2:])
+
+        folded = [
+            jax.tree.map(functools.partial(fold, shared=i == 3), *pair) for i, pair in enumerate(zip(arrays, batched))
+        ]
+        out = call(*folded)
+        return jax.tree.map(lambda x: x.reshape(size, B, *x.shape[1:]), out), jax.tree.map(lambda _: True, out)
+
+    return call(*arrays)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> tuple[Array, Array]:
-    return _forward(q, k, v, extras, spec)
+    return _folded(functools.partial(_forward, spec=spec), q, k, v, extras)
 
 
 def _attend_forward(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> Any:
-    out, lse = _forward(q, k, v, extras, spec)
+    out, lse = _attend(q, k, v, extras, spec)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (q, k, v, extras, out, lse)
 
 
 def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
-    q = residuals[0]
-    gradient = functools.partial(_backward, spec=spec, out_dtype=q.dtype)
-    return *dispatch.once(gradient, *residuals, *cotangents), None
+    gradient = functools.partial(_backward, spec=spec, out_dtype=residuals[0].dtype)
+    return *dispatch.once(functools.partial(_folded, gradient), *residuals, *cotangents), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -180,4 +208,5 @@ def backward_partial(
     q: Query, k: Key, v: Value, extras: Extras, out: Out, lse: Statistic, do: Out, dlse: Statistic, spec: Spec
 ) -> tuple[Query, Key, Value]:
     """dq, dk, dv from these keys in float32, given the global out and lse."""
-    return _backward(q, k, v, extras, out, lse, do, dlse, spec, jnp.float32)
+    gradient = functools.partial(_backward, spec=spec, out_dtype=jnp.float32)
+    return _folded(gradient, q, k, v, extras, out, lse, do, dlse)

@@ -16,7 +16,6 @@ computation. `_Sums` keeps them apart where a block of queries returns before it
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,7 +243,7 @@ def backward(
       k_numbers, q_numbers: int32 [B numbers S], [B numbers rows*block_q], where the kernel reads any.
     """
     Bw, _, columns, W = walk.shape
-    group, T = n.H // n.K, n.rows_q * n.block_q
+    T = n.rows_q * n.block_q
     shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     by_row = lambda size: pl.BlockSpec((None, None, n.block_k, size), lambda h, j: (h // n.K, h % n.K, j, 0))

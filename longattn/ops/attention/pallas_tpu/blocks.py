@@ -17,6 +17,7 @@ The kernel fetches one row of it at a time, so that no length of the sequence ou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -68,6 +69,7 @@ def kinds(extras: Extras, tile_q: int, tile_k: int, Jq: int, Jk: int, S: int, in
     return jnp.minimum(kind, _inside(S, tile_k, np.arange(Jk) * tile_k))
 
 
+@functools.lru_cache(256)
 def patterns(
     mask: Mask, block_q: int, block_k: int, tile_q: int, tile_k: int, T: int, S: int
 ) -> tuple[Pattern, ...] | None:
@@ -79,8 +81,8 @@ def patterns(
 
     columns = np.arange(0, S, block_k, dtype=np.int32)
     found: dict[Pattern, None] = {}
-    for row in np.arange(0, T, block_q, dtype=np.int32):  # one at a time, so that a long sequence takes no memory
-        cut = columns[kind(row[None], block_q, columns, block_k) == PARTIAL]
+    for row in np.arange(0, T, block_q, dtype=np.int32)[:, None]:  # one at a time, so that a long sequence takes no memory
+        cut = columns[kind(row, block_q, columns, block_k) == PARTIAL]
         q = row + np.arange(0, block_q, tile_q, dtype=np.int32)[None, :, None]
         k = cut[:, None, None] + np.arange(0, block_k, tile_k, dtype=np.int32)
         for tiles in kind(q, tile_q, k, tile_k):

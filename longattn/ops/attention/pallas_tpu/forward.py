@@ -1,6 +1,7 @@
 """The forward kernel: O^T = V^T P^T of tiles S^T = K q^T that stand transposed, keys along sublanes.
 
-    S = c q k^T (base 2);  m' = max(m, rowmax S);  P = 2^(S - m');  l' = 2^(m - m') l + rowsum P;  O' = 2^(m - m') O + P v
+    S = c q k^T (base 2);  m' = max(m, rowmax S);  P = 2^(S - m')
+    l' = 2^(m - m') l + rowsum P;  O' = 2^(m - m') O + P v
     out = O / l;  lse = ln 2 (m + log2 l)
 
 Algorithm 1 of arXiv:2307.08691. Transposed, the statistics of a row lie along lanes, so that no reduction crosses them,
@@ -38,22 +39,30 @@ NEVER = -1e30  # below every logit; finite, so that differences are
 _SLOT, _FETCHED = range(2)  # of the state
 
 
-def chunk_size(n: Call) -> int:
-    """Keys whose P is multiplied by v at once: half a block, as P alternates between two buffers."""
-    if n.block_k // n.tile_k % 2:
-        raise ValueError(f"block_k={n.block_k} must be an even multiple of tile_k={n.tile_k}")
-    return n.block_k // 2
-
-
 def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) -> None:
     refs = list(rest)
     q_numbers, k_numbers = (refs.pop(0), refs.pop(0)) if n.numbers else (None, None)
-    o_ref, lse_ref, k_ring, v_ring, number_ring, p_ref, s_ref, acc_ref, m_ref, l_ref, a_ref, state, sems = refs
+    (
+        o_ref,
+        lse_ref,
+        k_ring,
+        v_ring,
+        number_ring,
+        p_ref,
+        s_ref,
+        acc_ref,
+        m_ref,
+        l_ref,
+        shift_ref,
+        decay_ref,
+        state,
+        sems,
+    ) = refs
     head, row = pl.program_id(0), pl.program_id(1)
     b, kv = head // n.H, head % n.H // (n.H // n.K)
     c, tq, pk, strips = n.scale * LOG2E, n.tile_q, n.tile_k, n.block_q // n.tile_q
-    tk = chunk_size(n)
-    chunks = n.block_k // tk
+    chunks = 2  # of a block: what is known of one alternates between two buffers
+    tk = n.block_k // chunks
     precision = lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
     classes = 1 if n.patterns is None else len(n.patterns)  # of blocks that are cut
     ends = [walk[0, i] for i in range(classes + 1)]
@@ -105,7 +114,8 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
         """Visible pairs, bool [keys tile_q], of the keys from `first` on in block j."""
         return tiles.visible(
             shows, n.numbers, q_numbers, number_ring.at[slot] if n.numbers else None,
-            row * n.block_q + strip * tq, j * n.block_k + first, strip * tq, first, tq, keys, n.S if n.S % n.block_k else None,
+            row * n.block_q + strip * tq, j * n.block_k + first, strip * tq, first, tq, keys,
+            n.S if n.S % n.block_k else None,
         )  # fmt: skip
 
     # ---- rows whose logits are bounded: m = 0
@@ -155,43 +165,38 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
 
     # ---- other rows: online softmax
 
-    def online(masked: bool, step: Array, slot: Array) -> Array:
-        """One block, tile by tile: S of the next tile, P of this one, P v of this one."""
+    def maximum(masked: bool, slot: Array, j: Array, chunk: int, strip: int) -> None:
+        """S of a chunk, and the maximum up to it."""
+        s = logits(slot, chunk * tk, tk, strip)
+        if masked:
+            s = jnp.where(shown(slot, j, chunk * tk, tk, strip), s, NEVER)
+        s_ref[chunk % 2, strip] = s
+        old = m_ref[strip]
+        new = jnp.maximum(old, groups(s).max(0).max(0, keepdims=True))
+        # Where no key was seen yet, 2^(NEVER - new) = 0 throws away later what is summed for none.
+        m_ref[strip], shift_ref[chunk % 2, strip], decay_ref[chunk % 2, strip] = new, new, jnp.exp2(old - new)
+
+    def exponential(parity: int, strip: int) -> None:
+        """P of the chunk of this parity, whose S and maximum are known."""
+        p = jnp.exp2(groups(s_ref[parity, strip]) - shift_ref[parity, strip][None])
+        l_ref[strip] = l_ref[strip] * decay_ref[parity, strip] + p.sum(0)
+        p_ref[parity, strip] = p.reshape(tk, tq).astype(p_ref.dtype)
+
+    def accumulate(slot: Array, chunk: int, strip: int) -> None:
+        """P v of a chunk, whose P is known."""
+        kept = acc_ref[strip] * decay_ref[chunk % 2, strip, :1]
+        acc_ref[strip] = kept + weighted(slot, chunk * tk, slice(0, tk), p_ref[chunk % 2, strip])
+
+    def online(masked: bool, step: Array, slots: tuple[Array, Array]) -> tuple[Array, Array]:
+        """One block: S of each chunk of keys, P of the chunk before it, P v of the chunk before that."""
+        slot, before = slots
         arrive(step, slot)
-        j = block(step)
-        tile = [(chunk, strip) for chunk in range(chunks) for strip in range(strips)]
-
-        def begin(t: int) -> None:
-            chunk, strip = tile[t]
-            s = logits(slot, chunk * tk, tk, strip)
-            if masked:
-                s = jnp.where(shown(slot, j, chunk * tk, tk, strip), s, NEVER)
-            s_ref[t % 2] = s
-            old = m_ref[strip]
-            new = jnp.maximum(old, groups(s).max(0).max(0, keepdims=True))
-            m_ref[strip] = new
-            # Where no key was seen yet, the sum of what stands for none is thrown away by 2^(NEVER - new) = 0.
-            a_ref[t % 2, 0], a_ref[t % 2, 1] = new, jnp.exp2(old - new)
-
-        def middle(t: int) -> None:
-            _, strip = tile[t]
-            s = groups(s_ref[t % 2])
-            p = jnp.exp2(s - a_ref[t % 2, 0][None])
-            l_ref[strip] = l_ref[strip] * a_ref[t % 2, 1] + p.sum(0)
-            p_ref[t % 2, 0] = p.reshape(tk, tq).astype(p_ref.dtype)
-
-        def end(t: int) -> None:
-            chunk, strip = tile[t]
-            kept = acc_ref[strip] * a_ref[t % 2, 1, :1]
-            acc_ref[strip] = kept + weighted(slot, chunk * tk, slice(0, tk), p_ref[t % 2, 0])
-
-        begin(0)
-        for t in range(len(tile)):
-            if t + 1 < len(tile):
-                begin(t + 1)
-            middle(t)
-            end(t)
-        return after(slot)
+        for chunk in range(chunks):
+            for strip in range(strips):
+                accumulate(before, chunk, strip)
+                maximum(masked, slot, block(step), chunk, strip)
+                exponential(1 - chunk, strip)
+        return after(slot), slot
 
     # ---- the row
 
@@ -237,8 +242,16 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
 
     def of_others() -> None:
         m_ref[...] = jnp.full_like(m_ref, NEVER)
-        slot = lax.fori_loop(0, cut, functools.partial(online, True), start)
-        state[_SLOT] = lax.fori_loop(cut, seen, functools.partial(online, False), slot)
+        # Two chunks of no keys come first.
+        s_ref[1] = jnp.full(s_ref.shape[1:], NEVER, jnp.float32)
+        shift_ref[...], decay_ref[...] = jnp.zeros_like(shift_ref), jnp.ones_like(decay_ref)
+        p_ref[0] = jnp.zeros(p_ref.shape[1:], p_ref.dtype)
+        slots = lax.fori_loop(0, cut, functools.partial(online, True), (start, start))
+        state[_SLOT], last = lax.fori_loop(cut, seen, functools.partial(online, False), slots)
+        for strip in range(strips):
+            accumulate(last, 0, strip)
+            exponential(1, strip)
+            accumulate(last, 1, strip)
 
     pl.when(bound == 1)(of_bounded)
     pl.when(bound == 0)(of_others)
@@ -266,7 +279,7 @@ def forward(
       q_numbers, k_numbers: int32 [B numbers T], [B numbers columns*block_k], where the kernel reads any.
     """
     Bw, Hw, rows, W = walk.shape
-    strips, chunk = n.block_q // n.tile_q, chunk_size(n)
+    strips, chunk = n.block_q // n.tile_q, n.block_k // 2
     shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
 
@@ -294,11 +307,12 @@ def forward(
             pltpu.VMEM((RING, n.block_k, n.V), v.dtype),
             pltpu.VMEM((RING, max(len(n.numbers), 1), n.block_k), jnp.int32),
             pltpu.VMEM((2, strips, chunk, n.tile_q), v.dtype),
-            pltpu.VMEM((2, chunk, n.tile_q), jnp.float32),
+            pltpu.VMEM((2, strips, chunk, n.tile_q), jnp.float32),
             pltpu.VMEM((strips, n.V, n.tile_q), jnp.float32),
             statistics,
             statistics,
-            pltpu.VMEM((2, 2, SUBLANES, n.tile_q), jnp.float32),
+            pltpu.VMEM((2, strips, SUBLANES, n.tile_q), jnp.float32),
+            pltpu.VMEM((2, strips, SUBLANES, n.tile_q), jnp.float32),
             pltpu.SMEM((2,), jnp.int32),
             pltpu.SemaphoreType.DMA((3, RING)),
         ],

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
+import jax
+import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
+from longattn.mask import EMPTY, FULL, Mask
 from longattn.ops import dispatch
-from longattn.ops.attention.spec import Extras
+from longattn.ops.attention.pallas_tpu.fetch import RING
 
-LANES = 128
+LANES, SUBLANES = 128, 8
 _MiB = 2**20
+_SPARE = 6 * _MiB  # for what the compiler keeps besides: registers that it spills, constants
+_F32_AREA = 512 * 512  # float32 products are six to twelve in bfloat16: as many times the program
+Pass = Literal["forward", "backward"]
+PASSES: tuple[Pass, ...] = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -34,16 +45,126 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Block sizes of the two kernels. They change the result by rounding only."""
+    """Block sizes of the two kernels; None chooses. They change the result by rounding only."""
 
-    forward: Blocks = Blocks(2048, 1024, 512, 256)
-    backward: Blocks = Blocks(1024, 1024, 256, 256)
+    forward: Blocks | None = None
+    backward: Blocks | None = None
 
     def __post_init__(self) -> None:
-        if self.forward.block_k // self.forward.tile_k % 2:
+        if self.forward is not None and self.forward.block_k // self.forward.tile_k % 2:
             raise ValueError(f"{self.forward}: block_k must be an even multiple of tile_k in the forward kernel")
 
 
-def choose(given: Tuning | None, q: Any, k: Any, v: Any, extras: Extras) -> tuple[Tuning, int]:
-    """The block sizes for a call [B T H D], and the bytes of fast memory that a kernel may use."""
-    return given or Tuning(), 64 * _MiB
+def _up(n: int, unit: int) -> int:
+    """n rounded up to a multiple."""
+    return -(-n // unit) * unit
+
+
+def _padded(rows: int, columns: int, itemsize: int) -> int:
+    """Bytes of [rows columns] in whole registers."""
+    return _up(rows, SUBLANES * 4 // itemsize) * _up(columns, LANES) * itemsize
+
+
+def fast_memory(which: Pass, blocks: Blocks, D: int, V: int, itemsize: int, numbers: int) -> int:
+    """Bytes of fast memory that a kernel takes; blocks that Pallas fetches by itself are held twice."""
+    bq, bk = blocks.block_q, blocks.block_k
+    queries, keys = (
+        (_padded(bq, D, itemsize), _padded(bq, V, itemsize)),
+        (_padded(bk, D, itemsize), _padded(bk, V, itemsize)),
+    )
+    ids = _padded(max(numbers, 1), bq, 4) * 2 + _padded(max(numbers, 1), bk, 4) * RING
+    if which == "forward":
+        strips = bq // blocks.tile_q
+        probabilities = bk * bq * (itemsize + 4)  # P and S of two halves
+        statistics = 6 * strips * _padded(SUBLANES, blocks.tile_q, 4)
+        out = strips * _padded(V, blocks.tile_q, 4)
+        return 2 * sum(queries) + RING * sum(keys) + ids + probabilities + statistics + out + 2 * _padded(1, bq, 4)
+    sums = RING * _padded(D, bq, 4) + _padded(D, bk, 4) + _padded(V, bk, 4)
+    gradients = 2 * (_padded(bk, D, 4) + _padded(bk, V, 4))
+    return RING * sum(queries) + 2 * sum(keys) + ids + sums + gradients + RING * _padded(2, bq, 4)
+
+
+def limit(which: Pass, blocks: Blocks, D: int, V: int, itemsize: int, numbers: int) -> int:
+    """Bytes of fast memory to allow a kernel: a larger limit than it needs costs cycles."""
+    return fast_memory(which, blocks, D, V, itemsize, numbers) + _SPARE
+
+
+@functools.cache
+def _table() -> Mapping[str, list[int]]:
+    """Sizes found by the static sweep (`python -m longattn.analysis.static.sweep`), by the key of `_key`."""
+    return json.loads((Path(__file__).parent / "tuned.json").read_text())
+
+
+def _key(chip: str, which: Pass, kind: str, D: int, tokens: int) -> str:
+    head = next((size for size in (64, 128) if size >= D), 256)
+    return f"{chip} {which} {kind} D{head} {'8k' if tokens <= 16384 else '32k'}"
+
+
+def _kind(mask: Mask, numbers: tuple[str, ...], T: int, S: int) -> str:
+    """The class of a mask: cut by "numbers" at run time, "full", "narrow" (of few keys to a query), or "cut"."""
+    if numbers or jax.tree.leaves(mask):
+        return "numbers"
+    keys = np.arange(0, S, LANES, dtype=np.int32)
+    last = np.int32(T - 1)
+    row = np.asarray(mask.kind(last, last, keys, np.minimum(keys + (LANES - 1), S - 1)))
+    whole = mask.kind(np.int32(0), last, np.int32(0), np.int32(S - 1)) == FULL
+    return "full" if whole else "narrow" if (row != EMPTY).mean() <= 0.25 else "cut"
+
+
+def _chip() -> str:
+    """The generation that a program is compiled for; where kernels are interpreted, one that has the least memory."""
+    if dispatch.target().platform != "tpu":
+        return "v5p"
+    version = pltpu.get_tpu_info().chip_version.value
+    return "tpu7x" if version in ("7", "7x") else version
+
+
+def _capacity() -> int:
+    """Bytes of fast memory of a core that a kernel may take; the rest is left to XLA."""
+    capacity = pltpu.get_tpu_info().vmem_capacity_bytes if dispatch.target().platform == "tpu" else 64 * _MiB
+    return capacity * 7 // 8
+
+
+def _fitted(block: int, tile: int, step: int, tokens: int) -> tuple[int, int]:
+    """(block, tile) not larger than the sequence needs: equal blocks, of which the last is not mostly empty."""
+    while tile > LANES and _up(tokens, step * tile) >= 2 * tokens:
+        tile = tile // 2 // LANES * LANES
+    unit = step * tile
+    equal = -(-tokens // -(-tokens // block))
+    return min(_up(equal, unit), max(block // unit, 1) * unit), tile
+
+
+def choose(which: Pass, mask: Mask, numbers: tuple[str, ...], T: int, S: int, D: int, V: int, itemsize: int) -> Blocks:
+    """Sizes for a chip and a shape: those of the sweep, or the nearest it has, made to fit sequence and memory.
+
+    Raises:
+      NotImplementedError: if none fit.
+    """
+    table, chip, kind = _table(), _chip(), _kind(mask, numbers, T, S)
+    wide = chip in ("v6e", "tpu7x", "8i", "8t")
+    chips = (chip, "v6e" if wide else "v5e")  # others have the matrix units of one of these
+    found = next(table[key] for c in chips if (key := _key(c, which, kind, max(D, V), max(T, S))) in table)
+    blocks = Blocks(*found)
+    block_q, tile_q = _fitted(blocks.block_q, blocks.tile_q, 1, T)
+    block_k, tile_k = _fitted(blocks.block_k, blocks.tile_k, 2 if which == "forward" else 1, S)
+    blocks = Blocks(block_q, block_k, tile_q, tile_k)
+    area = _F32_AREA if itemsize == 4 else blocks.block_q * blocks.block_k
+    while limit(which, blocks, D, V, itemsize, len(numbers)) > _capacity() or blocks.block_q * blocks.block_k > area:
+        smaller = _smaller(blocks, 2 if which == "forward" else 1)
+        if smaller == blocks:
+            raise NotImplementedError(f"heads of {D=} and {V=} do not fit the {_capacity() // _MiB} MiB of fast memory")
+        blocks = smaller
+    return blocks
+
+
+def _smaller(blocks: Blocks, step: int) -> Blocks:
+    """About half as large, along the longer side that can be halved."""
+    for axis in sorted("qk", key=lambda axis: -getattr(blocks, f"block_{axis}")):
+        block, tile = getattr(blocks, f"block_{axis}"), getattr(blocks, f"tile_{axis}")
+        unit = (step if axis == "k" else 1) * tile
+        if block >= 2 * unit:
+            return replace(blocks, **{f"block_{axis}": block // 2 // unit * unit})
+        if tile > LANES:
+            half = tile // 2 // LANES * LANES
+            return replace(blocks, **{f"tile_{axis}": half, f"block_{axis}": (step if axis == "k" else 1) * half})
+    return blocks
