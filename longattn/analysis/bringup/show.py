@@ -15,6 +15,7 @@ from longattn.analysis.report.page import style
 from longattn.analysis.text import device_text, plain_table, seconds_text
 
 WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits
+_PLACES = 3  # named of those that a reason is for
 Rows = list[tuple[str, ...]]
 MEMORY = ("step", "plan", "its compiler here", "peak here", "peak / plan")
 TIMING = (
@@ -87,7 +88,12 @@ def notes(document: Mapping[str, Any], part: str) -> list[str]:
                 where = row["case"] if "case" in row else row.get("what", "").replace("_", " + ")
                 found.setdefault(f"{', '.join(filter(None, about))}: {row[key]}", []).append(where)
     own = [document[part][key] for key in ("reason", "note") if key in document[part]]
-    of = lambda where: f" ({'; '.join(dict.fromkeys(filter(None, where)))})" if any(where) else ""
+
+    def of(where: list[str]) -> str:
+        places = list(dict.fromkeys(filter(None, where)))
+        more = f"; {len(places) - _PLACES} more" if len(places) > _PLACES else ""
+        return f" ({'; '.join(places[:_PLACES])}{more})" if places else ""
+
     return [*own, *(f"{reason}{of(where)}" for reason, where in found.items())]
 
 

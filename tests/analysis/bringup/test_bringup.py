@@ -101,6 +101,11 @@ def test_the_tables_say_all(whole) -> None:
         assert piece in text, piece
 
 
+def test_a_reason_of_many_cases_is_short() -> None:
+    rows = [{"case": f"case {i}", "back_end": "a", "reason": "it refuses"} for i in range(20)]
+    assert show.notes({"numerics": {"rows": rows}}, "numerics") == ["a: it refuses (case 0; case 1; case 2; 17 more)"]
+
+
 def test_a_wrong_kernel_is_reported_and_the_rest_goes_on(monkeypatch, tmp_path, capsys) -> None:
     def wrong(q, k, v, extras, spec):
         out, lse = xla.attend(q, k, v, extras, spec)
