@@ -1,8 +1,8 @@
-"""The command line: `longattn train|eval|bench|compare|study|plan|profile`. The one place that knows tyro.
+"""The command line: `longattn train|eval|bench|compare|study|plan|profile|bringup`. The one place that knows tyro.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 2 the caller's mistake (one line, with the
-remedy), 130 interrupted, 143 stopped by SIGTERM after saving. What is heavy is imported by the command that needs it.
-LONGATTN_TRACEBACK=1 shows where a refusal came from.
+Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 1 a kernel is wrong (bringup, and train
+before step 0), 2 the caller's mistake (one line, with the remedy), 130 interrupted, 143 stopped by SIGTERM after
+saving. What is heavy is imported by the command that needs it. LONGATTN_TRACEBACK=1 shows where a refusal came from.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ USAGE = """usage: longattn COMMAND ...
   profile --static tpu CASE [...]    cycles of a kernel on TPUs that are not there, by their compiler's schedule
   profile --static gpu CASE [...]    registers, spills, instructions of a kernel on GPUs that are not there
   profile --trace RUN                device time of a run's steps by op and by scope, from the trace it recorded
+  bringup [...]                      try every kernel on this machine's chip; writes a report to send back
   COMMAND --help                     the options of a command
 
 CONFIG is a Python file that defines `config = longattn.config.Config(...)`, such as configs/bytelm_small.py.
@@ -63,9 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error))
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     print(f"longattn: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _suggest(name: str, known: Any) -> str:
@@ -93,9 +94,13 @@ def _train(arguments: list[str]) -> int:
     config = _parse(Config, overrides, f"train {path}", default=load_config(path))
     _compilation_cache(scopes=config.run.profile is not None)
     _keep_freed_memory()
+    from longattn.train.bringup import Disagreement
     from longattn.train.run import train
 
-    summary = train(config)
+    try:
+        summary = train(config)
+    except Disagreement as error:
+        return _fail(str(error), 1)
     if summary.status == "stopped":
         print(f"longattn: stopped by SIGTERM after saving step {summary.steps} of {summary.run_dir}", file=sys.stderr)
         return 143
@@ -240,6 +245,14 @@ def _profile(arguments: list[str]) -> int:
     return _static("tpu", arguments, static.ProfileOptions, static.run, cases.CASES)
 
 
+def _bringup(arguments: list[str]) -> int:
+    from longattn.analysis import bringup
+
+    options = _parse(bringup.BringupOptions, arguments, "bringup")
+    _compilation_cache()
+    return 1 if bringup.run(options)["verdict"] == "failed" else 0
+
+
 def _static(kind: str, arguments: list[str], options: Any, run: Callable[[Any], Any], cases: Any) -> int:
     if arguments[:1] == ["--static"] and len(arguments) > 2 and not arguments[2].startswith("-"):
         arguments = [*arguments[:2], "--cases", *arguments[2:]]
@@ -260,6 +273,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "study": _study,
     "plan": _plan,
     "profile": _profile,
+    "bringup": _bringup,
 }
 
 

@@ -259,22 +259,29 @@ class Recorder:
         start: int,
         ideal_seconds: float | None,
         info: dict[str, Any],
+        kernels: dict[str, Any] | None = None,
     ):
-        """Continues after step `start`. `ideal_seconds`: a step at the device's peak, for the MFU; None if unknown."""
+        """Continues after step `start`. `ideal_seconds`: a step at the device's peak, for the MFU; None if unknown.
+
+        `info` is of the data, `kernels` what `bringup.check` said before this start.
+        """
         self.config, self.console, self.ideal_seconds = config, console, ideal_seconds
         self.history = history(folder, start)
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
-        self._write_environment(folder, start, info)
+        self._write_environment(folder, start, info, kernels)
         self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed in __exit__)
         self.board = scalar_writer()(str(folder / "tensorboard")) if config.run.tensorboard else None
         self.seconds: list[float] = []  # of each step since the last record
         self.waits: list[float] = []
 
-    def _write_environment(self, folder: Path, start: int, info: dict[str, Any]) -> None:
+    def _write_environment(
+        self, folder: Path, start: int, info: dict[str, Any], kernels: dict[str, Any] | None
+    ) -> None:
         path = folder / "env.json"
         starts = json.loads(path.read_text())["starts"] if path.exists() else []
         now = environment(info)
-        starts.append({"step": start, **{k: now[k] for k in ("time", "command", "commit", "device")}})
+        compared = {} if kernels is None else {"kernels": kernels}
+        starts.append({"step": start, **{k: now[k] for k in ("time", "command", "commit", "device")}, **compared})
         write_whole(path, json.dumps({**now, "starts": starts}, indent=2) + "\n")
 
     def __enter__(self) -> Recorder:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from longattn.config import Config
 from longattn.models.context import Context
-from longattn.train import data, record
+from longattn.train import bringup, data, record
 from longattn.train.checkpoint import Checkpoints
 from longattn.train.evaluate import evaluation_config, initial_params, run_evaluation
 from longattn.train.step import (
@@ -51,7 +51,8 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
 
     Raises ValueError for a folder that holds another run, data that cannot be read, a mesh of another number of devices
     or a step that does not fit in memory, all before anything is written; FloatingPointError when the loss is no longer
-    finite; OSError when the disk is full.
+    finite, of the class `bringup.Disagreement` when kernels are wrong that never ran on such a chip; OSError when the
+    disk is full.
     """
     console = console or Console(stderr=True, quiet=quiet)
     folder = Path(config.run.dir, config.run.name)
@@ -87,6 +88,7 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(record.claim(folder, config))
+        kernels = bringup.check(config, context, console)
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.run.keep))
         state = checkpoints.restore(shapes)
         if state is None:
@@ -98,8 +100,9 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
             console.print(f"continuing {folder} after step {start}")
         ideal = ideal_seconds(config, sources["train"].lengths)
         recorder = stack.enter_context(
-            record.Recorder(folder, config, console, start=start, ideal_seconds=ideal, info=info)
+            record.Recorder(folder, config, console, start=start, ideal_seconds=ideal, info=info, kernels=kernels)
         )
+        bringup.insist(kernels)
         stop = stack.enter_context(_sigterm())
         steps = _loop(config, state, step_fn, eval_fn, sources, checkpoints, recorder, stop)
         checkpoints.wait()

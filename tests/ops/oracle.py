@@ -1,4 +1,4 @@
-"""Attention and its gradients in NumPy, from the formulas of a textbook: nothing here is shared with the library.
+"""Attention and its gradients in NumPy, from the formulas of a textbook: none of them is shared with the library.
 
 In float64 it is the truth. In a lower precision it rounds after every operation, as a plain implementation of that
 precision does: its error is the yardstick for a back end's (tolerances are derived from it, never chosen).
@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from longattn.analysis import agreement
 
 
 def attention(q, k, v, visible, *, scale, softcap=None, bias=None, sinks=None, do, dlse, dtype=np.float64):
@@ -78,21 +80,10 @@ def unbroadcast(x, shape):
 def assert_accurate(got: Mapping[str, Any], truth: Mapping[str, Any], plain: Mapping[str, Any], work: Any) -> None:
     """Each result's error is at most twice the plain implementation's, both against the truth, beside rounding.
 
-    Errors are Euclidean norms. Rounding of the result and of sums of n terms, n up to the size of the array, is allowed
-    sqrt(n) units in the last place.
+    What is allowed is derived as for `longattn bringup`: see `agreement.deviations`.
     """
-    for name, x in got.items():
-        eps = max(np.finfo(work).eps, np.finfo(np.float32).eps if x.dtype == np.float32 else 0)
-        x = np.asarray(x).astype(np.float64)
-        assert x.shape == truth[name].shape, name
-        finite = np.isfinite(truth[name])
-        np.testing.assert_array_equal(x[~finite], truth[name][~finite], err_msg=f"{name}: -inf exactly where empty")
-        assert np.isfinite(x[finite]).all(), f"{name} holds NaN or inf"
-        size = np.linalg.norm(truth[name][finite])
-        floor = eps * np.sqrt(max(x.size, 1024)) * size
-        error = np.linalg.norm(x[finite] - truth[name][finite])
-        bound = 2 * np.linalg.norm(plain[name][finite] - truth[name][finite]) + floor
-        assert error <= bound, f"{name}: {error=:.2e} exceeds {bound=:.2e} at a norm of {size:.2e}"
+    for name, deviation in agreement.deviations(got, truth, plain, work).items():
+        assert deviation.agrees, f"{name}: {deviation}"
 
 
 def pairwise(domains: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

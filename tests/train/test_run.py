@@ -320,14 +320,16 @@ def test_init_from_another_length_and_scaling(finished: Config, tmp_path: Path) 
     c = config(tmp_path, init_from=str(folder(finished)), steps=2, log_every=1)
     c = of_model(c, mixers=(Softmax(rope=RoPE(scaling="linear", factor=2.0)),))
     c = dataclasses.replace(c, data=dataclasses.replace(c.data, T=64))
+    fresh = dataclasses.replace(c, run=dataclasses.replace(c.run, name="fresh", init_from=""))
     quiet(c)
-    assert losses(folder(c))[1] < losses(folder(finished))[2]  # it starts from what was learned
+    quiet(fresh)
+    assert losses(folder(c))[1] < losses(folder(fresh))[1]  # it starts from what was learned: the same batch costs less
     wrong = of_model(dataclasses.replace(c, run=dataclasses.replace(c.run, name="wrong")), E=32)
     with pytest.raises(ValueError, match=r"of another model: at embedding it holds shape \[257, 16\].* \[257, 32\]"):
         quiet(wrong)
     with pytest.raises(ValueError, match="is no run"):
         quiet(config(tmp_path, name="b", init_from="nowhere"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "fresh"]
 
 
 def test_evaluate_reads_every_byte_once(finished: Config) -> None:

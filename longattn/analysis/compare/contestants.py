@@ -83,7 +83,9 @@ def _tokamax(options: bench.AttentionOptions) -> bench.Attend:
 
 def _ours(name: str) -> Contestant:
     return Contestant(
-        f"longattn.attention, {name}", lambda o: functools.partial(ours, mask=o.mask, implementation=name)
+        f"longattn.attention, {name}",
+        lambda o: functools.partial(ours, mask=o.mask, implementation=name),
+        case="longattn" if name == "pallas_tpu" else None,
     )
 
 

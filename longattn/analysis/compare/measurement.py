@@ -69,6 +69,7 @@ def measure(options: CompareOptions) -> dict[str, Any]:
         for row in rows:
             if (name := row["contestant"]) not in fns:
                 continue
+            row["host_seconds"] = host[name]
             executions = recorded.of(f"jit_compare_{name}")
             if len(executions) != options.rounds + 1:
                 row["reason"] = f"the trace shows {len(executions)} executions of {options.rounds + 1} calls"
@@ -78,7 +79,7 @@ def measure(options: CompareOptions) -> dict[str, Any]:
                         "launch them one by one with XLA_FLAGS=--xla_gpu_enable_command_buffer="
                     )
                 continue
-            row |= _row(name, options, executions[1:], device) | {"host_seconds": host[name]}
+            row |= _row(name, options, executions[1:], device)
             base = base or row["samples"]
             row["ratio"] = asdict(bench.ratio(row["samples"], base))
     document["differences"] = differences(rows)

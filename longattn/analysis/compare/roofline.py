@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from longattn.analysis import bench, hardware
+from longattn.analysis.cases import CASES
 from longattn.analysis.compare.contestants import CONTESTANTS, blocks
 from longattn.analysis.compare.options import CompareOptions
 from longattn.analysis.static import tpu
@@ -35,6 +36,8 @@ def static_seconds(name: str, options: CompareOptions, device: hardware.Device) 
     wanted = [case, f"{case}_backward"] if options.what == "forward_backward" else [case]
     seconds = 0.0
     for one in wanted:
+        if one not in CASES:
+            return None, f"there is no case {one}"
         try:
             row = tpu.profile(one, device.chip.name, blocks(options.problem))
         except (ValueError, NotImplementedError) as error:

@@ -10,7 +10,7 @@ import pathlib
 import pytest
 
 from longattn.analysis import bench, compare, cost, hardware, trace
-from longattn.analysis.compare import admission, measurement
+from longattn.analysis.compare import admission, measurement, roofline
 from longattn.analysis.static import tpu
 from longattn.mask import Causal
 from tests.analysis.compare.tiny import SHARED, TINY, quiet
@@ -155,3 +155,11 @@ def test_a_row_on_a_chip(monkeypatch) -> None:
     monkeypatch.setattr(tpu, "profile", lambda *_: {"reason": "the compiler ended"})
     row = measurement._row("splash", options, executions(1e-3), device)
     assert (row["static_ratio"], row["static_note"]) == (None, "the compiler ended")
+
+
+def test_a_kernel_whose_case_is_not_there_says_so(monkeypatch) -> None:
+    chip = hardware.CHIPS["v5e"]
+    device = hardware.Device("TPU v5 lite", "tpu", 1, chip, chip.peak_bf16_flops, False)
+    monkeypatch.setattr(roofline, "CASES", {})
+    options = compare.CompareOptions("attention_forward", contestants=("pallas_tpu",), T=2048, D=128, dtype="bfloat16")
+    assert roofline.static_seconds("pallas_tpu", options, device) == (None, "there is no case longattn")
