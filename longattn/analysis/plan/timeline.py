@@ -63,7 +63,7 @@ class Totals:
     exposed: float = 0.0  # seconds in which the chip only waits for others
     collectives: Sums = field(default_factory=Sums)  # runs of (which Collective, whether asynchronous)
     waits: Sums = field(default_factory=Sums)  # seconds of `exposed` due to each
-    unknown: Sums = field(default_factory=Sums)  # runs of loops whose bound is data, by scope: they are not counted
+    unknown: Sums = field(default_factory=Sums)  # runs of loops and kernels whose bound is data, by scope: not counted
 
     def add(self, other: Totals, times: float = 1.0) -> None:
         self.flops += times * other.flops
@@ -117,6 +117,10 @@ class _Walk:
                 inner = self.computation(self.program.computations[instruction.attribute("body")])
                 totals.add(inner, runs)
                 self._hide(sent, runs * inner.compute)
+            elif opcode == "custom-call" and "longattn_attention" in instruction.scope:  # its lists are data, too
+                totals.unknown[instruction.scope] += 1
+                totals.hbm_bytes += hlo.hbm_bytes(self.program, computation, instruction)
+                self._hide(sent, math.inf)
             elif opcode == "conditional":
                 shortest = min(map(self.computation, self.program.branches(instruction)), key=lambda t: t.seconds)
                 totals.add(shortest)
