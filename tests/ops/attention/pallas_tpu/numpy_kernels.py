@@ -1,7 +1,7 @@
 """The kernels' own source run in NumPy, with copies that take as long as they may and memory that watches them.
 
-JAX's interpreter carries a copy out before anything can go wrong: take out a wait, and it computes the same. Here a copy
-is on its way from its start to its wait, and meanwhile nobody may read where it goes or write to either of its ends.
+JAX's interpreter carries a copy out before anything can go wrong: without a wait it computes the same. Here a copy is
+on its way from its start to its wait, and meanwhile nobody may read where it goes or write to either of its ends.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 import longattn
 from longattn import mask as m
-from longattn.ops.attention import pallas_tpu
-from longattn.ops.attention.pallas_tpu import Blocks, Tuning
+from longattn.ops.attention.pallas_tpu import Blocks, Tuning, back_end
 from longattn.ops.attention.pallas_tpu.back_end import BOUND
+from longattn.ops.attention.spec import Extras, Spec
 from tests.ops import oracle
 from tests.ops.interpreter import as_on_tpu
 
@@ -44,8 +44,8 @@ class Case:
         return "-".join(map(str, astuple(self))).replace(" ", "")
 
 
-def check(q, k, v, visible=True, tuning=SEVERAL, dtype="float32", scale=None, **options: Any) -> dict[str, np.ndarray]:
-    """out, lse and all gradients against the truth; returns them."""
+def check(q, k, v, visible=True, tuning=SEVERAL, dtype="float32", scale=None, saved=False, **options: Any) -> Any:
+    """out, lse and all gradients against the truth, by the error of `oracle.attention`; returns them."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     rng = np.random.default_rng(1)
     q, k, v = (np.asarray(x, jnp.dtype(dtype)) for x in (q, k, v))
@@ -64,7 +64,16 @@ def check(q, k, v, visible=True, tuning=SEVERAL, dtype="float32", scale=None, **
     got = jax.tree.map(np.asarray, f(q, k, v))
     truth, plain = (
         oracle.attention(
-            q, k, v, visible, scale=scale, softcap=options.get("softcap"), do=do, dlse=dlse, dtype=precision
+            q,
+            k,
+            v,
+            visible,
+            scale=scale,
+            softcap=options.get("softcap"),
+            do=do,
+            dlse=dlse,
+            dtype=precision,
+            saved=saved and precision != np.float64,
         )
         for precision in (np.float64, jnp.dtype(dtype))
     )
@@ -170,23 +179,29 @@ LOGITS = {
 @pytest.mark.parametrize("name", LOGITS)
 def test_logits(name):
     q, k = LOGITS[name]()
-    got = check(q, k, normal(11, 1, T, 1, D), tuning=SMALL, scale=1.0, mask=m.Full())
+    got = check(q, k, normal(11, 1, T, 1, D), tuning=SMALL, scale=1.0, mask=m.Full(), saved=True)
     assert np.isfinite(got["lse"]).all()
 
 
-def test_the_bound_is_what_the_kernel_is_told(monkeypatch):
-    """The cases above are on either side of it, by rows of blocks."""
-    for name, first in (("within the bound", True), ("beyond the bound", False), ("huge", False), ("equal", True)):
-        seen = []
-        lists = pallas_tpu.back_end.blocks.lists
-        monkeypatch.setattr(pallas_tpu.back_end.blocks, "lists", lambda *a, **k: seen.append(a) or lists(*a, **k))
-        q, k = (jnp.asarray(x, jnp.float32) for x in LOGITS[name]())
-        longattn.attention(q, k, k, scale=1.0, mask=m.Full(), implementation="pallas_tpu", tuning=SMALL)
-        monkeypatch.undo()
-        assert [bool(x) for x in seen[0][4][0].ravel()] == [
-            first,
-            name in ("within the bound", "beyond the bound", "equal"),
-        ]
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("within the bound", [True, True]),
+        ("beyond the bound", [False, True]),
+        ("huge", [False, False]),
+        ("equal", [True, True]),
+    ],
+)
+def test_which_rows_are_bounded(name, rows, monkeypatch):
+    """The cases above are on either side of the bound."""
+    seen = []
+    bounded = back_end._bounded
+    monkeypatch.setattr(back_end, "_bounded", lambda *x: seen.append(bounded(*x)) or seen[-1])
+    q, k = (jnp.asarray(x, jnp.float32) for x in LOGITS[name]())
+    extras = Extras(m.Full(), *(jnp.arange(T, dtype=jnp.int32)[None],) * 2)
+    spec = Spec(scale=1.0, softcap=None, out_dtype="float32", in_order=True, tuning=SMALL)
+    back_end._forward(q, k, k, extras, spec)
+    np.testing.assert_array_equal(seen[0], [[rows]])
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan], ids=str)
