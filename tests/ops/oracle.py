@@ -18,8 +18,8 @@ from longattn.analysis import agreement
 def attention(q, k, v, visible, *, scale, softcap=None, bias=None, sinks=None, do, dlse, dtype=np.float64, saved=False):
     """A dict of out, lse and the gradients dq, dk, dv, dbias, dsinks for the cotangents do and dlse, in float64.
 
-    saved: whether the gradients come from exp(s - lse) and a rounded lse, all that is kept where P is not (Algorithm 2 of
-    arXiv:2307.08691): at logits of 1e4 its last place alone is 1e-3 of P.
+    saved: whether the gradients come from exp(s - lse) and a rounded lse, all that is kept where P is not: at logits of
+    1e4 its last place alone is 1e-3 of P. Algorithm 2 of arXiv:2307.08691.
     visible: bool [B H T S]. Rows without a visible key (and without sinks) are zero, lse -inf, and send no gradient.
     """
     work = np.float64 if dtype == np.float64 else np.float32
