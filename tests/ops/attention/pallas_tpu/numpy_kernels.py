@@ -206,6 +206,7 @@ class Machine:
         )
         pltpu = SimpleNamespace(
             CompilerParams=dict,
+            HBM=None,
             SMEM=lambda shape, dtype: (shape, dtype),
             SemaphoreType=SimpleNamespace(DMA=lambda shape: (shape, np.float32)),
             VMEM=lambda shape, dtype: (shape, dtype),
