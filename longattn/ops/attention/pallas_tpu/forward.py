@@ -12,6 +12,9 @@ Where |q| |k| bounds every logit of a row of blocks (`bounded`, found by the cal
 rescaling, and P of one tile is multiplied by v while S of the next one is computed, across blocks. Elsewhere the
 softmax is online.
 
+With m = 0 the greatest P of a row is no exact 1: in half precision its rounding, 2^-9 at most, is that of the result.
+Of a row that sees few keys it is divided out: the tiles that the mask cuts also sum what rounding added to P.
+
 The kernel walks over a row's list (`blocks`) by itself: keys and values of the next block, or of the next row's first,
 are on their way while one is computed. Of a block that the mask cuts, each tile is left out, computed whole or masked
 by its own kind.
@@ -52,6 +55,7 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
         acc_ref,
         m_ref,
         l_ref,
+        rest_ref,
         shift_ref,
         decay_ref,
         state,
@@ -143,8 +147,11 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
                 p = jnp.exp2(c * logits(slot, first, pk, strip))
                 if kind == PARTIAL:
                     p = jnp.where(shown(slot, j, first, pk, strip), p, 0.0)
+                rounded = p.astype(p_ref.dtype)
                 l_ref[strip] += groups(p).sum(0)
-                p_ref[chunk % 2, strip, where] = p.astype(p_ref.dtype)
+                if kind == PARTIAL and p.dtype != rounded.dtype:
+                    rest_ref[strip] += groups(rounded.astype(p.dtype) - p).sum(0)
+                p_ref[chunk % 2, strip, where] = rounded
 
         def multiply(chunk: int, strip: int) -> None:
             if seen := used(chunk, strip):
@@ -206,7 +213,7 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
 
     start = state[_SLOT]
     acc_ref[...] = jnp.zeros_like(acc_ref)
-    l_ref[...] = jnp.zeros_like(l_ref)
+    l_ref[...], rest_ref[...] = jnp.zeros_like(l_ref), jnp.zeros_like(rest_ref)
 
     def of_bounded() -> None:
         m_ref[...] = jnp.zeros_like(m_ref)
@@ -256,12 +263,12 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
     pl.when(bound == 0)(of_others)
 
     for strip in range(strips):
-        total = l_ref[strip].sum(0, keepdims=True)
+        total, rest = (ref[strip].sum(0, keepdims=True) for ref in (l_ref, rest_ref))
         m = m_ref[strip, :1]
         empty = (total == 0.0) | (m == NEVER)
         total = jnp.where(empty, 1.0, total)
         columns = slice(strip * tq, (strip + 1) * tq)
-        o_ref[columns] = jnp.where(empty, 0.0, acc_ref[strip] * (1.0 / total)).T.astype(o_ref.dtype)
+        o_ref[columns] = jnp.where(empty, 0.0, acc_ref[strip] * (1.0 / (total + rest))).T.astype(o_ref.dtype)
         lse_ref[:, columns] = jnp.where(empty, -jnp.inf, m + jnp.log2(total) * (1 / c))
 
 
@@ -308,6 +315,7 @@ def forward(
             pltpu.VMEM((2, strips, chunk, n.tile_q), v.dtype),
             pltpu.VMEM((2, strips, chunk, n.tile_q), jnp.float32),
             pltpu.VMEM((strips, n.V, n.tile_q), jnp.float32),
+            statistics,
             statistics,
             statistics,
             pltpu.VMEM((2, strips, SUBLANES, n.tile_q), jnp.float32),

@@ -73,7 +73,7 @@ def fast_memory(which: Pass, blocks: Blocks, D: int, V: int, itemsize: int, numb
     if which == "forward":
         strips = bq // blocks.tile_q
         probabilities = bk * bq * (itemsize + 4)  # P and S of two halves
-        statistics = 6 * strips * _padded(SUBLANES, blocks.tile_q, 4)
+        statistics = 7 * strips * _padded(SUBLANES, blocks.tile_q, 4)
         out = strips * _padded(V, blocks.tile_q, 4)
         return 2 * sum(queries) + RING * sum(keys) + ids + probabilities + statistics + out + 2 * _padded(1, bq, 4)
     sums = RING * _padded(D, bq, 4) + _padded(D, bk, 4) + _padded(V, bk, 4)
