@@ -118,6 +118,19 @@ def test_kind_of_a_single_mask_is_exact(mask, q, k):
     np.testing.assert_array_equal(np.reshape(mask.kind(*q, *k), expected.shape), expected)
 
 
+@settings(max_examples=400, deadline=None)
+@given(compositions(st.one_of(atoms, sparse, prefixes, st.just(m.Fn(every_third)))), ranges, ranges, st.data())
+def test_kind_of_a_part_follows(mask, q, k, data):
+    """Whatever lies within an EMPTY or FULL block is that too: blocks are found by their tiles, and tiles by blocks."""
+
+    def part(x):
+        low = data.draw(st.integers(*x))
+        return low, data.draw(st.integers(low, x[1]))
+
+    whole, inner = mask.kind(*q, *k), mask.kind(*part(q), *part(k))
+    np.testing.assert_array_equal(inner[whole != m.PARTIAL], whole[whole != m.PARTIAL])
+
+
 def test_kind_of_combinations_is_sharp():
     q, k = (64, 127), (0, 63)
     assert (m.Causal() & m.Window(128)).kind(*q, *k) == m.FULL

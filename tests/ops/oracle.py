@@ -15,9 +15,11 @@ import numpy as np
 from longattn.analysis import agreement
 
 
-def attention(q, k, v, visible, *, scale, softcap=None, bias=None, sinks=None, do, dlse, dtype=np.float64):
+def attention(q, k, v, visible, *, scale, softcap=None, bias=None, sinks=None, do, dlse, dtype=np.float64, saved=False):
     """A dict of out, lse and the gradients dq, dk, dv, dbias, dsinks for the cotangents do and dlse, in float64.
 
+    saved: whether the gradients come from exp(s - lse) and a rounded lse, all that is kept where P is not: at logits of
+    1e4 its last place alone is 1e-3 of P. Algorithm 2 of arXiv:2307.08691.
     visible: bool [B H T S]. Rows without a visible key (and without sinks) are zero, lse -inf, and send no gradient.
     """
     work = np.float64 if dtype == np.float64 else np.float32
@@ -47,6 +49,8 @@ def attention(q, k, v, visible, *, scale, softcap=None, bias=None, sinks=None, d
     out = r(np.einsum("BHTS,BSHV->BTHV", p, v))
     lse = np.where(empty, -np.inf, m + np.log(total))
 
+    if saved:
+        p = r(np.exp(s - np.where(empty, 0, r(lse))[..., None]))
     dlse = np.where(empty, 0, dlse.transpose(0, 2, 1))
     dv = r(np.einsum("BHTS,BTHV->BSHV", p, do))
     dp = r(np.einsum("BTHV,BSHV->BHTS", do, v))

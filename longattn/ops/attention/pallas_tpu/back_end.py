@@ -139,7 +139,7 @@ def _backward(
     T, length = n.T, n.rows_q * n.block_q
     empty = lse == -jnp.inf
     delta = jnp.where(empty, 0.0, (do.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse)
-    lse = jnp.where(empty, NO_KEY, lse * LOG2E)
+    lse = jnp.where(empty, NO_KEY, lse)
     fill = lambda x, value: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - T)), constant_values=value)
     stats = jnp.stack([fill(lse, NO_KEY), fill(delta, 0.0)], 2)
     q, k, v, do = (_heads_first(x) for x in (q, k, v, do.astype(q.dtype)))
@@ -152,6 +152,11 @@ def _backward(
     dq, dk, dv = backward(n, jax.tree.structure(extras.mask), *_one_type((walk, q, k, v, do, stats, *numbers)))
     dq = jnp.where(jnp.repeat(visited, n.block_q, -1)[:, :, None, :T], dq[..., :T] * n.scale, 0.0)
     return dq.transpose(0, 3, 1, 2).astype(out_dtype), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+
+
+def _unit(spec: Spec) -> float:
+    """As `Call.unit`: the kernels' lse times this is the natural logarithm."""
+    return spec.scale if spec.softcap is None else spec.softcap
 
 
 def _folded(function: Callable[..., Any], *arrays: Any) -> Any:
@@ -182,13 +187,14 @@ def _folded(function: Callable[..., Any], *arrays: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> tuple[Array, Array]:
-    return _folded(functools.partial(_forward, spec=spec), q, k, v, extras)
+    out, lse = _folded(functools.partial(_forward, spec=spec), q, k, v, extras)
+    return out, lse * _unit(spec)
 
 
 def _attend_forward(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> Any:
-    out, lse = _attend(q, k, v, extras, spec)
+    out, lse = _folded(functools.partial(_forward, spec=spec), q, k, v, extras)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return (out, lse), (q, k, v, extras, out, lse)
+    return (out, lse * _unit(spec)), (q, k, v, extras, out, lse)
 
 
 def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
@@ -209,4 +215,4 @@ def backward_partial(
 ) -> tuple[Query, Key, Value]:
     """dq, dk, dv from these keys in float32, given the global out and lse."""
     gradient = functools.partial(_backward, spec=spec, out_dtype=jnp.float32)
-    return _folded(gradient, q, k, v, extras, out, lse, do, dlse)
+    return _folded(gradient, q, k, v, extras, out, lse / _unit(spec), do, dlse)

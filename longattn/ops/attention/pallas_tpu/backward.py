@@ -76,7 +76,7 @@ def _kernel(
     )
     head, row = pl.program_id(0), pl.program_id(1)
     b, kv, group = head // n.K, head % n.K, n.H // n.K
-    c, tq, tk = n.scale * LOG2E, n.tile_q, n.tile_k
+    c, tq, tk = n.unit * LOG2E, n.tile_q, n.tile_k
     precision = lax.Precision.HIGHEST if k_ref.dtype == jnp.float32 else None
     classes = 1 if n.patterns is None else len(n.patterns)
     ends = [walk[0, i] for i in range(classes + 1)]
@@ -91,7 +91,7 @@ def _kernel(
         """Of query head h of this key head's group."""
         h = kv * group + h
         lanes = [(stats_hbm.at[b, h], stats_ring)] + ([(q_numbers.at[b], number_ring)] if n.numbers else [])
-        return Fetch(n.T, n.block_q, [(q_hbm.at[b, h], q_ring), (do_hbm.at[b, h], do_ring)], lanes, sems)
+        return Fetch(q_hbm.shape[2], n.block_q, [(q_hbm.at[b, h], q_ring), (do_hbm.at[b, h], do_ring)], lanes, sems)
 
     # ---- one block
 
@@ -118,12 +118,10 @@ def _kernel(
         def softmax(tile: tuple[int, int], s: Array, dp: Array) -> tuple[Array, Array]:
             queries, keys = where(tile)
             slope = None
-            if n.softcap is None:
-                s = s * c
-            else:
-                t = jnp.tanh(s * (n.scale / n.softcap))
-                s, slope = t * (n.softcap * LOG2E), 1 - t * t
-            p = jnp.exp2(s - stats[:1, queries])
+            if n.softcap is not None:
+                s = jnp.tanh(s * (n.scale / n.softcap))
+                slope = 1 - s * s
+            p = jnp.exp2(c * (s - stats[:1, queries]))
             ds = p * (dp - stats[1:2, queries])
             if slope is not None:
                 ds = ds * slope

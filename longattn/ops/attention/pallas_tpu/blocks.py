@@ -125,7 +125,8 @@ def lists(
         rank = jnp.where(like.all((-1, -2)), i, rank)
     order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
     if mark_first:
-        earlier = jnp.cumsum(~empty, axis=2) - ~empty > 0
+        shown = (~empty).astype(jnp.int32)
+        earlier = jnp.cumsum(shown, axis=2) - shown > 0
         order = order + jnp.where(jnp.take_along_axis(earlier, order, axis=-1), 0, INDEX + 1)
     ends = [(rank <= i).sum(-1, dtype=jnp.int32) for i in range(count + 1)]
     first = jnp.where(ends[-1] > 0, order[..., 0], -1)

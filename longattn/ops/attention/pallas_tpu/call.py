@@ -35,6 +35,13 @@ class Call:
     vmem_bytes: int  # that the kernel may use
 
     @property
+    def unit(self) -> float:
+        """What the kernels count logits and lse in: q k, or its tanh where it is capped. They are scaled where a
+        difference was taken, so that P of the greatest is 1 exactly in both passes, however a product is rounded.
+        """
+        return self.scale if self.softcap is None else self.softcap
+
+    @property
     def rows_q(self) -> int:
         """Blocks of queries."""
         return -(-self.T // self.block_q)

@@ -20,7 +20,6 @@ by its own kind.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -60,7 +59,7 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
     ) = refs
     head, row = pl.program_id(0), pl.program_id(1)
     b, kv = head // n.H, head % n.H // (n.H // n.K)
-    c, tq, pk, strips = n.scale * LOG2E, n.tile_q, n.tile_k, n.block_q // n.tile_q
+    c, tq, pk, strips = n.unit * LOG2E, n.tile_q, n.tile_k, n.block_q // n.tile_q
     chunks = 2  # of a block: what is known of one alternates between two buffers
     tk = n.block_k // chunks
     precision = lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
@@ -71,13 +70,13 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
     leaves = [walk[0, first_own + i] for i in range(mask.num_leaves)]
     shows = jax.tree.unflatten(mask, leaves)
 
-    def block(step: Array) -> Array:
+    def block(step: Array | int) -> Array:
         return walk[0, first_own + mask.num_leaves + step]
 
     lanes = [(k_numbers.at[b], number_ring)] if n.numbers else []
-    fetch = Fetch(n.S, n.block_k, [(k_hbm.at[b, kv], k_ring), (v_hbm.at[b, kv], v_ring)], lanes, sems)
+    fetch = Fetch(k_hbm.shape[2], n.block_k, [(k_hbm.at[b, kv], k_ring), (v_hbm.at[b, kv], v_ring)], lanes, sems)
 
-    def arrive(step: Array, slot: Array) -> None:
+    def arrive(step: Array | int, slot: Array) -> None:
         """Waits for the block of this step, and sends for the one after it."""
         following = jnp.where(step + 1 < seen, block(step + 1), following_row)
 
@@ -95,12 +94,12 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
     # ---- products
 
     def logits(slot: Array, first: int, keys: int, strip: int) -> Array:
-        """S^T [keys tile_q] in base 2."""
+        """S^T [keys tile_q], in the call's unit."""
         q = q_ref[strip * tq : (strip + 1) * tq, :]
         s = tiles.dot(k_ring[slot, first : first + keys, :], q, "NT", precision)
         if n.softcap is None:
-            return s * c
-        return jnp.tanh(s * (n.scale / n.softcap)) * (n.softcap * LOG2E)
+            return s
+        return jnp.tanh(s * (n.scale / n.softcap))
 
     def weighted(slot: Array, first: int, keys: slice, p: Array) -> Array:
         """V^T P^T [V tile_q] of the keys counted from `first`."""
@@ -141,7 +140,7 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
                     p_ref[chunk % 2, strip, where] = jnp.zeros((pk, tq), p_ref.dtype)
                     continue
                 first = chunk * tk + part * pk
-                p = jnp.exp2(logits(slot, first, pk, strip))
+                p = jnp.exp2(c * logits(slot, first, pk, strip))
                 if kind == PARTIAL:
                     p = jnp.where(shown(slot, j, first, pk, strip), p, 0.0)
                 l_ref[strip] += groups(p).sum(0)
@@ -174,11 +173,11 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
         old = m_ref[strip]
         new = jnp.maximum(old, groups(s).max(0).max(0, keepdims=True))
         # Where no key was seen yet, 2^(NEVER - new) = 0 throws away later what is summed for none.
-        m_ref[strip], shift_ref[chunk % 2, strip], decay_ref[chunk % 2, strip] = new, new, jnp.exp2(old - new)
+        m_ref[strip], shift_ref[chunk % 2, strip], decay_ref[chunk % 2, strip] = new, new, jnp.exp2(c * (old - new))
 
     def exponential(parity: int, strip: int) -> None:
         """P of the chunk of this parity, whose S and maximum are known."""
-        p = jnp.exp2(groups(s_ref[parity, strip]) - shift_ref[parity, strip][None])
+        p = jnp.exp2(c * (groups(s_ref[parity, strip]) - shift_ref[parity, strip][None]))
         l_ref[strip] = l_ref[strip] * decay_ref[parity, strip] + p.sum(0)
         p_ref[parity, strip] = p.reshape(tk, tq).astype(p_ref.dtype)
 
@@ -263,7 +262,7 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
         total = jnp.where(empty, 1.0, total)
         columns = slice(strip * tq, (strip + 1) * tq)
         o_ref[columns] = jnp.where(empty, 0.0, acc_ref[strip] * (1.0 / total)).T.astype(o_ref.dtype)
-        lse_ref[:, columns] = jnp.where(empty, -jnp.inf, (m + jnp.log2(total)) * math.log(2))
+        lse_ref[:, columns] = jnp.where(empty, -jnp.inf, m + jnp.log2(total) * (1 / c))
 
 
 def forward(
