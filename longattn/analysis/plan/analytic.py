@@ -165,10 +165,12 @@ def flops(config: Config) -> float:
     return 3 * layers + again + 3 * forward.head * share + sum(attention_flops(config))
 
 
-def messages(config: Config) -> dict[str, float]:
+def messages(config: Config, where: Topology) -> dict[str, float]:
     """Bytes that one device receives in a step, by what they are.
 
-    Keys and values and their gradients: the strategy's formula, which programs bear out to the byte. Matrices are
+    Keys and values and their gradients: the strategy's formula, which programs bear out to the byte, but for one
+    thing. TPU kernels give gradients with heads before tokens, and what XLA:TPU is to scatter along an axis that is
+    not the first in memory it sums by all-reduce and slices, which sends twice as much. Matrices are
     gathered in the compute dtype, forward and backward, and their gradients summed in it, by reduce-scatter where they
     are sliced and by all-reduce over `data`. There programs differ from the formula: XLA may pass slices around a ring
     of P devices P times instead of P - 1, inside the products that use them, and may sum by all-reduce what
@@ -184,7 +186,7 @@ def messages(config: Config) -> dict[str, float]:
     kv = 2 * m.N * pieces * n * k * (P - 1)
     found = {
         "keys and values": (3 if m.remat == "full" else 2) * c * kv,
-        "their gradients": _F32 * kv,
+        "their gradients": _F32 * kv * (1 if where.is_gpu else 2),
         "matrices": 2 * pieces * c * matrices * others(slices),
         "their gradients, slices": pieces * c * matrices * others(slices),
         "their gradients, replicas": 2 * (c * layers + _F32 * (held - layers)) * others(mesh.data),
@@ -199,7 +201,7 @@ def estimate(config: Config, where: Topology) -> dict[str, Any]:
     """What `program.facts` says of a compiled program, by formula."""
     parts = memory(config, where)
     total = parts.pop("total")
-    work, sent = flops(config), messages(config)
+    work, sent = flops(config), messages(config, where)
     model = cost.step_flops(config) / where.size
     products, link = work / where.peak_flops, sum(sent.values()) / where.link_bandwidth
     return {
