@@ -7,8 +7,12 @@ parameters and AdamW's moments, float32) and with what all N layers have kept of
     the loss        the head gathered, its gradient in float32 (4 W E), and one chunk's logits
     an MLP          backward: the layers' gradients, the head's, cast parameters (c p), one layer's gathered, and
                     activations of width F and E
-    attention       backward: the same parameters, q, k, v, out and their gradients, keys and values of the whole
+    attention       backward: the same parameters, q, out's gradient, q's in float32, keys and values of the whole
                     sequence gathered, and their gradients in float32
+
+On TPUs the minor axis of an array in device memory is filled up to 128 lanes. Attention's kernels read and write
+[B H T D], keys' gradients too, so heads narrower than that cost as much as heads of 128. So does what layers keep in
+that layout: `kept` says when.
 
 How many activations of each width are alive at once is a property of XLA's schedules: the counts below were read off
 compiled programs, and `checked.py` holds the errors against the compilers' own accounts. Messages are exact: what the
@@ -30,6 +34,7 @@ from longattn.analysis.plan.memory import KINDS
 from longattn.analysis.plan.topology import Topology
 from longattn.config import Config, Model
 from longattn.models.transformer import init_params
+from longattn.ops.attention.pallas_tpu.tiles import LANES
 from longattn.parallel import mesh as meshes
 
 _F32 = 4
@@ -60,25 +65,37 @@ def tokens(config: Config) -> float:
     return config.data.B * config.data.T / (c.data * c.fsdp * c.seq * config.optimiser.accumulate)
 
 
-def kept(config: Config) -> float:
-    """Bytes that one device keeps of the forward pass of all layers, by the remat policy."""
+def _filled(D: int, where: Topology) -> int:
+    """The size of a head in an array whose minor axis it is."""
+    return D if where.is_gpu else -(-D // LANES) * LANES
+
+
+def kept(config: Config, where: Topology) -> float:
+    """Bytes that one device keeps of the forward pass of all layers, by the remat policy.
+
+    XLA keeps out as TPU kernels give it, heads filled up, where the device has one row of the batch, and tokens minor
+    where it has more; where q, k and v are kept too, all stay as the kernels want them.
+    """
     m, t, n, c = config.model, config.mesh.tensor, tokens(config), np.dtype(config.model.dtype).itemsize
-    E, F, q, k = m.E, m.F / t, m.H * m.D / t, m.K * m.D / t
+    minor = m.remat in ("dots", "none") or n * config.mesh.seq == config.data.T
+    D = _filled(m.D, where) if minor else m.D
+    E, F, q, k = m.E, m.F / t, m.H * D / t, m.K * D / t
     attention = c * q + _F32 * m.H / t  # out and lse
     per_token = {
         "full": c * E,
         "attention": c * E + attention,
         "dots": 2 * c * E + c * (q + 2 * k) + attention + 2 * c * F,
-        "none": (c + 6 * _F32) * E + c * (q + 6 * k) + attention + 6 * c * F,  # norms are computed in float32
+        "none": (2 * c + 6 * _F32) * E + c * (q + 2 * k) + attention + 6 * c * F,  # norms are computed in float32
     }[m.remat]
     return m.N * n * per_token
 
 
-def memory(config: Config) -> dict[str, float]:
+def memory(config: Config, where: Topology) -> dict[str, float]:
     """Bytes of one device at the peak, by kind as in `memory.KINDS`, and their sum as "total"."""
     m, mesh, n = config.model, config.mesh, tokens(config)
     c, t, E = np.dtype(m.dtype).itemsize, mesh.tensor, m.E
-    F, q, k = m.F / t, m.H * m.D / t, m.K * m.D / t
+    F, q = m.F / t, m.H * m.D / t
+    q_filled, k_filled = (heads * _filled(m.D, where) / t for heads in (m.H, m.K))
     p, layers = _held(config)
     sequence = n * mesh.seq  # keys of the device's rows, those of other devices too
     head = m.W * E
@@ -88,13 +105,13 @@ def memory(config: Config) -> dict[str, float]:
         "parameters": _F32 * p,
         "moments": 2 * _F32 * p,
         "batch": 4 * _F32 * n * config.optimiser.accumulate,
-        "forward pass": kept(config),
+        "forward pass": kept(config, where),
     }
     chunk = min(config.optimiser.loss_chunk, n)
     rows = sequence / config.data.T
     piece = n if m.mlp_chunk is None else min(n, m.mlp_chunk * rows)  # tokens that the MLP sees at once
     full = m.remat == "full"  # attention's forward pass runs again, and what it gives is alive beside the rest
-    wide, narrow = (4, 5) if m.remat in ("full", "attention") else (2, 6)
+    wide, narrow = {"full": (4, 3), "attention": (4, 5)}.get(m.remat, (2, 6))
     gradients = sums + _F32 * layers + _F32 * head
     casts = c * layers * (c < _F32) + 2 * c * E * F * spread  # two of a layer's largest matrices, gathered
     peaks = {
@@ -106,13 +123,13 @@ def memory(config: Config) -> dict[str, float]:
         "MLP": {
             "gradients": gradients,
             "gathered or cast parameters": casts,
-            "backward pass": c * (wide * F * piece + (narrow * E + full * (2 * q + 2 * k)) * n),
+            "backward pass": c * (wide * F * piece + (narrow * E + full * 2 * (q_filled + k_filled)) * n),
         },
         "attention": {
             "gradients": gradients,
             "gathered or cast parameters": casts,
-            "backward pass": ((2 * c + _F32) * q + 2 * c * E + full * c * (2 * q + 2 * k + F + E)) * n
-            + 2 * (c + _F32) * k * sequence,
+            "backward pass": (2 * c * q_filled + _F32 * q + 2 * c * E + full * c * (q + E)) * n
+            + 2 * (c + _F32) * k_filled * sequence,
         },
     }
     largest = max(peaks.values(), key=lambda parts: sum(parts.values()))
@@ -148,10 +165,12 @@ def flops(config: Config) -> float:
     return 3 * layers + again + 3 * forward.head * share + sum(attention_flops(config))
 
 
-def messages(config: Config) -> dict[str, float]:
+def messages(config: Config, where: Topology) -> dict[str, float]:
     """Bytes that one device receives in a step, by what they are.
 
-    Keys and values and their gradients: the strategy's formula, which programs bear out to the byte. Matrices are
+    Keys and values and their gradients: the strategy's formula, which programs bear out to the byte, but for one
+    thing. TPU kernels give gradients with heads before tokens, and what XLA:TPU is to scatter along an axis that is
+    not the first in memory it sums by all-reduce and slices, which sends twice as much. Matrices are
     gathered in the compute dtype, forward and backward, and their gradients summed in it, by reduce-scatter where they
     are sliced and by all-reduce over `data`. There programs differ from the formula: XLA may pass slices around a ring
     of P devices P times instead of P - 1, inside the products that use them, and may sum by all-reduce what
@@ -167,7 +186,7 @@ def messages(config: Config) -> dict[str, float]:
     kv = 2 * m.N * pieces * n * k * (P - 1)
     found = {
         "keys and values": (3 if m.remat == "full" else 2) * c * kv,
-        "their gradients": _F32 * kv,
+        "their gradients": _F32 * kv * (1 if where.is_gpu else 2),
         "matrices": 2 * pieces * c * matrices * others(slices),
         "their gradients, slices": pieces * c * matrices * others(slices),
         "their gradients, replicas": 2 * (c * layers + _F32 * (held - layers)) * others(mesh.data),
@@ -180,9 +199,9 @@ def messages(config: Config) -> dict[str, float]:
 
 def estimate(config: Config, where: Topology) -> dict[str, Any]:
     """What `program.facts` says of a compiled program, by formula."""
-    parts = memory(config)
+    parts = memory(config, where)
     total = parts.pop("total")
-    work, sent = flops(config), messages(config)
+    work, sent = flops(config), messages(config, where)
     model = cost.step_flops(config) / where.size
     products, link = work / where.peak_flops, sum(sent.values()) / where.link_bandwidth
     return {

@@ -33,10 +33,12 @@ def test_products_are_those_of_the_program():
 def test_keys_values_and_their_gradients_are_sent_as_the_formula_says(case):
     """Exactly. All else is a matter of how XLA gathers matrices and sums their gradients: see `messages`."""
     found = [c for c in checked.recorded()[case.name]["collectives"] if c["axes"] == "seq"]
-    sent = {end: sum(c["bytes"] for c in found if c["scope"].endswith(end)) for end in ("all_gather", "reduce_scatter")}
-    by_formula = analytic.messages(case.config)
-    assert sent["all_gather"] == by_formula.get("keys and values", 0)
-    assert sent["reduce_scatter"] == by_formula.get("their gradients", 0)
+    gathered = sum(c["bytes"] for c in found if c["scope"].endswith("all_gather"))
+    sums = [c for c in found if c["kind"] in ("reduce-scatter", "all-reduce")]
+    summed = sum(c["bytes"] for c in sums if "reduce_sum" not in c["scope"])  # of norms' gains, and the loss
+    by_formula = analytic.messages(case.config, topology.parse(case.topology))
+    assert gathered == by_formula.get("keys and values", 0)
+    assert summed == by_formula.get("their gradients", 0)
 
 
 def test_messages_between_all_devices_are_those_of_the_program_but_for_its_rings():
@@ -48,8 +50,8 @@ def test_messages_between_all_devices_are_those_of_the_program_but_for_its_rings
 
 @needs_libtpu
 def test_the_recorded_figures_are_the_compilers():
-    """The smallest case that is refused, which takes seconds; another version of libtpu may differ by a little."""
-    case = next(c for c in checked.CASES if c.name.startswith("wide v6e"))
+    """A case that is refused, which takes seconds; another version of libtpu may differ by a little."""
+    case = next(c for c in checked.CASES if c.name.startswith("1b v5e"))
     found = program.facts(case.config, topology.parse(case.topology), 300)
     old = checked.recorded()[case.name]
     assert found["hbm_bytes"] == pytest.approx(old["hbm_bytes"], rel=0.02) and found["fits"] == old["fits"]
@@ -76,6 +78,7 @@ def test_estimates_need_no_compiler(monkeypatch, tmp_path, capsys):
 
 def test_more_tokens_need_more_and_more_devices_less():
     model = plan.MODELS["llama3_8b"]
-    need = lambda T, fsdp: analytic.memory(Config(model, ByteLM(T=T, B=64), Mesh(fsdp=fsdp, seq=2)))["total"]
+    where = topology.parse("v5e:4x4")
+    need = lambda T, fsdp: analytic.memory(Config(model, ByteLM(T=T, B=64), Mesh(fsdp=fsdp, seq=2)), where)["total"]
     assert need(8192, 8) < need(16_384, 8) < need(65_536, 8)
     assert need(16_384, 8) > need(16_384, 16) > need(16_384, 64)
