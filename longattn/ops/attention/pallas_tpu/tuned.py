@@ -1,6 +1,11 @@
-"""Sizes (block_q, block_k, tile_q, tile_k) that the static sweep found best: written by
-`python -m longattn.analysis.static.sweep`, by chip, pass, class of mask, head size and length (`tuning._key`).
+"""Sizes (block_q, block_k, tile_q, tile_k): by chip, pass, class of mask, head size, length.
+
+Written by `python -m longattn.analysis.static.sweep`. SWEPT has the entries that it found, each with the static cycles
+of 8 heads (compiled, not run) and of how many sizes these are the least. An entry that it lacks has the sizes of the
+other length if those were swept, else a guess.
 """
+
+COMPILERS = "jax 0.12.0.1, libtpu 0.0.50.1"  # of SWEPT
 
 TUNED: dict[str, tuple[int, int, int, int]] = {
     "v5e forward full D64 8k": (2048, 2048, 512, 256),
@@ -20,19 +25,19 @@ TUNED: dict[str, tuple[int, int, int, int]] = {
     "v5e backward narrow D64 32k": (1024, 1024, 256, 256),
     "v5e backward numbers D64 32k": (1024, 1024, 256, 256),
     "v5e forward full D128 8k": (2048, 2048, 512, 256),
-    "v5e forward cut D128 8k": (2048, 1024, 256, 256),
+    "v5e forward cut D128 8k": (2048, 1024, 128, 128),
     "v5e forward narrow D128 8k": (1024, 1024, 256, 256),
     "v5e forward numbers D128 8k": (1024, 1024, 512, 256),
     "v5e backward full D128 8k": (1024, 1024, 256, 256),
-    "v5e backward cut D128 8k": (1024, 1024, 256, 256),
+    "v5e backward cut D128 8k": (2048, 1024, 256, 256),
     "v5e backward narrow D128 8k": (1024, 1024, 256, 256),
     "v5e backward numbers D128 8k": (1024, 1024, 256, 256),
     "v5e forward full D128 32k": (2048, 2048, 512, 256),
-    "v5e forward cut D128 32k": (2048, 1024, 256, 256),
+    "v5e forward cut D128 32k": (2048, 1024, 128, 128),
     "v5e forward narrow D128 32k": (1024, 1024, 256, 256),
     "v5e forward numbers D128 32k": (1024, 1024, 512, 256),
     "v5e backward full D128 32k": (1024, 1024, 256, 256),
-    "v5e backward cut D128 32k": (1024, 1024, 256, 256),
+    "v5e backward cut D128 32k": (2048, 1024, 256, 256),
     "v5e backward narrow D128 32k": (1024, 1024, 256, 256),
     "v5e backward numbers D128 32k": (1024, 1024, 256, 256),
     "v5e forward full D256 8k": (2048, 2048, 512, 256),
@@ -68,7 +73,7 @@ TUNED: dict[str, tuple[int, int, int, int]] = {
     "v5p backward narrow D64 32k": (1024, 1024, 256, 256),
     "v5p backward numbers D64 32k": (1024, 1024, 256, 256),
     "v5p forward full D128 8k": (2048, 2048, 512, 256),
-    "v5p forward cut D128 8k": (2048, 1024, 256, 256),
+    "v5p forward cut D128 8k": (2048, 1024, 128, 128),
     "v5p forward narrow D128 8k": (1024, 1024, 256, 256),
     "v5p forward numbers D128 8k": (1024, 1024, 512, 256),
     "v5p backward full D128 8k": (1024, 1024, 256, 256),
@@ -76,7 +81,7 @@ TUNED: dict[str, tuple[int, int, int, int]] = {
     "v5p backward narrow D128 8k": (1024, 1024, 256, 256),
     "v5p backward numbers D128 8k": (1024, 1024, 256, 256),
     "v5p forward full D128 32k": (2048, 2048, 512, 256),
-    "v5p forward cut D128 32k": (2048, 1024, 256, 256),
+    "v5p forward cut D128 32k": (2048, 1024, 128, 128),
     "v5p forward narrow D128 32k": (1024, 1024, 256, 256),
     "v5p forward numbers D128 32k": (1024, 1024, 512, 256),
     "v5p backward full D128 32k": (1024, 1024, 256, 256),
@@ -120,7 +125,7 @@ TUNED: dict[str, tuple[int, int, int, int]] = {
     "v6e forward narrow D128 8k": (1024, 1024, 512, 256),
     "v6e forward numbers D128 8k": (1024, 1024, 512, 256),
     "v6e backward full D128 8k": (1024, 1024, 256, 256),
-    "v6e backward cut D128 8k": (1024, 1024, 256, 256),
+    "v6e backward cut D128 8k": (2048, 1024, 256, 256),
     "v6e backward narrow D128 8k": (1024, 1024, 256, 256),
     "v6e backward numbers D128 8k": (1024, 1024, 256, 256),
     "v6e forward full D128 32k": (2048, 2048, 512, 256),
@@ -128,7 +133,7 @@ TUNED: dict[str, tuple[int, int, int, int]] = {
     "v6e forward narrow D128 32k": (1024, 1024, 512, 256),
     "v6e forward numbers D128 32k": (1024, 1024, 512, 256),
     "v6e backward full D128 32k": (1024, 1024, 256, 256),
-    "v6e backward cut D128 32k": (1024, 1024, 256, 256),
+    "v6e backward cut D128 32k": (2048, 1024, 256, 256),
     "v6e backward narrow D128 32k": (1024, 1024, 256, 256),
     "v6e backward numbers D128 32k": (1024, 1024, 256, 256),
     "v6e forward full D256 8k": (2048, 2048, 512, 256),
@@ -195,4 +200,20 @@ TUNED: dict[str, tuple[int, int, int, int]] = {
     "tpu7x backward cut D256 32k": (1024, 1024, 256, 256),
     "tpu7x backward narrow D256 32k": (1024, 1024, 256, 256),
     "tpu7x backward numbers D256 32k": (1024, 1024, 256, 256),
+}
+
+# (static cycles, sizes that gave a number)
+SWEPT: dict[str, tuple[int, int]] = {
+    "v5e forward full D128 8k": (2207277, 3),
+    "v5e forward cut D128 8k": (1169037, 5),
+    "v5e backward cut D128 8k": (3040605, 2),
+    "v5p forward cut D128 8k": (582995, 2),
+    "v5p backward cut D128 8k": (1491200, 1),
+    "v6e forward full D128 8k": (907883, 1),
+    "v6e forward cut D128 8k": (535219, 1),
+    "v6e backward cut D128 8k": (1174105, 2),
+    "v6e forward numbers D128 32k": (2350911, 1),
+    "v6e backward numbers D128 32k": (4388610, 1),
+    "tpu7x forward cut D128 8k": (535269, 1),
+    "tpu7x backward cut D128 8k": (1268014, 1),
 }
