@@ -190,7 +190,8 @@ def _forward_blocks(shape: Shape) -> list[Shape]:
     """The most promising first: programs of this length take a minute to compile."""
     wide = [((2048, 1024), (512, 256)), ((2048, 1024), (256, 256)), ((2048, 1024), (128, 128))]
     if shape.documents:
-        found = [((1024, 1024), (512, 256)), ((1024, 512), (512, 256)), ((512, 512), (256, 128))]
+        found = [((1024, 1024), (512, 256)), ((2048, 1024), (512, 256)), ((1024, 512), (512, 256))]
+        found += [((512, 512), (256, 128))]
     elif isinstance(shape.mask, Window):
         found = [((1024, 1024), (512, 256)), ((1024, 1024), (256, 256)), ((1024, 1024), (128, 128))]
     elif isinstance(shape.mask, Full):
