@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -60,8 +60,9 @@ class Key:
         Raises:
           ValueError: for a text that is no key.
         """
-        chip, which, kind, head, length = text.split()
-        if chip not in hardware.TENSOR_CORES or which not in get_args(tuning.Pass) or length not in _LENGTHS:
+        chip, word, kind, head, length = text.split()
+        which = next((known for known in tuning.PASSES if known == word), None)
+        if chip not in hardware.TENSOR_CORES or which is None or length not in _LENGTHS:
             raise ValueError(f"{text!r} is no key of the table, such as 'v5e forward cut D128 8k'")
         return cls(chip, which, kind, int(head.removeprefix("D")), length)
 
