@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import longattn
-from longattn.analysis.cases.kernel import F32, Branch, Case, Kernel, edges, flops, gradients, row, sizes
+from longattn.analysis.cases.kernel import F32, Branch, Case, Kernel, flops, gradients, row, sizes
 from longattn.analysis.cases.shape import Shape
+from longattn.mask import Full, Window
 from longattn.ops.attention.pallas_tpu import Blocks, Tuning, blocks
 from longattn.ops.attention.spec import Extras
 
@@ -63,7 +64,8 @@ class _Lists:
     """What the lists of one head say."""
 
     visits: np.ndarray  # blocks of each class in each row, int [rows classes]; the last class needs no mask
-    first: int  # blocks that no row visited before
+    block: np.ndarray  # of each visit, int [visits], in the order of the walk
+    first: np.ndarray  # bool [visits]: no row visited this block before
     words: int  # of a row's list
 
     @property
@@ -74,6 +76,24 @@ class _Lists:
     def blocks(self) -> int:
         """Visits of all rows."""
         return int(self.visits.sum())
+
+    def events(self, group: int) -> dict[str, list[int]]:
+        """Of each class, how often `group` heads that walk over each row in turn do what depends on the visit before.
+
+        Returns: "sent": visits whose block is not on its way, "first": that begin a block's sum, "ahead": that send for
+        the next one's sum, "read": that send for their own, which was not on its way.
+        """
+        rows, classes = self.visits.shape
+        row = np.repeat(np.arange(rows), self.visits.sum(1))
+        kind = np.concatenate([np.repeat(np.arange(classes), counts) for counts in self.visits])
+        order = np.concatenate([np.tile(np.flatnonzero(row == i), group) for i in range(rows)])
+        head = np.concatenate([np.repeat(np.arange(group), counts.sum()) for counts in self.visits])
+        row, kind, block, first = row[order], kind[order], self.block[order], self.first[order]
+        follows = np.diff(row, prepend=-2) <= 1  # its block is on its way: the row before has visits
+        same = (np.diff(block, prepend=-1) == 0) & (np.diff(head, prepend=0) == 0)
+        ready = follows & ~first & ~same  # its sum is on its way
+        found = {"sent": ~follows, "first": first, "ahead": np.append(ready[1:], False), "read": ~first & ~ready}
+        return {name: np.bincount(kind[held], minlength=classes).tolist() for name, held in found.items()}
 
 
 def _lists(shape: Shape, tuning: Blocks, by_key: bool) -> _Lists:
@@ -100,7 +120,8 @@ def _lists(shape: Shape, tuning: Blocks, by_key: bool) -> _Lists:
     ends = walk[:, :classes]
     order = walk[:, classes + 1 + own : -1]
     seen = np.arange(order.shape[1]) < ends[:, -1:]
-    return _Lists(np.diff(ends, axis=1, prepend=0), int((seen & (order > blocks.INDEX)).sum()), walk.shape[1])
+    order = order[seen]
+    return _Lists(np.diff(ends, axis=1, prepend=0), order & blocks.INDEX, order > blocks.INDEX, walk.shape[1])
 
 
 # ---- what the kernels do
@@ -109,20 +130,21 @@ def _lists(shape: Shape, tuning: Blocks, by_key: bool) -> _Lists:
 def _forward(shape: Shape) -> tuple[Kernel, ...]:
     found = _lists(shape, _tuning(shape, "forward").forward, by_key=False)
     *cut, whole = (shape.H * found.visits.sum(0)).tolist()
+    *cut_sent, whole_sent = [shape.H * sent for sent in found.events(1)["sent"]]
     rows_of_whole = shape.H * int((found.visits[:, -1] > 0).sum())
 
-    def either(data: str, *bodies: tuple[str, int]) -> list[Branch]:
-        return [Branch(what, runs, data, alternative=True) for what, runs in bodies]
+    def either(data: str, *bodies: tuple[str, int, int]) -> list[Branch]:
+        return [Branch(what, runs, data, alternative=True, asides=((sent, runs),)) for what, runs, sent in bodies]
 
     bounded = either(
         _BOUNDED,
-        *((f"bounded, cut block {i}", runs) for i, runs in enumerate(cut)),
-        ("bounded, first whole block of a row", rows_of_whole),
-        ("bounded, whole block", whole - rows_of_whole),
+        *((f"bounded, cut block {i}", *counts) for i, counts in enumerate(zip(cut, cut_sent))),
+        ("bounded, first whole block of a row", rows_of_whole, whole_sent),
+        ("bounded, whole block", whole - rows_of_whole, 0),
     )
-    of_cut = [("online, cut block", sum(cut))] if cut else []
-    last = ("online, last block's products", shape.H * found.rows)
-    others = either(_OTHERS, last, *of_cut, ("online, whole block", whole))
+    of_cut = [("online, cut block", sum(cut), sum(cut_sent))] if cut else []
+    last = ("online, last block's products", shape.H * found.rows, 0)
+    others = either(_OTHERS, last, *of_cut, ("online, whole block", whole, whole_sent))
     number = INT32 * bool(shape.documents)
     query = row(shape.D) + row(shape.values) + F32 + number  # q, out, lse, segment id
     key = row(shape.D) + row(shape.values) + number
@@ -138,17 +160,23 @@ def _forward(shape: Shape) -> tuple[Kernel, ...]:
 
 def _backward(shape: Shape) -> tuple[Kernel, ...]:
     found = _lists(shape, _tuning(shape, "backward").backward, by_key=True)
-    *cut, whole = (shape.H * found.visits.sum(0)).tolist()
+    events = found.events(shape.H // shape.key_heads)
+    bodies = []
+    for runs, *counts in zip((shape.H * found.visits.sum(0)).tolist(), *events.values()):
+        sent, first, ahead, read = (shape.key_heads * count for count in counts)
+        copies = (sent, runs, ahead, first, runs - first, read), (sent, runs, first)
+        bodies.append((runs, "", False, copies))
+    *cut, whole = bodies
     number = INT32 * bool(shape.documents)
     query = row(shape.D) + row(shape.values) + 2 * F32 + number  # q, do, lse, delta, segment id
     key = 2 * (row(shape.D) + row(shape.values)) + number  # k, v, dk, dv
     dq = shape.D * F32  # stands transposed, so that no register is filled up
-    visits = found.blocks * (query + dq) + (found.blocks - found.first) * dq
+    visits = found.blocks * (query + dq) + (~found.first).sum() * dq
     per_group = found.rows * (shape.bS * key + found.words * INT32)
     return (
         Kernel(
             "longattn_attention_backward", shape.key_heads * found.rows,
-            (*(Branch(f"cut block {i}", runs) for i, runs in enumerate(cut)), Branch("whole block", whole)),
+            (*(Branch(f"cut block {i}", *body) for i, body in enumerate(cut)), Branch("whole block", *whole)),
             flops(shape, "DVVDD"), float(shape.H * shape.bT * visits + shape.key_heads * per_group),
             after_bytes=float(shape.H * shape.T * dq), lists=True,  # XLA scales and turns dq; as for shares, its reads
         ),
@@ -159,17 +187,27 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
 
 
 def _forward_blocks(shape: Shape) -> list[Shape]:
-    small = min(edges(shape)) == 512
-    pairs = [(512, 512), (512, 1024), (1024, 1024), (2048, 1024)]
-    pairs = pairs if small else [(1024, 1024), (2048, 1024), (2048, 2048), (4096, 1024)]
-    tiles = [(256, 256), (512, 128), (512, 256), (1024, 256)]
-    return [s for pair in pairs for tile in tiles for s in _sized(shape, pair, tile) if s.bS // s.bC % 2 == 0]
+    """The most promising first: programs of this length take a minute to compile."""
+    wide = [((2048, 1024), (512, 256)), ((2048, 1024), (256, 256)), ((2048, 1024), (128, 128))]
+    if shape.documents:
+        found = [((1024, 1024), (512, 256)), ((2048, 1024), (512, 256)), ((1024, 512), (512, 256))]
+        found += [((512, 512), (256, 128))]
+    elif isinstance(shape.mask, Window):
+        found = [((1024, 1024), (512, 256)), ((1024, 1024), (256, 256)), ((1024, 1024), (128, 128))]
+    elif isinstance(shape.mask, Full):
+        found = [((2048, 2048), (512, 256)), ((2048, 2048), (256, 256)), *wide[:2]]
+    else:
+        found = [*wide, ((1024, 1024), (128, 128)), ((1024, 2048), (512, 256))]
+    found += [((1024, 512), (256, 128)), ((512, 512), (512, 256)), ((512, 512), (128, 128))]
+    sized = [s for block, tile in found for s in _sized(shape, block, tile) if s.bS // (s.bC or s.bS) % 2 == 0]
+    return list(dict.fromkeys(sized))
 
 
 def _backward_blocks(shape: Shape) -> list[Shape]:
-    pairs = [(bT, bS) for bT in (512, 1024, 2048) for bS in (512, 1024)]
-    usual = [s for pair in pairs for s in _sized(shape, pair, (256, 256))]
-    return usual + [s for tile in ((512, 256), (256, 512)) for s in _sized(shape, (1024, 1024), tile)]
+    """The most promising first."""
+    first = [(1024, 1024), (512, 1024)] if shape.documents or isinstance(shape.mask, Window) else [(2048, 1024)]
+    pairs = dict.fromkeys([*first, (1024, 1024), (2048, 1024), (1024, 2048), (512, 512)])
+    return [s for pair in pairs for s in _sized(shape, pair, (256, 256))]
 
 
 def _sized(shape: Shape, block: tuple[int, int], tile: tuple[int, int]) -> list[Shape]:

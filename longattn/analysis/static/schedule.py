@@ -9,15 +9,16 @@ Trip counts of loops stand in the schedule; how often branches run comes from th
 or, where it depends on the data, from kernels that were run (`rates.py`). What is declared must fit what was compiled:
 loops must run for the declared steps, and there must be as many branches as the source has.
 
-Of a kernel that walks over lists, regions with matrix products of their own are declared instead. What has none is
-charged whenever the region around it runs: an upper bound, as copies that are already on their way are not sent again.
+Of a kernel that walks over lists, regions with matrix products of their own are declared instead, each with how often
+its branches without products run (`Branch.asides`). Chips differ in which of those are compiled to jumps: where the
+number of jumps is none of those declared, each is charged whenever it is reached, an upper bound.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -200,6 +201,10 @@ def weigh(schedule: Schedule, kernel: Kernel, cores: int, rates: Mapping[str, fl
             f"{kernel.name}: the schedule's step has {len(regions)} {kind}, its source {len(kernel.branches)}"
         )
     declared = {id(region): branch for region, branch in zip(regions, kernel.branches)}
+    for region, branch in zip(regions, kernel.branches):
+        jumps = [b for r in region.inside if not r.total("MXU") for b in r.walk() if b.kind == "branch"]
+        asides = next((runs for runs in branch.asides if len(runs) == len(jumps)), ())
+        declared |= {id(jump): replace(branch, what="", runs=runs) for jump, runs in zip(jumps, asides)}
     rows: list[Executions] = []
     cycles, filled = 0.0, dict.fromkeys(schedule.capacity, 0.0)
     worst = {"": 0.0}  # by alternative; "" is what runs in any case

@@ -172,6 +172,19 @@ def test_weigh_takes_of_alternatives_the_costliest_as_the_worst_case():
         weigh(schedule, LISTS, cores=1, rates={"fast": 1.0})
 
 
+def test_weigh_charges_the_branches_of_a_body_as_often_as_declared_if_so_many_jump():
+    schedule = parse(
+        *dumps({4: 30, 11: 18, 19: 28, 33: 2}, products=(9,))
+    )  # the step holds products, its branches none
+    body = Branch("body", 4, asides=((9, 9, 9), (1, 3)))
+    always = 4 + 6 * 15 + 4 * 15
+    weighted = weigh(schedule, replace(LISTS, branches=(body,)), cores=1)
+    assert weighted.cycles == weighted.cycles_worst == always + 1 * 2 + 3 * 4
+    for other in ((), ((1,), (1, 2, 3))):
+        weighted = weigh(schedule, replace(LISTS, branches=(replace(body, asides=other),)), cores=1)
+        assert weighted.cycles == always + 4 * 2 + 4 * 4
+
+
 @pytest.mark.parametrize(("products", "found"), [(range(9, 30), 3), ((24,), 1)])
 def test_weigh_refuses_bodies_that_no_list_leads_to(products, found):
     with pytest.raises(ValueError, match=f"step has {found} regions with matrix products, its source 2"):
@@ -369,6 +382,9 @@ def test_the_bodies_of_our_forward_kernel_run_as_declared(change, bounded, monke
     assert [c.asked for c in counts if c.name == "_next" and c.asked] == [
         b.runs for b in kernel.branches if b.data == data and b.runs and "block's products" not in b.what
     ]
+    assert [c.runs for c in counts if c.name == "_fetch" and c.asked] == [
+        b.asides[0][0] for b in kernel.branches if b.data == data and b.runs and "block's products" not in b.what
+    ]
 
 
 @pytest.mark.parametrize(
@@ -377,7 +393,14 @@ def test_the_bodies_of_our_forward_kernel_run_as_declared(change, bounded, monke
 def test_the_bodies_of_our_backward_kernel_run_as_declared(change):
     shape = replace(OWN, **change)
     (kernel,) = CASES["longattn_backward"].kernels(shape)
-    first = [c for c in rates.count("longattn_backward", shape) if c.name == "_zero" and c.asked]
+    counts = rates.count("longattn_backward", shape)
+    first = [c for c in counts if c.name == "_zero" and c.asked]
+    asides = [b.asides[0] for b in kernel.branches if b.runs]
+    for i, name in ((0, "_fetch"), (3, "_zero"), (4, "_arrive")):
+        assert [c.runs for c in counts if c.name == name and c.asked] == [runs[i] for runs in asides]
+    assert sum(c.runs for c in counts if c.name == "_read") == sum(runs[5] for runs in asides)
+    assert sum(runs[2] + runs[5] for runs in asides) == sum(runs[4] for runs in asides)  # each sum is sent for once
+    assert all(b.asides[1] == b.asides[0][:2] + b.asides[0][3:4] for b in kernel.branches)
     assert [c.asked for c in first] == [b.runs for b in kernel.branches if b.runs]
     assert sum(c.runs for c in first) == 2 * shape.blocks[0]  # dq of each block is begun once
 
