@@ -69,7 +69,7 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
     precision = lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
     classes = 1 if n.patterns is None else len(n.patterns)  # of blocks that are cut
     ends = [walk[0, i] for i in range(classes + 1)]
-    cut, seen = (ends[-2] if classes else 0), ends[-1]
+    cut, seen = (ends[-2] if classes else jnp.int32(0)), ends[-1]
     following_row, bound, first_own = walk[0, classes + 1], walk[0, classes + 2], classes + 3
     leaves = [walk[0, first_own + i] for i in range(mask.num_leaves)]
     shows = jax.tree.unflatten(mask, leaves)

@@ -16,7 +16,7 @@ from longattn.ops.attention.pallas_tpu.tuned import TUNED
 
 LANES, SUBLANES = 128, 8
 _MiB = 2**20
-_SPARE = 6 * _MiB  # for what the compiler keeps besides: registers that it spills, constants
+_SPARE = 8 * _MiB  # for what the compiler keeps besides: registers that it spills, constants
 _F32_AREA = 512 * 512  # float32 products are six to twelve in bfloat16: as many times the program
 Pass = Literal["forward", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
