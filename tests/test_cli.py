@@ -127,7 +127,7 @@ def test_config_of_another_version_is_one_line(capsys, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ([], "the cases are matmul"),
-        (["--static", "tpu"], "for tpu the cases are matmul, jax_flash"),
+        (["--static", "tpu"], "for tpu the cases are matmul, longattn"),
         (["--static", "tpu", "jax_flsh"], "unknown case 'jax_flsh'; the cases are matmul"),
         (["--static", "gpu"], "for gpu the cases are matmul, jax_mgpu"),
         (["--static", "cpu", "matmul"], "--static"),

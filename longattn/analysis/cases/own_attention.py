@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import longattn
 from longattn.analysis.cases.kernel import F32, Branch, Case, Kernel, flops, gradients, row, sizes
 from longattn.analysis.cases.shape import Shape
 from longattn.mask import Full, Window
+from longattn.ops.attention import attention
 from longattn.ops.attention.pallas_tpu import Blocks, Tuning, blocks
 from longattn.ops.attention.spec import Extras
 
@@ -42,7 +42,7 @@ def _ids(shape: Shape) -> jax.Array | None:
 
 def _attend(shape: Shape, kernel: str) -> Callable[..., Any]:
     tuning = _tuning(shape, kernel)
-    return lambda q, k, v: longattn.attention(
+    return lambda q, k, v: attention(
         q, k, v, mask=shape.mask, segment_ids=_ids(shape), implementation="pallas_tpu", tuning=tuning
     )
 

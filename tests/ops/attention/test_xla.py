@@ -116,7 +116,7 @@ def _tiled(q, k, tuning):
     """The tiles of one call of `_forward`, its layout and its spec."""
     q, k = jnp.asarray(q), jnp.asarray(k)
     positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-    spec = Spec(scale=D**-0.5, softcap=None, out_dtype="float32", tuning=tuning)
+    spec = Spec(scale=D**-0.5, softcap=None, out_dtype="float32", in_order=True, tuning=tuning)
     n = xla._layout(q, k, k, Extras(m.Causal(), positions, positions), spec)
     return xla._queries(xla._scaled(q, n, spec), n), xla._keys(k, n), n, spec
 
