@@ -106,22 +106,16 @@ def _lists(shape: Shape, tuning: Blocks, by_key: bool) -> _Lists:
             patterns = blocks.patterns(
                 shape.mask, tuning.block_q, tuning.block_k, tuning.tile_q, tuning.tile_k, shape.T, shape.T
             )
-        outer, inner = 1, 1  # tiles of a block, where the ways in which blocks are cut matter
-        if patterns is not None:
-            outer, inner = tuning.block_q // tuning.tile_q, tuning.block_k // tuning.tile_k
-        tile_q, tile_k = tuning.block_q // outer, tuning.block_k // inner
-        extras = Extras(shape.mask, positions, positions, ids, ids)
-        kinds = blocks.kinds(extras, tile_q, tile_k, shape.T // tile_q, shape.T // tile_k, shape.T, True)
-        if by_key:
-            outer, inner, kinds = inner, outer, kinds.swapaxes(2, 3)
-            patterns = None if patterns is None else tuple(tuple(zip(*pattern)) for pattern in patterns)
-        walk = np.asarray(blocks.lists(kinds, outer, inner, patterns, [0] * own, mark_first=True))[0, 0]
-    classes = 2 if patterns is None else len(patterns) + 1
-    ends = walk[:, :classes]
-    order = walk[:, classes + 1 + own : -1]
-    seen = np.arange(order.shape[1]) < ends[:, -1:]
-    order = order[seen]
-    return _Lists(np.diff(ends, axis=1, prepend=0), order & blocks.INDEX, order > blocks.INDEX, walk.shape[1])
+        walk, _ = blocks.walk(
+            Extras(shape.mask, positions, positions, ids, ids), patterns, (tuning.block_q, tuning.block_k),
+            (tuning.tile_q, tuning.tile_k), shape.T, shape.T, True, [0] * own, by_key,
+        )  # fmt: skip
+    table = np.asarray(walk)[0, 0]
+    listed = blocks.Row(lambda i: table[:, i], 2 if patterns is None else len(patterns) + 1, own)
+    order = listed.block(np.arange(int(listed.seen.max())))
+    order = order[np.arange(order.shape[1]) < listed.seen[:, None]]
+    visits = np.diff(np.stack(listed.ends, 1), axis=1, prepend=0)
+    return _Lists(visits, order & blocks.INDEX, order > blocks.INDEX, table.shape[1])
 
 
 # ---- what the kernels do

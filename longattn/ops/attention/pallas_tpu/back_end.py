@@ -10,7 +10,7 @@ sequence, jvp and second derivatives.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool
 
-from longattn.mask import EMPTY
 from longattn.ops import dispatch
 from longattn.ops.attention.pallas_tpu import blocks
 from longattn.ops.attention.pallas_tpu.backward import NO_KEY, backward
-from longattn.ops.attention.pallas_tpu.call import LOG2E, Call
+from longattn.ops.attention.pallas_tpu.call import LOG2E, Call, unit
 from longattn.ops.attention.pallas_tpu.forward import forward
 from longattn.ops.attention.pallas_tpu.tuning import PASSES, Pass, Tuning, choose, limit
 from longattn.ops.attention.spec import Extras, Spec
@@ -80,20 +79,13 @@ def _numbers(n: Call, extras: Extras, side: str, length: int | None) -> Array | 
     return x if length is None else jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])), mode="edge")
 
 
-def _kinds(n: Call, extras: Extras, spec: Spec) -> tuple[Array, int, int]:
-    """Kinds [B|1 H|1 ...] of the tiles, where the ways in which blocks are cut matter, else of the blocks; the number
-    of them in a block along its queries, and along its keys.
-    """
-    strips, parts = (1, 1) if n.patterns is None else (n.block_q // n.tile_q, n.block_k // n.tile_k)
-    kinds = blocks.kinds(
-        extras, n.block_q // strips, n.block_k // parts, n.rows_q * strips, n.rows_k * parts, n.S, spec.in_order
-    )
-    return kinds, strips, parts
-
-
-def _leaves(mask: Any) -> list[Array]:
-    """The mask's numbers, one per sequence, as the lists take them: [B 1 1]."""
-    return [x[:, None, None] for x in jax.tree.leaves(mask)]
+def _walk(n: Call, extras: Extras, spec: Spec, own: Sequence[Array], by_key: bool) -> tuple[Array, Array]:
+    leaves = [x[:, None, None] for x in jax.tree.leaves(extras.mask)]  # one number per sequence: [B 1 1]
+    with jax.named_scope("order"):
+        return blocks.walk(
+            extras, n.patterns, (n.block_q, n.block_k), (n.tile_q, n.tile_k), n.T, n.S, spec.in_order,
+            [*own, *leaves], by_key,
+        )  # fmt: skip
 
 
 def _bounded(n: Call, q: Array, k: Array) -> Bool[Array, "B H rows"]:
@@ -116,17 +108,10 @@ def _forward(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> tuple[
         )
     n = _call("forward", q, k, v, extras, spec, spec.out_dtype)
     q, k, v = (_heads_first(x) for x in (q, k, v))
-    with jax.named_scope("order"):
-        own = [_bounded(n, q, k), *_leaves(extras.mask)]
-        walk = blocks.lists(*_kinds(n, extras, spec), n.patterns, own)
+    walk, _ = _walk(n, extras, spec, [_bounded(n, q, k)], by_key=False)
     numbers = _numbers(n, extras, "q", None), _numbers(n, extras, "k", n.rows_k * n.block_k)
-    out, lse = forward(n, jax.tree.structure(extras.mask), *_one_type((walk, q, k, v, *numbers)))
+    out, lse = forward(n, jax.tree.structure(extras.mask), *dispatch.vary_together((walk, q, k, v, *numbers)))
     return out.swapaxes(1, 2), lse.swapaxes(1, 2)
-
-
-def _one_type(arrays: Any) -> Any:
-    """The same arrays, all varying over the mesh axes that any does: the lists of blocks may come from constants."""
-    return dispatch.vary_together(arrays)
 
 
 def _backward(
@@ -143,20 +128,13 @@ def _backward(
     fill = lambda x, value: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - T)), constant_values=value)
     stats = jnp.stack([fill(lse, NO_KEY), fill(delta, 0.0)], 2)
     q, k, v, do = (_heads_first(x) for x in (q, k, v, do.astype(q.dtype)))
-    with jax.named_scope("order"):
-        kinds, strips, parts = _kinds(n, extras, spec)
-        cut = None if n.patterns is None else tuple(tuple(zip(*pattern)) for pattern in n.patterns)
-        walk = blocks.lists(kinds.swapaxes(2, 3), parts, strips, cut, _leaves(extras.mask), mark_first=True)
-        visited = (kinds != EMPTY).reshape(*kinds.shape[:2], n.rows_q, -1).any(-1)
+    walk, visited = _walk(n, extras, spec, [], by_key=True)
     numbers = _numbers(n, extras, "k", None), _numbers(n, extras, "q", length)
-    dq, dk, dv = backward(n, jax.tree.structure(extras.mask), *_one_type((walk, q, k, v, do, stats, *numbers)))
+    dq, dk, dv = backward(
+        n, jax.tree.structure(extras.mask), *dispatch.vary_together((walk, q, k, v, do, stats, *numbers))
+    )
     dq = jnp.where(jnp.repeat(visited, n.block_q, -1)[:, :, None, :T], dq[..., :T] * n.scale, 0.0)
     return dq.transpose(0, 3, 1, 2).astype(out_dtype), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
-
-
-def _unit(spec: Spec) -> float:
-    """As `Call.unit`: the kernels' lse times this is the natural logarithm."""
-    return spec.scale if spec.softcap is None else spec.softcap
 
 
 def _folded(function: Callable[..., Any], *arrays: Any) -> Any:
@@ -188,13 +166,13 @@ def _folded(function: Callable[..., Any], *arrays: Any) -> Any:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> tuple[Array, Array]:
     out, lse = _folded(functools.partial(_forward, spec=spec), q, k, v, extras)
-    return out, lse * _unit(spec)
+    return out, lse * unit(spec.scale, spec.softcap)
 
 
 def _attend_forward(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> Any:
     out, lse = _folded(functools.partial(_forward, spec=spec), q, k, v, extras)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return (out, lse * _unit(spec)), (q, k, v, extras, out, lse)
+    return (out, lse * unit(spec.scale, spec.softcap)), (q, k, v, extras, out, lse)
 
 
 def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
@@ -215,4 +193,4 @@ def backward_partial(
 ) -> tuple[Query, Key, Value]:
     """dq, dk, dv from these keys in float32, given the global out and lse."""
     gradient = functools.partial(_backward, spec=spec, out_dtype=jnp.float32)
-    return _folded(gradient, q, k, v, extras, out, lse / _unit(spec), do, dlse)
+    return _folded(gradient, q, k, v, extras, out, lse / unit(spec.scale, spec.softcap), do, dlse)

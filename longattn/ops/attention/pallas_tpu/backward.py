@@ -1,6 +1,6 @@
 """The backward kernel: dq, dk and dv in one walk over the visible blocks, in tiles S^T that stand transposed.
 
-    S = c q k^T (base 2);  P = 2^(S - lse);  dP = do v^T;  dS = P (dP - delta);  delta = rowsum(do out) - dlse
+    S = q k^T;  P = 2^(c (S - lse));  dP = do v^T;  dS = P (dP - delta);  delta = rowsum(do out) - dlse
     dv = P^T do;  dk = scale dS^T q;  dq = scale dS k
 
 Algorithm 2 of arXiv:2307.08691 in its loop order (keys outside). Of a tile, the gradients come as dv^T = do^T P,
@@ -26,12 +26,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from longattn.mask import EMPTY, FULL, PARTIAL
+from longattn.mask import EMPTY, PARTIAL
 from longattn.ops.attention.pallas_tpu import blocks, tiles
 from longattn.ops.attention.pallas_tpu.call import LOG2E, Call
 from longattn.ops.attention.pallas_tpu.fetch import RING, Fetch, after, before
 
-NO_KEY = 1e30  # stands for the lse of a query that sees no key: P = 2^(S - NO_KEY) = 0
+NO_KEY = 1e30  # stands for the lse of a query that sees no key, for which P is 0
 _SLOT, _FETCHED, _READING, _LAST, _WRITING = range(5)  # of the state; from _WRITING on one flag per buffer
 
 
@@ -78,14 +78,11 @@ def _kernel(
     b, kv, group = head // n.K, head % n.K, n.H // n.K
     c, tq, tk = n.unit * LOG2E, n.tile_q, n.tile_k
     precision = lax.Precision.HIGHEST if k_ref.dtype == jnp.float32 else None
-    classes = 1 if n.patterns is None else len(n.patterns)
-    ends = [walk[0, i] for i in range(classes + 1)]
-    seen, following_row, first_leaf = ends[-1], walk[0, classes + 1], classes + 2
-    shows = jax.tree.unflatten(mask, [walk[0, first_leaf + i] for i in range(mask.num_leaves)])
+    bodies = blocks.bodies(n.patterns, n.block_q // tq, n.block_k // tk)
+    listed = blocks.Row(lambda i: walk[0, i], len(bodies), mask.num_leaves)
+    shows = jax.tree.unflatten(mask, listed.own)
+    seen, entry = listed.seen, listed.block
     sums = _Sums(dq_hbm, dq_ring, state, dq_sems)
-
-    def entry(step: Array | int) -> Array:
-        return walk[0, first_leaf + mask.num_leaves + step]
 
     def fetch(h: Array) -> Fetch:
         """Of query head h of this key head's group."""
@@ -159,7 +156,7 @@ def _kernel(
         i, first = entry(step) & blocks.INDEX, entry(step) > blocks.INDEX
         here = (b, kv * group + h, i)
         more, other = step + 1 < seen, h + 1 < group
-        next_entry = jnp.where(more, entry(step + 1), jnp.where(other, entry(0), following_row))
+        next_entry = jnp.where(more, entry(step + 1), jnp.where(other, entry(0), listed.following))
         next_h, next_i = jnp.where(more, h, jnp.where(other, h + 1, 0)), next_entry & blocks.INDEX
         reading, next_reading = state[_READING], (next_entry >= 0) & (next_entry <= blocks.INDEX)
 
@@ -209,12 +206,10 @@ def _kernel(
 
     dk_acc[...] = jnp.zeros_like(dk_acc)
     dv_acc[...] = jnp.zeros_like(dv_acc)
-    every = lambda kind: ((kind,) * (n.block_k // tk),) * (n.block_q // tq)
-    cut = [every(PARTIAL)] if n.patterns is None else n.patterns
 
     def of_head(h: Array, _: Any) -> None:
-        for i, pattern in enumerate([*cut, every(FULL)]):
-            lax.fori_loop(ends[i - 1] if i else 0, ends[i], functools.partial(visit, pattern, h), None)
+        for i, pattern in enumerate(bodies):
+            lax.fori_loop(*listed.steps(i), functools.partial(visit, pattern, h), None)
 
     lax.fori_loop(0, group, of_head, None)
     dk_ref[...] = (dk_acc[...] * n.scale).T.astype(dk_ref.dtype)
@@ -239,7 +234,7 @@ def backward(
       walk: int32 [B|1 1 columns W], of `blocks.lists` with keys as rows and first visits marked; its own numbers are
         the mask's leaves.
       q, k, v, do: [B H T D], [B K S D], [B K S V], [B H T V].
-      stats: float32 [B H 2 rows*block_q], lse in base 2 (NO_KEY where there is none, and beyond the queries), delta.
+      stats: float32 [B H 2 rows*block_q], lse in n.unit (NO_KEY where there is none, and beyond the queries), delta.
       k_numbers, q_numbers: int32 [B numbers S], [B numbers rows*block_q], where the kernel reads any.
     """
     Bw, _, columns, W = walk.shape

@@ -18,12 +18,12 @@ The kernel fetches one row of it at a time, so that no length of the sequence ou
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int8
+from jaxtyping import Array, Bool, Int, Int8
 
 from longattn.mask import EMPTY, FULL, PARTIAL, Mask
 from longattn.ops.attention.spec import Extras
@@ -135,3 +135,59 @@ def lists(
     order = jnp.broadcast_to(order, (*header[0].shape, Ji))
     end = jnp.full((*order.shape[:-1], 1), -1, jnp.int32)  # what is read, and not used, behind a list of all blocks
     return jnp.concatenate([jnp.stack(header, -1), order, end], -1)
+
+
+def walk(
+    extras: Extras,
+    cut: tuple[Pattern, ...] | None,
+    block: tuple[int, int],
+    tile: tuple[int, int],
+    T: int,
+    S: int,
+    in_order: bool,
+    own: Sequence[Array | int],
+    by_key: bool,
+) -> tuple[Int[Array, "..."], Bool[Array, "..."]]:
+    """The lists of a kernel whose rows are blocks of queries or, `by_key`, of keys, with first visits marked.
+
+    Args:
+      cut: of `patterns`. Without them the kinds of whole blocks are all that matters.
+      block, tile: (queries, keys).
+      in_order, own: as of `kinds` and `lists`.
+
+    Returns:
+      int32 [B|1 H|1 J W]; which blocks of queries hold a visible pair, bool [B|1 H|1 Jq].
+    """
+    strips, parts = (1, 1) if cut is None else (block[0] // tile[0], block[1] // tile[1])
+    Jq, Jk = -(-T // block[0]), -(-S // block[1])
+    kind = kinds(extras, block[0] // strips, block[1] // parts, Jq * strips, Jk * parts, S, in_order)
+    visited = (kind != EMPTY).reshape(*kind.shape[:2], Jq, -1).any(-1)
+    if not by_key:
+        return lists(kind, strips, parts, cut, own), visited
+    turned = None if cut is None else tuple(tuple(zip(*pattern)) for pattern in cut)
+    return lists(kind.swapaxes(2, 3), parts, strips, turned, own, mark_first=True), visited
+
+
+def bodies(cut: tuple[Pattern, ...] | None, strips: int, parts: int) -> list[Pattern]:
+    """The pattern of each class of blocks: those that the mask cuts, then the one that it shows whole."""
+    every = lambda kind: ((kind,) * parts,) * strips
+    return [*((every(PARTIAL),) if cut is None else cut), every(FULL)]
+
+
+class Row:
+    """A row of the lists as a kernel reads it: the inverse of what `lists` wrote."""
+
+    def __init__(self, read: Callable[[Any], Any], classes: int, own: int) -> None:
+        """`read(i)` gives word i; there are so many `classes` of blocks, and numbers of the kernel's own."""
+        self.ends = [read(i) for i in range(classes)]
+        self.seen = self.ends[-1]  # blocks in the list
+        self.following = read(classes)  # the next row's first block, or -1
+        self.own = [read(classes + 1 + i) for i in range(own)]
+        self._read, self._first = read, classes + 1 + own
+
+    def block(self, step: Any) -> Any:
+        return self._read(self._first + step)
+
+    def steps(self, i: int) -> tuple[Any, Any]:
+        """Where class i begins and ends in the list."""
+        return (self.ends[i - 1] if i else 0), self.ends[i]

@@ -9,7 +9,14 @@ from typing import Any
 from longattn.ops.attention.pallas_tpu.blocks import Pattern
 
 LOG2E = math.log2(math.e)
-SUBLANES = 8
+LANES, SUBLANES = 128, 8  # of a register
+
+
+def unit(scale: float, softcap: float | None) -> float:
+    """What the kernels count logits and lse in: q k, or its tanh where it is capped. They are scaled where a difference
+    was taken, so that P of the greatest is 1 exactly in both passes, however a product is rounded.
+    """
+    return scale if softcap is None else softcap
 
 
 @dataclass(frozen=True)
@@ -36,10 +43,7 @@ class Call:
 
     @property
     def unit(self) -> float:
-        """What the kernels count logits and lse in: q k, or its tanh where it is capped. They are scaled where a
-        difference was taken, so that P of the greatest is 1 exactly in both passes, however a product is rounded.
-        """
-        return self.scale if self.softcap is None else self.softcap
+        return unit(self.scale, self.softcap)
 
     @property
     def rows_q(self) -> int:

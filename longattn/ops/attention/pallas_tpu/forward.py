@@ -1,8 +1,8 @@
 """The forward kernel: O^T = V^T P^T of tiles S^T = K q^T that stand transposed, keys along sublanes.
 
-    S = c q k^T (base 2);  m' = max(m, rowmax S);  P = 2^(S - m')
-    l' = 2^(m - m') l + rowsum P;  O' = 2^(m - m') O + P v
-    out = O / l;  lse = ln 2 (m + log2 l)
+    S = q k^T;  m' = max(m, rowmax S);  P = 2^(c (S - m'));  c = scale log2 e
+    l' = 2^(c (m - m')) l + rowsum P;  O' = 2^(c (m - m')) O + P v
+    out = O / l;  lse = m + log2(l) / c
 
 Algorithm 1 of arXiv:2307.08691. Transposed, the statistics of a row lie along lanes, so that no reduction crosses them,
 and P is the stationary operand of the second product, whose other side is only V rows high: on matrix units of 256 x
@@ -32,7 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from longattn.mask import EMPTY, FULL, PARTIAL
+from longattn.mask import EMPTY, PARTIAL
 from longattn.ops.attention.pallas_tpu import blocks, tiles
 from longattn.ops.attention.pallas_tpu.call import LOG2E, SUBLANES, Call
 from longattn.ops.attention.pallas_tpu.fetch import RING, Fetch, after
@@ -67,22 +67,18 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
     chunks = 2  # of a block: what is known of one alternates between two buffers
     tk = n.block_k // chunks
     precision = lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
-    classes = 1 if n.patterns is None else len(n.patterns)  # of blocks that are cut
-    ends = [walk[0, i] for i in range(classes + 1)]
-    cut, seen = (ends[-2] if classes else jnp.int32(0)), ends[-1]
-    following_row, bound, first_own = walk[0, classes + 1], walk[0, classes + 2], classes + 3
-    leaves = [walk[0, first_own + i] for i in range(mask.num_leaves)]
+    *of_cut, of_whole = blocks.bodies(n.patterns, strips, n.block_k // pk)
+    listed = blocks.Row(lambda i: walk[0, i], len(of_cut) + 1, 1 + mask.num_leaves)
+    bound, *leaves = listed.own
     shows = jax.tree.unflatten(mask, leaves)
-
-    def block(step: Array | int) -> Array:
-        return walk[0, first_own + mask.num_leaves + step]
+    cut, seen, block = (listed.ends[-2] if of_cut else jnp.int32(0)), listed.seen, listed.block
 
     lanes = [(k_numbers.at[b], number_ring)] if n.numbers else []
     fetch = Fetch(k_hbm.shape[2], n.block_k, [(k_hbm.at[b, kv], k_ring), (v_hbm.at[b, kv], v_ring)], lanes, sems)
 
     def arrive(step: Array | int, slot: Array) -> None:
         """Waits for the block of this step, and sends for the one after it."""
-        following = jnp.where(step + 1 < seen, block(step + 1), following_row)
+        following = jnp.where(step + 1 < seen, block(step + 1), listed.following)
 
         @pl.when(state[_FETCHED] == 0)
         def _fetch() -> None:
@@ -111,7 +107,7 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
 
     def groups(x: Array) -> Array:
         """[keys queries] -> [keys/8 8 queries], registers above each other."""
-        return x.reshape(x.shape[0] // 8, 8, x.shape[1])
+        return x.reshape(x.shape[0] // SUBLANES, SUBLANES, x.shape[1])
 
     def shown(slot: Array, j: Array, first: Array | int, keys: int, strip: int) -> Array:
         """Visible pairs, bool [keys tile_q], of the keys from `first` on in block j."""
@@ -217,27 +213,26 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
 
     def of_bounded() -> None:
         m_ref[...] = jnp.zeros_like(m_ref)
-        every = lambda kind: ((kind,) * (n.block_k // pk),) * strips
         slot = start
-        for i, pattern in enumerate([every(PARTIAL)] if n.patterns is None else n.patterns):
+        for i, pattern in enumerate(of_cut):
 
             def alone(step: Array, slot: Array, pattern: blocks.Pattern = pattern) -> Array:
                 arrive(step, slot)
                 bounded(pattern, slot, block(step), None, True)
                 return after(slot)
 
-            slot = lax.fori_loop(ends[i - 1] if i else 0, ends[i], alone, slot)
+            slot = lax.fori_loop(*listed.steps(i), alone, slot)
 
         def following(step: Array, slots: tuple[Array, Array]) -> tuple[Array, Array]:
             slot, before = slots
             arrive(step, slot)
-            bounded(every(FULL), slot, block(step), before, False)
+            bounded(of_whole, slot, block(step), before, False)
             return after(slot), slot
 
         @pl.when(cut < seen)
         def _whole() -> None:
             arrive(cut, slot)
-            bounded(every(FULL), slot, block(cut), None, False)
+            bounded(of_whole, slot, block(cut), None, False)
             state[_SLOT], before = lax.fori_loop(cut + 1, seen, following, (after(slot), slot))
             for strip in range(strips):
                 acc_ref[strip] += weighted(before, (chunks - 1) * tk, slice(0, tk), p_ref[1, strip])
@@ -275,7 +270,7 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
 def forward(
     n: Call, mask: Any, walk: Array, q: Array, k: Array, v: Array, q_numbers: Array | None, k_numbers: Array | None
 ) -> tuple[Array, Array]:
-    """out [B H T V] in n.out_dtype and lse float32 [B H T].
+    """out [B H T V] in n.out_dtype and lse float32 [B H T], in n.unit.
 
     Args:
       mask: its tree, whose leaves are one number per sequence.

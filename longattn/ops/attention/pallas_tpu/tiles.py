@@ -9,8 +9,8 @@ from jax import lax
 from jaxtyping import Array
 
 from longattn.mask import Mask
+from longattn.ops.attention.pallas_tpu.call import LANES
 
-LANES = 128
 _FORMS = {"NT": ((1,), (1,)), "TN": ((0,), (0,)), "TT": ((0,), (1,))}
 
 

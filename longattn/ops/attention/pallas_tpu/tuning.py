@@ -11,10 +11,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from longattn.mask import EMPTY, FULL, Mask
 from longattn.ops import dispatch
+from longattn.ops.attention.pallas_tpu.call import LANES, SUBLANES
 from longattn.ops.attention.pallas_tpu.fetch import RING
 from longattn.ops.attention.pallas_tpu.tuned import TUNED
 
-LANES, SUBLANES = 128, 8
 _MiB = 2**20
 _SPARE = 8 * _MiB  # for what the compiler keeps besides: registers that it spills, constants
 _F32_AREA = 512 * 512  # float32 products are six to twelve in bfloat16: as many times the program
