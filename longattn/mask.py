@@ -278,6 +278,8 @@ class BlockSparse(Mask):
 
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         xp = _xp(self.visible, q_pos, k_pos)
+        if not self.visible.ndim:  # one block, as a kernel sees it: a number
+            return xp.broadcast_to(self.visible, _shape(q_pos, k_pos)) != 0
         B, H, Jq, Jk = self.visible.shape
         i, j = _lift(q_pos, 4) // self.block_size, _lift(k_pos, 4) // self.block_size
         b, h = np.arange(B).reshape(-1, 1, 1, 1), np.arange(H).reshape(1, -1, 1, 1)

@@ -66,6 +66,7 @@ class _Lists:
     visits: np.ndarray  # blocks of each class in each row, int [rows classes]; the last class needs no mask
     block: np.ndarray  # of each visit, int [visits], in the order of the walk
     first: np.ndarray  # bool [visits]: no row visited this block before
+    tiles: np.ndarray | None  # of each visit of a block whose tiles are listed, how many are cut, and whole: [n 2]
     words: int  # of a row's list
 
     @property
@@ -111,14 +112,29 @@ def _lists(shape: Shape, tuning: Blocks, by_key: bool) -> _Lists:
             (tuning.tile_q, tuning.tile_k), shape.T, shape.T, True, [0] * own, by_key,
         )  # fmt: skip
     table = np.asarray(walk)[0, 0]
-    listed = blocks.Row(lambda i: table[:, i], 2 if patterns is None else len(patterns) + 1, own)
-    order = listed.block(np.arange(int(listed.seen.max())))
-    order = order[np.arange(order.shape[1]) < listed.seen[:, None]]
+    across = tuning.block_q if by_key else tuning.block_k
+    listed = blocks.Row(
+        lambda i: table[:, i], 2 if patterns is None else len(patterns) + 1, own, shape.T // across, tuning.tiles
+    )
+    steps = np.arange(int(listed.seen.max()))
+    order = listed.block(steps)[steps < listed.seen[:, None]]
     visits = np.diff(np.stack(listed.ends, 1), axis=1, prepend=0)
-    return _Lists(visits, order & blocks.INDEX, order > blocks.INDEX, table.shape[1])
+    tiles = None
+    if patterns is None:
+        tiles = np.stack([count[steps < listed.ends[0][:, None]] for count, _ in listed.groups(steps)], 1)
+    return _Lists(visits, order & blocks.INDEX, order > blocks.INDEX, tiles, table.shape[1])
 
 
 # ---- what the kernels do
+
+
+def _groups(tiles: np.ndarray, heads: int) -> list[tuple[str, int]]:
+    """What the bodies of listed tiles are, in the order of the source, and how often each runs."""
+    found = []
+    for kind, count in zip(("cut", "whole"), tiles.T):
+        runs = [(count // blocks.GROUP).sum(), *((count % blocks.GROUP == n).sum() for n in range(1, blocks.GROUP))]
+        found += [(f"{n} {kind} tiles", heads * int(x)) for n, x in zip((blocks.GROUP, 1, 2, 3), runs)]
+    return found
 
 
 def _forward(shape: Shape) -> tuple[Kernel, ...]:
@@ -130,15 +146,27 @@ def _forward(shape: Shape) -> tuple[Kernel, ...]:
     def either(data: str, *bodies: tuple[str, int, int]) -> list[Branch]:
         return [Branch(what, runs, data, alternative=True, asides=((sent, runs),)) for what, runs, sent in bodies]
 
-    bounded = either(
+    def listed(data: str) -> list[Branch]:
+        bodies = _groups(found.tiles, shape.H)
+        return [Branch(f"{data}, {what}", runs, data, alternative=True, loop=sum(cut)) for what, runs in bodies]
+
+    of_cut: list[Branch]
+    if found.tiles is None:
+        pairs = zip(cut, cut_sent)
+        of_cut = either(_BOUNDED, *((f"bounded, cut block {i}", *counts) for i, counts in enumerate(pairs)))
+    else:
+        rows_of_cut = shape.H * int((found.visits[:, 0] > 0).sum())
+        of_cut = [*listed(_BOUNDED), *either(_BOUNDED, ("bounded, last cut tile's product", rows_of_cut, 0))]
+    bounded = of_cut + either(
         _BOUNDED,
-        *((f"bounded, cut block {i}", *counts) for i, counts in enumerate(zip(cut, cut_sent))),
         ("bounded, first whole block of a row", rows_of_whole, whole_sent),
         ("bounded, whole block", whole - rows_of_whole, 0),
     )
-    of_cut = [("online, cut block", sum(cut), sum(cut_sent))] if cut else []
+    online = [("online, whole block", whole, whole_sent)]
+    if cut and found.tiles is None:
+        online.insert(0, ("online, cut block", sum(cut), sum(cut_sent)))
     last = ("online, last block's products", shape.H * found.rows, 0)
-    others = either(_OTHERS, last, *of_cut, ("online, whole block", whole, whole_sent))
+    others = ([] if found.tiles is None else listed(_OTHERS)) + either(_OTHERS, last, *online)
     number = INT32 * bool(shape.documents)
     query = row(shape.D) + row(shape.values) + F32 + number  # q, out, lse, segment id
     key = row(shape.D) + row(shape.values) + number
@@ -160,7 +188,9 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
         sent, first, ahead, read = (shape.key_heads * count for count in counts)
         copies = (sent, runs, ahead, first, runs - first, read), (sent, runs, first)
         bodies.append((runs, "", False, copies))
-    *cut, whole = bodies
+    *cut, whole = (Branch(f"block of class {i}", *body) for i, body in enumerate(bodies))
+    if found.tiles is not None:
+        cut = [Branch(what, n, loop=cut[0].runs) for what, n in _groups(found.tiles, shape.H)]
     number = INT32 * bool(shape.documents)
     query = row(shape.D) + row(shape.values) + 2 * F32 + number  # q, do, lse, delta, segment id
     key = 2 * (row(shape.D) + row(shape.values)) + number  # k, v, dk, dv
@@ -170,7 +200,7 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
     return (
         Kernel(
             "longattn_attention_backward", shape.key_heads * found.rows,
-            (*(Branch(f"cut block {i}", *body) for i, body in enumerate(cut)), Branch("whole block", *whole)),
+            (*cut, whole),
             flops(shape, "DVVDD"), float(shape.H * shape.bT * visits + shape.key_heads * per_group),
             after_bytes=float(shape.H * shape.T * dq), lists=True,  # XLA scales and turns dq; as for shares, its reads
         ),
@@ -184,8 +214,8 @@ def _forward_blocks(shape: Shape) -> list[Shape]:
     """The most promising first: programs of this length take a minute to compile."""
     wide = [((2048, 1024), (512, 256)), ((2048, 1024), (256, 256)), ((2048, 1024), (128, 128))]
     if shape.documents:
-        found = [((1024, 1024), (512, 256)), ((2048, 1024), (512, 256)), ((1024, 512), (512, 256))]
-        found += [((512, 512), (256, 128))]
+        found = [((2048, 1024), (512, 512)), ((2048, 1024), (512, 256)), ((2048, 1024), (256, 256))]
+        found += [((2048, 2048), (512, 256)), ((1024, 1024), (512, 256))]
     elif isinstance(shape.mask, Window):
         found = [((1024, 1024), (512, 256)), ((1024, 1024), (256, 256)), ((1024, 1024), (128, 128))]
     elif isinstance(shape.mask, Full):

@@ -224,7 +224,8 @@ def weigh(schedule: Schedule, kernel: Kernel, cores: int, rates: Mapping[str, fl
         elif region.kind == "loop" and region.trips is not None:
             runs, most = runs * region.trips, most * region.trips
         elif region.kind == "loop":
-            inside = [times(declared[id(r)]) for r in region.walk() if id(r) in declared]
+            bodies = [declared[id(r)] for r in region.walk() if id(r) in declared]
+            inside = [times(replace(body, runs=body.loop or body.runs)) for body in bodies]
             if not kernel.lists or not inside:
                 raise ValueError(f"{kernel.name}: the loop at bundle {region.start} has no constant number of trips")
             runs, most = map(max, zip(*inside))

@@ -59,7 +59,7 @@ BACK_ENDS = [
             ("float64", "float64 products are not what TPUs have; cast to bfloat16 or float32", "float32"),
             ("bias", "a bias is not read by the kernels", "plain"),
             ("all", "a bias is not read by the kernels", "sinks"),
-            ("blocks", "has an array other than one number per sequence", "prefix"),
+            ("blocks", "BlockSparse.block_size=8 is no multiple of 128", "prefix"),
         ),
     ),
 ]  # fmt: skip

@@ -3,14 +3,16 @@
 XLA moves heads before tokens (it may fold that into the operation before), sums delta, and makes the lists of blocks;
 all of it is linear in the sequence but the lists, of one number per pair of blocks.
 
-Not supported, with the reason in the error: float16 and float64, a bias, masks with arrays other than one number per
-sequence, jvp and second derivatives.
+Not supported, with the reason in the error: float16 and float64, a bias, a `BlockSparse` at given positions, or of
+blocks that are no multiple of 128, jvp and second derivatives.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -21,7 +23,7 @@ from jaxtyping import Array, Bool
 from longattn.ops import dispatch
 from longattn.ops.attention.pallas_tpu import blocks
 from longattn.ops.attention.pallas_tpu.backward import NO_KEY, backward
-from longattn.ops.attention.pallas_tpu.call import LOG2E, Call, unit
+from longattn.ops.attention.pallas_tpu.call import LANES, LOG2E, Call, unit
 from longattn.ops.attention.pallas_tpu.forward import forward
 from longattn.ops.attention.pallas_tpu.tuning import PASSES, Pass, Tuning, choose, limit
 from longattn.ops.attention.spec import Extras, Spec
@@ -40,9 +42,13 @@ def check(q: Any, k: Any, v: Any, extras: Extras, spec: Spec) -> None:
         raise NotImplementedError(f"{q.dtype} products are not what TPUs have; cast to bfloat16 or float32")
     if extras.bias is not None:
         raise NotImplementedError("a bias is not read by the kernels")
-    for leaf in jax.tree.leaves(extras.mask):
-        if leaf.ndim != 1:
-            raise NotImplementedError(f"the mask {extras.mask} has an array other than one number per sequence")
+    if sum(leaf.ndim == 4 for leaf in jax.tree.leaves(extras.mask)) > 1:
+        raise NotImplementedError(f"the mask {extras.mask} has more than one BlockSparse")
+    if (sparse := blocks.block_sparse(extras.mask)) is not None:
+        if sparse.block_size % LANES:
+            raise NotImplementedError(f"BlockSparse.block_size={sparse.block_size} is no multiple of {LANES}")
+        if not spec.in_order:
+            raise NotImplementedError("a BlockSparse is read at positions in order, not at given ones")
     if min(*q.shape, *k.shape, *v.shape):
         for which in PASSES:
             _call(which, q, k, v, extras, spec, spec.out_dtype)
@@ -53,12 +59,24 @@ def _call(which: Pass, q: Array, k: Array, v: Array, extras: Extras, spec: Spec,
     numbers = (() if spec.in_order else ("positions",)) + (() if extras.q_segments is None else ("segments",))
     sizes = getattr(spec.tuning or Tuning(), which)
     sizes = sizes or choose(which, extras.mask, numbers, T, S, D, V, q.dtype.itemsize)
+    leaves = jax.tree.leaves(extras.mask)
+    sparse = next((i for i, leaf in enumerate(leaves) if leaf.ndim == 4), None)
+    if (of := blocks.block_sparse(extras.mask)) is not None:  # of one mind about a tile
+        sizes = replace(
+            sizes, tile_q=math.gcd(sizes.tile_q, of.block_size), tile_k=math.gcd(sizes.tile_k, of.block_size)
+        )
     patterns = None
-    if not numbers and not jax.tree.leaves(extras.mask):
+    if not numbers and not leaves:
         patterns = blocks.patterns(extras.mask, sizes.block_q, sizes.block_k, sizes.tile_q, sizes.tile_k, T, S)
+    known = 1.0 if not spec.in_order or leaves else blocks.share(extras.mask, sizes.block_q, sizes.block_k, T, S)
+    if patterns is None and sizes.tiles > blocks.NUMBER + 1:
+        raise NotImplementedError(
+            f"{sizes} has {sizes.tiles} tiles to a block, of which a list can name {blocks.NUMBER + 1}"
+        )
     return Call(
         B, H, K, T, S, D, V, sizes.block_q, sizes.block_k, sizes.tile_q, sizes.tile_k, spec.scale, spec.softcap,
-        jnp.dtype(out_dtype), numbers, patterns, limit(which, sizes, D, V, q.dtype.itemsize, len(numbers)),
+        jnp.dtype(out_dtype), numbers, patterns, jax.tree.structure(extras.mask), sparse, known,
+        limit(which, sizes, D, V, q.dtype.itemsize, len(numbers)),
     )  # fmt: skip
 
 
@@ -80,7 +98,7 @@ def _numbers(n: Call, extras: Extras, side: str, length: int | None) -> Array | 
 
 
 def _walk(n: Call, extras: Extras, spec: Spec, own: Sequence[Array], by_key: bool) -> tuple[Array, Array]:
-    leaves = [x[:, None, None] for x in jax.tree.leaves(extras.mask)]  # one number per sequence: [B 1 1]
+    leaves = [x[:, None, None] for x in jax.tree.leaves(extras.mask) if x.ndim == 1]  # one number per sequence: [B 1 1]
     with jax.named_scope("order"):
         return blocks.walk(
             extras, n.patterns, (n.block_q, n.block_k), (n.tile_q, n.tile_k), n.T, n.S, spec.in_order,
@@ -110,7 +128,7 @@ def _forward(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> tuple[
     q, k, v = (_heads_first(x) for x in (q, k, v))
     walk, _ = _walk(n, extras, spec, [_bounded(n, q, k)], by_key=False)
     numbers = _numbers(n, extras, "q", None), _numbers(n, extras, "k", n.rows_k * n.block_k)
-    out, lse = forward(n, jax.tree.structure(extras.mask), *dispatch.vary_together((walk, q, k, v, *numbers)))
+    out, lse = forward(n, *dispatch.vary_together((walk, q, k, v, *numbers)))
     return out.swapaxes(1, 2), lse.swapaxes(1, 2)
 
 
@@ -130,9 +148,7 @@ def _backward(
     q, k, v, do = (_heads_first(x) for x in (q, k, v, do.astype(q.dtype)))
     walk, visited = _walk(n, extras, spec, [], by_key=True)
     numbers = _numbers(n, extras, "k", None), _numbers(n, extras, "q", length)
-    dq, dk, dv = backward(
-        n, jax.tree.structure(extras.mask), *dispatch.vary_together((walk, q, k, v, do, stats, *numbers))
-    )
+    dq, dk, dv = backward(n, *dispatch.vary_together((walk, q, k, v, do, stats, *numbers)))
     dq = jnp.where(jnp.repeat(visited, n.block_q, -1)[:, :, None, :T], dq[..., :T] * n.scale, 0.0)
     return dq.transpose(0, 3, 1, 2).astype(out_dtype), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 

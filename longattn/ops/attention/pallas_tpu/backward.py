@@ -16,8 +16,9 @@ computation. `_Sums` keeps them apart where a block of queries returns before it
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +67,16 @@ class _Sums:
             self.state[_WRITING + slot] = 0
 
 
-def _kernel(
-    n: Call, mask: Any, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any, stats_hbm: Any, *rest: Any
-) -> None:
+class _Tile(NamedTuple):
+    """Where a tile stands in its block."""
+
+    queries: Any  # pl.Slice
+    keys: Any
+    masked: bool
+    sparse: Any  # what a BlockSparse says of it
+
+
+def _kernel(n: Call, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any, stats_hbm: Any, *rest: Any) -> None:
     refs = list(rest)
     k_numbers, q_numbers = (refs.pop(0), refs.pop(0)) if n.numbers else (None, None)
     dq_hbm, dk_ref, dv_ref, q_ring, do_ring, stats_ring, number_ring, dq_ring, dk_acc, dv_acc, state, sems, dq_sems = (
@@ -78,10 +86,14 @@ def _kernel(
     b, kv, group = head // n.K, head % n.K, n.H // n.K
     c, tq, tk = n.unit * LOG2E, n.tile_q, n.tile_k
     precision = lax.Precision.HIGHEST if k_ref.dtype == jnp.float32 else None
-    bodies = blocks.bodies(n.patterns, n.block_q // tq, n.block_k // tk)
-    listed = blocks.Row(lambda i: walk[0, i], len(bodies), mask.num_leaves)
-    shows = jax.tree.unflatten(mask, listed.own)
-    seen, entry = listed.seen, listed.block
+    strips, parts = n.block_q // tq, n.block_k // tk
+    bodies = blocks.bodies(n.patterns, strips, parts)
+
+    def list_of(h: Array | int) -> blocks.Row:
+        h = h if walk.shape[0] > 1 else 0  # one list serves all heads of the group
+        return blocks.Row(lambda i: walk[h, i], len(bodies), n.mask_numbers, n.rows_q, strips * parts)
+
+    first_list = list_of(0)
     sums = _Sums(dq_hbm, dq_ring, state, dq_sems)
 
     def fetch(h: Array) -> Fetch:
@@ -92,71 +104,74 @@ def _kernel(
 
     # ---- one block
 
-    def block(pattern: blocks.Pattern, slot: Array, i: Array) -> None:
-        used = [
-            (strip, part)
-            for strip in range(n.block_q // tq)
-            for part in range(n.block_k // tk)
-            if pattern[strip][part] != EMPTY
-        ]
+    def block(pattern: blocks.Pattern | None, slot: Array, i: Array, groups: Any) -> None:
         q, do, stats, dq = q_ring.at[slot], do_ring.at[slot], stats_ring.at[slot], dq_ring.at[slot]
 
-        def where(tile: tuple[int, int]) -> tuple[slice, slice]:
-            strip, part = tile
-            return slice(strip * tq, (strip + 1) * tq), slice(part * tk, (part + 1) * tk)
-
-        def products(tile: tuple[int, int]) -> tuple[Array, Array]:
-            queries, keys = where(tile)
+        def products(tile: _Tile) -> tuple[Array, Array]:
             return (
-                tiles.dot(k_ref[keys], q[queries], "NT", precision),
-                tiles.dot(v_ref[keys], do[queries], "NT", precision),
+                tiles.dot(k_ref[tile.keys], q[tile.queries], "NT", precision),
+                tiles.dot(v_ref[tile.keys], do[tile.queries], "NT", precision),
             )
 
-        def softmax(tile: tuple[int, int], s: Array, dp: Array) -> tuple[Array, Array]:
-            queries, keys = where(tile)
+        def softmax(tile: _Tile, s: Array, dp: Array) -> tuple[Array, Array]:
             slope = None
             if n.softcap is not None:
                 s = jnp.tanh(s * (n.scale / n.softcap))
                 slope = 1 - s * s
-            p = jnp.exp2(c * (s - stats[:1, queries]))
-            ds = p * (dp - stats[1:2, queries])
+            p = jnp.exp2(c * (s - stats[:1, tile.queries]))
+            ds = p * (dp - stats[1:2, tile.queries])
             if slope is not None:
                 ds = ds * slope
-            if pattern[tile[0]][tile[1]] == PARTIAL:
+            if tile.masked:
                 visible = tiles.visible(
-                    shows, n.numbers, number_ring.at[slot] if n.numbers else None, k_numbers,
-                    i * n.block_q + queries.start, row * n.block_k + keys.start, queries.start, keys.start, tq, tk,
-                    n.S if n.S % n.block_k else None,
+                    n.shows(first_list.own, tile.sparse), n.numbers,
+                    number_ring.at[slot] if n.numbers else None, k_numbers,
+                    i * n.block_q + tile.queries.start, row * n.block_k + tile.keys.start, tile.queries.start,
+                    tile.keys.start, tq, tk, n.S if n.S % n.block_k else None,
                 )  # fmt: skip
                 p, ds = jnp.where(visible, p, 0.0), jnp.where(visible, ds, 0.0)
             return p.astype(q.dtype), ds.astype(q.dtype)
 
-        def outputs(tile: tuple[int, int], p: Array, ds: Array) -> None:
-            queries, keys = where(tile)
-            k = k_ref[keys]
-            if n.S % n.block_k and pattern[tile[0]][tile[1]] == PARTIAL:  # beyond the keys there may be NaN
-                index = row * n.block_k + keys.start + lax.broadcasted_iota(jnp.int32, k.shape, 0)
+        def outputs(tile: _Tile, p: Array, ds: Array) -> None:
+            k = k_ref[tile.keys]
+            if n.S % n.block_k and tile.masked:  # beyond the keys there may be NaN
+                index = row * n.block_k + tile.keys.start + lax.broadcasted_iota(jnp.int32, k.shape, 0)
                 k = jnp.where(index < n.S, k, jnp.zeros_like(k))
-            dv_acc[:, keys] += tiles.dot(do[queries], p, "TT", precision)
-            dk_acc[:, keys] += tiles.dot(q[queries], ds, "TT", precision)
-            dq[:, queries] += tiles.dot(k, ds, "TN", precision)
+            dv_acc[:, tile.keys] += tiles.dot(do[tile.queries], p, "TT", precision)
+            dk_acc[:, tile.keys] += tiles.dot(q[tile.queries], ds, "TT", precision)
+            dq[:, tile.queries] += tiles.dot(k, ds, "TN", precision)
 
-        now, last = products(used[0]), None
-        for t, tile in enumerate(used):
-            following = products(used[t + 1]) if t + 1 < len(used) else None
-            if last is not None:
-                outputs(used[t - 1], *last)
-            last, now = softmax(tile, *now), following
-        outputs(used[-1], *last)
+        def several(used: list[_Tile]) -> None:
+            now, last = products(used[0]), None
+            for t, tile in enumerate(used):
+                following = products(used[t + 1]) if t + 1 < len(used) else None
+                if last is not None:
+                    outputs(used[t - 1], *last)
+                last, now = softmax(tile, *now), following
+            outputs(used[-1], *last)
+
+        def at(strip: Array | int, part: Array | int, masked: bool, sparse: Array | None = None) -> _Tile:
+            return _Tile(pl.ds(tiles.multiple(strip, tq), tq), pl.ds(tiles.multiple(part, tk), tk), masked, sparse)
+
+        if pattern is None:
+            group = lambda found, masked: several([at(t % strips, t // strips, masked, sparse) for t, sparse in found])
+            tiles.by_groups(groups, group)
+        else:
+            places = itertools.product(range(strips), range(parts))
+            kinds = [(strip, part, pattern[strip][part]) for strip, part in places]
+            several([at(strip, part, kind == PARTIAL) for strip, part, kind in kinds if kind != EMPTY])
 
     # ---- one visit: a block of queries of one head of the group
 
-    def visit(pattern: blocks.Pattern, h: Array, step: Array, _: Any) -> None:
-        slot = state[_SLOT]
-        i, first = entry(step) & blocks.INDEX, entry(step) > blocks.INDEX
+    def visit(pattern: blocks.Pattern | None, h: Array, step: Array, _: Any) -> None:
+        slot, listed = state[_SLOT], list_of(h)
+        entry = listed.block(step)
+        i, first = entry & blocks.INDEX, entry > blocks.INDEX
         here = (b, kv * group + h, i)
-        more, other = step + 1 < seen, h + 1 < group
-        next_entry = jnp.where(more, entry(step + 1), jnp.where(other, entry(0), listed.following))
+        more, other = step + 1 < listed.seen, h + 1 < group
+        of_other = list_of(jnp.where(other, h + 1, 0))
+        begins = jnp.where(of_other.seen > 0, of_other.block(0), -1)
+        next_entry = jnp.where(more, listed.block(step + 1), jnp.where(other, begins, first_list.following))
         next_h, next_i = jnp.where(more, h, jnp.where(other, h + 1, 0)), next_entry & blocks.INDEX
         reading, next_reading = state[_READING], (next_entry >= 0) & (next_entry <= blocks.INDEX)
 
@@ -193,7 +208,7 @@ def _kernel(
 
         state[_FETCHED], state[_READING] = (next_entry >= 0).astype(jnp.int32), ahead.astype(jnp.int32)
         state[_LAST], state[_SLOT] = h * n.rows_q + i, after(slot)
-        block(pattern, slot, i)
+        block(pattern, slot, i, listed.groups(step) if pattern is None else None)
         sums.write(here, slot)
 
     # ---- the row
@@ -209,7 +224,7 @@ def _kernel(
 
     def of_head(h: Array, _: Any) -> None:
         for i, pattern in enumerate(bodies):
-            lax.fori_loop(*listed.steps(i), functools.partial(visit, pattern, h), None)
+            lax.fori_loop(*list_of(h).steps(i), functools.partial(visit, pattern, h), None)
 
     lax.fori_loop(0, group, of_head, None)
     dk_ref[...] = (dk_acc[...] * n.scale).T.astype(dk_ref.dtype)
@@ -222,7 +237,7 @@ def _kernel(
 
 
 def backward(
-    n: Call, mask: Any, walk: Array, q: Array, k: Array, v: Array, do: Array, stats: Array, k_numbers: Array | None,
+    n: Call, walk: Array, q: Array, k: Array, v: Array, do: Array, stats: Array, k_numbers: Array | None,
     q_numbers: Array | None,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """dq / scale [B H D rows*block_q] in float32, dk [B K S D] and dv [B K S V] in n.out_dtype.
@@ -230,25 +245,28 @@ def backward(
     Blocks of queries that the walk never visits are left as they were found: the caller knows which.
 
     Args:
-      mask: its tree, whose leaves are one number per sequence.
-      walk: int32 [B|1 1 columns W], of `blocks.lists` with keys as rows and first visits marked; its own numbers are
-        the mask's leaves.
+      walk: int32 [B|1 H|1 columns W], of `blocks.lists` with keys as rows and first visits marked; its own numbers are
+        the mask's.
       q, k, v, do: [B H T D], [B K S D], [B K S V], [B H T V].
       stats: float32 [B H 2 rows*block_q], lse in n.unit (NO_KEY where there is none, and beyond the queries), delta.
       k_numbers, q_numbers: int32 [B numbers S], [B numbers rows*block_q], where the kernel reads any.
     """
-    Bw, _, columns, W = walk.shape
+    Bw, Hw, columns, W = walk.shape
+    heads = max(Hw // n.K, 1)  # whose lists a row has
     T = n.rows_q * n.block_q
     shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # where copies overlap; XLA might put it elsewhere
     by_row = lambda size: pl.BlockSpec((None, None, n.block_k, size), lambda h, j: (h // n.K, h % n.K, j, 0))
     numbers = [] if k_numbers is None else [k_numbers, q_numbers]
     number_specs = [pl.BlockSpec((None, len(n.numbers), n.block_k), lambda h, j: (h // n.K, 0, j)), hbm]
+    walk = walk.reshape(Bw, Hw // heads, heads, columns, W).swapaxes(2, 3)
     walk_spec = pl.BlockSpec(
-        (None, None, 1, W), lambda h, j: (h // n.K if Bw > 1 else 0, j, 0, 0), memory_space=pltpu.SMEM
+        (None, None, None, heads, W),
+        lambda h, j: (h // n.K if Bw > 1 else 0, h % n.K if Hw > 1 else 0, j, 0, 0),
+        memory_space=pltpu.SMEM,
     )
     return pl.pallas_call(
-        functools.partial(_kernel, n, mask),
+        functools.partial(_kernel, n),
         name="longattn_attention_backward",
         grid=(n.B * n.K, columns),
         in_specs=[walk_spec, by_row(n.D), by_row(n.V), hbm, hbm, hbm, *(number_specs if numbers else [])],
@@ -273,4 +291,5 @@ def backward(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=n.vmem_bytes
         ),
-    )(walk.reshape(Bw, columns, 1, W), k, v, q, do, stats, *numbers)
+        cost_estimate=n.cost(5, q.dtype.itemsize),
+    )(walk, k, v, q, do, stats, *numbers)

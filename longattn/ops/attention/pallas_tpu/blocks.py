@@ -7,10 +7,13 @@ list of the blocks on the other side that hold a visible pair, those that need a
     the first block of the next row's list, or -1
     numbers of the kernel's own
     the blocks, class by class; beyond `INDEX` where this is the first row that visits the block, if that is marked
+    of each block its tiles that show a pair, where they are known at run time alone
 
 The last class are the blocks that need no mask. Where the geometry is known at compile time, each way in which a block
 is cut into hidden, cut and whole tiles (its `Pattern`) is a class of its own, and a kernel has a body for each that
-leaves the hidden tiles out; else there is one class whose blocks are masked throughout.
+leaves the hidden tiles out. Else there is one class, and of each block the list says how many of its tiles are cut and
+how many whole, and which: `GROUP` to a word, for so many are computed at once. Beyond `NUMBER` are those that a
+`BlockSparse` shows, which is of one mind about a tile.
 
 The kernel fetches one row of it at a time, so that no length of the sequence outgrows the scalar memory.
 """
@@ -21,15 +24,19 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Int, Int8
 
-from longattn.mask import EMPTY, FULL, PARTIAL, Mask
+from longattn.mask import EMPTY, FULL, PARTIAL, BlockSparse, Mask
 from longattn.ops.attention.spec import Extras
 
 Pattern = tuple[tuple[int, ...], ...]  # kinds of a block's tiles [queries][keys]
 INDEX = 2**30 - 1  # the bits of a block's index
+GROUP = 4  # tiles, eight bits each
+NUMBER = 2**7 - 1  # the bits of a tile's number in its block
 _MOST_PATTERNS = 4
 
 
@@ -95,6 +102,15 @@ def patterns(
     return tuple(found)
 
 
+@functools.lru_cache(256)
+def share(mask: Mask, block_q: int, block_k: int, T: int, S: int) -> float:
+    """The share of blocks that hold a visible pair at positions arange(T), arange(S)."""
+    columns = np.arange(0, S, block_k, dtype=np.int32)
+    rows = np.arange(0, T, block_q, dtype=np.int32)
+    shown = [np.asarray(mask.kind(i, i + (block_q - 1), columns, columns + (block_k - 1))) != EMPTY for i in rows]
+    return float(np.mean(shown))
+
+
 def lists(
     kind: Int8[Array, "..."],
     outer: int,
@@ -102,6 +118,7 @@ def lists(
     classes: tuple[Pattern, ...] | None,
     own: Sequence[Array | int],
     mark_first: bool = False,
+    shown: Bool[Array, "..."] | None = None,
 ) -> Int[Array, "..."]:
     """The lists of a kernel whose rows are `outer` tiles high and whose blocks are `inner` tiles wide.
 
@@ -110,13 +127,15 @@ def lists(
       classes: the patterns [outer][inner] that blocks are cut into, or None for one class of all that are cut.
       own: the kernel's own numbers, each broadcasting to [B H Jo].
       mark_first: whether to mark first visits.
+      shown: what a `BlockSparse` says of each tile, if the tiles are listed and the mask has one.
 
     Returns:
       int32 [B|1 H|1 Jo W].
     """
-    B, H, rows, columns = kind.shape
+    rows, columns = kind.shape[2:]
     Jo, Ji = rows // outer, columns // inner
-    tiles = jnp.moveaxis(kind.reshape(B, H, Jo, outer, Ji, inner), 4, 3)  # [B H Jo Ji outer inner]
+    by_block = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], Jo, outer, Ji, inner), 4, 3)  # [B H Jo Ji outer inner]
+    tiles = by_block(kind)
     empty, full = (tiles == EMPTY).all((-1, -2)), (tiles == FULL).all((-1, -2))
     count = 1 if classes is None else len(classes)
     rank = jnp.where(empty, count + 1, jnp.where(full, count, 0))
@@ -125,8 +144,8 @@ def lists(
         rank = jnp.where(like.all((-1, -2)), i, rank)
     order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
     if mark_first:
-        shown = (~empty).astype(jnp.int32)
-        earlier = jnp.cumsum(shown, axis=2) - shown > 0
+        visits = (~empty).astype(jnp.int32)
+        earlier = jnp.cumsum(visits, axis=2) - visits > 0
         order = order + jnp.where(jnp.take_along_axis(earlier, order, axis=-1), 0, INDEX + 1)
     ends = [(rank <= i).sum(-1, dtype=jnp.int32) for i in range(count + 1)]
     first = jnp.where(ends[-1] > 0, order[..., 0], -1)
@@ -134,7 +153,31 @@ def lists(
     header = jnp.broadcast_arrays(*ends, following, *(jnp.asarray(x, jnp.int32) for x in own))
     order = jnp.broadcast_to(order, (*header[0].shape, Ji))
     end = jnp.full((*order.shape[:-1], 1), -1, jnp.int32)  # what is read, and not used, behind a list of all blocks
-    return jnp.concatenate([jnp.stack(header, -1), order, end], -1)
+    words = [jnp.stack(header, -1), order, end]
+    if classes is None:
+        of_block = lambda x: by_block(x).reshape(*x.shape[:2], Jo, Ji, -1)
+        listed = _tiles(of_block(kind), None if shown is None else of_block(shown))
+        listed = jnp.take_along_axis(listed, (order & INDEX)[..., None], axis=3)
+        words.append(listed.reshape(*order.shape[:-1], -1))
+    return jnp.concatenate(words, -1)
+
+
+def _tiles(kind: Int8[Array, "... tiles"], shown: Bool[Array, "... tiles"] | None) -> Int[Array, "... words"]:
+    """How many of a block's tiles are cut, and (beyond 2^16) whole; the cut ones; the whole ones in words of theirs."""
+    cut, whole = (kind == PARTIAL).astype(jnp.int32), (kind == FULL).astype(jnp.int32)
+    counts = cut.sum(-1, keepdims=True), whole.sum(-1, keepdims=True)
+    place = jnp.where(whole == 1, -(-counts[0] // GROUP) * GROUP + whole.cumsum(-1), cut.cumsum(-1)) - 1
+    number = lax.broadcasted_iota(jnp.int32, kind.shape, kind.ndim - 1)
+    if shown is not None:
+        number = number + jnp.where(shown, NUMBER + 1, 0)
+    entry = jnp.where(cut + whole == 1, number << (8 * (place % GROUP)), 0)
+    words = [jnp.where(place // GROUP == i, entry, 0).sum(-1) for i in range(_groups(kind.shape[-1]))]
+    return jnp.concatenate([counts[0] + (counts[1] << 16), jnp.stack(words, -1)], -1)
+
+
+def _groups(tiles: int) -> int:
+    """The most words that the tiles of a block fill."""
+    return -(-tiles // GROUP) + 1
 
 
 def walk(
@@ -151,42 +194,69 @@ def walk(
     """The lists of a kernel whose rows are blocks of queries or, `by_key`, of keys, with first visits marked.
 
     Args:
-      cut: of `patterns`. Without them the kinds of whole blocks are all that matters.
+      cut: of `patterns`.
       block, tile: (queries, keys).
       in_order, own: as of `kinds` and `lists`.
 
     Returns:
       int32 [B|1 H|1 J W]; which blocks of queries hold a visible pair, bool [B|1 H|1 Jq].
     """
-    strips, parts = (1, 1) if cut is None else (block[0] // tile[0], block[1] // tile[1])
+    strips, parts = block[0] // tile[0], block[1] // tile[1]
     Jq, Jk = -(-T // block[0]), -(-S // block[1])
-    kind = kinds(extras, block[0] // strips, block[1] // parts, Jq * strips, Jk * parts, S, in_order)
+    kind = kinds(extras, *tile, Jq * strips, Jk * parts, S, in_order)
+    shown = None
+    if (sparse := block_sparse(extras.mask)) is not None:
+        shown = kinds(Extras(sparse, *extras[1:3]), *tile, Jq * strips, Jk * parts, S, in_order) != EMPTY
     visited = (kind != EMPTY).reshape(*kind.shape[:2], Jq, -1).any(-1)
     if not by_key:
-        return lists(kind, strips, parts, cut, own), visited
+        return lists(kind, strips, parts, cut, own, shown=shown), visited
     turned = None if cut is None else tuple(tuple(zip(*pattern)) for pattern in cut)
-    return lists(kind.swapaxes(2, 3), parts, strips, turned, own, mark_first=True), visited
+    kind, shown = kind.swapaxes(2, 3), None if shown is None else shown.swapaxes(2, 3)
+    return lists(kind, parts, strips, turned, own, mark_first=True, shown=shown), visited
 
 
-def bodies(cut: tuple[Pattern, ...] | None, strips: int, parts: int) -> list[Pattern]:
-    """The pattern of each class of blocks: those that the mask cuts, then the one that it shows whole."""
-    every = lambda kind: ((kind,) * parts,) * strips
-    return [*((every(PARTIAL),) if cut is None else cut), every(FULL)]
+def block_sparse(mask: Mask) -> BlockSparse | None:
+    """The part of a mask that is one, if there is one."""
+    is_sparse = lambda x: isinstance(x, BlockSparse)
+    return next(filter(is_sparse, jax.tree.leaves(mask, is_leaf=is_sparse)), None)
+
+
+def bodies(cut: tuple[Pattern, ...] | None, strips: int, parts: int) -> list[Pattern | None]:
+    """The pattern of each class of blocks: those that are cut (None: their tiles are listed), then the whole one."""
+    return [*((None,) if cut is None else cut), ((FULL,) * parts,) * strips]
 
 
 class Row:
     """A row of the lists as a kernel reads it: the inverse of what `lists` wrote."""
 
-    def __init__(self, read: Callable[[Any], Any], classes: int, own: int) -> None:
-        """`read(i)` gives word i; there are so many `classes` of blocks, and numbers of the kernel's own."""
+    def __init__(self, read: Callable[[Any], Any], classes: int, own: int, blocks: int, tiles: int) -> None:
+        """`read(i)` gives word i; there are so many `classes` of blocks, numbers of the kernel's own, blocks on the
+        other side, and tiles in a block.
+        """
         self.ends = [read(i) for i in range(classes)]
         self.seen = self.ends[-1]  # blocks in the list
         self.following = read(classes)  # the next row's first block, or -1
         self.own = [read(classes + 1 + i) for i in range(own)]
         self._read, self._first = read, classes + 1 + own
+        self._tiles, self._words = self._first + blocks + 1, 1 + _groups(tiles)
 
     def block(self, step: Any) -> Any:
         return self._read(self._first + step)
+
+    def groups(self, step: Any) -> list[tuple[Any, Callable[[Any], list[Any]]]]:
+        """Of a block whose tiles are listed: how many are cut, and which the i-th group has; likewise of whole ones.
+
+        A tile is (its number, 1 if a `BlockSparse` shows it).
+        """
+        first = self._tiles + step * self._words
+        counts = self._read(first)
+        cut, whole = counts & 0xFFFF, counts >> 16
+
+        def group(i: Any) -> list[Any]:
+            word = self._read(first + 1 + i)
+            return [((word >> 8 * j) & NUMBER, (word >> 8 * j + 7) & 1) for j in range(GROUP)]
+
+        return [(cut, group), (whole, lambda i: group((cut + GROUP - 1) // GROUP + i))]
 
     def steps(self, i: int) -> tuple[Any, Any]:
         """Where class i begins and ends in the list."""

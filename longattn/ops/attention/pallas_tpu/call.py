@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+from jax.experimental import pallas as pl
+
+from longattn.mask import Mask
 from longattn.ops.attention.pallas_tpu.blocks import Pattern
 
 LOG2E = math.log2(math.e)
@@ -38,8 +43,33 @@ class Call:
     softcap: float | None
     out_dtype: Any  # of out, or of dk and dv
     numbers: tuple[str, ...]  # which of "positions", "segments" the kernel reads
-    patterns: tuple[Pattern, ...] | None  # ways in which blocks are cut, [queries][keys]; None: by any numbers
+    patterns: tuple[Pattern, ...] | None  # ways in which blocks are cut, [queries][keys]; None: their tiles are listed
+    mask: Any  # its tree, whose leaves are one number per sequence each, or what a BlockSparse says of a tile
+    sparse: int | None  # which leaf that is, if the mask has one
+    share: float  # of the blocks that hold a visible pair, as far as is known at compile time
     vmem_bytes: int  # that the kernel may use
+
+    @property
+    def mask_numbers(self) -> int:
+        """Numbers per sequence that the mask reads."""
+        return self.mask.num_leaves - (self.sparse is not None)
+
+    def shows(self, numbers: Sequence[Any], sparse: Any) -> Mask:
+        """The mask of a tile, of these numbers and what its BlockSparse says of the tile."""
+        leaves = list(numbers)
+        if self.sparse is not None:
+            leaves.insert(self.sparse, sparse)
+        return jax.tree.unflatten(self.mask, leaves)
+
+    def cost(self, products: int, itemsize: int) -> pl.CostEstimate:
+        """What XLA is told, so that it knows how much to do beside a kernel of so many D + V products."""
+        pairs = self.B * self.H * self.T * self.S * self.share
+        queries, keys = self.B * self.H * self.T, self.B * self.H * self.rows_q * self.S * self.share
+        return pl.CostEstimate(
+            flops=int(products * pairs * (self.D + self.V)),
+            transcendentals=int(pairs),
+            bytes_accessed=int((self.D + self.V) * itemsize * (queries + keys)),
+        )
 
     @property
     def unit(self) -> float:

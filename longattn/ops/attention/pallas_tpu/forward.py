@@ -13,7 +13,7 @@ rescaling, and P of one tile is multiplied by v while S of the next one is compu
 softmax is online.
 
 With m = 0 the greatest P of a row is no exact 1: in half precision its rounding, 2^-9 at most, is that of the result.
-Of a row that sees few keys it is divided out: the tiles that the mask cuts also sum what rounding added to P.
+Of a row that sees few keys it is divided out: of the tiles that the mask cuts, `norm` sums P as it was rounded.
 
 The kernel walks over a row's list (`blocks`) by itself: keys and values of the next block, or of the next row's first,
 are on their way while one is computed. Of a block that the mask cuts, each tile is left out, computed whole or masked
@@ -38,10 +38,10 @@ from longattn.ops.attention.pallas_tpu.call import LOG2E, SUBLANES, Call
 from longattn.ops.attention.pallas_tpu.fetch import RING, Fetch, after
 
 NEVER = -1e30  # below every logit; finite, so that differences are
-_SLOT, _FETCHED = range(2)  # of the state
+_SLOT, _FETCHED, _LATE_SLOT, _LATE = range(4)  # of the state
 
 
-def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) -> None:
+def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) -> None:
     refs = list(rest)
     q_numbers, k_numbers = (refs.pop(0), refs.pop(0)) if n.numbers else (None, None)
     (
@@ -51,11 +51,12 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
         v_ring,
         number_ring,
         p_ref,
+        late_ref,
         s_ref,
         acc_ref,
         m_ref,
         l_ref,
-        rest_ref,
+        norm_ref,
         shift_ref,
         decay_ref,
         state,
@@ -64,13 +65,13 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
     head, row = pl.program_id(0), pl.program_id(1)
     b, kv = head // n.H, head % n.H // (n.H // n.K)
     c, tq, pk, strips = n.unit * LOG2E, n.tile_q, n.tile_k, n.block_q // n.tile_q
+    row_of_tiles = n.block_k // pk
     chunks = 2  # of a block: what is known of one alternates between two buffers
     tk = n.block_k // chunks
     precision = lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
-    *of_cut, of_whole = blocks.bodies(n.patterns, strips, n.block_k // pk)
-    listed = blocks.Row(lambda i: walk[0, i], len(of_cut) + 1, 1 + mask.num_leaves)
-    bound, *leaves = listed.own
-    shows = jax.tree.unflatten(mask, leaves)
+    *of_cut, of_whole = blocks.bodies(n.patterns, strips, row_of_tiles)
+    listed = blocks.Row(lambda i: walk[0, i], len(of_cut) + 1, 1 + n.mask_numbers, n.rows_k, strips * row_of_tiles)
+    bound, *of_mask = listed.own
     cut, seen, block = (listed.ends[-2] if of_cut else jnp.int32(0)), listed.seen, listed.block
 
     lanes = [(k_numbers.at[b], number_ring)] if n.numbers else []
@@ -93,10 +94,10 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
 
     # ---- products
 
-    def logits(slot: Array, first: int, keys: int, strip: int) -> Array:
+    def logits(slot: Array, first: Array | int, keys: int, strip: Array | int) -> Array:
         """S^T [keys tile_q], in the call's unit."""
-        q = q_ref[strip * tq : (strip + 1) * tq, :]
-        s = tiles.dot(k_ring[slot, first : first + keys, :], q, "NT", precision)
+        q = q_ref[pl.ds(tiles.multiple(strip, tq), tq), :]
+        s = tiles.dot(k_ring[slot, pl.ds(first, keys), :], q, "NT", precision)
         if n.softcap is None:
             return s
         return jnp.tanh(s * (n.scale / n.softcap))
@@ -109,15 +110,30 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
         """[keys queries] -> [keys/8 8 queries], registers above each other."""
         return x.reshape(x.shape[0] // SUBLANES, SUBLANES, x.shape[1])
 
-    def shown(slot: Array, j: Array, first: Array | int, keys: int, strip: int) -> Array:
-        """Visible pairs, bool [keys tile_q], of the keys from `first` on in block j."""
+    def shown(
+        slot: Array, j: Array, first: Array | int, keys: int, strip: Array | int, sparse: Array | None = None
+    ) -> Array:
+        """Visible pairs, bool [keys tile_q], of keys from `first` on in block j, that a BlockSparse shows or not."""
         return tiles.visible(
-            shows, n.numbers, q_numbers, number_ring.at[slot] if n.numbers else None,
-            row * n.block_q + strip * tq, j * n.block_k + first, strip * tq, first, tq, keys,
+            n.shows(of_mask, sparse), n.numbers, q_numbers, number_ring.at[slot] if n.numbers else None,
+            row * n.block_q + strip * tq, j * n.block_k + first, tiles.multiple(strip, tq), first, tq, keys,
             n.S if n.S % n.block_k else None,
         )  # fmt: skip
 
     # ---- rows whose logits are bounded: m = 0
+
+    def weights(
+        slot: Array, j: Array, first: Array | int, strip: Array | int, masked: bool, sparse: Array | None = None
+    ) -> Array:
+        """P of a tile, summed and rounded."""
+        p = jnp.exp2(c * logits(slot, first, pk, strip))
+        if masked:
+            p = jnp.where(shown(slot, j, first, pk, strip, sparse), p, 0.0)
+        rounded = p.astype(p_ref.dtype)
+        total = groups(p).sum(0)
+        l_ref[strip] += total
+        norm_ref[strip] += groups(rounded.astype(p.dtype)).sum(0) if masked and p.dtype != rounded.dtype else total
+        return rounded
 
     def bounded(pattern: blocks.Pattern, slot: Array, j: Array, before: Array | None, flush: bool) -> None:
         """One block: P of each chunk of keys, and P v of the chunk before it.
@@ -138,16 +154,8 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
                 kind, where = pattern[strip][chunk * parts + part], slice(part * pk, (part + 1) * pk)
                 if kind == EMPTY:
                     p_ref[chunk % 2, strip, where] = jnp.zeros((pk, tq), p_ref.dtype)
-                    continue
-                first = chunk * tk + part * pk
-                p = jnp.exp2(c * logits(slot, first, pk, strip))
-                if kind == PARTIAL:
-                    p = jnp.where(shown(slot, j, first, pk, strip), p, 0.0)
-                rounded = p.astype(p_ref.dtype)
-                l_ref[strip] += groups(p).sum(0)
-                if kind == PARTIAL and p.dtype != rounded.dtype:
-                    rest_ref[strip] += groups(rounded.astype(p.dtype) - p).sum(0)
-                p_ref[chunk % 2, strip, where] = rounded
+                else:
+                    p_ref[chunk % 2, strip, where] = weights(slot, j, chunk * tk + part * pk, strip, kind == PARTIAL)
 
         def multiply(chunk: int, strip: int) -> None:
             if seen := used(chunk, strip):
@@ -165,7 +173,47 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
             for strip in range(strips):
                 multiply(chunks - 1, strip)
 
-    # ---- other rows: online softmax
+    def tiled(step: Array, slot: Array) -> Array:
+        """One block whose tiles are listed: P of each, and P v of the tile before it, be it one of another block."""
+        arrive(step, slot)
+
+        def group(found: list[tuple[Array, Array]], masked: bool) -> None:
+            for i, (t, sparse) in enumerate(found):
+                p = weights(slot, block(step), *place(t)[::-1], masked, sparse)
+                if i == 0:
+                    multiply_late()
+                else:
+                    multiply(slot, found[i - 1][0], p_ref[(i - 1) % 2, 0, :pk])
+                if i + 1 < len(found):
+                    p_ref[i % 2, 0, :pk] = p
+                else:
+                    late_ref[...] = p
+            state[_LATE_SLOT], state[_LATE] = slot, found[-1][0]
+
+        tiles.by_groups(listed.groups(step), group)
+        return after(slot)
+
+    def place(t: Array) -> tuple[Array, Array]:
+        """Strip and first key of a tile."""
+        return t // row_of_tiles, tiles.multiple(t % row_of_tiles, pk)
+
+    def multiply(slot: Array, t: Array, p: Array) -> None:
+        strip, first = place(t)
+        acc_ref[strip] += tiles.dot(v_ring[slot, pl.ds(first, pk), :], p, "TN", precision)
+
+    def multiply_late() -> None:
+        multiply(state[_LATE_SLOT], state[_LATE], late_ref[...])
+
+    def all_tiled(start: Array) -> Array:
+        """The blocks of a row that are cut."""
+        state[_LATE_SLOT], state[_LATE] = start, jnp.int32(0)  # a tile of no keys comes first
+        late_ref[...] = jnp.zeros_like(late_ref)
+        slot = lax.fori_loop(0, cut, tiled, start)
+        pl.when(cut > 0)(multiply_late)
+        return slot
+
+    # ---- other rows: online softmax. Where no key was seen yet, 2^(NEVER - m) = 0 throws away later what is summed for
+    # none.
 
     def maximum(masked: bool, slot: Array, j: Array, chunk: int, strip: int) -> None:
         """S of a chunk, and the maximum up to it."""
@@ -175,7 +223,6 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
         s_ref[chunk % 2, strip] = s
         old = m_ref[strip]
         new = jnp.maximum(old, groups(s).max(0).max(0, keepdims=True))
-        # Where no key was seen yet, 2^(NEVER - new) = 0 throws away later what is summed for none.
         m_ref[strip], shift_ref[chunk % 2, strip], decay_ref[chunk % 2, strip] = new, new, jnp.exp2(c * (old - new))
 
     def exponential(parity: int, strip: int) -> None:
@@ -188,6 +235,26 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
         """P v of a chunk, whose P is known."""
         kept = acc_ref[strip] * decay_ref[chunk % 2, strip, :1]
         acc_ref[strip] = kept + weighted(slot, chunk * tk, slice(0, tk), p_ref[chunk % 2, strip])
+
+    def tiled_online(step: Array, slot: Array) -> Array:
+        """One block whose tiles are listed."""
+        arrive(step, slot)
+
+        def group(found: list[tuple[Array, Array]], masked: bool) -> None:
+            for t, sparse in found:
+                strip, first = place(t)
+                s = logits(slot, first, pk, strip)
+                if masked:
+                    s = jnp.where(shown(slot, block(step), first, pk, strip, sparse), s, NEVER)
+                old = m_ref[strip]
+                new = jnp.maximum(old, groups(s).max(0).max(0, keepdims=True))
+                decay, p = jnp.exp2(c * (old - new)), jnp.exp2(c * (groups(s) - new[None]))
+                m_ref[strip], l_ref[strip] = new, l_ref[strip] * decay + p.sum(0)
+                v, p = v_ring[slot, pl.ds(first, pk), :], p.reshape(pk, tq).astype(v_ring.dtype)
+                acc_ref[strip] = acc_ref[strip] * decay[:1] + tiles.dot(v, p, "TN", precision)
+
+        tiles.by_groups(listed.groups(step), group)
+        return after(slot)
 
     def online(masked: bool, step: Array, slots: tuple[Array, Array]) -> tuple[Array, Array]:
         """One block: S of each chunk of keys, P of the chunk before it, P v of the chunk before that."""
@@ -209,12 +276,14 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
 
     start = state[_SLOT]
     acc_ref[...] = jnp.zeros_like(acc_ref)
-    l_ref[...], rest_ref[...] = jnp.zeros_like(l_ref), jnp.zeros_like(rest_ref)
+    l_ref[...], norm_ref[...] = jnp.zeros_like(l_ref), jnp.zeros_like(norm_ref)
 
     def of_bounded() -> None:
         m_ref[...] = jnp.zeros_like(m_ref)
         slot = start
-        for i, pattern in enumerate(of_cut):
+        if n.patterns is None:
+            slot = all_tiled(slot)
+        for i, pattern in enumerate(n.patterns or ()):
 
             def alone(step: Array, slot: Array, pattern: blocks.Pattern = pattern) -> Array:
                 arrive(step, slot)
@@ -243,39 +312,53 @@ def _kernel(n: Call, mask: Any, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *
 
     def of_others() -> None:
         m_ref[...] = jnp.full_like(m_ref, NEVER)
-        # Two chunks of no keys come first.
-        s_ref[1] = jnp.full(s_ref.shape[1:], NEVER, jnp.float32)
-        shift_ref[...], decay_ref[...] = jnp.zeros_like(shift_ref), jnp.ones_like(decay_ref)
-        p_ref[0] = jnp.zeros(p_ref.shape[1:], p_ref.dtype)
-        slots = lax.fori_loop(0, cut, functools.partial(online, True), (start, start))
-        state[_SLOT], last = lax.fori_loop(cut, seen, functools.partial(online, False), slots)
-        for strip in range(strips):
-            accumulate(last, 0, strip)
-            exponential(1, strip)
-            accumulate(last, 1, strip)
+        slot, first = start, jnp.int32(0)
+        if n.patterns is None:
+            slot, first = lax.fori_loop(0, cut, tiled_online, start), cut
+        state[_SLOT] = slot
+
+        @pl.when(first < seen)
+        def _chunks() -> None:
+            # Two chunks of no keys come first.
+            s_ref[1] = jnp.full(s_ref.shape[1:], NEVER, jnp.float32)
+            shift_ref[...], decay_ref[...] = jnp.zeros_like(shift_ref), jnp.ones_like(decay_ref)
+            p_ref[0] = jnp.zeros(p_ref.shape[1:], p_ref.dtype)
+            slots = (
+                (slot, slot)
+                if n.patterns is None
+                else lax.fori_loop(0, cut, functools.partial(online, True), (slot, slot))
+            )
+            state[_SLOT], last = lax.fori_loop(cut, seen, functools.partial(online, False), slots)
+            for strip in range(strips):
+                accumulate(last, 0, strip)
+                exponential(1, strip)
+                accumulate(last, 1, strip)
+
+        norm_ref[...] = l_ref[...]
 
     pl.when(bound == 1)(of_bounded)
     pl.when(bound == 0)(of_others)
 
     for strip in range(strips):
-        total, rest = (ref[strip].sum(0, keepdims=True) for ref in (l_ref, rest_ref))
+        total, norm = (ref[strip].sum(0, keepdims=True) for ref in (l_ref, norm_ref))
         m = m_ref[strip, :1]
         empty = (total == 0.0) | (m == NEVER)
         total = jnp.where(empty, 1.0, total)
         columns = slice(strip * tq, (strip + 1) * tq)
-        o_ref[columns] = jnp.where(empty, 0.0, acc_ref[strip] * (1.0 / (total + rest))).T.astype(o_ref.dtype)
+        o_ref[columns] = jnp.where(empty, 0.0, acc_ref[strip] * (1.0 / jnp.where(empty, 1.0, norm))).T.astype(
+            o_ref.dtype
+        )
         lse_ref[:, columns] = jnp.where(empty, -jnp.inf, m + jnp.log2(total) * (1 / c))
 
 
 def forward(
-    n: Call, mask: Any, walk: Array, q: Array, k: Array, v: Array, q_numbers: Array | None, k_numbers: Array | None
+    n: Call, walk: Array, q: Array, k: Array, v: Array, q_numbers: Array | None, k_numbers: Array | None
 ) -> tuple[Array, Array]:
     """out [B H T V] in n.out_dtype and lse float32 [B H T], in n.unit.
 
     Args:
-      mask: its tree, whose leaves are one number per sequence.
       walk: int32 [B|1 H|1 rows W], of `blocks.lists`; its own numbers are whether the row's logits are bounded, and
-        the mask's leaves.
+        the mask's numbers.
       q, k, v: [B H T D], [B K S D], [B K S V].
       q_numbers, k_numbers: int32 [B numbers T], [B numbers columns*block_k], where the kernel reads any.
     """
@@ -297,7 +380,7 @@ def forward(
     )
     statistics = pltpu.VMEM((strips, SUBLANES, n.tile_q), jnp.float32)
     out, lse = pl.pallas_call(
-        functools.partial(_kernel, n, mask),
+        functools.partial(_kernel, n),
         name="longattn_attention_forward",
         grid=(n.B * n.H, rows),
         in_specs=[walk_spec, by_row(n.block_q, n.D), hbm, hbm, *(number_specs if numbers else [])],
@@ -308,6 +391,7 @@ def forward(
             pltpu.VMEM((RING, n.block_k, n.V), v.dtype),
             pltpu.VMEM((RING, max(len(n.numbers), 1), n.block_k), jnp.int32),
             pltpu.VMEM((2, strips, chunk, n.tile_q), v.dtype),
+            pltpu.VMEM((n.tile_k, n.tile_q), v.dtype),
             pltpu.VMEM((2, strips, chunk, n.tile_q), jnp.float32),
             pltpu.VMEM((strips, n.V, n.tile_q), jnp.float32),
             statistics,
@@ -315,11 +399,12 @@ def forward(
             statistics,
             pltpu.VMEM((2, strips, SUBLANES, n.tile_q), jnp.float32),
             pltpu.VMEM((2, strips, SUBLANES, n.tile_q), jnp.float32),
-            pltpu.SMEM((2,), jnp.int32),
+            pltpu.SMEM((4,), jnp.int32),
             pltpu.SemaphoreType.DMA((3, RING)),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=n.vmem_bytes
         ),
+        cost_estimate=n.cost(2, q.dtype.itemsize),
     )(walk.reshape(Bw, Hw * rows, 1, W), q, k, v, *numbers)
     return out, lse[:, :, 0]

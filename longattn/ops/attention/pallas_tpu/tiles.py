@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from longattn.mask import Mask
+from longattn.ops.attention.pallas_tpu.blocks import GROUP
 from longattn.ops.attention.pallas_tpu.call import LANES
 
 _FORMS = {"NT": ((1,), (1,)), "TN": ((0,), (0,)), "TT": ((0,), (1,))}
@@ -19,6 +22,26 @@ def dot(a: Array, b: Array, form: str, precision: Any) -> Array:
     return lax.dot_general(a, b, (_FORMS[form], ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
+def multiple(i: Array | int, size: int) -> Array | int:
+    """i * size, which the compiler is to know as a multiple of size."""
+    return i * size if isinstance(i, int) else pl.multiple_of(i * size, size)
+
+
+def by_groups(listed: Any, compute: Callable[[list[Any], bool], None]) -> None:
+    """Calls `compute(some tiles, whether they are cut)` for all of `blocks.Row.groups`.
+
+    A program of one tile waits for its own products: it takes as long as two tiles of a program of four.
+    """
+    for masked, (count, group) in zip((True, False), listed):
+
+        def some(i: Array, tiles: int, masked: bool = masked, group: Callable[[Any], list[Any]] = group) -> None:
+            compute(group(i)[:tiles], masked)
+
+        lax.fori_loop(0, count // GROUP, lambda i, _, some=some: some(i, GROUP), None)
+        for rest in range(1, GROUP):
+            pl.when(count % GROUP == rest)(lambda some=some, last=count // GROUP, rest=rest: some(last, rest))
+
+
 def _column(row: Array, queries: int) -> Array:
     """A row [1 keys] of numbers as [keys queries]: turned around, the same in every lane."""
     parts = [jnp.broadcast_to(row[:, i : i + LANES], (LANES, LANES)).T for i in range(0, row.shape[1], LANES)]
@@ -27,7 +50,7 @@ def _column(row: Array, queries: int) -> Array:
 
 def visible(
     mask: Mask, numbers: tuple[str, ...], q_numbers: Any, k_numbers: Any, q_index: Any, k_index: Any,
-    q_offset: int, k_offset: int, queries: int, keys: int, S: int | None,
+    q_offset: Array | int, k_offset: Array | int, queries: int, keys: int, S: int | None,
 ) -> Array:  # fmt: skip
     """Visible pairs of a tile, bool [keys queries].
 
@@ -43,8 +66,8 @@ def visible(
 
     def pair(name: str) -> tuple[Array, Array]:
         i = numbers.index(name)
-        q = q_numbers[i : i + 1, q_offset : q_offset + queries]
-        k = k_numbers[i : i + 1, k_offset : k_offset + keys]
+        q = q_numbers[i : i + 1, pl.ds(q_offset, queries)]
+        k = k_numbers[i : i + 1, pl.ds(k_offset, keys)]
         return q, _column(k, queries)
 
     if "positions" in numbers:

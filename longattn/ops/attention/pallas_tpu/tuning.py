@@ -39,6 +39,11 @@ class Blocks:
                     f"{self}: tile_{axis} must be a multiple of {LANES}, and block_{axis} a multiple of tile_{axis}"
                 )
 
+    @property
+    def tiles(self) -> int:
+        """Of a block."""
+        return self.block_q // self.tile_q * (self.block_k // self.tile_k)
+
 
 @dataclass(frozen=True)
 class Tuning:

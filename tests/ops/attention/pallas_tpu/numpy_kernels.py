@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jax import lax
 
-from longattn.ops.attention.pallas_tpu import backward, fetch, forward
+from longattn.ops.attention.pallas_tpu import backward, fetch, forward, tiles
 
 
 class Hazard(Exception):
@@ -197,6 +197,7 @@ class Machine:
         pl = SimpleNamespace(
             ANY=None,
             BlockSpec=_Block,
+            CostEstimate=dict,
             ds=lambda first, size: slice(int(first), int(first) + size),
             multiple_of=lambda x, _: x,
             num_programs=lambda axis: self.grid[axis],
@@ -217,12 +218,14 @@ class Machine:
             "pl": pl,
             "pltpu": pltpu,
             "lax": SimpleNamespace(fori_loop=_loop, Precision=lax.Precision),
-            "tiles": SimpleNamespace(dot=_dot, visible=lambda *a: np.ones((a[9], a[8]), bool)),
         }
         module, *call = self.without or (None,)
         run = lambda m, **more: _source(m, tuple(call) if m is module else None, **more)
         fetched = run(fetch, jnp=np, pl=pl, pltpu=pltpu)
         names |= {name: getattr(fetched, name) for name in ("Fetch", "after", "before")}
+        on_tiles = _source(tiles, None, **names)
+        on_tiles.dot, on_tiles.visible = _dot, lambda *a: np.ones((a[9], a[8]), bool)
+        names["tiles"] = on_tiles
         self.forward, self.backward = run(forward, **names).forward, run(backward, **names).backward
 
     def _pallas_call(

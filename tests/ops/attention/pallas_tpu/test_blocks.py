@@ -110,7 +110,8 @@ def test_lists(mask, ids, side):
     seen = tiled(dense(given), BLOCK_Q, BLOCK_K, (ROWS, COLUMNS)).any(-1)
     seen = seen.swapaxes(1, 2) if side == "keys" else seen
     classes = 1 if patterns is None else len(patterns)
-    assert walk.shape[-1] == classes + 1 + 1 + 2 + columns + 1
+    words = 0 if patterns is not None else columns * (1 + -(-outer * inner // blocks.GROUP) + 1)
+    assert walk.shape[-1] == classes + 1 + 1 + 2 + columns + 1 + words
     for b in range(B):
         visited: set[int] = set()
         firsts = []
@@ -133,10 +134,31 @@ def test_lists(mask, ids, side):
                         assert (cut == FULL).all()
                     elif patterns is None:
                         assert not (cut == FULL).all() and not (cut == EMPTY).all()
+                        row = blocks.Row(walk[b, j].__getitem__, classes + 1, 2, columns, outer * inner)
+                        step = low + list(listed[low:high]).index(i)
+                        for kind, (n, group) in zip((PARTIAL, FULL), row.groups(step), strict=True):
+                            told = [t for g in range(-(-n // blocks.GROUP)) for t, _ in group(g)][:n]
+                            assert told == list(np.flatnonzero(cut == kind))
                     else:
                         np.testing.assert_array_equal(cut, patterns[c])
             assert j == 0 or walk[b, j - 1, classes + 1] == firsts[j]
         assert following == -1
+
+
+def test_lists_tell_what_a_block_sparse_mask_shows_of_each_tile():
+    """Of each head, also where another part of the mask cuts the tile."""
+    visible = np.random.default_rng(0).random((1, 3, 8, 8)) < 0.5
+    given = extras(m.BlockSparse(8, visible) | m.Window(3), "none")
+    walk, _ = blocks.walk(given, None, (16, 16), (8, 4), T, S, True, [], by_key=False)
+    rows, columns, tiles = 3, 4, 8
+    assert walk.shape[:3] == (1, 3, rows)
+    for h in range(3):
+        for j in range(rows):
+            row = blocks.Row(np.asarray(walk)[0, h, j].__getitem__, 2, 0, columns, tiles)
+            for step in range(*row.steps(0)):
+                for n, group in row.groups(step):
+                    for t, shown in [x for g in range(-(-n // blocks.GROUP)) for x in group(g)][:n]:
+                        assert shown == visible[0, h, 2 * j + t // 4, (16 * row.block(step) + t % 4 * 4) // 8]
 
 
 @pytest.mark.parametrize("mask", [mask for mask in MASKS if not jax.tree.leaves(mask)], ids=str)

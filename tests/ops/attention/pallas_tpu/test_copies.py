@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longattn.mask import EMPTY, FULL, PARTIAL
+from longattn.mask import EMPTY, FULL, PARTIAL, Full
 from longattn.ops.attention.pallas_tpu import backward, blocks, fetch, forward
 from longattn.ops.attention.pallas_tpu.call import Call
 from tests.ops.attention.pallas_tpu.numpy_kernels import Hazard, Machine, calls
 
 QUERIES, KEYS = 2, 16  # of a block
 D, V, SCALE = 2, 3, 0.5
-NO_MASK = jax.tree.structure(())
+NO_MASK = jax.tree.structure(Full())
 
 
 def call(rows_q: int, rows_k: int, heads: int, group: int, short: int) -> Call:
@@ -26,8 +26,16 @@ def call(rows_q: int, rows_k: int, heads: int, group: int, short: int) -> Call:
     T, S = rows_q * QUERIES, rows_k * KEYS
     return Call(
         1, heads * group, heads, T - short, S, D, V, QUERIES, KEYS, QUERIES, KEYS // 2, SCALE, None,
-        np.dtype("float32"), (), None, 0,
+        np.dtype("float32"), (), None, NO_MASK, None, 1.0, 0,
     )  # fmt: skip
+
+
+def halved(kinds: np.ndarray) -> np.ndarray:
+    """The kinds of blocks' two halves of keys, where blocks [N keys queries] have these kinds: [N 2*keys queries]."""
+    N, keys, queries = kinds.shape
+    cut = [(PARTIAL, EMPTY), (EMPTY, PARTIAL), (PARTIAL, PARTIAL), (PARTIAL, FULL), (FULL, PARTIAL), (EMPTY, FULL)]
+    some = np.random.default_rng(N).choice(np.array(cut), kinds.shape)
+    return np.where(kinds[..., None] == PARTIAL, some, kinds[..., None]).swapaxes(2, 3).reshape(N, 2 * keys, queries)
 
 
 def every(rows: int, columns: int) -> np.ndarray:
@@ -50,14 +58,14 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)  # a
 
 
 def check_backward(machine: Machine, kinds: np.ndarray, walk: np.ndarray, n: Call) -> None:
-    """The kernel's sums for the blocks [keys queries] that are not EMPTY, against all pairs at once."""
+    """The kernel's sums for the tiles [keys queries] that are not EMPTY, against all pairs at once."""
     group, length = n.H // n.K, n.rows_q * QUERIES
     q, do, k, v = normal(1, n.H, n.T, D), normal(1, n.H, n.T, V), normal(1, n.K, n.S, D), normal(1, n.K, n.S, V)
     stats = np.pad(normal(1, n.H, 2, n.T), (*((0, 0),) * 3, (0, length - n.T)))
     stats[:, :, 0, n.T :] = backward.NO_KEY
-    dq, dk, dv = machine.backward(n, NO_MASK, walk[None, None], q, k, v, do, stats, None, None)
+    dq, dk, dv = machine.backward(n, walk[None, None], q, k, v, do, stats, None, None)
 
-    seen = np.repeat(np.repeat(kinds != EMPTY, KEYS, 0), QUERIES, 1)[:, : n.T].T
+    seen = np.repeat(np.repeat(kinds != EMPTY, KEYS // 2, 0), QUERIES, 1)[:, : n.T].T
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
     p = seen * np.exp(SCALE * (q @ k.swapaxes(2, 3) - stats[:, :, 0, : n.T, None]))
     ds = p * (do @ v.swapaxes(2, 3) - stats[:, :, 1, : n.T, None])
@@ -69,11 +77,11 @@ def check_backward(machine: Machine, kinds: np.ndarray, walk: np.ndarray, n: Cal
 
 
 def check_forward(machine: Machine, kinds: np.ndarray, walk: np.ndarray, n: Call) -> None:
-    """The kernel's result for the blocks [queries keys] that are not EMPTY, against all pairs at once."""
+    """The kernel's result for the tiles [queries keys] that are not EMPTY, against all pairs at once."""
     q, k, v = normal(1, n.H, n.T, D), normal(1, n.K, n.S, D), normal(1, n.K, n.S, V)
-    out, lse = machine.forward(n, NO_MASK, walk[None, None], q, k, v, None, None)
+    out, lse = machine.forward(n, walk[None, None], q, k, v, None, None)
 
-    seen = np.repeat(np.repeat(kinds != EMPTY, QUERIES, 0), KEYS, 1)
+    seen = np.repeat(np.repeat(kinds != EMPTY, QUERIES, 0), KEYS // 2, 1)
     k, v = np.repeat(k, n.H // n.K, 1), np.repeat(v, n.H // n.K, 1)
     e = seen * np.exp(SCALE * q @ k.swapaxes(2, 3))
     total = e.sum(-1)
@@ -85,7 +93,8 @@ def check_forward(machine: Machine, kinds: np.ndarray, walk: np.ndarray, n: Call
 def backward_over(machine: Machine, kinds: np.ndarray, heads: int, group: int, short: int) -> None:
     _, rows, columns = kinds.shape
     n = call(columns, rows, heads, group, short)
-    walks = np.asarray(blocks.lists(jnp.asarray(kinds[:, None], jnp.int8), 1, 1, None, [], mark_first=True))
+    kinds = halved(kinds)
+    walks = np.asarray(blocks.lists(jnp.asarray(kinds[:, None], jnp.int8), 2, 1, None, [], mark_first=True))
     for kind, walk in zip(kinds, walks[:, 0]):
         check_backward(machine, kind, walk, n)
 
@@ -94,7 +103,8 @@ def forward_over(machine: Machine, kinds: np.ndarray, group: int) -> None:
     _, rows, columns = kinds.shape
     n = call(rows, columns, 1, group, 0)
     bounded = jnp.asarray(np.random.default_rng(1).random((len(kinds), 1, rows)) < 0.5)
-    walks = np.asarray(blocks.lists(jnp.asarray(kinds[:, None], jnp.int8), 1, 1, None, [bounded]))
+    kinds = halved(kinds.swapaxes(1, 2)).swapaxes(1, 2)
+    walks = np.asarray(blocks.lists(jnp.asarray(kinds[:, None], jnp.int8), 1, 2, None, [bounded]))
     for kind, walk in zip(kinds, walks[:, 0]):
         check_forward(machine, kind, walk, n)
 

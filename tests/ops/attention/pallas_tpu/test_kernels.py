@@ -133,6 +133,35 @@ def test_several_blocks_of_the_rest(case):
     several(case)
 
 
+@pytest.mark.parametrize("scale", [None, 30.0], ids=["bounded", "online"])
+@pytest.mark.parametrize("heads", [1, 4], ids=["shared", "per head"])
+def test_block_sparse(heads, scale):
+    """Alone it needs no mask within a tile; with others, each tile is told what it shows. Some heads' rows are empty."""
+    B, T, H, K, D = 2, 700, 4, 2, 32
+    visible = np.random.default_rng(15).random((B, heads, 6, 6)) < 0.3
+    shown = np.repeat(np.repeat(visible, 128, 2), 128, 3)[:, :, :T, :T]
+    q, k, v = normal(16, B, T, H, D), normal(17, B, T, K, D), normal(18, B, T, K, D)
+    near = np.asarray(m.Window(40).dense(T, T))
+    for mask, seen in (
+        (m.BlockSparse(128, visible), shown),
+        (m.Window(40) | m.Causal() & m.BlockSparse(128, visible), near | np.tri(T, dtype=bool) & shown),
+    ):
+        check(q, k, v, seen, scale=scale, saved=scale is not None, mask=mask, dtype="float32")
+
+
+def test_what_of_block_sparse_is_refused():
+    x = jnp.ones((1, 256, 1, 8))
+    attend = lambda mask, **more: longattn.attention(x, x, x, mask=mask, implementation="pallas_tpu", **more)
+    one = lambda size: m.BlockSparse(size, jnp.ones((1, 1, 256 // size, 256 // size), bool))
+    for mask, more, reason in (
+        (one(64), {}, "BlockSparse.block_size=64 is no multiple of 128"),
+        (one(128), {"positions": jnp.arange(256, dtype=jnp.int32)[None]}, "not at given ones"),
+        (one(128) & one(256), {}, "more than one BlockSparse"),
+    ):
+        with pytest.raises(NotImplementedError, match=reason):
+            attend(mask, **more)
+
+
 # ---- logits of every size, in rows of blocks that are bounded and in those that are not
 
 T = 512  # two rows of two blocks
