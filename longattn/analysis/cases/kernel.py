@@ -29,7 +29,6 @@ class Branch:
     what: str
     runs: float  # in one call of the kernel, over all cores; with `data` how often it is asked: the most it can run
     data: str = ""  # of a branch that depends on the data: the name of the function under its `pl.when`
-    alternative: bool = False  # for the same data only branches of one such name run
     asides: tuple[
         tuple[float, ...], ...
     ] = ()  # of a body: how often its branches without products run, if so many jump

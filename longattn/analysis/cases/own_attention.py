@@ -1,7 +1,7 @@
 """This library's attention kernels for TPUs (`longattn.ops.attention.pallas_tpu`), which walk over lists of blocks.
 
-How often each body runs is summed over the very lists that the kernels would be given. A row of blocks whose logits are
-bounded takes other bodies than one whose are not: the data decide, and a row's blocks never take both.
+How often each body runs is summed over the very lists that the kernels would be given. The data decide which rows of
+blocks begin with a maximum, and which are computed once more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from longattn.ops.attention.spec import Extras
 
 INT32 = 4  # bytes
 _TILES = {"forward": (512, 256), "backward": (256, 256)}  # queries and keys of one product where the shape names none
-_BOUNDED, _OTHERS = "of_bounded", "of_others"  # the functions under the forward kernel's `pl.when`
+_UNBOUNDED, _ONLINE = "of_unbounded", "of_others"  # the functions under the forward kernel's `pl.when`
 
 
 def _tuning(shape: Shape, kernel: str) -> Tuning:
@@ -143,41 +143,30 @@ def _forward(shape: Shape) -> tuple[Kernel, ...]:
     *cut_sent, whole_sent = [shape.H * sent for sent in found.events(1)["sent"]]
     rows_of_whole = shape.H * int((found.visits[:, -1] > 0).sum())
 
-    def either(data: str, *bodies: tuple[str, int, int]) -> list[Branch]:
-        return [Branch(what, runs, data, alternative=True, asides=((sent, runs),)) for what, runs, sent in bodies]
+    def body(what: str, runs: int, sent: int, data: str = "") -> Branch:
+        return Branch(what, runs, data, asides=((sent, runs), (sent, runs, runs)))
 
-    def listed(data: str) -> list[Branch]:
-        bodies = _groups(found.tiles, shape.H)
-        return [Branch(f"{data}, {what}", runs, data, alternative=True, loop=sum(cut)) for what, runs in bodies]
+    def of_cut(data: str = "") -> list[Branch]:
+        if found.tiles is None:
+            return [body(f"cut block {i}", *counts, data) for i, counts in enumerate(zip(cut, cut_sent))]
+        return [Branch(what, runs, data, loop=sum(cut)) for what, runs in _groups(found.tiles, shape.H)]
 
-    of_cut: list[Branch]
-    if found.tiles is None:
-        pairs = zip(cut, cut_sent)
-        of_cut = either(_BOUNDED, *((f"bounded, cut block {i}", *counts) for i, counts in enumerate(pairs)))
-    else:
-        rows_of_cut = shape.H * int((found.visits[:, 0] > 0).sum())
-        of_cut = [*listed(_BOUNDED), *either(_BOUNDED, ("bounded, last cut tile's product", rows_of_cut, 0))]
-    bounded = of_cut + either(
-        _BOUNDED,
-        ("bounded, first whole block of a row", rows_of_whole, whole_sent),
-        ("bounded, whole block", whole - rows_of_whole, 0),
-    )
-    online = [("online, whole block", whole, whole_sent)]
-    if cut and found.tiles is None:
-        online.insert(0, ("online, cut block", sum(cut), sum(cut_sent)))
-    last = ("online, last block's products", shape.H * found.rows, 0)
-    others = ([] if found.tiles is None else listed(_OTHERS)) + either(_OTHERS, last, *online)
+    first = Branch("first maximum of an unbounded row", shape.H * found.rows, _UNBOUNDED)
+    straight = of_cut()
+    if found.tiles is not None:
+        straight.append(body("last cut tile's product", shape.H * int((found.visits[:, 0] > 0).sum()), 0))
+    straight += [
+        body("first whole block of a row", rows_of_whole, whole_sent),
+        body("whole block", whole - rows_of_whole, 0),
+    ]
+    online = [*of_cut(_ONLINE), body("whole block, online", whole, whole_sent, _ONLINE)]
     number = INT32 * bool(shape.documents)
     query = row(shape.D) + row(shape.values) + F32 + number  # q, out, lse, segment id
     key = row(shape.D) + row(shape.values) + number
     per_head = found.rows * (shape.bT * query + found.words * INT32) + found.blocks * shape.bS * key
     steps = shape.H * found.rows
-    return (
-        Kernel(
-            "longattn_attention_forward", steps, (*bounded, *others), flops(shape, "DV"), float(shape.H * per_head),
-            lists=True,
-        ),
-    )  # fmt: skip
+    bodies, moved = (first, *straight, *online), float(shape.H * per_head)
+    return (Kernel("longattn_attention_forward", steps, bodies, flops(shape, "DV"), moved, lists=True),)
 
 
 def _backward(shape: Shape) -> tuple[Kernel, ...]:
@@ -187,8 +176,8 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
     for runs, *counts in zip((shape.H * found.visits.sum(0)).tolist(), *events.values()):
         sent, first, ahead, read = (shape.key_heads * count for count in counts)
         copies = (sent, runs, ahead, first, runs - first, read), (sent, runs, first)
-        bodies.append((runs, "", False, copies))
-    *cut, whole = (Branch(f"block of class {i}", *body) for i, body in enumerate(bodies))
+        bodies.append(Branch(f"block of class {len(bodies)}", runs, asides=copies))
+    *cut, whole = bodies
     if found.tiles is not None:
         cut = [Branch(what, n, loop=cut[0].runs) for what, n in _groups(found.tiles, shape.H)]
     number = INT32 * bool(shape.documents)

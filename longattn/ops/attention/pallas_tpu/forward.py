@@ -1,19 +1,21 @@
 """The forward kernel: O^T = V^T P^T of tiles S^T = K q^T that stand transposed, keys along sublanes.
 
-    S = q k^T;  m' = max(m, rowmax S);  P = 2^(c (S - m'));  c = scale log2 e
-    l' = 2^(c (m - m')) l + rowsum P;  O' = 2^(c (m - m')) O + P v
+    S = q k^T;  P = 2^(c (S - m));  c = scale log2 e
+    l += rowsum P;  O += P v
     out = O / l;  lse = m + log2(l) / c
 
 Algorithm 1 of arXiv:2307.08691. Transposed, the statistics of a row lie along lanes, so that no reduction crosses them,
 and P is the stationary operand of the second product, whose other side is only V rows high: on matrix units of 256 x
 256 it takes half the cycles at V = 128.
 
-Where |q| |k| bounds every logit of a row of blocks (`bounded`, found by the caller), m stays 0: no maximum, no
-rescaling, and P of one tile is multiplied by v while S of the next one is computed, across blocks. Elsewhere the
-softmax is online.
+m need not be the maximum: P and its sums are floating-point numbers, as exact at 2^80 as at 1. Where |q| |k| bounds
+every logit of a row of blocks (found by the caller), m is 0, elsewhere the maximum over a first tile of keys, hidden
+ones among them. So there is no maximum to wait for and nothing to rescale, and P of one tile is multiplied by v while S
+of the next one is computed, across blocks. A row of blocks that has a sum of P too large or too small in the end is
+computed once more, by the online softmax: right for any data.
 
-With m = 0 the greatest P of a row is no exact 1: in half precision its rounding, 2^-9 at most, is that of the result.
-Of a row that sees few keys it is divided out: of the tiles that the mask cuts, `norm` sums P as it was rounded.
+With such an m the greatest P of a row is no exact 1: in half precision its rounding, 2^-9 at most, is that of the
+result. Of a row that sees few keys it is divided out: of the tiles that the mask cuts, `norm` sums P as it was rounded.
 
 The kernel walks over a row's list (`blocks`) by itself: keys and values of the next block, or of the next row's first,
 are on their way while one is computed. Of a block that the mask cuts, each tile is left out, computed whole or masked
@@ -23,6 +25,7 @@ by its own kind.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -38,7 +41,9 @@ from longattn.ops.attention.pallas_tpu.call import LOG2E, SUBLANES, Call
 from longattn.ops.attention.pallas_tpu.fetch import RING, Fetch, after
 
 NEVER = -1e30  # below every logit; finite, so that differences are
-_SLOT, _FETCHED, _LATE_SLOT, _LATE = range(4)  # of the state
+SAFE = 100.0  # sums of P beyond 2^-SAFE or 2^SAFE may have lost keys, or be lost soon
+_SLOT, _FETCHED, _LATE_SLOT, _LATE, _BAD = range(5)  # of the state
+_SENT, _HERE = 1, 2  # where the block of the next step is
 
 
 def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) -> None:
@@ -52,13 +57,10 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
         number_ring,
         p_ref,
         late_ref,
-        s_ref,
         acc_ref,
         m_ref,
         l_ref,
         norm_ref,
-        shift_ref,
-        decay_ref,
         state,
         sems,
     ) = refs
@@ -89,8 +91,9 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
         def _next() -> None:
             fetch.start(following, after(slot))
 
-        state[_FETCHED] = (following >= 0).astype(jnp.int32)
-        fetch.wait(block(step), slot)
+        here = state[_FETCHED] == _HERE
+        state[_FETCHED] = jnp.where(following >= 0, _SENT, 0)
+        pl.when(~here)(lambda: fetch.wait(block(step), slot))
 
     # ---- products
 
@@ -120,13 +123,13 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
             n.S if n.S % n.block_k else None,
         )  # fmt: skip
 
-    # ---- rows whose logits are bounded: m = 0
+    # ---- m is known
 
     def weights(
         slot: Array, j: Array, first: Array | int, strip: Array | int, masked: bool, sparse: Array | None = None
     ) -> Array:
         """P of a tile, summed and rounded."""
-        p = jnp.exp2(c * logits(slot, first, pk, strip))
+        p = jnp.exp2(c * (groups(logits(slot, first, pk, strip)) - m_ref[strip][None])).reshape(pk, tq)
         if masked:
             p = jnp.where(shown(slot, j, first, pk, strip, sparse), p, 0.0)
         rounded = p.astype(p_ref.dtype)
@@ -135,7 +138,7 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
         norm_ref[strip] += groups(rounded.astype(p.dtype)).sum(0) if masked and p.dtype != rounded.dtype else total
         return rounded
 
-    def bounded(pattern: blocks.Pattern, slot: Array, j: Array, before: Array | None, flush: bool) -> None:
+    def straight(pattern: blocks.Pattern, slot: Array, j: Array, before: Array | None, flush: bool) -> None:
         """One block: P of each chunk of keys, and P v of the chunk before it.
 
         Args:
@@ -212,60 +215,36 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
         pl.when(cut > 0)(multiply_late)
         return slot
 
-    # ---- other rows: online softmax. Where no key was seen yet, 2^(NEVER - m) = 0 throws away later what is summed for
-    # none.
+    # ---- rows whose sums came out too large or too small: online softmax
 
-    def maximum(masked: bool, slot: Array, j: Array, chunk: int, strip: int) -> None:
-        """S of a chunk, and the maximum up to it."""
-        s = logits(slot, chunk * tk, tk, strip)
-        if masked:
-            s = jnp.where(shown(slot, j, chunk * tk, tk, strip), s, NEVER)
-        s_ref[chunk % 2, strip] = s
-        old = m_ref[strip]
-        new = jnp.maximum(old, groups(s).max(0).max(0, keepdims=True))
-        m_ref[strip], shift_ref[chunk % 2, strip], decay_ref[chunk % 2, strip] = new, new, jnp.exp2(c * (old - new))
+    def online(slot: Array, j: Array, found: list[tuple[Any, Any, bool, Any]]) -> None:
+        """Some tiles of block j: strip, first key, whether it is cut, what a BlockSparse says."""
+        following = logits(slot, found[0][1], pk, found[0][0])
+        for i, (strip, first, masked, sparse) in enumerate(found):
+            s = following
+            if i + 1 < len(found):
+                following = logits(slot, found[i + 1][1], pk, found[i + 1][0])
+            if masked:
+                s = jnp.where(shown(slot, j, first, pk, strip, sparse), s, NEVER)
+            old = m_ref[strip]
+            new = jnp.maximum(old, groups(s).max(0).max(0, keepdims=True))
+            # Where no key was seen yet, 2^(NEVER - new) = 0 throws away later what is summed for none.
+            decay, p = jnp.exp2(c * (old - new)), jnp.exp2(c * (groups(s) - new[None]))
+            m_ref[strip], l_ref[strip] = new, l_ref[strip] * decay + p.sum(0)
+            v, p = v_ring[slot, pl.ds(first, pk), :], p.reshape(pk, tq).astype(v_ring.dtype)
+            acc_ref[strip] = acc_ref[strip] * decay[:1] + tiles.dot(v, p, "TN", precision)
 
-    def exponential(parity: int, strip: int) -> None:
-        """P of the chunk of this parity, whose S and maximum are known."""
-        p = jnp.exp2(c * (groups(s_ref[parity, strip]) - shift_ref[parity, strip][None]))
-        l_ref[strip] = l_ref[strip] * decay_ref[parity, strip] + p.sum(0)
-        p_ref[parity, strip] = p.reshape(tk, tq).astype(p_ref.dtype)
-
-    def accumulate(slot: Array, chunk: int, strip: int) -> None:
-        """P v of a chunk, whose P is known."""
-        kept = acc_ref[strip] * decay_ref[chunk % 2, strip, :1]
-        acc_ref[strip] = kept + weighted(slot, chunk * tk, slice(0, tk), p_ref[chunk % 2, strip])
-
-    def tiled_online(step: Array, slot: Array) -> Array:
-        """One block whose tiles are listed."""
+    def block_online(pattern: blocks.Pattern | None, step: Array, slot: Array) -> Array:
         arrive(step, slot)
-
-        def group(found: list[tuple[Array, Array]], masked: bool) -> None:
-            for t, sparse in found:
-                strip, first = place(t)
-                s = logits(slot, first, pk, strip)
-                if masked:
-                    s = jnp.where(shown(slot, block(step), first, pk, strip, sparse), s, NEVER)
-                old = m_ref[strip]
-                new = jnp.maximum(old, groups(s).max(0).max(0, keepdims=True))
-                decay, p = jnp.exp2(c * (old - new)), jnp.exp2(c * (groups(s) - new[None]))
-                m_ref[strip], l_ref[strip] = new, l_ref[strip] * decay + p.sum(0)
-                v, p = v_ring[slot, pl.ds(first, pk), :], p.reshape(pk, tq).astype(v_ring.dtype)
-                acc_ref[strip] = acc_ref[strip] * decay[:1] + tiles.dot(v, p, "TN", precision)
-
-        tiles.by_groups(listed.groups(step), group)
+        if pattern is None:
+            group = lambda found, masked: online(slot, block(step), [(*place(t), masked, x) for t, x in found])
+            tiles.by_groups(listed.groups(step), group)
+        else:
+            places = itertools.product(range(row_of_tiles), range(strips))  # what depends on each other stands apart
+            kinds = [(strip, part * pk, pattern[strip][part]) for part, strip in places]
+            shown_ones = [(strip, first, kind == PARTIAL, None) for strip, first, kind in kinds if kind != EMPTY]
+            online(slot, block(step), shown_ones)
         return after(slot)
-
-    def online(masked: bool, step: Array, slots: tuple[Array, Array]) -> tuple[Array, Array]:
-        """One block: S of each chunk of keys, P of the chunk before it, P v of the chunk before that."""
-        slot, before = slots
-        arrive(step, slot)
-        for chunk in range(chunks):
-            for strip in range(strips):
-                accumulate(before, chunk, strip)
-                maximum(masked, slot, block(step), chunk, strip)
-                exponential(1 - chunk, strip)
-        return after(slot), slot
 
     # ---- the row
 
@@ -274,80 +253,82 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
         state[_SLOT] = 0
         state[_FETCHED] = 0
 
+    def begin() -> None:
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+        l_ref[...], norm_ref[...] = jnp.zeros_like(l_ref), jnp.zeros_like(norm_ref)
+
+    begin()
     start = state[_SLOT]
-    acc_ref[...] = jnp.zeros_like(acc_ref)
-    l_ref[...], norm_ref[...] = jnp.zeros_like(l_ref), jnp.zeros_like(norm_ref)
+    m_ref[...] = jnp.zeros_like(m_ref)
+    known = (bound == 1) | (seen == 0)
 
-    def of_bounded() -> None:
-        m_ref[...] = jnp.zeros_like(m_ref)
-        slot = start
-        if n.patterns is None:
-            slot = all_tiled(slot)
-        for i, pattern in enumerate(n.patterns or ()):
+    @pl.when(~known)
+    def of_unbounded() -> None:
+        pl.when(state[_FETCHED] == 0)(lambda: fetch.start(block(0), start))
+        fetch.wait(block(0), start)
+        state[_FETCHED] = _HERE
+        for strip in range(strips):
+            m = groups(logits(start, 0, pk, strip)).max(0).max(0, keepdims=True)
+            m_ref[strip] = jnp.broadcast_to(m, m_ref.shape[1:])
 
-            def alone(step: Array, slot: Array, pattern: blocks.Pattern = pattern) -> Array:
-                arrive(step, slot)
-                bounded(pattern, slot, block(step), None, True)
-                return after(slot)
+    slot = start
+    if n.patterns is None:
+        slot = all_tiled(slot)
+    for i, pattern in enumerate(n.patterns or ()):
 
-            slot = lax.fori_loop(*listed.steps(i), alone, slot)
-
-        def following(step: Array, slots: tuple[Array, Array]) -> tuple[Array, Array]:
-            slot, before = slots
+        def alone(step: Array, slot: Array, pattern: blocks.Pattern = pattern) -> Array:
             arrive(step, slot)
-            bounded(of_whole, slot, block(step), before, False)
-            return after(slot), slot
+            straight(pattern, slot, block(step), None, True)
+            return after(slot)
 
-        @pl.when(cut < seen)
-        def _whole() -> None:
-            arrive(cut, slot)
-            bounded(of_whole, slot, block(cut), None, False)
-            state[_SLOT], before = lax.fori_loop(cut + 1, seen, following, (after(slot), slot))
-            for strip in range(strips):
-                acc_ref[strip] += weighted(before, (chunks - 1) * tk, slice(0, tk), p_ref[1, strip])
+        slot = lax.fori_loop(*listed.steps(i), alone, slot)
 
-        @pl.when(cut == seen)
-        def _none() -> None:
-            state[_SLOT] = slot
+    def following(step: Array, slots: tuple[Array, Array]) -> tuple[Array, Array]:
+        slot, before = slots
+        arrive(step, slot)
+        straight(of_whole, slot, block(step), before, False)
+        return after(slot), slot
 
-    def of_others() -> None:
-        m_ref[...] = jnp.full_like(m_ref, NEVER)
-        slot, first = start, jnp.int32(0)
-        if n.patterns is None:
-            slot, first = lax.fori_loop(0, cut, tiled_online, start), cut
+    @pl.when(cut < seen)
+    def _whole() -> None:
+        arrive(cut, slot)
+        straight(of_whole, slot, block(cut), None, False)
+        state[_SLOT], before = lax.fori_loop(cut + 1, seen, following, (after(slot), slot))
+        for strip in range(strips):
+            acc_ref[strip] += weighted(before, (chunks - 1) * tk, slice(0, tk), p_ref[1, strip])
+
+    @pl.when(cut == seen)
+    def _none() -> None:
         state[_SLOT] = slot
 
-        @pl.when(first < seen)
-        def _chunks() -> None:
-            # Two chunks of no keys come first.
-            s_ref[1] = jnp.full(s_ref.shape[1:], NEVER, jnp.float32)
-            shift_ref[...], decay_ref[...] = jnp.zeros_like(shift_ref), jnp.ones_like(decay_ref)
-            p_ref[0] = jnp.zeros(p_ref.shape[1:], p_ref.dtype)
-            slots = (
-                (slot, slot)
-                if n.patterns is None
-                else lax.fori_loop(0, cut, functools.partial(online, True), (slot, slot))
-            )
-            state[_SLOT], last = lax.fori_loop(cut, seen, functools.partial(online, False), slots)
-            for strip in range(strips):
-                accumulate(last, 0, strip)
-                exponential(1, strip)
-                accumulate(last, 1, strip)
+    @pl.when(~known)
+    def _judge() -> None:
+        index = row * n.block_q + lax.broadcasted_iota(jnp.int32, (1, tq), 1)
+        good = jnp.ones((1, tq), jnp.bool_)
+        for strip in range(strips):
+            total = l_ref[strip].sum(0, keepdims=True)
+            good &= (index + strip * tq >= n.T) | ((total > 2.0**-SAFE) & (total < 2.0**SAFE))
+        state[_BAD] = 1 - jnp.min(good.astype(jnp.int32))
 
+    @pl.when(~known & (state[_BAD] == 1))
+    def of_others() -> None:
+        begin()
+        m_ref[...] = jnp.full_like(m_ref, NEVER)
+        slot = state[_SLOT]
+        pl.when(state[_FETCHED] == _SENT)(lambda: fetch.wait(listed.following, slot))  # it is sent for once more
+        state[_FETCHED] = 0
+        for i, pattern in enumerate([*of_cut, of_whole]):
+            slot = lax.fori_loop(*listed.steps(i), functools.partial(block_online, pattern), slot)
+        state[_SLOT] = slot
         norm_ref[...] = l_ref[...]
-
-    pl.when(bound == 1)(of_bounded)
-    pl.when(bound == 0)(of_others)
 
     for strip in range(strips):
         total, norm = (ref[strip].sum(0, keepdims=True) for ref in (l_ref, norm_ref))
         m = m_ref[strip, :1]
         empty = (total == 0.0) | (m == NEVER)
-        total = jnp.where(empty, 1.0, total)
+        total, norm = jnp.where(empty, 1.0, total), jnp.where(empty, 1.0, norm)
         columns = slice(strip * tq, (strip + 1) * tq)
-        o_ref[columns] = jnp.where(empty, 0.0, acc_ref[strip] * (1.0 / jnp.where(empty, 1.0, norm))).T.astype(
-            o_ref.dtype
-        )
+        o_ref[columns] = jnp.where(empty, 0.0, acc_ref[strip] * (1.0 / norm)).T.astype(o_ref.dtype)
         lse_ref[:, columns] = jnp.where(empty, -jnp.inf, m + jnp.log2(total) * (1 / c))
 
 
@@ -392,14 +373,11 @@ def forward(
             pltpu.VMEM((RING, max(len(n.numbers), 1), n.block_k), jnp.int32),
             pltpu.VMEM((2, strips, chunk, n.tile_q), v.dtype),
             pltpu.VMEM((n.tile_k, n.tile_q), v.dtype),
-            pltpu.VMEM((2, strips, chunk, n.tile_q), jnp.float32),
             pltpu.VMEM((strips, n.V, n.tile_q), jnp.float32),
             statistics,
             statistics,
             statistics,
-            pltpu.VMEM((2, strips, SUBLANES, n.tile_q), jnp.float32),
-            pltpu.VMEM((2, strips, SUBLANES, n.tile_q), jnp.float32),
-            pltpu.SMEM((4,), jnp.int32),
+            pltpu.SMEM((5,), jnp.int32),
             pltpu.SemaphoreType.DMA((3, RING)),
         ],
         compiler_params=pltpu.CompilerParams(

@@ -119,6 +119,10 @@ def _loop(low: Any, high: Any, body: Callable[[Any, Any], Any], carry: Any) -> A
     return carry
 
 
+def _iota(dtype: Any, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    return np.indices(shape, dtype)[axis]
+
+
 class _WithoutCall(ast.NodeTransformer):
     """Makes nothing of the n-th call of the method `name`."""
 
@@ -217,7 +221,7 @@ class Machine:
             "jnp": np,
             "pl": pl,
             "pltpu": pltpu,
-            "lax": SimpleNamespace(fori_loop=_loop, Precision=lax.Precision),
+            "lax": SimpleNamespace(fori_loop=_loop, Precision=lax.Precision, broadcasted_iota=_iota),
         }
         module, *call = self.without or (None,)
         run = lambda m, **more: _source(m, tuple(call) if m is module else None, **more)

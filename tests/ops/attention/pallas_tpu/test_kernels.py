@@ -136,7 +136,7 @@ def test_several_blocks_of_the_rest(case):
 @pytest.mark.parametrize("scale", [None, 30.0], ids=["bounded", "online"])
 @pytest.mark.parametrize("heads", [1, 4], ids=["shared", "per head"])
 def test_block_sparse(heads, scale):
-    """Alone it needs no mask within a tile; with others, each tile is told what it shows. Some heads' rows are empty."""
+    """Alone it needs no mask within a tile; with others, each tile is told what it shows. Some rows are empty."""
     B, T, H, K, D = 2, 700, 4, 2, 32
     visible = np.random.default_rng(15).random((B, heads, 6, 6)) < 0.3
     shown = np.repeat(np.repeat(visible, 128, 2), 128, 3)[:, :, :T, :T]
