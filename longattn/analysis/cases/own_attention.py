@@ -7,7 +7,7 @@ blocks begin with a maximum, and which are computed once more.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -176,8 +176,8 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
     for runs, *counts in zip((shape.H * found.visits.sum(0)).tolist(), *events.values()):
         sent, first, ahead, read = (shape.key_heads * count for count in counts)
         copies = (sent, runs, ahead, first, runs - first, read), (sent, runs, first)
-        bodies.append(Branch(f"block of class {len(bodies)}", runs, asides=copies))
-    *cut, whole = bodies
+        bodies.append(Branch(f"cut block {len(bodies)}", runs, asides=copies))
+    *cut, whole = *bodies[:-1], replace(bodies[-1], what="whole block")
     if found.tiles is not None:
         cut = [Branch(what, n, loop=cut[0].runs) for what, n in _groups(found.tiles, shape.H)]
     number = INT32 * bool(shape.documents)

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from longattn import shapes
 from longattn.mask import EMPTY, FULL, PARTIAL, Mask
@@ -542,3 +542,10 @@ def backward_partial(
 ) -> tuple[Query, Key, Value]:
     """dq, dk, dv from these keys, given the global out and lse."""
     return _backward(q, k, v, extras.bias, extras._replace(bias=None), out, lse, do, dlse, spec)[:3]
+
+
+def backward_bias(
+    q: Query, k: Key, v: Value, extras: Extras, out: Out, lse: Statistic, do: Out, dlse: Statistic, spec: Spec
+) -> Float[Array, "#B #H #T #S"]:
+    """The gradient of the bias, given out and lse, for back ends that lack it."""
+    return _backward(q, k, v, extras.bias, extras._replace(bias=None), out, lse, do, dlse, spec)[3]

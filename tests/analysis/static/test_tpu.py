@@ -21,7 +21,7 @@ from longattn.analysis.cases.kernel import walk
 from longattn.analysis.static import cache, command, rates, tpu
 from longattn.analysis.static.schedule import along, parse, weigh
 from longattn.mask import Causal, Full, Window
-from longattn.ops.attention.pallas_tpu import back_end
+from longattn.ops.attention.pallas_tpu import back_end, forward
 from tests.analysis.compilers import needs_libtpu
 
 
@@ -338,52 +338,63 @@ def test_lists_lead_to_the_blocks_that_hold_a_visible_pair(case, change):
     seen = seen.reshape(shape.blocks[0], shape.bT, shape.blocks[1], shape.bS)
     whole, some = seen.all((1, 3)), seen.any((1, 3))
     (kernel,) = CASES[case].kernels(shape)
-    runs = {"cut": 0.0, "whole": 0.0}
-    for branch in kernel.branches:
-        if branch.data != "of_others":
-            runs["cut" if "cut" in branch.what else "whole"] += branch.runs
-    assert runs == {"cut": 2 * (some & ~whole).sum(), "whole": 2 * whole.sum()}
+    always = [branch for branch in kernel.branches if not branch.data]
+    count = lambda kind: sum(b.runs for b in always if b.what.startswith(kind))
+    assert count("whole block") + count("first whole block") == 2 * whole.sum()
+    if shape.documents:
+        tiles = seen.reshape(shape.blocks[0], 4, 128, shape.blocks[1], 2, 128).transpose(0, 3, 1, 4, 2, 5)
+        tiles = tiles[some & ~whole].reshape(-1, 128 * 128)
+        for kind, n in ("cut", (tiles.any(1) & ~tiles.all(1)).sum()), ("whole", tiles.all(1).sum()):
+            bodies = [b for b in always if b.what.endswith(f"{kind} tiles")]
+            assert sum(int(b.what[0]) * b.runs for b in bodies) == 2 * n
+            assert {b.loop for b in bodies} == {2 * (some & ~whole).sum()}
+    else:
+        assert count("cut block") == 2 * (some & ~whole).sum()
     visits, row, stats = some.sum(), 128 * 2, 4
     number = 4 * bool(shape.documents)
     if case == "longattn":
         words = kernel.hbm_bytes - 2 * visits * 256 * (2 * row + number) - 2 * 1024 * (2 * row + stats + number)
-        assert words % (2 * 2 * 4) == 0 and 0 < words <= 2 * 2 * 4 * 20  # two heads' two short lists
+        assert words % (2 * 2 * 4) == 0 and 0 < words <= 2 * 2 * 4 * 40  # two heads' two short lists
     else:
         later = visits - some.any(1).sum()  # dq is there to be read
         of_visits = visits * 512 * (2 * row + 2 * stats + number + 128 * 4) + later * 512 * 128 * 4
         words = kernel.hbm_bytes - 2 * of_visits - 1024 * (4 * row + number)
-        assert words % (4 * 4) == 0 and 0 < words <= 4 * 4 * 20
+        assert words % (4 * 4) == 0 and 0 < words <= 4 * 4 * 40
         assert kernel.after_bytes == 2 * 1024 * 128 * 4
 
 
-@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize("rows", ["bounded", "unbounded", "computed again"])
 @pytest.mark.parametrize(
     "change", [CHANGES[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CHANGES[1:])], ids=str
 )
-def test_the_bodies_of_our_forward_kernel_run_as_declared(change, bounded, monkeypatch):
+def test_the_bodies_of_our_forward_kernel_run_as_declared(change, rows, monkeypatch):
     shape = replace(OWN, **change)
-    if not bounded:
+    if rows != "bounded":
         monkeypatch.setattr(back_end, "BOUND", -1.0)
-    jax.clear_caches()  # the bound is a constant of what is traced
+    if rows == "computed again":
+        monkeypatch.setattr(forward, "SAFE", -1.0)
+    jax.clear_caches()  # these are constants of what is traced
     counts = rates.count("longattn", shape)
     jax.clear_caches()
     (kernel,) = CASES["longattn"].kernels(shape)
-    data = "of_bounded" if bounded else "of_others"
-    for name, runs in (("of_bounded", bounded), ("of_others", not bounded)):
-        assert [(c.asked, c.runs) for c in counts if c.name == name and c.asked] == [
-            (kernel.steps, kernel.steps * runs)
-        ]
-    # Each body sends for the block after it, if there is one.
-    assert [c.asked for c in counts if c.name == "_next" and c.asked] == [
-        b.runs for b in kernel.branches if b.data == data and b.runs and "block's products" not in b.what
-    ]
-    assert [c.runs for c in counts if c.name == "_fetch" and c.asked] == [
-        b.asides[0][0] for b in kernel.branches if b.data == data and b.runs and "block's products" not in b.what
-    ]
+    for name, runs in (("of_unbounded", rows != "bounded"), ("of_others", rows == "computed again")):
+        assert [(c.asked, c.runs) for c in counts if c.name == name] == [(kernel.steps, kernel.steps * runs)]
+    # Each block's body sends for the block after it, if there is one.
+    blocks = {b.data: [] for b in kernel.branches}
+    for branch in kernel.branches:
+        if "tiles" in branch.what:
+            blocks[branch.data] = [branch.loop]  # one loop, whichever tiles a block has
+        elif "block" in branch.what and branch.runs:
+            blocks[branch.data].append(branch.runs)
+    again = blocks["of_others"] if rows == "computed again" else []
+    assert [c.asked for c in counts if c.name == "_next" and c.asked] == blocks[""] + again
+    if rows == "bounded" and not shape.documents:
+        sent = [b.asides[0][0] for b in kernel.branches if not b.data and b.runs]
+        assert [c.runs for c in counts if c.name == "_fetch" and c.asked] == sent
 
 
 @pytest.mark.parametrize(
-    "change", [CHANGES[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CHANGES[1:])], ids=str
+    "change", [CHANGES[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CHANGES[1:3])], ids=str
 )
 def test_the_bodies_of_our_backward_kernel_run_as_declared(change):
     shape = replace(OWN, **change)

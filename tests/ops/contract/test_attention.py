@@ -57,8 +57,6 @@ BACK_ENDS = [
         refuses=(
             ("float16", "float16 products are not what TPUs have; cast to bfloat16 or float32", "bfloat16"),
             ("float64", "float64 products are not what TPUs have; cast to bfloat16 or float32", "float32"),
-            ("bias", "a bias is not read by the kernels", "plain"),
-            ("all", "a bias is not read by the kernels", "sinks"),
             ("blocks", "BlockSparse.block_size=8 is no multiple of 128", "prefix"),
         ),
     ),

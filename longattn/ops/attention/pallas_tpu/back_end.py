@@ -3,7 +3,10 @@
 XLA moves heads before tokens (it may fold that into the operation before), sums delta, and makes the lists of blocks;
 all of it is linear in the sequence but the lists, of one number per pair of blocks.
 
-Not supported, with the reason in the error: float16 and float64, a bias, a `BlockSparse` at given positions, or of
+A bias is read in blocks, filled up to whole ones; one number for all keys of a query is added outside, to lse. Its
+gradient is the plain XLA back end's.
+
+Not supported, with the reason in the error: float16 and float64, a `BlockSparse` at given positions, or of
 blocks that are no multiple of 128, jvp and second derivatives.
 """
 
@@ -21,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool
 
 from longattn.ops import dispatch
+from longattn.ops.attention import xla
 from longattn.ops.attention.pallas_tpu import blocks
 from longattn.ops.attention.pallas_tpu.backward import NO_KEY, backward
 from longattn.ops.attention.pallas_tpu.call import LANES, LOG2E, Call, unit
@@ -40,8 +44,6 @@ def check(q: Any, k: Any, v: Any, extras: Extras, spec: Spec) -> None:
         raise NotImplementedError(f"the kernels are for TPUs, the target is {target.kind!r}")
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"{q.dtype} products are not what TPUs have; cast to bfloat16 or float32")
-    if extras.bias is not None:
-        raise NotImplementedError("a bias is not read by the kernels")
     if sum(leaf.ndim == 4 for leaf in jax.tree.leaves(extras.mask)) > 1:
         raise NotImplementedError(f"the mask {extras.mask} has more than one BlockSparse")
     if (sparse := blocks.block_sparse(extras.mask)) is not None:
@@ -57,8 +59,12 @@ def check(q: Any, k: Any, v: Any, extras: Extras, spec: Spec) -> None:
 def _call(which: Pass, q: Array, k: Array, v: Array, extras: Extras, spec: Spec, out_dtype: Any) -> Call:
     (B, T, H, D), (S, K), V = q.shape, k.shape[1:3], v.shape[3]
     numbers = (() if spec.in_order else ("positions",)) + (() if extras.q_segments is None else ("segments",))
+    bias, added = None, 0  # its shape, and bytes for each logit
+    if extras.bias is not None and extras.bias.shape[3] > 1:
+        bias = extras.bias.shape
+        added = _bias_type(extras.bias).itemsize if bias[2] > 1 else 0
     sizes = getattr(spec.tuning or Tuning(), which)
-    sizes = sizes or choose(which, extras.mask, numbers, T, S, D, V, q.dtype.itemsize)
+    sizes = sizes or choose(which, extras.mask, numbers, T, S, D, V, q.dtype.itemsize, added)
     leaves = jax.tree.leaves(extras.mask)
     sparse = next((i for i, leaf in enumerate(leaves) if leaf.ndim == 4), None)
     if (of := blocks.block_sparse(extras.mask)) is not None:  # of one mind about a tile
@@ -75,8 +81,8 @@ def _call(which: Pass, q: Array, k: Array, v: Array, extras: Extras, spec: Spec,
         )
     return Call(
         B, H, K, T, S, D, V, sizes.block_q, sizes.block_k, sizes.tile_q, sizes.tile_k, spec.scale, spec.softcap,
-        jnp.dtype(out_dtype), numbers, patterns, jax.tree.structure(extras.mask), sparse, known,
-        limit(which, sizes, D, V, q.dtype.itemsize, len(numbers)),
+        jnp.dtype(out_dtype), numbers, patterns, jax.tree.structure(extras.mask), sparse, bias, known,
+        limit(which, sizes, D, V, q.dtype.itemsize, len(numbers), added),
     )  # fmt: skip
 
 
@@ -97,6 +103,27 @@ def _numbers(n: Call, extras: Extras, side: str, length: int | None) -> Array | 
     return x if length is None else jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])), mode="edge")
 
 
+def _bias_type(bias: Array) -> Any:
+    """What the kernels read it as; of one row, where that is little, float32."""
+    return jnp.dtype(jnp.bfloat16 if bias.dtype == jnp.bfloat16 and bias.shape[2] > 1 else jnp.float32)
+
+
+def _bias(n: Call, extras: Extras) -> Array | None:
+    """What the kernels add to the logits, filled up to whole blocks."""
+    if not n.bias:
+        return None
+    x = extras.bias.astype(_bias_type(extras.bias))
+    rows = n.rows_q * n.block_q - x.shape[2] if x.shape[2] > 1 else 0
+    return jnp.pad(x, ((0, 0), (0, 0), (0, rows), (0, n.rows_k * n.block_k - x.shape[3])))
+
+
+def _per_query(n: Call, extras: Extras) -> Array | None:
+    """A bias of one number for all keys of a query, in the call's unit: [B|1 T|1 H|1]."""
+    if extras.bias is None or n.bias:
+        return None
+    return extras.bias[..., 0].swapaxes(1, 2).astype(jnp.float32) * (1 / n.unit)
+
+
 def _walk(n: Call, extras: Extras, spec: Spec, own: Sequence[Array], by_key: bool) -> tuple[Array, Array]:
     leaves = [x[:, None, None] for x in jax.tree.leaves(extras.mask) if x.ndim == 1]  # one number per sequence: [B 1 1]
     with jax.named_scope("order"):
@@ -106,14 +133,22 @@ def _walk(n: Call, extras: Extras, spec: Spec, own: Sequence[Array], by_key: boo
         )  # fmt: skip
 
 
-def _bounded(n: Call, q: Array, k: Array) -> Bool[Array, "B H rows"]:
-    """Whether no logit in a row of blocks can leave [-BOUND, BOUND] in base 2, by Cauchy and Schwarz. [B H T D]"""
+def _bounded(n: Call, q: Array, k: Array, bias: Array | None) -> Bool[Array, "B H rows"]:
+    """Whether no logit in a row of blocks can leave [-BOUND, BOUND] in base 2, by Cauchy and Schwarz. [B H T D]
+
+    A bias of -inf hides a key, which no bound is needed for.
+    """
     length = lambda x: jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(-1))
     queries = jnp.pad(length(q), ((0, 0), (0, 0), (0, n.rows_q * n.block_q - q.shape[2])))
     queries = queries.reshape(n.B, n.H, n.rows_q, n.block_q).max(-1)
     keys = jnp.repeat(length(k).max(-1), n.H // n.K, axis=1)
     most = queries * keys[..., None] * n.scale
-    return (most if n.softcap is None else jnp.minimum(most, n.softcap)) * LOG2E <= BOUND
+    most = most if n.softcap is None else jnp.minimum(most, n.softcap)
+    if bias is not None:
+        size = jnp.abs(bias.astype(jnp.float32))
+        size = jnp.where(bias == -jnp.inf, 0.0, size).max(-1)
+        most = most + (size.reshape(*size.shape[:2], n.rows_q, -1).max(-1) if size.shape[2] > 1 else size)
+    return most * LOG2E <= BOUND
 
 
 def _forward(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> tuple[Array, Array]:
@@ -126,10 +161,15 @@ def _forward(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> tuple[
         )
     n = _call("forward", q, k, v, extras, spec, spec.out_dtype)
     q, k, v = (_heads_first(x) for x in (q, k, v))
-    walk, _ = _walk(n, extras, spec, [_bounded(n, q, k)], by_key=False)
+    bias = _bias(n, extras)
+    walk, _ = _walk(n, extras, spec, [_bounded(n, q, k, bias)], by_key=False)
     numbers = _numbers(n, extras, "q", None), _numbers(n, extras, "k", n.rows_k * n.block_k)
-    out, lse = forward(n, *dispatch.vary_together((walk, q, k, v, *numbers)))
-    return out.swapaxes(1, 2), lse.swapaxes(1, 2)
+    out, lse = forward(n, *dispatch.vary_together((walk, q, k, v, *numbers, bias)))
+    out, lse = out.swapaxes(1, 2), lse.swapaxes(1, 2)
+    if (added := _per_query(n, extras)) is not None:
+        lse = lse + added
+        out = jnp.where((lse == -jnp.inf)[..., None], jnp.zeros_like(out), out)
+    return out, lse
 
 
 def _backward(
@@ -142,13 +182,15 @@ def _backward(
     T, length = n.T, n.rows_q * n.block_q
     empty = lse == -jnp.inf
     delta = jnp.where(empty, 0.0, (do.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse)
-    lse = jnp.where(empty, NO_KEY, lse)
+    added = _per_query(n, extras)
+    lse = jnp.where(empty, NO_KEY, lse if added is None else lse - added)
     fill = lambda x, value: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - T)), constant_values=value)
     stats = jnp.stack([fill(lse, NO_KEY), fill(delta, 0.0)], 2)
     q, k, v, do = (_heads_first(x) for x in (q, k, v, do.astype(q.dtype)))
     walk, visited = _walk(n, extras, spec, [], by_key=True)
     numbers = _numbers(n, extras, "k", None), _numbers(n, extras, "q", length)
-    dq, dk, dv = backward(n, *dispatch.vary_together((walk, q, k, v, do, stats, *numbers)))
+    arrays = walk, q, k, v, do, stats, *numbers, _bias(n, extras)
+    dq, dk, dv = backward(n, *dispatch.vary_together(arrays))
     dq = jnp.where(jnp.repeat(visited, n.block_q, -1)[:, :, None, :T], dq[..., :T] * n.scale, 0.0)
     return dq.transpose(0, 3, 1, 2).astype(out_dtype), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
@@ -179,21 +221,29 @@ def _folded(function: Callable[..., Any], *arrays: Any) -> Any:
     return call(*arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> tuple[Array, Array]:
-    out, lse = _folded(functools.partial(_forward, spec=spec), q, k, v, extras)
-    return out, lse * unit(spec.scale, spec.softcap)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, spec: Spec) -> tuple[Array, Array]:
+    return _attend_forward(q, k, v, bias, extras, spec)[0]
 
 
-def _attend_forward(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> Any:
+def _attend_forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, spec: Spec) -> Any:
+    extras = extras._replace(bias=bias)
     out, lse = _folded(functools.partial(_forward, spec=spec), q, k, v, extras)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse * unit(spec.scale, spec.softcap)), (q, k, v, extras, out, lse)
 
 
 def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
-    gradient = functools.partial(_backward, spec=spec, out_dtype=residuals[0].dtype)
-    return *dispatch.once(functools.partial(_folded, gradient), *residuals, *cotangents), None
+    def gradients(q: Array, k: Array, v: Array, extras: Extras, out: Array, lse: Array, *cotangents: Array) -> Any:
+        kernels = functools.partial(_backward, spec=spec, out_dtype=q.dtype)
+        found = _folded(kernels, q, k, v, extras, out, lse, *cotangents)
+        if extras.bias is None:
+            return *found, None
+        natural = lse * unit(spec.scale, spec.softcap)
+        dbias = xla.backward_bias(q, k, v, extras, out, natural, *cotangents, replace(spec, tuning=None))
+        return *found, dbias.astype(extras.bias.dtype)
+
+    return *dispatch.once(gradients, *residuals, *cotangents), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -201,7 +251,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def attend(q: Query, k: Key, v: Value, extras: Extras, spec: Spec) -> tuple[Out, Statistic]:
     """out [B T H V] in spec.out_dtype and lse [B T H]; zeros and -inf where no key is visible."""
-    return _attend(q, k, v, extras, spec)
+    return _attend(q, k, v, extras.bias, extras._replace(bias=None), spec)
 
 
 def backward_partial(

@@ -70,6 +70,7 @@ class _Sums:
 class _Tile(NamedTuple):
     """Where a tile stands in its block."""
 
+    strip: Any
     queries: Any  # pl.Slice
     keys: Any
     masked: bool
@@ -79,9 +80,9 @@ class _Tile(NamedTuple):
 def _kernel(n: Call, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any, stats_hbm: Any, *rest: Any) -> None:
     refs = list(rest)
     k_numbers, q_numbers = (refs.pop(0), refs.pop(0)) if n.numbers else (None, None)
-    dq_hbm, dk_ref, dv_ref, q_ring, do_ring, stats_ring, number_ring, dq_ring, dk_acc, dv_acc, state, sems, dq_sems = (
-        refs
-    )
+    bias_hbm = refs.pop(0) if n.bias else None
+    dq_hbm, dk_ref, dv_ref, *refs = refs
+    q_ring, do_ring, stats_ring, number_ring, bias_ring, dq_ring, dk_acc, dv_acc, state, sems, dq_sems = refs
     head, row = pl.program_id(0), pl.program_id(1)
     b, kv, group = head // n.K, head % n.K, n.H // n.K
     c, tq, tk = n.unit * LOG2E, n.tile_q, n.tile_k
@@ -96,11 +97,13 @@ def _kernel(n: Call, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any,
     first_list = list_of(0)
     sums = _Sums(dq_hbm, dq_ring, state, dq_sems)
 
-    def fetch(h: Array) -> Fetch:
-        """Of query head h of this key head's group."""
+    def fetch(h: Array, row: Array = row) -> Fetch:
+        """Of query head h of this key head's group, as this row of keys, or the next one, meets it."""
         h = kv * group + h
+        rows = [(q_hbm.at[b, h], q_ring), (do_hbm.at[b, h], do_ring)]
         lanes = [(stats_hbm.at[b, h], stats_ring)] + ([(q_numbers.at[b], number_ring)] if n.numbers else [])
-        return Fetch(q_hbm.shape[2], n.block_q, [(q_hbm.at[b, h], q_ring), (do_hbm.at[b, h], do_ring)], lanes, sems)
+        block_of = lambda i: tiles.bias_block(n, bias_hbm, b, h, i, row)
+        return Fetch(q_hbm.shape[2], n.block_q, rows, lanes, sems, [(block_of, bias_ring)] if n.bias else [])
 
     # ---- one block
 
@@ -118,6 +121,8 @@ def _kernel(n: Call, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any,
             if n.softcap is not None:
                 s = jnp.tanh(s * (n.scale / n.softcap))
                 slope = 1 - s * s
+            if n.bias:
+                s = s + tiles.bias(n, bias_ring, slot, tile.strip, tile.keys.start)
             p = jnp.exp2(c * (s - stats[:1, tile.queries]))
             ds = p * (dp - stats[1:2, tile.queries])
             if slope is not None:
@@ -151,7 +156,9 @@ def _kernel(n: Call, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any,
             outputs(used[-1], *last)
 
         def at(strip: Array | int, part: Array | int, masked: bool, sparse: Array | None = None) -> _Tile:
-            return _Tile(pl.ds(tiles.multiple(strip, tq), tq), pl.ds(tiles.multiple(part, tk), tk), masked, sparse)
+            return _Tile(
+                strip, pl.ds(tiles.multiple(strip, tq), tq), pl.ds(tiles.multiple(part, tk), tk), masked, sparse
+            )
 
         if pattern is None:
             group = lambda found, masked: several([at(t % strips, t // strips, masked, sparse) for t, sparse in found])
@@ -187,7 +194,7 @@ def _kernel(n: Call, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any,
 
         @pl.when(next_entry >= 0)
         def _next() -> None:
-            fetch(next_h).start(next_i, after(slot))
+            fetch(next_h, jnp.where(more | other, row, row + 1)).start(next_i, after(slot))
 
         ahead = next_reading & ~same
         pl.when(ahead)(lambda: sums.read((b, kv * group + next_h, next_i), after(slot)).start())
@@ -238,7 +245,7 @@ def _kernel(n: Call, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any,
 
 def backward(
     n: Call, walk: Array, q: Array, k: Array, v: Array, do: Array, stats: Array, k_numbers: Array | None,
-    q_numbers: Array | None,
+    q_numbers: Array | None, bias: Array | None,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """dq / scale [B H D rows*block_q] in float32, dk [B K S D] and dv [B K S V] in n.out_dtype.
 
@@ -250,6 +257,7 @@ def backward(
       q, k, v, do: [B H T D], [B K S D], [B K S V], [B H T V].
       stats: float32 [B H 2 rows*block_q], lse in n.unit (NO_KEY where there is none, and beyond the queries), delta.
       k_numbers, q_numbers: int32 [B numbers S], [B numbers rows*block_q], where the kernel reads any.
+      bias: [B|1 H|1 rows*block_q|1 columns*block_k], where there is one.
     """
     Bw, Hw, columns, W = walk.shape
     heads = max(Hw // n.K, 1)  # whose lists a row has
@@ -259,6 +267,7 @@ def backward(
     by_row = lambda size: pl.BlockSpec((None, None, n.block_k, size), lambda h, j: (h // n.K, h % n.K, j, 0))
     numbers = [] if k_numbers is None else [k_numbers, q_numbers]
     number_specs = [pl.BlockSpec((None, len(n.numbers), n.block_k), lambda h, j: (h // n.K, 0, j)), hbm]
+    added, added_specs = ([], []) if bias is None else ([bias], [hbm])
     walk = walk.reshape(Bw, Hw // heads, heads, columns, W).swapaxes(2, 3)
     walk_spec = pl.BlockSpec(
         (None, None, None, heads, W),
@@ -269,7 +278,7 @@ def backward(
         functools.partial(_kernel, n),
         name="longattn_attention_backward",
         grid=(n.B * n.K, columns),
-        in_specs=[walk_spec, by_row(n.D), by_row(n.V), hbm, hbm, hbm, *(number_specs if numbers else [])],
+        in_specs=[walk_spec, by_row(n.D), by_row(n.V), hbm, hbm, hbm, *(number_specs if numbers else []), *added_specs],
         out_specs=[hbm, by_row(n.D), by_row(n.V)],
         out_shape=[
             shape((n.B, n.H, n.D, T), jnp.float32),
@@ -281,15 +290,16 @@ def backward(
             pltpu.VMEM((RING, n.block_q, n.V), do.dtype),
             pltpu.VMEM((RING, 2, n.block_q), jnp.float32),
             pltpu.VMEM((RING, max(len(n.numbers), 1), n.block_q), jnp.int32),
+            n.bias_ring(RING, bias),
             pltpu.VMEM((RING, n.D, n.block_q), jnp.float32),
             pltpu.VMEM((n.D, n.block_k), jnp.float32),
             pltpu.VMEM((n.V, n.block_k), jnp.float32),
             pltpu.SMEM((_WRITING + RING,), jnp.int32),
-            pltpu.SemaphoreType.DMA((4, RING)),
+            pltpu.SemaphoreType.DMA((5, RING)),
             pltpu.SemaphoreType.DMA((2, RING)),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=n.vmem_bytes
         ),
         cost_estimate=n.cost(5, q.dtype.itemsize),
-    )(walk, k, v, q, do, stats, *numbers)
+    )(walk, k, v, q, do, stats, *numbers, *added)

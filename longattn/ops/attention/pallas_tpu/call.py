@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
 
 from longattn.mask import Mask
 from longattn.ops.attention.pallas_tpu.blocks import Pattern
@@ -46,6 +49,7 @@ class Call:
     patterns: tuple[Pattern, ...] | None  # ways in which blocks are cut, [queries][keys]; None: their tiles are listed
     mask: Any  # its tree, whose leaves are one number per sequence each, or what a BlockSparse says of a tile
     sparse: int | None  # which leaf that is, if the mask has one
+    bias: tuple[int, int, int, int] | None  # the shape of what is added to the logits, filled up to whole blocks
     share: float  # of the blocks that hold a visible pair, as far as is known at compile time
     vmem_bytes: int  # that the kernel may use
 
@@ -60,6 +64,12 @@ class Call:
         if self.sparse is not None:
             leaves.insert(self.sparse, sparse)
         return jax.tree.unflatten(self.mask, leaves)
+
+    def bias_ring(self, ring: int, bias: Array | None) -> Any:
+        """Room for so many blocks of the bias."""
+        if bias is None:
+            return pltpu.VMEM((1, SUBLANES, LANES), jnp.float32)
+        return pltpu.VMEM((ring, min(bias.shape[2], self.block_q), self.block_k), bias.dtype)
 
     def cost(self, products: int, itemsize: int) -> pl.CostEstimate:
         """What XLA is told, so that it knows how much to do beside a kernel of so many D + V products."""

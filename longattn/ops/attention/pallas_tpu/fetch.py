@@ -37,12 +37,14 @@ class Fetch:
     rows: Sequence[tuple[Any, Any]]  # (an array's ref [length size], its ring [RING block size])
     lanes: Sequence[tuple[Any, Any]]  # (an array's ref [n blocks*block], its ring [RING n block])
     semaphores: Any  # DMA [arrays RING]
+    others: Sequence[tuple[Callable[[Array], Any], Any]] = ()  # (what of an array goes with block j, its ring)
 
     def _each(self, j: Array, slot: Array, do: Callable[[Any], None]) -> None:
         def copy(tokens: int) -> None:
             first = pl.multiple_of(j * self.block, self.block)
             pairs = [(hbm.at[pl.ds(first, tokens)], ring.at[slot, pl.ds(0, tokens)]) for hbm, ring in self.rows]
             pairs += [(hbm.at[:, pl.ds(first, self.block)], ring.at[slot]) for hbm, ring in self.lanes]
+            pairs += [(source(j), ring.at[slot]) for source, ring in self.others]
             for i, (source, target) in enumerate(pairs):
                 do(pltpu.make_async_copy(source, target, self.semaphores.at[i, slot]))
 

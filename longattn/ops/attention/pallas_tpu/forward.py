@@ -49,12 +49,14 @@ _SENT, _HERE = 1, 2  # where the block of the next step is
 def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) -> None:
     refs = list(rest)
     q_numbers, k_numbers = (refs.pop(0), refs.pop(0)) if n.numbers else (None, None)
+    bias_hbm = refs.pop(0) if n.bias else None
     (
         o_ref,
         lse_ref,
         k_ring,
         v_ring,
         number_ring,
+        bias_ring,
         p_ref,
         late_ref,
         acc_ref,
@@ -77,33 +79,39 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
     cut, seen, block = (listed.ends[-2] if of_cut else jnp.int32(0)), listed.seen, listed.block
 
     lanes = [(k_numbers.at[b], number_ring)] if n.numbers else []
-    fetch = Fetch(k_hbm.shape[2], n.block_k, [(k_hbm.at[b, kv], k_ring), (v_hbm.at[b, kv], v_ring)], lanes, sems)
+
+    def fetch(row: Array) -> Fetch:
+        """Of what this row, or the next one, meets."""
+        rows = [(k_hbm.at[b, kv], k_ring), (v_hbm.at[b, kv], v_ring)]
+        block_of = functools.partial(tiles.bias_block, n, bias_hbm, b, head % n.H, row)
+        return Fetch(k_hbm.shape[2], n.block_k, rows, lanes, sems, [(block_of, bias_ring)] if n.bias else [])
 
     def arrive(step: Array | int, slot: Array) -> None:
         """Waits for the block of this step, and sends for the one after it."""
-        following = jnp.where(step + 1 < seen, block(step + 1), listed.following)
+        more = step + 1 < seen
+        following = jnp.where(more, block(step + 1), listed.following)
 
         @pl.when(state[_FETCHED] == 0)
         def _fetch() -> None:
-            fetch.start(block(step), slot)
+            fetch(row).start(block(step), slot)
 
         @pl.when(following >= 0)
         def _next() -> None:
-            fetch.start(following, after(slot))
+            fetch(jnp.where(more, row, row + 1)).start(following, after(slot))
 
         here = state[_FETCHED] == _HERE
         state[_FETCHED] = jnp.where(following >= 0, _SENT, 0)
-        pl.when(~here)(lambda: fetch.wait(block(step), slot))
+        pl.when(~here)(lambda: fetch(row).wait(block(step), slot))
 
     # ---- products
 
-    def logits(slot: Array, first: Array | int, keys: int, strip: Array | int) -> Array:
-        """S^T [keys tile_q], in the call's unit."""
+    def logits(slot: Array, first: Array | int, strip: Array | int) -> Array:
+        """S^T [tile_k tile_q], in the call's unit."""
         q = q_ref[pl.ds(tiles.multiple(strip, tq), tq), :]
-        s = tiles.dot(k_ring[slot, pl.ds(first, keys), :], q, "NT", precision)
-        if n.softcap is None:
-            return s
-        return jnp.tanh(s * (n.scale / n.softcap))
+        s = tiles.dot(k_ring[slot, pl.ds(first, pk), :], q, "NT", precision)
+        if n.softcap is not None:
+            s = jnp.tanh(s * (n.scale / n.softcap))
+        return s + tiles.bias(n, bias_ring, slot, strip, first) if n.bias else s
 
     def weighted(slot: Array, first: int, keys: slice, p: Array) -> Array:
         """V^T P^T [V tile_q] of the keys counted from `first`."""
@@ -129,7 +137,7 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
         slot: Array, j: Array, first: Array | int, strip: Array | int, masked: bool, sparse: Array | None = None
     ) -> Array:
         """P of a tile, summed and rounded."""
-        p = jnp.exp2(c * (groups(logits(slot, first, pk, strip)) - m_ref[strip][None])).reshape(pk, tq)
+        p = jnp.exp2(c * (groups(logits(slot, first, strip)) - m_ref[strip][None])).reshape(pk, tq)
         if masked:
             p = jnp.where(shown(slot, j, first, pk, strip, sparse), p, 0.0)
         rounded = p.astype(p_ref.dtype)
@@ -219,11 +227,11 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
 
     def online(slot: Array, j: Array, found: list[tuple[Any, Any, bool, Any]]) -> None:
         """Some tiles of block j: strip, first key, whether it is cut, what a BlockSparse says."""
-        following = logits(slot, found[0][1], pk, found[0][0])
+        following = logits(slot, found[0][1], found[0][0])
         for i, (strip, first, masked, sparse) in enumerate(found):
             s = following
             if i + 1 < len(found):
-                following = logits(slot, found[i + 1][1], pk, found[i + 1][0])
+                following = logits(slot, found[i + 1][1], found[i + 1][0])
             if masked:
                 s = jnp.where(shown(slot, j, first, pk, strip, sparse), s, NEVER)
             old = m_ref[strip]
@@ -264,11 +272,11 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
 
     @pl.when(~known)
     def of_unbounded() -> None:
-        pl.when(state[_FETCHED] == 0)(lambda: fetch.start(block(0), start))
-        fetch.wait(block(0), start)
+        pl.when(state[_FETCHED] == 0)(lambda: fetch(row).start(block(0), start))
+        fetch(row).wait(block(0), start)
         state[_FETCHED] = _HERE
         for strip in range(strips):
-            m = groups(logits(start, 0, pk, strip)).max(0).max(0, keepdims=True)
+            m = groups(logits(start, 0, strip)).max(0).max(0, keepdims=True)
             m_ref[strip] = jnp.broadcast_to(m, m_ref.shape[1:])
 
     slot = start
@@ -315,7 +323,7 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
         begin()
         m_ref[...] = jnp.full_like(m_ref, NEVER)
         slot = state[_SLOT]
-        pl.when(state[_FETCHED] == _SENT)(lambda: fetch.wait(listed.following, slot))  # it is sent for once more
+        pl.when(state[_FETCHED] == _SENT)(lambda: fetch(row).wait(listed.following, slot))  # it is sent for once more
         state[_FETCHED] = 0
         for i, pattern in enumerate([*of_cut, of_whole]):
             slot = lax.fori_loop(*listed.steps(i), functools.partial(block_online, pattern), slot)
@@ -333,8 +341,9 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
 
 
 def forward(
-    n: Call, walk: Array, q: Array, k: Array, v: Array, q_numbers: Array | None, k_numbers: Array | None
-) -> tuple[Array, Array]:
+    n: Call, walk: Array, q: Array, k: Array, v: Array, q_numbers: Array | None, k_numbers: Array | None,
+    bias: Array | None,
+) -> tuple[Array, Array]:  # fmt: skip
     """out [B H T V] in n.out_dtype and lse float32 [B H T], in n.unit.
 
     Args:
@@ -342,6 +351,7 @@ def forward(
         the mask's numbers.
       q, k, v: [B H T D], [B K S D], [B K S V].
       q_numbers, k_numbers: int32 [B numbers T], [B numbers columns*block_k], where the kernel reads any.
+      bias: [B|1 H|1 rows*block_q|1 columns*block_k], where there is one.
     """
     Bw, Hw, rows, W = walk.shape
     strips, chunk = n.block_q // n.tile_q, n.block_k // 2
@@ -354,6 +364,7 @@ def forward(
 
     numbers = [] if q_numbers is None else [q_numbers, k_numbers]
     number_specs = [pl.BlockSpec((None, len(n.numbers), n.block_q), lambda h, i: (h // n.H, 0, i)), hbm]
+    added, added_specs = ([], []) if bias is None else ([bias], [hbm])
     walk_spec = pl.BlockSpec(
         (None, None, 1, W),
         lambda h, i: (h // n.H if Bw > 1 else 0, (h % n.H if Hw > 1 else 0) * rows + i, 0, 0),
@@ -364,13 +375,14 @@ def forward(
         functools.partial(_kernel, n),
         name="longattn_attention_forward",
         grid=(n.B * n.H, rows),
-        in_specs=[walk_spec, by_row(n.block_q, n.D), hbm, hbm, *(number_specs if numbers else [])],
+        in_specs=[walk_spec, by_row(n.block_q, n.D), hbm, hbm, *(number_specs if numbers else []), *added_specs],
         out_specs=[by_row(n.block_q, n.V), by_row(1, n.block_q, last=True)],
         out_shape=[shape((n.B, n.H, n.T, n.V), n.out_dtype), shape((n.B, n.H, 1, n.T), jnp.float32)],
         scratch_shapes=[
             pltpu.VMEM((RING, n.block_k, n.D), k.dtype),
             pltpu.VMEM((RING, n.block_k, n.V), v.dtype),
             pltpu.VMEM((RING, max(len(n.numbers), 1), n.block_k), jnp.int32),
+            n.bias_ring(RING, bias),
             pltpu.VMEM((2, strips, chunk, n.tile_q), v.dtype),
             pltpu.VMEM((n.tile_k, n.tile_q), v.dtype),
             pltpu.VMEM((strips, n.V, n.tile_q), jnp.float32),
@@ -378,11 +390,11 @@ def forward(
             statistics,
             statistics,
             pltpu.SMEM((5,), jnp.int32),
-            pltpu.SemaphoreType.DMA((3, RING)),
+            pltpu.SemaphoreType.DMA((4, RING)),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=n.vmem_bytes
         ),
         cost_estimate=n.cost(2, q.dtype.itemsize),
-    )(walk.reshape(Bw, Hw * rows, 1, W), q, k, v, *numbers)
+    )(walk.reshape(Bw, Hw * rows, 1, W), q, k, v, *numbers, *added)
     return out, lse[:, :, 0]

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from longattn.mask import Mask
 from longattn.ops.attention.pallas_tpu.blocks import GROUP
-from longattn.ops.attention.pallas_tpu.call import LANES
+from longattn.ops.attention.pallas_tpu.call import LANES, Call
 
 _FORMS = {"NT": ((1,), (1,)), "TN": ((0,), (0,)), "TT": ((0,), (1,))}
 
@@ -46,6 +46,23 @@ def _column(row: Array, queries: int) -> Array:
     """A row [1 keys] of numbers as [keys queries]: turned around, the same in every lane."""
     parts = [jnp.broadcast_to(row[:, i : i + LANES], (LANES, LANES)).T for i in range(0, row.shape[1], LANES)]
     return jnp.tile(jnp.concatenate(parts), (1, queries // LANES))
+
+
+def bias(n: Call, ring: Any, slot: Array, strip: Array | int, first: Array | int) -> Array:
+    """What is added to a tile's logits, float32 [keys queries] in n.unit, of the ring's block [queries|1 keys]."""
+    keys = pl.ds(first, n.tile_k)
+    if ring.shape[1] == 1:
+        added = _column(ring[slot, :, keys], n.tile_q)
+    else:
+        added = ring[slot, pl.ds(multiple(strip, n.tile_q), n.tile_q), keys].astype(jnp.float32).T
+    return added * (1 / n.unit)
+
+
+def bias_block(n: Call, hbm: Any, b: Array, h: Array, i: Array, j: Array) -> Any:
+    """The block of head h's bias that goes with block i of queries and j of keys."""
+    B, H, T, _ = hbm.shape
+    queries = pl.ds(0, 1) if T == 1 else pl.ds(multiple(i, n.block_q), n.block_q)
+    return hbm.at[b if B > 1 else 0, h if H > 1 else 0, queries, pl.ds(multiple(j, n.block_k), n.block_k)]
 
 
 def visible(

@@ -67,18 +67,23 @@ def _padded(rows: int, columns: int, itemsize: int) -> int:
     return _up(rows, SUBLANES * 4 // itemsize) * _up(columns, LANES) * itemsize
 
 
-def fast_memory(which: Pass, blocks: Blocks, D: int, V: int, itemsize: int, numbers: int) -> int:
-    """Bytes of fast memory that a kernel takes; blocks that Pallas fetches by itself are held twice."""
+def fast_memory(which: Pass, blocks: Blocks, D: int, V: int, itemsize: int, numbers: int, bias: int = 0) -> int:
+    """Bytes of fast memory that a kernel takes; blocks that Pallas fetches by itself are held twice.
+
+    Args:
+      bias: bytes of what is added to each logit.
+    """
     bq, bk = blocks.block_q, blocks.block_k
     queries, keys = (
         (_padded(bq, D, itemsize), _padded(bq, V, itemsize)),
         (_padded(bk, D, itemsize), _padded(bk, V, itemsize)),
     )
     ids = _padded(max(numbers, 1), bq, 4) * 2 + _padded(max(numbers, 1), bk, 4) * RING
+    ids += RING * bq * bk * bias
     if which == "forward":
         strips = bq // blocks.tile_q
-        probabilities = bk * bq * (itemsize + 4)  # P and S of two halves
-        statistics = 7 * strips * _padded(SUBLANES, blocks.tile_q, 4)
+        probabilities = bk * bq * itemsize + blocks.tile_k * blocks.tile_q * itemsize
+        statistics = 3 * strips * _padded(SUBLANES, blocks.tile_q, 4)
         out = strips * _padded(V, blocks.tile_q, 4)
         return 2 * sum(queries) + RING * sum(keys) + ids + probabilities + statistics + out + 2 * _padded(1, bq, 4)
     sums = RING * _padded(D, bq, 4) + _padded(D, bk, 4) + _padded(V, bk, 4)
@@ -86,9 +91,9 @@ def fast_memory(which: Pass, blocks: Blocks, D: int, V: int, itemsize: int, numb
     return RING * sum(queries) + 2 * sum(keys) + ids + sums + gradients + RING * _padded(2, bq, 4)
 
 
-def limit(which: Pass, blocks: Blocks, D: int, V: int, itemsize: int, numbers: int) -> int:
+def limit(which: Pass, blocks: Blocks, D: int, V: int, itemsize: int, numbers: int, bias: int = 0) -> int:
     """Bytes of fast memory to allow a kernel: a larger limit than it needs costs cycles."""
-    return fast_memory(which, blocks, D, V, itemsize, numbers) + _SPARE
+    return fast_memory(which, blocks, D, V, itemsize, numbers, bias) + _SPARE
 
 
 def _key(chip: str, which: Pass, kind: str, D: int, tokens: int) -> str:
@@ -130,7 +135,9 @@ def _fitted(block: int, tile: int, step: int, tokens: int) -> tuple[int, int]:
     return min(_up(equal, unit), max(block // unit, 1) * unit), tile
 
 
-def choose(which: Pass, mask: Mask, numbers: tuple[str, ...], T: int, S: int, D: int, V: int, itemsize: int) -> Blocks:
+def choose(
+    which: Pass, mask: Mask, numbers: tuple[str, ...], T: int, S: int, D: int, V: int, itemsize: int, bias: int = 0
+) -> Blocks:
     """Sizes for a chip and a shape: those of the sweep, or the nearest it has, made to fit sequence and memory.
 
     Raises:
@@ -145,7 +152,9 @@ def choose(which: Pass, mask: Mask, numbers: tuple[str, ...], T: int, S: int, D:
     block_k, tile_k = _fitted(blocks.block_k, blocks.tile_k, 2 if which == "forward" else 1, S)
     blocks = Blocks(block_q, block_k, tile_q, tile_k)
     area = _F32_AREA if itemsize == 4 else blocks.block_q * blocks.block_k
-    while limit(which, blocks, D, V, itemsize, len(numbers)) > _capacity() or blocks.block_q * blocks.block_k > area:
+    while (
+        limit(which, blocks, D, V, itemsize, len(numbers), bias) > _capacity() or blocks.block_q * blocks.block_k > area
+    ):
         smaller = _smaller(blocks, 2 if which == "forward" else 1)
         if smaller == blocks:
             raise NotImplementedError(f"heads of {D=} and {V=} do not fit the {_capacity() // _MiB} MiB of fast memory")
