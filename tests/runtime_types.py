@@ -17,6 +17,7 @@ PUBLIC = {
     "longattn.models.transformer.Transformer.__call__",
     "longattn.models.transformer.Transformer.hidden",
     "longattn.ops.attention.api",
+    "longattn.ops.linear.api",
     "longattn.parallel.api",
     "longattn.shapes",
     "longattn.train.loss.cross_entropy",
