@@ -18,7 +18,9 @@ PUBLIC = {
     "longattn.models.transformer.Transformer.hidden",
     "longattn.ops.attention.api",
     "longattn.ops.conv",
+    "longattn.ops.linear.api",
     "longattn.parallel.api",
+    "longattn.parallel.linear",
     "longattn.shapes",
     "longattn.train.loss.cross_entropy",
 }

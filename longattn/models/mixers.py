@@ -16,17 +16,10 @@ from jaxtyping import Array, Float, Int32
 
 from longattn import config
 from longattn.mask import EMPTY, Full, Mask
+from longattn.models import linear
 from longattn.models.context import Context
-from longattn.models.layers import RMSNorm, fan_in, rope_frequencies, rope_temperature, rotate
+from longattn.models.layers import RMSNorm, fan_in, no_state, rope_frequencies, rope_temperature, rotate
 from longattn.ops.attention import attention
-
-
-def no_state(state: Any) -> None:
-    """Refuses a cache: raises ValueError unless `state` is None."""
-    if state is not None:
-        raise ValueError(
-            f"state={type(state).__name__} must be None: models run whole sequences, there is no decoding with a cache"
-        )
 
 
 class Softmax(nn.Module):
@@ -83,7 +76,20 @@ class Softmax(nn.Module):
         return model.K * 2 * model.D * int(np.sum(np.asarray(visible))) * itemsize
 
 
-MIXERS: dict[str, type[nn.Module]] = {"Softmax": Softmax}
+MIXERS: dict[str, type[nn.Module]] = {
+    m.__name__: m
+    for m in (
+        Softmax,
+        linear.LinearAttention,
+        linear.Performer,
+        linear.Based,
+        linear.RetNet,
+        linear.GLA,
+        linear.Mamba2,
+        linear.GatedDeltaNet,
+        linear.KimiDeltaAttention,
+    )
+}
 
 
 def state_elements(mixer: config.Mixer, model: config.Model, T: int) -> int:
