@@ -401,8 +401,7 @@ class Config:
 
 
 _CLASSES: dict[str, type] = {
-    c.__name__: c
-    for c in (RoPE, *typing.get_args(Mixer), Model, ByteLM, MQAR, Needle, Mesh, Optimiser, Run, Config)
+    c.__name__: c for c in (RoPE, *typing.get_args(Mixer), Model, ByteLM, MQAR, Needle, Mesh, Optimiser, Run, Config)
 }
 
 

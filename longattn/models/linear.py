@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32
 
 from longattn import config
@@ -22,6 +23,7 @@ from longattn.models.layers import RMSNorm, fan_in, no_state, rope_frequencies, 
 from longattn.ops.conv import short_convolution
 
 Heads = Float[Array, "B T H D"]
+Features = Float[Array, "B T H M"]
 
 
 # ---- parts
@@ -95,7 +97,7 @@ def per_head(module: nn.Module, name: str, x: Float[Array, "B T E"], H: int) -> 
     return jnp.einsum("BTE,EH->BTH", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def taylor(x: Heads) -> Heads:
+def taylor(x: Heads) -> Features:
     """Features whose products are 1 + s + s**2 / 2 with s = q k / sqrt(D): 1, x, and of x x^T the upper triangle.
 
     x_i x_j and x_j x_i are one feature, sqrt(2) times as large: D (D + 1) / 2 of them.
@@ -114,12 +116,17 @@ def _diagonal_apart(n: int) -> np.ndarray:
 def orthogonal_features(m: int, D: int, seed: int) -> np.ndarray:
     """Random directions [m D], D by D orthogonal, as long as normal vectors (section 3.2 of arXiv:2009.14794)."""
     rng = np.random.default_rng(seed)
-    blocks = [np.linalg.qr(rng.standard_normal((D, D)))[0].T for _ in range(-(-m // D))]
+
+    def rotation() -> np.ndarray:
+        Q, R = np.linalg.qr(rng.standard_normal((D, D)))
+        return Q.T * np.sign(np.diag(R))[:, None]  # without the signs not every rotation is equally likely
+
+    blocks = [rotation() for _ in range(-(-m // D))]
     lengths = np.linalg.norm(rng.standard_normal((m, D)), axis=1, keepdims=True)
     return (np.concatenate(blocks)[:m] * lengths).astype(np.float32)
 
 
-def favor(x: Heads, directions: np.ndarray, *, query: bool) -> Heads:
+def favor(x: Heads, directions: np.ndarray, *, query: bool) -> Features:
     """Positive random features exp(w x - |x|**2 / 2) / sqrt(m) of x / D**(1/4) (lemma 1 of arXiv:2009.14794).
 
     A query's are divided by their largest, which the normaliser cancels. A key's are not: the largest over a sequence
@@ -157,8 +164,11 @@ class Linear(nn.Module):
 
     @nn.nowrap
     def scan(self, q: Array, k: Array, v: Array, **options: Any) -> Heads:
-        """The outputs of `linear_attention` where the context says."""
-        return (self.context or Context()).linear_attention(q, k, v, **options)[0]
+        """The outputs of `linear_attention` where the context says.
+
+        Named like the states, which without them would spare a remat policy nothing: what follows reads the outputs.
+        """
+        return checkpoint_name((self.context or Context()).linear_attention(q, k, v, **options)[0], "linear_state")
 
     @nn.nowrap
     def normalised(self, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Heads:
@@ -203,7 +213,8 @@ class Performer(Linear):
     """Attention with positive orthogonal random features, FAVOR+ (arXiv:2009.14794), drawn once from the config's seed.
 
     Query head h reads key/value head h // (H // K). The features are never drawn again during training, and all layers
-    and heads have the same. Without the 1e-6 that the paper's code adds to each feature; eps is in the denominator.
+    and heads have the same. The paper's code adds 1e-6 to each feature; here eps is in the denominator alone, beside
+    weights in units of the query's largest feature.
     """
 
     @nn.nowrap

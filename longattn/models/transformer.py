@@ -20,7 +20,7 @@ _attention = _policies.save_only_these_names("attention_out", "attention_lse", "
 # What a block keeps for the backward pass besides its input; the rest is recomputed there. "none", not here, keeps all.
 REMAT = {
     "full": _policies.nothing_saveable,
-    "attention": _attention,  # attention's out and lse and the states of a scan, so their forward does not run twice
+    "attention": _attention,  # out and lse of attention, out and states of scans: their forward does not run twice
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable, _attention
     ),  # and all projections
