@@ -21,6 +21,7 @@ from longattn import config
 from longattn.models.context import Context
 from longattn.models.layers import RMSNorm, fan_in, no_state, rope_frequencies, rotate
 from longattn.ops.conv import short_convolution
+from longattn.ops.linear import xla
 
 Heads = Float[Array, "B T H D"]
 Features = Float[Array, "B T H M"]
@@ -188,6 +189,11 @@ class Linear(nn.Module):
         """All of it; the state is float32 whatever the itemsize."""
         state, tail = cls.sizes(mixer, model)
         return 4 * state + itemsize * tail
+
+    @staticmethod
+    def sequential_steps(mixer: Any, model: config.Model, T: int) -> int:
+        """A chunk waits for the state of the one before it."""
+        return -(-T // xla.Tuning().chunk)
 
 
 class LinearAttention(Linear):

@@ -17,6 +17,7 @@ from longattn.models import (
     head,
     init_params,
     linear,
+    sequential_steps,
     state_elements,
 )
 from longattn.models.layers import rope_frequencies
@@ -240,6 +241,7 @@ def test_state_elements_are_those_of_the_layer(layer, monkeypatch):
     for length in (1, 100):
         assert state_elements(layer, MODEL, length) == sum(states) + sum(tails)
         assert bytes_read_per_token(layer, MODEL, length) == 4 * sum(states) + 2 * sum(tails)
+    assert [sequential_steps(layer, MODEL, length) for length in (1, 64, 65, 256)] == [1, 1, 2, 4]
 
 
 @every_layer
