@@ -89,7 +89,9 @@ MODEL = c.Model(N=3, E=8, F=12, H=4, K=2, D=4, W=17, dtype="float32", mixers=MIX
 def test_models_on_a_mesh_equal_those_on_one_device():
     cfg = c.Config(model=MODEL, data=c.MQAR(T=16, B=4, pairs=2, vocabulary=16), mesh=c.Mesh(data=2, fsdp=2, tensor=2))
     context = context_of(cfg)
-    params = init_params(MODEL, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda p: 0.3 * rng.standard_normal(p.shape).astype(p.dtype), shapes)
     tokens = jax.random.randint(jax.random.key(1), (B, 16), 0, 17, jnp.int32)
     f = lambda context: jax.jit(lambda p, t: Transformer(MODEL, context).apply({"params": p}, t)[0])
     spread = jax.device_put(params, meshes.shardings(context.mesh, params))
