@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from longattn import config as c
+from longattn.analysis.study.learn import learn, score
+from longattn.analysis.study.work import Clock
 from longattn.models import (
     MIXERS,
     Context,
@@ -346,3 +348,17 @@ def test_weight_decay_is_of_matrices_alone(layer):
     shrinks = decays(jax.tree.map(lambda p: jnp.zeros(p.shape), shapes))["layers"]["layer_0"]["mixer"]
     vectors = {"norm", "skip", "decay_log", "decay_bias", "v_conv_bias", "b_conv_bias", "c_conv_bias"}
     assert {n for n, d in shrinks.items() if d is not True} == vectors & set(shrinks)
+
+
+@pytest.mark.slow
+def test_gated_delta_net_learns_to_recall():
+    """Two layers and nothing else: with four pairs, who knows the row's values but not their keys gets a quarter."""
+    model = c.Model(N=2, E=32, F=64, H=2, K=2, D=16, W=32, mixers=(c.GatedDeltaNet(V=16),), tie=False, dtype="float32")
+    config = c.Config(
+        model=model,
+        data=c.MQAR(T=32, B=32, pairs=4, vocabulary=32),
+        optimiser=c.Optimiser(lr=4e-3, warmup=60),
+        run=c.Run(steps=600),
+    )
+    sums = score(learn(config, (0,), Clock(600)), 8)
+    assert sums["correct_sum"] / sums["weight_sum"] > 0.9
