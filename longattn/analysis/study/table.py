@@ -63,9 +63,8 @@ def ways(windows: tuple[int, ...], without: tuple[str, ...] = ()) -> list[Way]:
 
 def _default(name: str) -> Way:
     """The row of a mixer without variants. Those of the linear family have states in the place of keys and values."""
-    recurrent = issubclass(MIXERS[name], Linear)
-    exponents = {"time_exponent": 1.0, "memory_exponent": 1.0} if recurrent else {}
-    return Way(name.lower(), name, getattr(config, name)(), **exponents)
+    exponent = 1.0 if issubclass(MIXERS[name], Linear) else None
+    return Way(name.lower(), name, getattr(config, name)(), time_exponent=exponent, memory_exponent=exponent)
 
 
 def trained(windows: tuple[int, ...], without: tuple[str, ...] = ()) -> list[Way]:
