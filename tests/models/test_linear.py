@@ -23,6 +23,7 @@ from longattn.models import (
     state_elements,
 )
 from longattn.models.layers import rope_frequencies
+from longattn.ops.linear.xla import Tuning
 from longattn.train.loss import cross_entropy, labels_and_weights
 from longattn.train.step import decays
 
@@ -243,7 +244,8 @@ def test_state_elements_are_those_of_the_layer(layer, monkeypatch):
     for length in (1, 100):
         assert state_elements(layer, MODEL, length) == sum(states) + sum(tails)
         assert bytes_read_per_token(layer, MODEL, length) == 4 * sum(states) + 2 * sum(tails)
-    assert [sequential_steps(layer, MODEL, length) for length in (1, 64, 65, 256)] == [1, 1, 2, 4]
+    C = Tuning().chunk
+    assert [sequential_steps(layer, MODEL, length) for length in (1, C, C + 1, 4 * C)] == [1, 1, 2, 4]
 
 
 @every_layer
