@@ -184,7 +184,8 @@ def _linear_step(q, k, v, S, log_decay, beta, *, scale):
         dtype = q.dtype
         q, k, v = (jnp.repeat(x.astype(S.dtype), S.shape[1] // x.shape[1], axis=1) for x in (q, k, v))
         if log_decay is not None:
-            S = jnp.exp(jnp.expand_dims(log_decay, {1: (0, 2, 3), 2: (2, 3), 3: 3}[log_decay.ndim])) * S
+            axes = {1: (0, 2, 3), 2: (2, 3), 3: (3,)}[log_decay.ndim]
+            S = jnp.exp(jnp.expand_dims(log_decay, axes)) * S
         if beta is not None:
             v = beta[..., None] * (v - read(k, S))
         S = S + k[..., None] * v[..., None, :]
