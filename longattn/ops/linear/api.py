@@ -170,9 +170,9 @@ def linear_attention(
         q, k, v, log_decay=log_decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids, scale=scale,
         implementation=implementation, tuning=tuning,
     )  # fmt: skip
-    name = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(*jax.eval_shape(_prepared, arrays), spec))
     if 0 in arrays[0].shape[:2]:
         return tuple(_nothing(arrays, spec=spec))
+    name = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(*jax.eval_shape(_prepared, arrays), spec))
     return tuple(_linear_attention(arrays, spec=spec, name=name))
 
 
