@@ -94,11 +94,12 @@ def _join(x: Array | None, n: _Layout) -> Array | None:
 
 
 def _tokens(arrays: _Arrays, n: _Layout) -> Tokens:
-    *arrays, ids = arrays
+    q, k, v, log_decay, beta, ids = arrays
+    starts = None
     if ids is not None:
-        ids = (jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0).astype(jnp.int32)
-        ids = jnp.cumsum(_cut(ids, n), axis=3)
-    return Tokens(*(_cut(x, n) for x in arrays), ids)
+        starts = (jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0).astype(jnp.int32)
+        starts = jnp.cumsum(_cut(starts, n), axis=3)
+    return Tokens(_cut(q, n), _cut(k, n), _cut(v, n), _cut(log_decay, n), _cut(beta, n), starts)
 
 
 def _forward(arrays: _Arrays, S: Array | None, spec: Spec) -> tuple[Array, Array, Array]:
