@@ -3,5 +3,15 @@
 from longattn import mask
 from longattn.ops import partial
 from longattn.ops.attention import attend_partial, attention, attention_with_lse, backward_partial
+from longattn.ops.linear import linear_attention, linear_step
 
-__all__ = ["attend_partial", "attention", "attention_with_lse", "backward_partial", "mask", "partial"]
+__all__ = [
+    "attend_partial",
+    "attention",
+    "attention_with_lse",
+    "backward_partial",
+    "linear_attention",
+    "linear_step",
+    "mask",
+    "partial",
+]

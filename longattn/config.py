@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +30,19 @@ def _fraction(owner: object, *names: str) -> None:
         value = getattr(owner, name)
         if not 0 <= value <= 1:
             raise ValueError(f"{type(owner).__name__}.{name}={value} must lie in [0, 1]")
+
+
+def _above_zero(owner: object, *names: str) -> None:
+    for name in names:
+        if getattr(owner, name) <= 0:
+            raise ValueError(f"{type(owner).__name__}.{name}={getattr(owner, name)} must be positive")
+
+
+def _range(owner: object, *names: str) -> None:
+    for name in names:
+        low, high = getattr(owner, name)
+        if not 0 < low <= high:
+            raise ValueError(f"{type(owner).__name__}.{name}={(low, high)} must be (low, high) with 0 < low <= high")
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,118 @@ class Softmax:
             )
 
 
-Mixer = Softmax  # the union of every mixer's config; a new mixer joins here
+@dataclass(frozen=True)
+class LinearAttention:
+    """Softmax replaced by the product of positive features, elu(x) + 1 (arXiv:2006.16236)."""
+
+    eps: float = 1e-6  # added to the sum of weights that divides the output
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "eps")
+
+
+@dataclass(frozen=True)
+class Performer:
+    """Softmax estimated with positive orthogonal random features, FAVOR+ (arXiv:2009.14794)."""
+
+    features: int = 256  # random features of a head
+    seed: int = 0  # of the features, which are no parameters
+    eps: float = 1e-6  # added to the sum of weights that divides the output
+
+    def __post_init__(self) -> None:
+        _positive(self, "features")
+        _above_zero(self, "eps")
+
+
+@dataclass(frozen=True)
+class Based:
+    """exp(q k) replaced by its Taylor series up to the square (arXiv:2402.18668)."""
+
+    features: int = 16  # size of a query/key head before the feature map
+    eps: float = 1e-6  # added to the sum of weights that divides the output
+
+    def __post_init__(self) -> None:
+        _positive(self, "features")
+        _above_zero(self, "eps")
+
+
+@dataclass(frozen=True)
+class RetNet:
+    """Retention: a fixed decay per head (arXiv:2307.08621)."""
+
+    V: int | None = None  # size of a value head; None: 2 * Model.D
+    fastest: float = 1 / 32  # what the first head forgets per token
+    slowest: float = 1 / 512  # what the last head forgets per token; those between in equal ratios
+    rope: RoPE | None = RoPE()  # None: no position encoding but the decay
+
+    def __post_init__(self) -> None:
+        _positive(self, "V")
+        if not 0 < self.slowest <= self.fastest < 1:
+            raise ValueError(
+                f"RetNet.slowest={self.slowest} and fastest={self.fastest} must be 0 < slowest <= fastest < 1"
+            )
+
+
+@dataclass(frozen=True)
+class GLA:
+    """Gated linear attention: a decay per channel that depends on the token (arXiv:2312.06635)."""
+
+    D: int | None = None  # size of a query/key head; None: Model.D / 2
+    rank: int = 16  # of the decay's projection
+    temperature: float = 16.0  # decays are sigmoid(.) ** (1 / temperature)
+
+    def __post_init__(self) -> None:
+        _positive(self, "D", "rank")
+        _above_zero(self, "temperature")
+
+
+@dataclass(frozen=True)
+class Mamba2:
+    """State-space duality: a decay per head that depends on the token (arXiv:2405.21060)."""
+
+    expand: int = 2  # heads, in multiples of Model.H
+    state: int = 128  # size of a query/key head: the paper's N
+    groups: int = 1  # query/key heads
+    taps: int = 4  # of the short convolutions
+    steps: tuple[float, float] = (1e-3, 0.1)  # range of the step size at initialisation, log-uniform
+    rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
+
+    def __post_init__(self) -> None:
+        _positive(self, "expand", "state", "groups", "taps")
+        _range(self, "steps", "rates")
+
+
+@dataclass(frozen=True)
+class GatedDeltaNet:
+    """The delta rule with a decay per head that depends on the token (arXiv:2412.06464)."""
+
+    V: int | None = None  # size of a value head; None: 2 * Model.D
+    taps: int = 4  # of the short convolutions
+    steps: tuple[float, float] = (1e-3, 0.1)  # range of the step size at initialisation, log-uniform
+    rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
+
+    def __post_init__(self) -> None:
+        _positive(self, "V", "taps")
+        _range(self, "steps", "rates")
+
+
+@dataclass(frozen=True)
+class KimiDeltaAttention:
+    """The delta rule with a decay per channel that depends on the token (arXiv:2510.26692)."""
+
+    V: int | None = None  # size of a value head; None: Model.D
+    rank: int | None = None  # of the projections of decay and output gate; None: Model.D
+    taps: int = 4  # of the short convolutions
+    steps: tuple[float, float] = (1e-3, 0.1)  # range of the step size at initialisation, log-uniform
+    rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
+
+    def __post_init__(self) -> None:
+        _positive(self, "V", "rank", "taps")
+        _range(self, "steps", "rates")
+
+
+# The union of every mixer's config; a new mixer joins here.
+Mixer = Softmax | LinearAttention | Performer | Based | RetNet | GLA | Mamba2 | GatedDeltaNet | KimiDeltaAttention
 
 
 @dataclass(frozen=True)
@@ -276,7 +401,7 @@ class Config:
 
 
 _CLASSES: dict[str, type] = {
-    c.__name__: c for c in (RoPE, Softmax, Model, ByteLM, MQAR, Needle, Mesh, Optimiser, Run, Config)
+    c.__name__: c for c in (RoPE, *typing.get_args(Mixer), Model, ByteLM, MQAR, Needle, Mesh, Optimiser, Run, Config)
 }
 
 

@@ -17,7 +17,10 @@ PUBLIC = {
     "longattn.models.transformer.Transformer.__call__",
     "longattn.models.transformer.Transformer.hidden",
     "longattn.ops.attention.api",
+    "longattn.ops.conv",
+    "longattn.ops.linear.api",
     "longattn.parallel.api",
+    "longattn.parallel.linear",
     "longattn.shapes",
     "longattn.train.loss.cross_entropy",
 }

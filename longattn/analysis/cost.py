@@ -9,6 +9,7 @@ recomputation (blockwise attention's own, or a remat policy's) is listed apart a
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
@@ -17,7 +18,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from longattn.config import Config, Mixer, Model, Softmax
+from longattn.config import (
+    GLA,
+    Based,
+    Config,
+    GatedDeltaNet,
+    KimiDeltaAttention,
+    LinearAttention,
+    Mamba2,
+    Mixer,
+    Model,
+    Performer,
+    RetNet,
+    Softmax,
+)
 from longattn.mask import FULL, PARTIAL, And, Causal, Dilated, Full, Mask, Not, Or, Window
 
 _LEAF = 16  # below this edge a block's pairs are counted one by one
@@ -176,16 +190,56 @@ def _softmax(mixer: Softmax, model: Model, T: int, documents: tuple[int, ...] | 
     return attention_flops(pairs, model.H, model.D).forward, 4.0 * T * model.E * model.D * (model.H + model.K)
 
 
+@functools.lru_cache(maxsize=256)
+def _shapes(mixer: Mixer, model: Model) -> dict[str, tuple[int, ...]]:
+    """The shapes of a mixer's parameters by their names, from its module."""
+    from longattn.models import MIXERS, Context  # here, because flax comes with the extra `train` alone
+
+    module = MIXERS[type(mixer).__name__](mixer, model, Context("reference"))
+    x = jax.ShapeDtypeStruct((1, 1, model.E), np.float32)
+    params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in flat}
+
+
+def linear_flops(tokens: float, state: int, *, delta: bool = False) -> float:
+    """FLOPs of a recurrence: per token and element of state 2 to write and 2 to read, with the delta rule 2 more.
+
+    A chunked form computes more; decays are no matrix products.
+    """
+    return (6.0 if delta else 4.0) * tokens * state
+
+
+def _linear(mixer: Any, model: Model, T: int, documents: tuple[int, ...] | None) -> tuple[float, float]:
+    from longattn.models import MIXERS
+
+    tokens = T if documents is None else sum(documents)
+    state: int = MIXERS[type(mixer).__name__].sizes(mixer, model)[0]
+    attention = linear_flops(tokens, state, delta=isinstance(mixer, GatedDeltaNet | KimiDeltaAttention))
+    if isinstance(mixer, Performer):
+        attention += 2.0 * tokens * (model.H + model.K) * mixer.features * model.D
+    weights = (s for name, s in _shapes(mixer, model).items() if len(s) > 1 and not name.endswith(("conv", "bias")))
+    return attention, 2.0 * T * sum(map(math.prod, weights))
+
+
 # Per class of mixer: forward FLOPs of one layer over one sequence, (attention, projections). A new mixer joins here ...
-_MIXER_FLOPS: dict[type, Callable[..., tuple[float, float]]] = {Softmax: _softmax}
+_LINEAR = (LinearAttention, Performer, Based, RetNet, GLA, Mamba2, GatedDeltaNet, KimiDeltaAttention)
+_MIXER_FLOPS: dict[type, Callable[..., tuple[float, float]]] = {Softmax: _softmax, **dict.fromkeys(_LINEAR, _linear)}
 
 
 def _softmax_parameters(mixer: Softmax, model: Model) -> int:
     return 2 * model.E * model.D * (model.H + model.K) + 2 * model.D * mixer.qk_norm + model.H * mixer.sinks
 
 
+def _linear_parameters(mixer: Mixer, model: Model) -> int:
+    return sum(map(math.prod, _shapes(mixer, model).values()))
+
+
 # ... and here: parameters of one layer's mixer.
-_MIXER_PARAMETERS: dict[type, Callable[..., int]] = {Softmax: _softmax_parameters}
+_MIXER_PARAMETERS: dict[type, Callable[..., int]] = {
+    Softmax: _softmax_parameters,
+    **dict.fromkeys(_LINEAR, _linear_parameters),
+}
 
 
 def known(model: Model) -> bool:

@@ -1,7 +1,7 @@
 """Flax Linen models: the only part of longattn that imports flax."""
 
 from longattn.models.context import Context
-from longattn.models.mixers import MIXERS, attention_fn, bytes_read_per_token, state_elements
+from longattn.models.mixers import MIXERS, attention_fn, bytes_read_per_token, sequential_steps, state_elements
 from longattn.models.transformer import REMAT, Transformer, head, init_params
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "bytes_read_per_token",
     "head",
     "init_params",
+    "sequential_steps",
     "state_elements",
 ]

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from longattn import parallel
 from longattn.ops.attention import attention
+from longattn.ops.linear import linear_attention
 from longattn.parallel import embedding
 from longattn.parallel.mesh import place
 
@@ -19,7 +20,7 @@ from longattn.parallel.mesh import place
 class Context:
     """Where and how the ops run: static and hashable. None in its place is one device and the best back end."""
 
-    implementation: str | tuple[str, ...] | None = None  # as in `longattn.attention`
+    implementation: str | tuple[str, ...] | None = None  # as in `longattn.attention` and `longattn.linear_attention`
     mesh: Mesh | AbstractMesh | None = None  # None: one device
     axis: str = "seq"  # the rest as in `longattn.parallel.attention`
     batch_axes: tuple[str, ...] = ("data", "fsdp")
@@ -33,6 +34,15 @@ class Context:
         return parallel.attention(
             q, k, v, mesh=self.mesh, axis=self.axis, batch_axes=self.batch_axes, head_axis=self.head_axis,
             strategy=self.strategy, implementation=self.implementation, **options,
+        )  # fmt: skip
+
+    def linear_attention(self, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array]:
+        """`longattn.linear_attention`, or where there is a mesh `longattn.parallel.linear_attention`."""
+        if self.mesh is None:
+            return linear_attention(q, k, v, implementation=self.implementation, **options)
+        return parallel.linear_attention(
+            q, k, v, mesh=self.mesh, axis=self.axis, batch_axes=self.batch_axes, head_axis=self.head_axis,
+            implementation=self.implementation, **options,
         )  # fmt: skip
 
     @property

@@ -6,6 +6,7 @@ Parameters are float32; the computation has the dtype of the inputs.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,6 +23,14 @@ def fan_in(
 ) -> nn.initializers.Initializer:
     """Truncated normal of standard deviation sqrt(scale / fan-in)."""
     return nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis)
+
+
+def no_state(state: Any) -> None:
+    """Refuses a cache: raises ValueError unless `state` is None."""
+    if state is not None:
+        raise ValueError(
+            f"state={type(state).__name__} must be None: models run whole sequences, there is no decoding with a cache"
+        )
 
 
 class RMSNorm(nn.Module):

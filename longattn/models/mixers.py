@@ -1,7 +1,7 @@
 """The ways to attend, as modules (x, positions, segment_ids, state) -> (y, state), and the table of them.
 
-A mixer is a class named like its config in `longattn.config`, with the fields of `Softmax` and its two static methods;
-once it is in `MIXERS`, the transformer, the trainer and the study use it without a change.
+A mixer is a class named like its config in `longattn.config`, with the fields of `Softmax` and its static methods; once
+it is in `MIXERS`, the transformer, the trainer and the study use it without a change.
 """
 
 from __future__ import annotations
@@ -16,17 +16,10 @@ from jaxtyping import Array, Float, Int32
 
 from longattn import config
 from longattn.mask import EMPTY, Full, Mask
+from longattn.models import linear
 from longattn.models.context import Context
-from longattn.models.layers import RMSNorm, fan_in, rope_frequencies, rope_temperature, rotate
+from longattn.models.layers import RMSNorm, fan_in, no_state, rope_frequencies, rope_temperature, rotate
 from longattn.ops.attention import attention
-
-
-def no_state(state: Any) -> None:
-    """Refuses a cache: raises ValueError unless `state` is None."""
-    if state is not None:
-        raise ValueError(
-            f"state={type(state).__name__} must be None: models run whole sequences, there is no decoding with a cache"
-        )
 
 
 class Softmax(nn.Module):
@@ -82,8 +75,26 @@ class Softmax(nn.Module):
         visible = mixer.mask(np.int32(T - 1), np.arange(T, dtype=np.int32))
         return model.K * 2 * model.D * int(np.sum(np.asarray(visible))) * itemsize
 
+    @staticmethod
+    def sequential_steps(mixer: config.Softmax, model: config.Model, T: int) -> int:
+        """No token waits for another."""
+        return 1
 
-MIXERS: dict[str, type[nn.Module]] = {"Softmax": Softmax}
+
+MIXERS: dict[str, type[nn.Module]] = {
+    m.__name__: m
+    for m in (
+        Softmax,
+        linear.LinearAttention,
+        linear.Performer,
+        linear.Based,
+        linear.RetNet,
+        linear.GLA,
+        linear.Mamba2,
+        linear.GatedDeltaNet,
+        linear.KimiDeltaAttention,
+    )
+}
 
 
 def state_elements(mixer: config.Mixer, model: config.Model, T: int) -> int:
@@ -92,8 +103,15 @@ def state_elements(mixer: config.Mixer, model: config.Model, T: int) -> int:
 
 
 def bytes_read_per_token(mixer: config.Mixer, model: config.Model, T: int, itemsize: int = 2) -> int:
-    """Bytes of state that one layer reads per sequence to predict token T, at `itemsize` bytes an element."""
+    """Bytes of state that one layer reads per sequence to predict token T: keys, values and inputs of `itemsize` bytes
+    each, states of recurrences of 4.
+    """
     return MIXERS[type(mixer).__name__].bytes_read_per_token(mixer, model, T, itemsize)
+
+
+def sequential_steps(mixer: config.Mixer, model: config.Model, T: int) -> int:
+    """How many results of a forward pass of one layer over T tokens wait for each other, in chunks as XLA has them."""
+    return MIXERS[type(mixer).__name__].sequential_steps(mixer, model, T)
 
 
 def attention_fn(

@@ -11,16 +11,16 @@ from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray, UInt32
 
 from longattn import config as configs
 from longattn.models.context import Context
-from longattn.models.layers import RMSNorm, SwiGLU, fan_in
-from longattn.models.mixers import MIXERS, no_state
+from longattn.models.layers import RMSNorm, SwiGLU, fan_in, no_state
+from longattn.models.mixers import MIXERS
 
 _policies = jax.checkpoint_policies
-_attention = _policies.save_only_these_names("attention_out", "attention_lse")
+_attention = _policies.save_only_these_names("attention_out", "attention_lse", "linear_state")
 
 # What a block keeps for the backward pass besides its input; the rest is recomputed there. "none", not here, keeps all.
 REMAT = {
     "full": _policies.nothing_saveable,
-    "attention": _attention,  # attention's out and lse, so its forward does not run twice
+    "attention": _attention,  # out and lse of attention, out and states of scans: their forward does not run twice
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable, _attention
     ),  # and all projections

@@ -30,7 +30,14 @@ Rule = tuple[str, P]  # a regular expression for `re.search` in the path, and ho
 
 PARAMETERS: tuple[Rule, ...] = (
     (r"(^|/)(embedding|head)$", P(None, SLICED)),  # [W E]; not along W: that of bytes, 257, is a prime
-    (r"/mixer/(q|k|v)$", P(SLICED, "tensor", None)),  # [E H D]
+    (r"/mixer/(q|k|v|gate)$", P(SLICED, "tensor", None)),  # [E H D]
+    (r"/mixer/(b|c)$", P(SLICED, None, None)),  # [E H D] of few heads, read by all of v's
+    (r"/mixer/(decay|beta)$", P(SLICED, "tensor")),  # [E H]
+    (r"/mixer/(decay|gate)_down$", P(SLICED, None)),  # [E R]
+    (r"/mixer/(decay|gate)_up$", P(None, "tensor", None)),  # [R H D]
+    (r"/mixer/(b|c)_conv(_bias)?$", P()),  # [H D C], [H D]
+    (r"/mixer/(q|k|v)_conv(_bias)?$", P("tensor")),  # [H D C], [H D]
+    (r"/mixer/(decay_log|decay_bias|skip)$", P("tensor")),  # [H], or [H D]
     (r"/mixer/out$", P("tensor", None, SLICED)),  # [H D E]
     (r"/mixer/sinks$", P("tensor")),  # [H]
     (r"/mlp/(gate|up)$", P(SLICED, "tensor")),  # [E F]

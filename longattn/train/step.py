@@ -61,7 +61,8 @@ def decays(params: Params) -> Params:
     """
 
     def matrix(path: tuple[Any, ...], leaf: Array) -> bool:
-        return leaf.ndim >= 2 and path[-1].key not in ("scale", "bias", "sinks")
+        name = path[-1].key
+        return leaf.ndim >= 2 and not name.endswith("bias") and name not in ("scale", "sinks", "skip", "decay_log")
 
     return jax.tree_util.tree_map_with_path(matrix, params)
 

@@ -1,6 +1,7 @@
 """Formulas against counting: pairs against dense masks, parameters against an initialised model, FLOPs against XLA."""
 
 import time
+from typing import get_args
 
 import jax
 import numpy as np
@@ -9,7 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longattn.analysis import cost
-from longattn.config import ByteLM, Config, Model, RoPE, Softmax
+from longattn.config import (
+    ByteLM,
+    Config,
+    GatedDeltaNet,
+    KimiDeltaAttention,
+    LinearAttention,
+    Mamba2,
+    Mixer,
+    Model,
+    Performer,
+    RetNet,
+    RoPE,
+    Softmax,
+)
 from longattn.mask import (
     And,
     BlockSparse,
@@ -157,6 +171,7 @@ MODELS = {
         W=257,
         mixers=(Softmax(sinks=True), Softmax(rope=RoPE(base=5e5)), Softmax(qk_norm=True)),
     ),
+    "linear": Model(N=9, E=16, F=24, H=4, K=2, D=6, W=257, mixers=tuple(cls() for cls in get_args(Mixer))),
 }
 
 
@@ -166,6 +181,27 @@ def test_parameters_equal_those_of_the_initialised_model(model):
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     assert cost.parameters(model).total == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert cost.training_state_bytes(model).parameters == sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "attention", "matrices"),
+    [  # E 16, H 4, K 2, D 6; T 50
+        (LinearAttention(), 4 * 4 * 6 * 7, 16 * 6 * (4 + 2 + 2 + 4)),
+        (Performer(features=10), 4 * 4 * 10 * 7 + 2 * (4 + 2) * 10 * 6, 16 * 6 * (4 + 2 + 2 + 4)),
+        (RetNet(V=5), 4 * 4 * 6 * 5, 16 * 4 * (6 + 6 + 5 + 5 + 5)),
+        (Mamba2(expand=2, state=7), 4 * 8 * 7 * 6, 16 * (8 * 6 * 3 + 2 * 7 + 8)),
+        (GatedDeltaNet(V=5), 6 * 4 * 6 * 5, 16 * (2 * 6 * 2 + 4 * 5 * 3 + 4 + 4)),
+        (KimiDeltaAttention(V=5, rank=3), 6 * 4 * 6 * 5, 16 * 4 * (6 + 6 + 5 + 5 + 1) + 3 * (16 * 2 + 4 * 6 + 4 * 5)),
+    ],
+)
+def test_flops_of_recurrences(mixer, attention, matrices):
+    """By hand: states are written and read once per token, with the delta rule read once more."""
+    model = Model(E=16, F=24, H=4, K=2, D=6, mixers=(mixer,))
+    flops = cost.layer_flops(mixer, model, 50)
+    assert flops.attention == 50 * attention
+    assert flops.projections == 2 * 50 * matrices
+    assert cost.layer_flops(mixer, model, 50, documents=[20, 10]).attention == 30 * attention
+    assert cost.known(model)
 
 
 def test_training_state_is_sixteen_bytes_per_parameter():

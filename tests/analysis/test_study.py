@@ -15,6 +15,7 @@ from rich.console import Console
 from longattn import config
 from longattn.analysis import report
 from longattn.analysis.plan import program
+from longattn.analysis.report import tables
 from longattn.analysis.store import FILE, Number, Store
 from longattn.analysis.study import StudyOptions, context, cost, main, memory, pod, recall, run, table
 from longattn.analysis.study.presets import PRESETS, SMOKE
@@ -97,7 +98,7 @@ def test_a_new_mixer_joins_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert table.ways((16,))[-1].name == "nothing"
     for units, name in ((memory.units, "memory"), (recall.units, "recall"), (context.units, "context")):
         few, many = (sum("nothing" in u.key for u in units(getattr(p, name), store)) for p in (quick, full))
-        assert 1 <= few <= 3  # a point per task; text counts two ways before it
+        assert 1 <= few <= 3  # a point per part; text counts two ways before it
         assert many >= few
     assert sum("nothing" in [w.name for w in cost._at(quick.cost, T)] for T in quick.cost.lengths) == 1
     assert sum("nothing" in [w.name for w in cost._at(full.cost, T)] for T in full.cost.lengths) == len(
@@ -157,6 +158,28 @@ def test_smoke(tmp_path: Path) -> None:
     assert run(options).is_file()
     assert (tmp_path / "s" / FILE).read_text().splitlines()[: len(lines)] == lines
     assert len(Store(tmp_path / "s" / FILE).numbers) == len(store.numbers)
+
+
+def test_quick_counts_all_mixers_and_times_some(tmp_path: Path) -> None:
+    plan, store = PRESETS["quick"].cost, Store(tmp_path / FILE)
+    store.unit("cost/state", list(cost._state(plan)), part="cost", seconds=0.0)
+    ways = {w.name: w for w in table.trained(plan.windows)}
+    assert {n.way for n in store.select("cost", "state_elements")} == set(ways)
+    assert (
+        {"retnet", "gateddeltanet"} < {w.name for T in plan.lengths for w in cost._at(plan, T)} < set(ways) | {"dense"}
+    )
+    for name, way in ways.items():
+        elements = [store.one("cost", "state_elements", name, T=T).value for T in plan.lengths]
+        steps = [store.one("cost", "sequential_steps", name, T=T).value for T in plan.lengths]
+        if isinstance(way.mixer, config.Softmax):
+            assert steps == [1] * len(steps)
+        else:
+            assert len(set(elements)) == 1
+            assert steps[-1] == 8 * steps[0] > 8
+    study = report.Study("a", "quick", store)
+    (shown,) = (t for t in tables.tables(study)["cost"] if t.title.startswith("What one layer keeps"))
+    assert [row[0] for row in shown.rows][:2] == ["exact, blockwise, T 8192", "window 256, T 8192"]
+    assert {"GatedDeltaNet, T 8192", "Based, T 8192"} < {row[0] for row in shown.rows}
 
 
 @pytest.mark.slow

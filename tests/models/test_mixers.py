@@ -10,7 +10,7 @@ import pytest
 
 from longattn.config import Model, Softmax
 from longattn.mask import Causal, Chunked, Dilated, Full, Global, Prefix, Window
-from longattn.models import MIXERS, Context, attention_fn, bytes_read_per_token, state_elements
+from longattn.models import MIXERS, Context, attention_fn, bytes_read_per_token, sequential_steps, state_elements
 
 MODEL = Model(E=12, H=6, K=2, D=4)  # keys and values of a token: 2 * 2 * 4 = 16 elements
 
@@ -34,6 +34,7 @@ def test_state_and_traffic(mask, kept, read):
     assert state_elements(mixer, MODEL, 100) == 16 * kept
     assert bytes_read_per_token(mixer, MODEL, 100) == 2 * 16 * read
     assert bytes_read_per_token(mixer, MODEL, 100, itemsize=4) == 4 * 16 * read
+    assert sequential_steps(mixer, MODEL, 100) == 1
 
 
 def test_grouped_heads_and_shapes():

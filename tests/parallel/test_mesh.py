@@ -94,5 +94,5 @@ def test_what_does_not_divide_or_has_no_rule_is_refused():
     mesh = make_mesh(1, 4, 1, 2)
     with pytest.raises(ValueError, match=r"axis 1 of embedding, of shape \[257, 6\], must be a multiple of 8"):
         meshes.shardings(mesh, tree(E=6))
-    with pytest.raises(ValueError, match=r"layer_0/mixer/gate, of shape \[8\], is matched by no sharding rule"):
-        meshes.shardings(mesh, {"layer_0": {"mixer": {"gate": jax.ShapeDtypeStruct((8,), np.float32)}}})
+    with pytest.raises(ValueError, match=r"layer_0/mixer/other, of shape \[8\], is matched by no sharding rule"):
+        meshes.shardings(mesh, {"layer_0": {"mixer": {"other": jax.ShapeDtypeStruct((8,), np.float32)}}})

@@ -32,7 +32,7 @@ from jax.sharding import AbstractMesh, AxisType
 from longattn.analysis import cost
 from longattn.analysis.plan.memory import KINDS
 from longattn.analysis.plan.topology import Topology
-from longattn.config import Config, Model
+from longattn.config import Config, Model, Softmax
 from longattn.models.transformer import init_params
 from longattn.ops.attention.pallas_tpu.tiles import LANES
 from longattn.parallel import mesh as meshes
@@ -147,6 +147,7 @@ def attention_flops(config: Config) -> tuple[float, float]:
     rows = config.data.B / (c.data * c.fsdp)
     forward = backward = 0.0
     for mixer in model.layers:
+        assert isinstance(mixer, Softmax)  # longattn plan refuses others
         pairs = max(cost.pairs_by_part(mixer.mask, config.data.T, c.seq))
         flops = cost.attention_flops(pairs, model.H // c.tensor, model.D)
         forward += rows * flops.forward

@@ -16,7 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from longattn.analysis import aot, cost
 from longattn.analysis.plan import analytic, program, search, show, topology
 from longattn.analysis.plan.topology import Topology
-from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, to_json
+from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, Softmax, to_json
 from longattn.parallel.api import STRATEGIES
 from longattn.train.record import commit, write_whole
 
@@ -56,6 +56,8 @@ class PlanOptions:
             raise ValueError("strategies=all compares compiled programs: leave --analytic out")
         if self.search == "min-devices" and self.mesh.size > 1:
             raise ValueError(f"search=min-devices chooses the mesh for each machine: leave {self.mesh=} out")
+        if others := {type(mixer).__name__ for mixer in self.model.mixers if not isinstance(mixer, Softmax)}:
+            raise ValueError(f"{sorted(others)}: the formulas are those of softmax attention; plan a model of Softmax")
         if self.mesh.size not in (1, where.size):
             raise ValueError(
                 f"the mesh has {self.mesh.size} devices, {where.name} has {where.size}: change the sizes of the mesh, "

@@ -29,7 +29,7 @@ def show(n: Number) -> str:
         return f"{v / 1e3:.3g}k tokens/s"
     if unit == "share":
         return f"{v:.1%}"
-    if unit in ("tokens", "sequences", "elements"):
+    if unit in ("tokens", "sequences", "elements", "steps"):
         return f"{v:,.0f}"
     if n.quantity.startswith(("exponent", "theory")):
         return f"{v:.2f}"

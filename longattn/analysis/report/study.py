@@ -7,8 +7,10 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from longattn.analysis.store import FILE, Number, Store
+from longattn.config import Mixer
 
 Cell = Number | str | None
 
@@ -47,7 +49,8 @@ class Table:
 def way_title(way: str) -> str:
     """What a way is called in words."""
     name, _, size = way.partition("_")
-    known = {"exact": "exact, blockwise", "dense": "exact, dense", "window": f"window {size}".strip()}
+    known = {cls.__name__.lower(): cls.__name__ for cls in get_args(Mixer)}
+    known |= {"exact": "exact, blockwise", "dense": "exact, dense", "window": f"window {size}".strip()}
     return known.get(name, way.replace("_", " "))
 
 

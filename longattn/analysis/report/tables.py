@@ -40,7 +40,8 @@ def headline(study: Study) -> Table:
             *longest,
             recalled[0] if recalled else ("as exact, blockwise" if name == "dense" else None),
         )
-        rows.append((_name(name, cells), *cells))
+        if any(cells):
+            rows.append((_name(name, cells), *cells))
     return Table("At a glance", tuple(head), tuple(rows))
 
 
@@ -95,6 +96,7 @@ def tables(study: Study) -> dict[str, list[Table]]:
     chips = list(dict.fromkeys(n.at["chip"] for n in study.store.select("memory", "chip_bytes")))
     held = [(name, f"held_{name}", {}) for name in ("parameters", "optimiser", "gradients", "attention", "activations")]
     policies = _rows(study, "memory", "longest_T", ["remat"])
+    stated = sorted({n.at["T"] for n in study.store.select("cost", "state_elements")})[-1:]
     checked = {n.at["T"] for n in study.store.select("memory", "fit_error")}
     batch = {n.at["T"] for n in study.store.select("memory", "largest_batch")}
     recalled = _rows(study, "recall", "accuracy", ["task", "T", "pairs", "digits"])
@@ -109,7 +111,19 @@ def tables(study: Study) -> dict[str, list[Table]]:
                 exponents,
                 _rows(study, "cost", "exponent_time_training", []),
                 "Least squares in logarithms over the three largest lengths.",
-            )
+            ),
+            _matrix(
+                study,
+                f"What one layer keeps and reads at T = {'/'.join(f'{t:,}' for t in stated)}",
+                "cost",
+                [
+                    ("state, elements", "state_elements", {}),
+                    ("read per token", "bytes_read", {}),
+                    ("steps that wait for each other", "sequential_steps", {}),
+                ],
+                [(way, {"T": T}) for T in stated for way, _ in _rows(study, "cost", "state_elements", [])],
+                "Keys and values are bfloat16, states of recurrences float32; steps are those of a forward pass.",
+            ),
         ],
         "memory": [
             _matrix(

@@ -17,7 +17,7 @@ from longattn import config
 from longattn.analysis.store import Number, Store
 from longattn.analysis.study.learn import Learned, evaluate, learn, score
 from longattn.analysis.study.presets import ContextPlan
-from longattn.analysis.study.table import FIRST, Way, trained
+from longattn.analysis.study.table import FIRST, READ, Way, trained
 from longattn.analysis.study.work import Clock, Unit, t_interval
 from longattn.models import bytes_read_per_token, state_elements
 from longattn.tasks.bytelm import BOS
@@ -30,7 +30,7 @@ def units(plan: ContextPlan, store: Store) -> list[Unit]:
     """Per way and context length one training; the longest first, which is the only one for ways beyond FIRST."""
     made = []
     for rank, T in enumerate(sorted(plan.lengths, reverse=True)):
-        for i, way in enumerate(trained(plan.windows)):
+        for i, way in enumerate(trained(plan.windows, plan.without)):
             if plan.every or rank == 0 or i < FIRST:
                 work = lambda clock, w=way, T=T, control=rank == 0: _context(plan, w, T, control, clock)
                 made.append(Unit(f"context/{way.name}/T={T}", work))
@@ -66,9 +66,7 @@ def _context(plan: ContextPlan, way: Way, T: int, control: bool, clock: Clock) -
             )
     mixer = cfg.model.layers[-1]
     yield number("state_elements", state_elements(mixer, cfg.model, T), "elements", "predicted", {})
-    yield number(
-        "bytes_read", bytes_read_per_token(mixer, cfg.model, T), "B", "predicted", {}, note="bfloat16, one layer"
-    )
+    yield number("bytes_read", bytes_read_per_token(mixer, cfg.model, T), "B", "predicted", {}, note=READ)
     if control:
         for quantity, k, value, *ends in _control(plan, model):
             at = {"k": k, "tail": plan.tail}

@@ -21,9 +21,9 @@ from longattn import config
 from longattn.analysis import bench, cost
 from longattn.analysis.store import Badge, Number, Store
 from longattn.analysis.study.presets import CostPlan
-from longattn.analysis.study.table import FIRST, Way, ways
+from longattn.analysis.study.table import FIRST, READ, Way, trained, ways
 from longattn.analysis.study.work import Unit
-from longattn.models import MIXERS
+from longattn.models import MIXERS, bytes_read_per_token, sequential_steps, state_elements
 from longattn.train.record import available_memory
 
 WIDTH = 8
@@ -34,6 +34,7 @@ SEVEN_BILLION = config.Model(N=32, E=4096, F=11008, H=32, K=32, D=128, W=32000, 
 def units(plan: CostPlan, store: Store) -> list[Unit]:
     """The formulas, then a unit per length with all ways taking turns, shortest first, then the fits."""
     made = [Unit("cost/share", lambda clock: _share(plan), weight=0.02 * plan.lengths[-1])]
+    made.append(Unit("cost/state", lambda clock: _state(plan), weight=0.02 * plan.lengths[-1]))
     for T in plan.lengths:
         made.append(Unit(f"cost/T={T}", lambda clock, T=T: _length(plan, T), weight=T))
     for T in [T for T in plan.lengths if plan.tokens >= T]:
@@ -49,7 +50,7 @@ def _model(plan: CostPlan, way: Way) -> config.Model:
 def _at(plan: CostPlan, T: int) -> list[Way]:
     """The ways to measure at T: those that store every score only up to a limit, those beyond FIRST at one length."""
     single = plan.lengths[-2] if len(plan.lengths) > 1 else plan.lengths[-1]
-    table = ways(plan.windows)
+    table = ways(plan.windows, plan.without)
     return [
         w
         for i, w in enumerate(table)
@@ -148,7 +149,7 @@ def _throughput(plan: CostPlan, T: int) -> Iterable[Number]:
 
 
 def _share(plan: CostPlan) -> Iterable[Number]:
-    for way in ways(plan.share_windows):
+    for way in ways(plan.share_windows, plan.without):
         if way.same_as is None:
             for T in plan.share_lengths:
                 model = config.Model(**{**vars(SEVEN_BILLION), "mixers": (way.mixer,)})
@@ -159,9 +160,24 @@ def _share(plan: CostPlan) -> Iterable[Number]:
                 yield Number("cost", "attention_share", way.name, share, "share", "predicted", {"T": T})
 
 
+def _state(plan: CostPlan) -> Iterable[Number]:
+    """What a layer of each way keeps and reads, and how far it is serial: of all mixers, for it takes no time."""
+    for way in trained(plan.windows):
+        model = _model(plan, way)
+        for T in plan.lengths:
+            number = functools.partial(Number, "cost", way=way.name, badge="predicted", at={"T": T})
+            elements, read = state_elements(way.mixer, model, T), bytes_read_per_token(way.mixer, model, T)
+            yield number(quantity="state_elements", value=elements, unit="elements")
+            yield number(quantity="bytes_read", value=read, unit="B", note=READ)
+            yield number(
+                quantity="sequential_steps", value=sequential_steps(way.mixer, model, T), unit="steps",
+                note="one layer, forward",
+            )  # fmt: skip
+
+
 def _fits(plan: CostPlan, store: Store) -> Iterable[Number]:
     """Exponents of time and scratch memory on the three largest sizes, beside the theory's."""
-    for way in ways(plan.windows):
+    for way in ways(plan.windows, plan.without):
         for name, quantity, theory in (
             ("time", "seconds_forward", way.time_exponent),
             ("time_training", "seconds_forward_backward", way.time_exponent),

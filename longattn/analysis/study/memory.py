@@ -34,7 +34,7 @@ def units(plan: MemoryPlan, store: Store) -> list[Unit]:
     """A unit per way and remat policy, the first policy of every way first; ways beyond FIRST get that one only."""
     made = [Unit("memory/chips", lambda clock: _chips(), weight=0.05)]
     for rank, remat in enumerate(plan.remats):
-        for i, way in enumerate(ways(plan.windows)):
+        for i, way in enumerate(ways(plan.windows, plan.without)):
             if plan.every or rank == 0 or i < FIRST:
                 work = lambda clock, w=way, r=remat: _policy(plan, w, r, clock)
                 made.append(Unit(f"memory/{way.name}/{remat}", work))

@@ -14,7 +14,7 @@ from longattn import config
 from longattn.analysis.store import Number, Store
 from longattn.analysis.study.learn import learn, score
 from longattn.analysis.study.presets import RecallPlan
-from longattn.analysis.study.table import FIRST, Way, trained, without_positions
+from longattn.analysis.study.table import FIRST, READ, Way, trained, without_positions
 from longattn.analysis.study.work import Clock, Unit, share_interval
 from longattn.mask import Causal, Window
 from longattn.models import bytes_read_per_token, state_elements
@@ -24,28 +24,25 @@ Task = config.MQAR | config.Needle
 
 
 def units(plan: RecallPlan, store: Store) -> list[Unit]:
-    """Per task and way one training; the hardest setting of each task first, which is the only one for ways beyond
-    FIRST.
+    """Per task and way one training per seed, the hardest setting of each task first. Ways beyond FIRST get one of all:
+    MQAR's hardest setting, with one seed.
     """
     made = []
     for task, steps in [(t, plan.mqar_steps) for t in plan.mqar] + [(t, plan.needle_steps) for t in plan.needle]:
-        rank = (plan.mqar + plan.needle).index(task)
-        single = rank in (0, len(plan.mqar))
-        for i, way in enumerate(trained(plan.windows)):
-            if plan.every or single or i < FIRST:
+        hardest = (plan.mqar + plan.needle).index(task) == 0
+        for i, way in enumerate(trained(plan.windows, plan.without)):
+            whole = plan.every or i < FIRST
+            seeds = (plan.seeds if isinstance(task, config.MQAR) else plan.needle_seeds)[: None if whole else 1]
+            if whole or hardest:
                 key = f"recall/{way.name}/{_name(task)}"
                 made.append(
                     Unit(
                         key,
-                        lambda clock, t=task, w=way, s=steps: _recall(plan, w, t, s, clock),
-                        weight=steps * task.B * task.T * len(_seeds(plan, task)),
+                        lambda clock, t=task, w=way, n=steps, s=seeds: _recall(plan, w, t, n, s, clock),
+                        weight=steps * task.B * task.T * len(seeds),
                     )
                 )
     return made
-
-
-def _seeds(plan: RecallPlan, task: Task) -> tuple[int, ...]:
-    return plan.seeds if isinstance(task, config.MQAR) else plan.needle_seeds
 
 
 def _name(task: Task) -> str:
@@ -65,9 +62,10 @@ def _config(plan: RecallPlan, way: Way, task: Task, steps: int) -> config.Config
     return config.Config(model=model, data=task, optimiser=optimiser, run=config.Run(steps=steps))
 
 
-def _recall(plan: RecallPlan, way: Way, task: Task, steps: int, clock: Clock) -> Iterable[Number]:
+def _recall(
+    plan: RecallPlan, way: Way, task: Task, steps: int, seeds: tuple[int, ...], clock: Clock
+) -> Iterable[Number]:
     cfg = _config(plan, way, task, steps)
-    seeds = _seeds(plan, task)
     model = learn(cfg, seeds, clock)
     sums = score(model, -(-plan.questions // task.B))
     hits, n = sums["correct_sum"], float(sums["weight_sum"][0])
@@ -96,9 +94,7 @@ def _recall(plan: RecallPlan, way: Way, task: Task, steps: int, clock: Clock) ->
     )
     mixer = cfg.model.layers[-1]
     yield number("state_elements", state_elements(mixer, cfg.model, task.T), "elements", "predicted")
-    yield number(
-        "bytes_read", bytes_read_per_token(mixer, cfg.model, task.T), "B", "predicted", note="bfloat16, one layer"
-    )
+    yield number("bytes_read", bytes_read_per_token(mixer, cfg.model, task.T), "B", "predicted", note=READ)
     module = mqar if isinstance(task, config.MQAR) else needle
     yield number("chance", module.chance(task), "", "predicted")
     if isinstance(task, config.MQAR):

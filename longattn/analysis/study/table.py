@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from longattn import config
 from longattn.mask import Causal, Window
 from longattn.models import MIXERS, Context
+from longattn.models.linear import Linear
 
+READ = "one layer; keys and values are bfloat16, states float32"  # of bytes read per token
 FIRST = 3  # ways that get every point of the quick preset; those after them get one
 
 
@@ -49,17 +51,25 @@ def _softmax(windows: tuple[int, ...]) -> list[Way]:
 VARIANTS: dict[str, Callable[[tuple[int, ...]], list[Way]]] = {"Softmax": _softmax}
 
 
-def ways(windows: tuple[int, ...]) -> list[Way]:
-    """Every way to attend. `windows`: how many keys each sliding window sees, the query's own among them."""
+def ways(windows: tuple[int, ...], without: tuple[str, ...] = ()) -> list[Way]:
+    """Every way to attend. `windows`: how many keys each sliding window sees, the query's own among them; `without`:
+    mixers to leave out.
+    """
     table = []
-    for name in MIXERS:
-        table += VARIANTS[name](windows) if name in VARIANTS else [Way(name.lower(), name, getattr(config, name)())]
+    for name in (name for name in MIXERS if name not in without):
+        table += VARIANTS[name](windows) if name in VARIANTS else [_default(name)]
     return table
 
 
-def trained(windows: tuple[int, ...]) -> list[Way]:
+def _default(name: str) -> Way:
+    """The row of a mixer without variants. Those of the linear family have states in the place of keys and values."""
+    exponent = 1.0 if issubclass(MIXERS[name], Linear) else None
+    return Way(name.lower(), name, getattr(config, name)(), time_exponent=exponent, memory_exponent=exponent)
+
+
+def trained(windows: tuple[int, ...], without: tuple[str, ...] = ()) -> list[Way]:
     """The ways that are different functions: those that learn differently."""
-    return [w for w in ways(windows) if w.same_as is None]
+    return [w for w in ways(windows, without) if w.same_as is None]
 
 
 def without_positions(way: Way) -> config.Mixer:

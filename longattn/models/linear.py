@@ -1,0 +1,399 @@
+"""Mixers that keep a state of fixed size in the place of keys and values: the linear family.
+
+Each is a layer as its paper has it around one call of `longattn.ops.linear.linear_attention`; what differs is said in
+its docstring. None of them adds positions where its paper has none: order comes from decays and short convolutions.
+Where the model has fewer key/value heads than query heads (K < H), a layer says what it does with K.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32, Int32
+
+from longattn import config
+from longattn.models.context import Context
+from longattn.models.layers import RMSNorm, fan_in, no_state, rope_frequencies, rotate
+from longattn.ops.conv import short_convolution
+from longattn.ops.linear import xla
+
+Heads = Float[Array, "B T H D"]
+Features = Float[Array, "B T H M"]
+
+
+# ---- parts
+
+
+def project(module: nn.Module, name: str, x: Float[Array, "B T E"], H: int, D: int) -> Heads:
+    """x times the parameter `name` [E H D]."""
+    w = module.param(name, fan_in(0, (1, 2)), (x.shape[-1], H, D), jnp.float32)
+    return jnp.einsum("BTE,EHD->BTHD", x, w.astype(x.dtype))
+
+
+def low_rank(module: nn.Module, name: str, x: Float[Array, "B T E"], rank: int, H: int, D: int) -> Heads:
+    """x times `name`_down [E R] times `name`_up [R H D]."""
+    down = module.param(f"{name}_down", fan_in(0, 1), (x.shape[-1], rank), jnp.float32)
+    up = module.param(f"{name}_up", fan_in(0, (1, 2)), (rank, H, D), jnp.float32)
+    x = jnp.einsum("BTE,ER->BTR", x, down.astype(x.dtype))
+    return jnp.einsum("BTR,RHD->BTHD", x, up.astype(x.dtype))
+
+
+def out(module: nn.Module, y: Heads, model: config.Model) -> Float[Array, "B T E"]:
+    """The heads' outputs times the parameter `out` [H V E]."""
+    w = module.param("out", fan_in((0, 1), 2, 1 / (2 * model.N)), (*y.shape[2:], model.E), jnp.float32)
+    with jax.named_scope("out"):
+        return jnp.einsum("BTHV,HVE->BTE", y, w.astype(y.dtype))
+
+
+def convolved(
+    module: nn.Module, name: str, x: Heads, taps: int, segment_ids: Int32[Array, "B T"] | None, *, bias: bool = False
+) -> Heads:
+    """silu of a short causal convolution with the parameter `name`_conv [H D C], drawn from +-1/sqrt(C)."""
+    H, D = x.shape[2:]
+    bound = taps**-0.5
+    uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+    w = module.param(f"{name}_conv", uniform, (H, D, taps), jnp.float32).reshape(H * D, taps)
+    b = module.param(f"{name}_conv_bias", uniform, (H, D), jnp.float32).reshape(H * D) if bias else None
+    y, _ = short_convolution(x.reshape(*x.shape[:2], -1), w, b, segment_ids=segment_ids, activation="silu")
+    return y.reshape(x.shape)
+
+
+def unit(x: Heads) -> Heads:
+    """x / |x| over the last axis, computed in float32."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.sum(wide**2, -1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def decay(
+    module: nn.Module, x: Array, steps: tuple[float, float], rates: tuple[float, float]
+) -> tuple[Float32[Array, "B T ..."], Float32[Array, "B T ..."]]:
+    """log_decay and step size of x [B T H] or [B T H D]: -exp(decay_log) * step, step = softplus(x + decay_bias).
+
+    Section 7 of arXiv:2405.21060: a rate for each head, exp(decay_log), drawn from `rates`; a bias of x's shape such
+    that at x = 0 the step sizes are drawn from `steps`, uniformly in their logarithm.
+    """
+
+    def log_rate(key: Array, shape: Any, dtype: Any) -> Array:
+        return jnp.log(jax.random.uniform(key, shape, dtype, *rates))
+
+    def bias(key: Array, shape: Any, dtype: Any) -> Array:
+        step = jnp.exp(jax.random.uniform(key, shape, dtype, *map(math.log, steps)))
+        return step + jnp.log(-jnp.expm1(-step))  # the inverse of softplus
+
+    shape = x.shape[2:]
+    rate = jnp.exp(module.param("decay_log", log_rate, shape[:1], jnp.float32))
+    step = jax.nn.softplus(x.astype(jnp.float32) + module.param("decay_bias", bias, shape, jnp.float32)[None, None])
+    return -rate.reshape(1, 1, -1, *(1,) * (len(shape) - 1)) * step, step
+
+
+def per_head(module: nn.Module, name: str, x: Float[Array, "B T E"], H: int) -> Float32[Array, "B T H"]:
+    """x times the parameter `name` [E H], in float32."""
+    w = module.param(name, fan_in(0, 1), (x.shape[-1], H), jnp.float32)
+    return jnp.einsum("BTE,EH->BTH", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def taylor(x: Heads) -> Features:
+    """Features whose products are 1 + s + s**2 / 2 with s = q k / sqrt(D): 1, x, and of x x^T the upper triangle.
+
+    x_i x_j and x_j x_i are one feature, sqrt(2) times as large: D (D + 1) / 2 of them.
+    """
+    D = x.shape[-1]
+    wide = x.astype(jnp.float32) * D**-0.25
+    squares = [wide[..., i : i + 1] * wide[..., i:] * _diagonal_apart(D - i) for i in range(D)]
+    return jnp.concatenate([jnp.ones_like(wide[..., :1]), wide, *squares], -1).astype(x.dtype)
+
+
+def _diagonal_apart(n: int) -> np.ndarray:
+    """The first of n products is x_i x_i, which comes once: 1 / sqrt(2); the others twice."""
+    return np.where(np.arange(n) == 0, 0.5**0.5, 1.0).astype(np.float32).reshape(1, 1, 1, -1)
+
+
+def orthogonal_features(m: int, D: int, seed: int) -> np.ndarray:
+    """Random directions [m D], D by D orthogonal, as long as normal vectors (section 3.2 of arXiv:2009.14794)."""
+    rng = np.random.default_rng(seed)
+
+    def rotation() -> np.ndarray:
+        Q, R = np.linalg.qr(rng.standard_normal((D, D)))
+        return Q.T * np.sign(np.diag(R))[:, None]  # without the signs not every rotation is equally likely
+
+    blocks = [rotation() for _ in range(-(-m // D))]
+    lengths = np.linalg.norm(rng.standard_normal((m, D)), axis=1, keepdims=True)
+    return (np.concatenate(blocks)[:m] * lengths).astype(np.float32)
+
+
+def favor(x: Heads, directions: np.ndarray, *, query: bool) -> Features:
+    """Positive random features exp(w x - |x|**2 / 2) / sqrt(m) of x / D**(1/4) (lemma 1 of arXiv:2009.14794).
+
+    A query's are divided by their largest, which the normaliser cancels. A key's are not: the largest over a sequence
+    would let later tokens touch earlier ones, and exponents never exceed |w|**2 / 2.
+    """
+    m, D = directions.shape
+    wide = x.astype(jnp.float32) * D**-0.25
+    exponent = jnp.einsum("BTHD,MD->BTHM", wide, directions, precision=jax.lax.Precision.HIGHEST)
+    exponent = exponent - jnp.sum(wide**2, -1, keepdims=True) / 2
+    if query:
+        exponent = exponent - jax.lax.stop_gradient(jnp.max(exponent, -1, keepdims=True))
+    return (jnp.exp(exponent) * m**-0.5).astype(x.dtype)
+
+
+# ---- mixers
+
+
+class Linear(nn.Module):
+    """What the mixers of this family share. Each defines `mix` and `sizes`."""
+
+    config: Any
+    model: config.Model
+    context: Context | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        positions: Int32[Array, "B T"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        state: None = None,
+    ) -> tuple[Float[Array, "B T E"], None]:
+        no_state(state)
+        return self.mix(x, positions, segment_ids), None
+
+    @nn.nowrap
+    def scan(self, q: Array, k: Array, v: Array, **options: Any) -> Heads:
+        """The outputs of `linear_attention` where the context says.
+
+        Named like the states, which without them would spare a remat policy nothing: what follows reads the outputs.
+        """
+        return checkpoint_name((self.context or Context()).linear_attention(q, k, v, **options)[0], "linear_state")
+
+    @nn.nowrap
+    def normalised(self, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Heads:
+        """sum_s (q k_s) v_s / (eps + sum_s q k_s): the sum of the weights is one more column of v, of ones."""
+        y = self.scan(q, k, jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1), segment_ids=segment_ids)
+        total = y[..., -1:].astype(jnp.float32) + self.config.eps
+        return (y[..., :-1].astype(jnp.float32) / total).astype(v.dtype)
+
+    @classmethod
+    def state_elements(cls, mixer: Any, model: config.Model, T: int) -> int:
+        """The state and the convolutions' last inputs: the same after any number of tokens."""
+        state, tail = cls.sizes(mixer, model)
+        return state + tail
+
+    @classmethod
+    def bytes_read_per_token(cls, mixer: Any, model: config.Model, T: int, itemsize: int = 2) -> int:
+        """All of it; the state is float32 whatever the itemsize."""
+        state, tail = cls.sizes(mixer, model)
+        return 4 * state + itemsize * tail
+
+    @staticmethod
+    def sequential_steps(mixer: Any, model: config.Model, T: int) -> int:
+        """A chunk waits for the state of the one before it."""
+        return -(-T // xla.Tuning().chunk)
+
+
+class LinearAttention(Linear):
+    """phi(q) sum_s phi(k_s) v_s / phi(q) sum_s phi(k_s) with phi = elu + 1 (arXiv:2006.16236).
+
+    Query head h reads key/value head h // (H // K). The paper scales neither q nor k.
+    """
+
+    @nn.nowrap
+    def mix(self, x: Array, positions: Array | None, segment_ids: Array | None) -> Array:
+        m = self.model
+        with jax.named_scope("projections"):
+            q, k = (jax.nn.elu(project(self, n, x, h, m.D)) + 1 for n, h in (("q", m.H), ("k", m.K)))
+            v = project(self, "v", x, m.K, m.D)
+        return out(self, self.normalised(q, k, v, segment_ids), m)
+
+    @staticmethod
+    def sizes(mixer: config.LinearAttention, model: config.Model) -> tuple[int, int]:
+        return model.H * model.D * (model.D + 1), 0
+
+
+class Performer(Linear):
+    """Attention with positive orthogonal random features, FAVOR+ (arXiv:2009.14794), drawn once from the config's seed.
+
+    Query head h reads key/value head h // (H // K). The features are never drawn again during training, and all layers
+    and heads have the same. The paper's code adds 1e-6 to each feature; here eps is in the denominator alone, beside
+    weights in units of the query's largest feature.
+    """
+
+    @nn.nowrap
+    def mix(self, x: Array, positions: Array | None, segment_ids: Array | None) -> Array:
+        c, m = self.config, self.model
+        with jax.named_scope("projections"):
+            q, k, v = (project(self, n, x, h, m.D) for n, h in zip("qkv", (m.H, m.K, m.K)))
+        with jax.named_scope("features"):
+            directions = orthogonal_features(c.features, m.D, c.seed)
+            q, k = favor(q, directions, query=True), favor(k, directions, query=False)
+        return out(self, self.normalised(q, k, v, segment_ids), m)
+
+    @staticmethod
+    def sizes(mixer: config.Performer, model: config.Model) -> tuple[int, int]:
+        return model.H * mixer.features * (model.D + 1), 0
+
+
+class Based(Linear):
+    """Attention with the second-order Taylor series in the place of exp (arXiv:2402.18668).
+
+    The paper pairs it with attention over small windows in layers of their own; here that is a pattern of mixers, such
+    as (Based(), Softmax(mask=Causal() & Window(63))). Its symmetric features are kept once: 153 instead of 273 at 16.
+    Query head h reads key/value head h // (H // K).
+    """
+
+    @nn.nowrap
+    def mix(self, x: Array, positions: Array | None, segment_ids: Array | None) -> Array:
+        c, m = self.config, self.model
+        with jax.named_scope("projections"):
+            q, k = (project(self, n, x, h, c.features) for n, h in (("q", m.H), ("k", m.K)))
+            v = project(self, "v", x, m.K, m.D)
+        with jax.named_scope("features"):
+            q, k = taylor(q), taylor(k)
+        return out(self, self.normalised(q, k, v, segment_ids), m)
+
+    @staticmethod
+    def sizes(mixer: config.Based, model: config.Model) -> tuple[int, int]:
+        d = mixer.features
+        return model.H * (1 + d + d * (d + 1) // 2) * (model.D + 1), 0
+
+
+class RetNet(Linear):
+    """Multi-scale retention (arXiv:2307.08621): rotated q and k, a fixed decay per head, a norm and a swish gate.
+
+    The paper's GroupNorm over heads is an RMSNorm of each head with one gain for all, as in the authors' code but for
+    the gain; the norm cancels the paper's other normalisations of the scores, which are left out. All heads are
+    Model.H.
+    """
+
+    @nn.nowrap
+    def mix(self, x: Array, positions: Array | None, segment_ids: Array | None) -> Array:
+        c, m = self.config, self.model
+        V = c.V or 2 * m.D
+        with jax.named_scope("projections"):
+            q, k = (project(self, n, x, m.H, m.D) for n in "qk")
+            v, gate = (project(self, n, x, m.H, V) for n in ("v", "gate"))
+        if c.rope is not None:
+            frequencies = rope_frequencies(c.rope, m.D)
+            with jax.named_scope("rotary"):
+                q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        forgets = np.geomspace(c.fastest, c.slowest, m.H)
+        y = self.scan(
+            q, k, v, log_decay=jnp.asarray(np.log1p(-forgets), jnp.float32), segment_ids=segment_ids, scale=m.D**-0.5
+        )
+        return out(self, RMSNorm(m.norm_eps, name="norm")(y) * nn.silu(gate), m)
+
+    @staticmethod
+    def sizes(mixer: config.RetNet, model: config.Model) -> tuple[int, int]:
+        return model.H * model.D * (mixer.V or 2 * model.D), 0
+
+
+class GLA(Linear):
+    """Gated linear attention (arXiv:2312.06635): log_decay = logsigmoid(x W_down W_up + b) / temperature, per channel.
+
+    The norm of each head is an RMSNorm, as in the authors' code; the paper's text says LayerNorm. The output gate,
+    swish, has no bias. All heads are Model.H.
+    """
+
+    @nn.nowrap
+    def mix(self, x: Array, positions: Array | None, segment_ids: Array | None) -> Array:
+        c, m = self.config, self.model
+        D = c.D or m.D // 2
+        with jax.named_scope("projections"):
+            q, k = (project(self, n, x, m.H, D) for n in "qk")
+            v, gate = (project(self, n, x, m.H, m.D) for n in ("v", "gate"))
+            forget = low_rank(self, "decay", x, c.rank, m.H, D).astype(jnp.float32)
+            forget = forget + self.param("decay_bias", nn.initializers.zeros, (m.H, D), jnp.float32)[None, None]
+        y = self.scan(
+            q, k, v, log_decay=jax.nn.log_sigmoid(forget) / c.temperature, segment_ids=segment_ids, scale=D**-0.5
+        )
+        return out(self, RMSNorm(m.norm_eps, name="norm")(y) * nn.silu(gate), m)
+
+    @staticmethod
+    def sizes(mixer: config.GLA, model: config.Model) -> tuple[int, int]:
+        return model.H * (mixer.D or model.D // 2) * model.D, 0
+
+
+class Mamba2(Linear):
+    """The SSD layer (arXiv:2405.21060): q and k (the paper's C and B) shared by heads, v = step * x, a skip D x.
+
+    `expand` * Model.H heads of Model.D channels. Matrices that the paper joins into one in-projection are apart. The
+    norm is over all channels, of y * silu(gate).
+    """
+
+    @nn.nowrap
+    def mix(self, x: Array, positions: Array | None, segment_ids: Array | None) -> Array:
+        c, m = self.config, self.model
+        H = c.expand * m.H
+        with jax.named_scope("projections"):
+            gate, v = (project(self, n, x, H, m.D) for n in ("gate", "v"))
+            k, q = (project(self, n, x, c.groups, c.state) for n in ("b", "c"))
+            log_decay, step = decay(self, per_head(self, "decay", x, H), c.steps, c.rates)
+        v, k, q = (convolved(self, n, a, c.taps, segment_ids, bias=True) for n, a in (("v", v), ("b", k), ("c", q)))
+        skip = self.param("skip", nn.initializers.ones, (H,), jnp.float32)[None, None, :, None] * v.astype(jnp.float32)
+        written = (step[..., None] * v.astype(jnp.float32)).astype(x.dtype)
+        y = self.scan(q, k, written, log_decay=log_decay, segment_ids=segment_ids)
+        y = (y.astype(jnp.float32) + skip).astype(x.dtype) * nn.silu(gate)
+        y = RMSNorm(m.norm_eps, name="norm")(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
+        return out(self, y, m)
+
+    @staticmethod
+    def sizes(mixer: config.Mamba2, model: config.Model) -> tuple[int, int]:
+        values = mixer.expand * model.H * model.D
+        return values * mixer.state, (mixer.taps - 1) * (values + 2 * mixer.groups * mixer.state)
+
+
+class GatedDeltaNet(Linear):
+    """The gated delta rule (arXiv:2412.06464): Mamba-2's decay, beta in (0, 1), q and k of length 1.
+
+    q and k have Model.K heads, v, decay and beta Model.H. The norm of each head is an RMSNorm times silu(gate).
+    """
+
+    @nn.nowrap
+    def mix(self, x: Array, positions: Array | None, segment_ids: Array | None) -> Array:
+        c, m = self.config, self.model
+        V = c.V or 2 * m.D
+        with jax.named_scope("projections"):
+            q, k = (project(self, n, x, m.K, m.D) for n in "qk")
+            v, gate = (project(self, n, x, m.H, V) for n in ("v", "gate"))
+            log_decay, _ = decay(self, per_head(self, "decay", x, m.H), c.steps, c.rates)
+            beta = nn.sigmoid(per_head(self, "beta", x, m.H))
+        q, k, v = (convolved(self, n, a, c.taps, segment_ids) for n, a in zip("qkv", (q, k, v)))
+        y = self.scan(unit(q), unit(k), v, log_decay=log_decay, beta=beta, segment_ids=segment_ids)
+        return out(self, RMSNorm(m.norm_eps, name="norm")(y) * nn.silu(gate), m)
+
+    @staticmethod
+    def sizes(mixer: config.GatedDeltaNet, model: config.Model) -> tuple[int, int]:
+        values = model.H * (mixer.V or 2 * model.D)
+        return values * model.D, (mixer.taps - 1) * (values + 2 * model.K * model.D)
+
+
+class KimiDeltaAttention(Linear):
+    """The delta rule with a decay per channel (arXiv:2510.26692), from a projection of low rank; q and k of length 1.
+
+    The decay is -exp(decay_log) softplus(x W_down W_up + decay_bias), with a rate per head; the norm of each head is an
+    RMSNorm times sigmoid(x G_down G_up). All heads are Model.H.
+    """
+
+    @nn.nowrap
+    def mix(self, x: Array, positions: Array | None, segment_ids: Array | None) -> Array:
+        c, m = self.config, self.model
+        V, rank = c.V or m.D, c.rank or m.D
+        with jax.named_scope("projections"):
+            q, k = (project(self, n, x, m.H, m.D) for n in "qk")
+            v = project(self, "v", x, m.H, V)
+            gate = low_rank(self, "gate", x, rank, m.H, V)
+            log_decay, _ = decay(self, low_rank(self, "decay", x, rank, m.H, m.D), c.steps, c.rates)
+            beta = nn.sigmoid(per_head(self, "beta", x, m.H))
+        q, k, v = (convolved(self, n, a, c.taps, segment_ids) for n, a in zip("qkv", (q, k, v)))
+        y = self.scan(unit(q), unit(k), v, log_decay=log_decay, beta=beta, segment_ids=segment_ids)
+        return out(self, RMSNorm(m.norm_eps, name="norm")(y) * nn.sigmoid(gate), m)
+
+    @staticmethod
+    def sizes(mixer: config.KimiDeltaAttention, model: config.Model) -> tuple[int, int]:
+        V = mixer.V or model.D
+        return model.H * model.D * V, (mixer.taps - 1) * model.H * (2 * model.D + V)

@@ -1,0 +1,240 @@
+"""Convolutions along a sequence: short causal ones, long ones by FFT, and the kernels of diagonal state spaces.
+
+    short_convolution  y_t = sum_{c < C} w[:, C-1-c] x_{t-c} + b, of a few taps, packed and carried over calls
+    long_convolution   y_t = sum_{s <= t} K[:, t-s] u_s, in O(T log T)
+    diagonal_kernel    the K of a state space, diagonal_step: the same as a recurrence
+
+All accumulate in float32 (float64 for float64 inputs) and are differentiable in every array of floats.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+from jaxtyping import Array, Complex, Float, Int32
+
+from longattn import shapes
+from longattn.ops import dispatch
+from longattn.shapes import statistics_dtype, suggest
+
+ACTIVATIONS = {None: lambda y: y, "silu": jax.nn.silu}
+
+
+def _channels(name: str, x: Any) -> tuple[int, int, int]:
+    """B, T, E of an input. Raises ValueError unless it is a float array of that rank."""
+    shapes.check_rank(name, x, "B T E")
+    shapes.check_dtype(name, x, shapes.FLOATS)
+    return tuple(x.shape)
+
+
+@functools.partial(jax.jit, static_argnames="activation")
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(5,))  # else every tap keeps its product
+def _short(x, weight, bias, segment_ids, tail, activation):
+    x, weight, bias, segment_ids, tail = dispatch.vary_together((x, weight, bias, segment_ids, tail))
+    (T, C), wide = (x.shape[1], weight.shape[1]), statistics_dtype(x.dtype)
+    extended = jnp.concatenate([tail, x], 1)  # [B C-1+T E]
+    segment = None
+    if segment_ids is not None and T:  # which segment of the call, from 0; what comes before the call belongs to 0
+        starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+        segment = jnp.pad(jnp.cumsum(starts, 1, dtype=jnp.int32), ((0, 0), (C, 0)))  # [B C-1+T]
+    y = 0.0 if bias is None else bias.astype(wide)[None, None]
+    inputs = extended.astype(wide)  # before the taps are cut: so their gradients are summed wide
+    for c in range(C):
+        tap = inputs[:, C - 1 - c :][:, :T]
+        if segment is not None and c:
+            tap = jnp.where((segment[:, C - 1 - c :][:, :T] == segment[:, C - 1 :])[..., None], tap, 0)
+        y = y + weight[:, C - 1 - c].astype(wide)[None, None] * tap
+    tail = extended[:, T:]
+    if segment is not None:
+        tail = jnp.where((segment[:, T:] == segment[:, -1:])[..., None], tail, 0)
+    return ACTIVATIONS[activation](y).astype(x.dtype), tail
+
+
+def short_convolution(
+    x: Float[Array, "B T E"],
+    weight: Float[Array, "E C"],
+    bias: Float[Array, "E"] | None = None,
+    *,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    tail: Float[Array, "B C-1 E"] | None = None,
+    activation: Literal["silu"] | None = None,
+) -> tuple[Float[Array, "B T E"], Float[Array, "B C-1 E"]]:
+    """A causal convolution of each channel by itself, as shifted sums: what recurrent layers look at their inputs with.
+
+    As section 3.3 of arXiv:2302.10866 and the layers of arXiv:2312.00752 have it. One token of decoding is a call with
+    T = 1 and the tail of the call before.
+
+    Args:
+      x: bfloat16, float16, float32 or float64; any T.
+      weight: of any float dtype; weight[:, C-1] is of the token itself, weight[:, 0] of the one C - 1 before it.
+      bias: added before the activation.
+      segment_ids: a token whose id differs from the one before it is the first that its segment sees.
+      tail: the last C - 1 inputs before the call, which the call's first segment continues; None is zeros.
+      activation: of the sum, before it is rounded.
+
+    Returns:
+      y in x's dtype, and the tail for the next call in x's dtype: inputs of the last token's segment, zeros before it.
+
+    Raises:
+      ValueError: for invalid arguments, before any compute.
+    """
+    B, T, E = _channels("x", x)
+    shapes.check_rank("weight", weight, "E C")
+    C = weight.shape[1]
+    if C == 0:
+        raise ValueError(f"weight.shape={tuple(weight.shape)} must have at least one tap: [E C]")
+    shapes.check_shape("weight", weight, (E, C), "E C")
+    shapes.check_dtype("weight", weight, shapes.FLOATS)
+    if bias is not None:
+        shapes.check_shape("bias", bias, (E,), "E")
+        shapes.check_dtype("bias", bias, shapes.FLOATS)
+    if segment_ids is not None:
+        shapes.check_shape("segment_ids", segment_ids, (B, T), "B T")
+        shapes.check_dtype("segment_ids", segment_ids, ("int32",))
+    if tail is None:
+        tail = jnp.zeros((B, C - 1, E), x.dtype)
+    shapes.check_shape("tail", tail, (B, C - 1, E), "B C-1 E")
+    shapes.check_dtype("tail", tail, (jnp.dtype(x.dtype).name,))
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{activation=} must be None or 'silu'; {suggest(str(activation), ['silu'])}")
+    with jax.named_scope("short_convolution"):
+        return _short(x, weight, bias, segment_ids, tail, activation)
+
+
+@jax.jit
+@functools.partial(jax.checkpoint, prevent_cse=False)  # else the spectra of both are kept
+def _long(u, kernel):
+    u, kernel = dispatch.vary_together((u, kernel))
+    T, wide = u.shape[1], statistics_dtype(u.dtype)
+    kernel = kernel[:, :T]
+    n = 1 << max(T + kernel.shape[1] - 2, 0).bit_length()  # so long that nothing wraps around
+    spectrum = jnp.fft.rfft(jnp.swapaxes(u.astype(wide), 1, 2), n) * jnp.fft.rfft(kernel.astype(wide), n)[None]
+    return jnp.swapaxes(jnp.fft.irfft(spectrum, n)[..., :T], 1, 2).astype(u.dtype)
+
+
+def long_convolution(
+    u: Float[Array, "B T E"], kernel: Float[Array, "E L"], *, segment_ids: Int32[Array, "B T"] | None = None
+) -> Float[Array, "B T E"]:
+    """A causal convolution of each channel with a kernel as long as the sequence, by FFT (arXiv:2111.00396).
+
+    The error of an FFT is relative to the largest outputs of a sequence, not to each of them.
+
+    Args:
+      u: bfloat16, float16, float32 or float64; transformed in float32, or float64.
+      kernel: of any float dtype, of any length: taps beyond T meet no input.
+      segment_ids: must be None.
+
+    Returns:
+      y in u's dtype.
+
+    Raises:
+      ValueError: for invalid arguments, before any compute.
+      NotImplementedError: for segment ids.
+    """
+    _, T, E = _channels("u", u)
+    shapes.check_rank("kernel", kernel, "E L")
+    shapes.check_dtype("kernel", kernel, shapes.FLOATS)
+    shapes.check_shape("kernel", kernel, (E, kernel.shape[1]), "E L")
+    if kernel.shape[1] == 0:
+        raise ValueError(f"kernel.shape={tuple(kernel.shape)} must have at least one tap: [E L]")
+    if segment_ids is not None:
+        raise NotImplementedError(
+            "segment_ids: one transform of the whole sequence lets every document reach the next; convolve each "
+            "document by itself, or take a mixer whose state is reset (linear_attention)"
+        )
+    if T == 0:
+        return jnp.asarray(u)
+    with jax.named_scope("long_convolution"):
+        return _long(u, kernel)
+
+
+def _discrete(A, B, step):
+    """Ā = exp(step A) and B̄ = (Ā - 1) / A B: the input is held over a step (ZOH)."""
+    return step * A, jnp.expm1(step * A) / A * B
+
+
+def _check_state_space(A: Any, B: Any, C: Any, step: Any) -> tuple[Array, Array, Array, Array]:
+    """A, B, C [E D] and step [E 1] in one complex dtype. Raises ValueError for other shapes and dtypes."""
+    for name, x in (("A", A), ("B", B), ("C", C)):
+        shapes.check_rank(name, x, "E D")
+        shapes.check_shape(name, x, tuple(A.shape), "E D")
+        shapes.check_dtype(name, x, ("complex64", "complex128"))
+        if x.dtype != A.dtype:
+            raise ValueError(f"{name}.dtype={x.dtype} must be {A.dtype}, that of A; cast it with .astype")
+    shapes.check_shape("step", step, (A.shape[0],), "E")
+    shapes.check_dtype("step", step, (jnp.finfo(A.dtype).dtype.name,))
+    return jnp.asarray(A), jnp.asarray(B), jnp.asarray(C), jnp.asarray(step)[:, None].astype(A.dtype)
+
+
+def diagonal_kernel(
+    A: Complex[Array, "E D"],
+    B: Complex[Array, "E D"],
+    C: Complex[Array, "E D"],
+    step: Float[Array, "E"],
+    L: int,
+) -> Float[Array, "E L"]:
+    """The convolution kernel of the state space x' = A x + B u, y = 2 Re C x, whose A is diagonal, sampled each `step`.
+
+    K_l = 2 Re sum_n C_n B̄_n Ā_n**l with Ā = exp(step A), B̄ = (Ā - 1) / A B: section 3 of arXiv:2206.11893 (S4D),
+    where D conjugate pairs stand for a state of 2 D. The powers are products of those of l // R and of l % R with R
+    near the root of L, so [E D L] never exists.
+
+    Args:
+      A: complex64 or complex128, of negative real part; S4D-Lin starts from -1/2 + i pi n.
+      B, C: of A's dtype.
+      step: of each channel, positive; float32 or float64.
+      L: how many taps.
+
+    Returns:
+      [E L], float32 or float64. Angles of L steps are exact to L * step * |A| roundings.
+
+    Raises:
+      ValueError: for invalid arguments, before any compute.
+    """
+    if L < 1:
+        raise ValueError(f"{L=} must be at least 1")
+    A, B, C, step = _check_state_space(A, B, C, step)
+    exponent, discrete = _discrete(A, B, step)
+    R = max(1, round(L**0.5))
+    J = -(-L // R)
+    power = lambda n, by: jnp.exp(exponent[..., None] * (by * jnp.arange(n)).astype(A.dtype)[None, None])
+    with jax.named_scope("diagonal_kernel"):
+        heads = (C * discrete)[..., None] * power(J, R)  # [E D J]
+        kernel = 2 * jnp.einsum("EDJ,EDR->EJR", heads, power(R, 1), precision=Precision.HIGHEST).real
+    return kernel.reshape(-1, J * R)[:, :L]
+
+
+def diagonal_step(
+    u: Float[Array, "B E"],
+    state: Complex[Array, "B E D"],
+    A: Complex[Array, "E D"],
+    B: Complex[Array, "E D"],
+    C: Complex[Array, "E D"],
+    step: Float[Array, "E"],
+) -> tuple[Float[Array, "B E"], Complex[Array, "B E D"]]:
+    """One token of the recurrence that `diagonal_kernel` unrolls: x = Ā x + B̄ u, y = 2 Re C x.
+
+    Args:
+      u: the input, of step's dtype.
+      state: of A's dtype; zeros before the first token.
+      A, B, C, step: as for `diagonal_kernel`.
+
+    Returns:
+      y, and the state after the token.
+
+    Raises:
+      ValueError: for invalid arguments, before any compute.
+    """
+    A, B, C, wide = _check_state_space(A, B, C, step)
+    shapes.check_rank("u", u, "B E")
+    shapes.check_shape("u", u, (u.shape[0], A.shape[0]), "B E")
+    shapes.check_dtype("u", u, (jnp.dtype(step.dtype).name,))
+    shapes.check_shape("state", state, (u.shape[0], *A.shape), "B E D")
+    shapes.check_dtype("state", state, (jnp.dtype(A.dtype).name,))
+    exponent, discrete = _discrete(A, B, wide)
+    state = jnp.exp(exponent)[None] * state + discrete[None] * u[..., None].astype(A.dtype)
+    return 2 * jnp.sum(C[None] * state, -1).real, state

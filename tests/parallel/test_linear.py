@@ -1,0 +1,111 @@
+"""Linear attention over a mesh against one device: rows and heads divided, every gradient, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import longattn
+from longattn import config as c
+from longattn import parallel
+from longattn.models import Transformer, init_params
+from longattn.parallel import mesh as meshes
+from longattn.train.step import context_of, state_shapes
+
+B, T, D, V = 4, 9, 5, 7
+IDS = np.tile(np.repeat([1, 2], (4, 5)), (B, 1)).astype(np.int32)
+
+
+def mesh_of(*sizes):
+    return parallel.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+
+
+def inputs(heads, decay, beta):
+    """Arrays of a call by their names, and the cotangents of its results."""
+    rng, H = np.random.default_rng(0), max(heads)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    call = {n: normal(B, T, h, d) for n, h, d in zip("qkv", heads, (D, D, V))}
+    call["k"] /= np.linalg.norm(call["k"], axis=-1, keepdims=True)
+    shape = {"fixed": (H,), "scalar": (B, T, H), "vector": (B, T, H, D)}.get(decay)
+    if shape:
+        call["log_decay"] = -np.abs(normal(*shape))
+    if beta:
+        call["beta"] = rng.uniform(0, 1, (B, T, H)).astype(np.float32)
+    call["initial_state"] = normal(B, H, D, V)
+    return call, (normal(B, T, H, V), normal(B, H, D, V))
+
+
+def results(f, call, cotangents):
+    def outputs_and_gradients(call, cotangents):
+        y, pull = jax.vjp(lambda call: f(**call, segment_ids=IDS, scale=0.5), call)
+        return y, pull(cotangents)
+
+    return jax.jit(outputs_and_gradients)(call, cotangents)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "heads", "decay", "beta"),
+    [
+        ((2, 1, 2, 1), (4, 2, 4), None, False),
+        ((1, 2, 2, 1), (6, 6, 6), "fixed", False),
+        ((2, 2, 2, 1), (1, 1, 4), "scalar", False),  # one query and key head, on all devices
+        ((1, 1, 3, 1), (3, 3, 6), "scalar", True),
+        ((4, 1, 1, 1), (3, 3, 3), "vector", True),
+    ],
+)
+def test_equals_one_device(mesh, heads, decay, beta):
+    mesh = mesh_of(*mesh)
+    call, cotangents = inputs(heads, decay, beta)
+    expected = results(longattn.linear_attention, call, cotangents)
+    got = results(lambda **call: parallel.linear_attention(**call, mesh=mesh), call, cotangents)
+    assert got[0][0].sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), None, "tensor")), 4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
+def test_refusals():
+    call, _ = inputs((4, 2, 4), None, False)
+    with pytest.raises(NotImplementedError, match="in 2 parts along 'seq'.*divide the batch"):
+        parallel.linear_attention(**call, mesh=mesh_of(1, 1, 1, 2))
+    with pytest.raises(NotImplementedError, match="the 2 heads of k do not divide over the 4 devices on 'tensor'"):
+        parallel.linear_attention(**call, mesh=mesh_of(1, 1, 4, 1))
+    with pytest.raises(ValueError, match="B=4 must be a multiple of 8"):
+        parallel.linear_attention(**call, mesh=mesh_of(8, 1, 1, 1))
+    with pytest.raises(ValueError, match="v.shape"):
+        parallel.linear_attention(call["q"], call["k"], call["v"][:, 1:], mesh=mesh_of(2, 1, 1, 1))
+    with pytest.raises(ValueError, match="mesh=None needs a current mesh"):
+        parallel.linear_attention(**call)
+
+
+MIXERS = (c.Mamba2(state=8), c.RetNet(), c.Softmax())
+MODEL = c.Model(N=3, E=8, F=12, H=4, K=2, D=4, W=17, dtype="float32", mixers=MIXERS)
+
+
+def test_models_on_a_mesh_equal_those_on_one_device():
+    cfg = c.Config(model=MODEL, data=c.MQAR(T=16, B=4, pairs=2, vocabulary=16), mesh=c.Mesh(data=2, fsdp=2, tensor=2))
+    context = context_of(cfg)
+    shapes = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda p: 0.3 * rng.standard_normal(p.shape).astype(p.dtype), shapes)
+    tokens = jax.random.randint(jax.random.key(1), (B, 16), 0, 17, jnp.int32)
+    f = lambda context: jax.jit(lambda p, t: Transformer(MODEL, context).apply({"params": p}, t)[0])
+    spread = jax.device_put(params, meshes.shardings(context.mesh, params))
+    np.testing.assert_allclose(f(context)(spread, tokens), f(None)(params, tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_has_a_rule():
+    """And those with heads are divided by them."""
+    family = (c.Performer(), c.GLA(), c.Mamba2(groups=2), c.GatedDeltaNet(), c.KimiDeltaAttention())
+    model = dataclasses.replace(MODEL, N=5, mixers=family)
+    cfg = c.Config(model=model, data=c.MQAR(T=16, B=4, pairs=2, vocabulary=16), mesh=c.Mesh(fsdp=2, tensor=2, seq=2))
+    for i in range(5):
+        for name, p in state_shapes(cfg, context_of(cfg)).params[f"layer_{i}"]["mixer"].items():
+            heads = (
+                name not in ("norm", "b", "c", "b_conv", "c_conv", "b_conv_bias", "c_conv_bias") and "down" not in name
+            )
+            assert heads == ("tensor" in jax.tree.leaves(p)[0].sharding.spec), name
