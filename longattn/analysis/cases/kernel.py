@@ -32,6 +32,7 @@ class Branch:
     asides: tuple[
         tuple[float, ...], ...
     ] = ()  # of a body: how often its branches without products run, if so many jump
+    alternative: str = ""  # of branches with such a name only those of one name run
     loop: float = 0.0  # of one of several bodies in the loop that a list leads to: how often the loop's own runs
 
 

@@ -1,7 +1,7 @@
 """This library's attention kernels for TPUs (`longattn.ops.attention.pallas_tpu`), which walk over lists of blocks.
 
 How often each body runs is summed over the very lists that the kernels would be given. The data decide which rows of
-blocks begin with a maximum, and which are computed once more.
+blocks are bounded, and which of the others are computed once more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from longattn.ops.attention.spec import Extras
 
 INT32 = 4  # bytes
 _TILES = {"forward": (512, 256), "backward": (256, 256)}  # queries and keys of one product where the shape names none
-_UNBOUNDED, _ONLINE = "of_unbounded", "of_others"  # the functions under the forward kernel's `pl.when`
+# The functions under the forward kernel's `pl.when`.
+_BOUNDED, _UNBOUNDED, _ONLINE = "of_bounded", "of_unbounded", "of_others"
 
 
 def _tuning(shape: Shape, kernel: str) -> Tuning:
@@ -143,30 +144,35 @@ def _forward(shape: Shape) -> tuple[Kernel, ...]:
     *cut_sent, whole_sent = [shape.H * sent for sent in found.events(1)["sent"]]
     rows_of_whole = shape.H * int((found.visits[:, -1] > 0).sum())
 
-    def body(what: str, runs: int, sent: int, data: str = "") -> Branch:
-        return Branch(what, runs, data, asides=((sent, runs), (sent, runs, runs)))
+    def body(data: str, what: str, runs: int, sent: int) -> Branch:
+        which = _BOUNDED if data == _BOUNDED else _UNBOUNDED
+        return Branch(f"{what}, {data[3:]}", runs, data, ((sent, runs), (sent, runs, runs)), which)
 
-    def of_cut(data: str = "") -> list[Branch]:
+    def of_cut(data: str) -> list[Branch]:
         if found.tiles is None:
-            return [body(f"cut block {i}", *counts, data) for i, counts in enumerate(zip(cut, cut_sent))]
-        return [Branch(what, runs, data, loop=sum(cut)) for what, runs in _groups(found.tiles, shape.H)]
+            return [body(data, f"cut block {i}", *counts) for i, counts in enumerate(zip(cut, cut_sent))]
+        tiles = [body(data, what, runs, 0) for what, runs in _groups(found.tiles, shape.H)]
+        tiles = [replace(branch, loop=sum(cut)) for branch in tiles]
+        last = body(data, "last cut tile's product", shape.H * int((found.visits[:, 0] > 0).sum()), 0)
+        return tiles if data == _ONLINE else [*tiles, last]
 
-    first = Branch("first maximum of an unbounded row", shape.H * found.rows, _UNBOUNDED)
-    straight = of_cut()
-    if found.tiles is not None:
-        straight.append(body("last cut tile's product", shape.H * int((found.visits[:, 0] > 0).sum()), 0))
-    straight += [
-        body("first whole block of a row", rows_of_whole, whole_sent),
-        body("whole block", whole - rows_of_whole, 0),
+    bodies = [
+        *of_cut(_BOUNDED),
+        body(_BOUNDED, "first whole block of a row", rows_of_whole, whole_sent),
+        body(_BOUNDED, "whole block", whole - rows_of_whole, 0),
+        body(_UNBOUNDED, "first maximum", shape.H * found.rows, 0),
+        *of_cut(_UNBOUNDED),
+        body(_UNBOUNDED, "whole block", whole, whole_sent),
+        *of_cut(_ONLINE),
+        body(_ONLINE, "whole block", whole, whole_sent),
     ]
-    online = [*of_cut(_ONLINE), body("whole block, online", whole, whole_sent, _ONLINE)]
     number = INT32 * bool(shape.documents)
     query = row(shape.D) + row(shape.values) + F32 + number  # q, out, lse, segment id
     key = row(shape.D) + row(shape.values) + number
     per_head = found.rows * (shape.bT * query + found.words * INT32) + found.blocks * shape.bS * key
     steps = shape.H * found.rows
-    bodies, moved = (first, *straight, *online), float(shape.H * per_head)
-    return (Kernel("longattn_attention_forward", steps, bodies, flops(shape, "DV"), moved, lists=True),)
+    moved = float(shape.H * per_head)
+    return (Kernel("longattn_attention_forward", steps, tuple(bodies), flops(shape, "DV"), moved, lists=True),)
 
 
 def _backward(shape: Shape) -> tuple[Kernel, ...]:

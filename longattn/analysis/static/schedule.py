@@ -163,7 +163,7 @@ class Weighted:
 
     name: str
     cycles: float
-    cycles_worst: float  # if every branch that depends on the data ran whenever asked
+    cycles_worst: float  # if every branch that depends on the data ran whenever asked; of alternatives the costliest
     busy: dict[str, float]  # cycles for which each unit would be busy if nothing else were in the way
     cores: int  # that the grid spreads over
     spills: int  # spilling stores in the schedule, each counted once
@@ -206,19 +206,21 @@ def weigh(schedule: Schedule, kernel: Kernel, cores: int, rates: Mapping[str, fl
         asides = next((runs for runs in branch.asides if len(runs) == len(jumps)), ())
         declared |= {id(jump): replace(branch, what="", runs=runs) for jump, runs in zip(jumps, asides)}
     rows: list[Executions] = []
-    cycles, worst, filled = 0.0, 0.0, dict.fromkeys(schedule.capacity, 0.0)
+    cycles, filled = 0.0, dict.fromkeys(schedule.capacity, 0.0)
+    worst = {"": 0.0}  # by alternative; "" is what runs in any case
 
     def times(branch: Branch) -> tuple[float, float]:
         most = branch.runs / found.cores
         return most * _rate(kernel, branch, rates), most
 
-    def add(region: Region, runs: float, most: float) -> None:
-        nonlocal cycles, worst
+    def add(region: Region, runs: float, most: float, alternative: str) -> None:
+        nonlocal cycles
         what = "grid step" if region is found.step else ""
         if id(region) in found.runs:
             runs = most = found.runs[id(region)]
         elif branch := declared.get(id(region)):
             (runs, most), what = times(branch), branch.what
+            alternative = branch.alternative or alternative
         elif region.kind == "loop" and region.trips is not None:
             runs, most = runs * region.trips, most * region.trips
         elif region.kind == "loop":
@@ -229,16 +231,17 @@ def weigh(schedule: Schedule, kernel: Kernel, cores: int, rates: Mapping[str, fl
             runs, most = map(max, zip(*inside))
         # Any other branch is charged whenever it is reached.
         cycles += runs * region.bundles
-        worst += most * region.bundles
+        worst[alternative] = worst.get(alternative, 0.0) + most * region.bundles
         for slot, n in region.slots.items():
             filled[slot] += runs * n
         rows.append(Executions(region.kind, what, region.bundles, runs, most, region.trips, region.start, region.end))
         for inner in region.inside:
-            add(inner, runs, most)
+            add(inner, runs, most, alternative)
 
-    add(schedule.root, 1.0, 1.0)
+    add(schedule.root, 1.0, 1.0, "")
     busy = {slot: n / schedule.capacity[slot] for slot, n in filled.items()}
-    return Weighted(kernel.name, cycles, worst, busy, found.cores, schedule.root.total("spill"), tuple(rows))
+    cycles_worst = worst.pop("") + max(worst.values(), default=0.0)
+    return Weighted(kernel.name, cycles, cycles_worst, busy, found.cores, schedule.root.total("spill"), tuple(rows))
 
 
 def _rate(kernel: Kernel, branch: Branch, rates: Mapping[str, float] | None) -> float:

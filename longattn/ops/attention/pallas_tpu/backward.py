@@ -290,7 +290,7 @@ def backward(
             pltpu.VMEM((RING, n.block_q, n.V), do.dtype),
             pltpu.VMEM((RING, 2, n.block_q), jnp.float32),
             pltpu.VMEM((RING, max(len(n.numbers), 1), n.block_q), jnp.int32),
-            n.bias_ring(RING, bias),
+            pltpu.VMEM(*n.bias_ring(RING, bias)),
             pltpu.VMEM((RING, n.D, n.block_q), jnp.float32),
             pltpu.VMEM((n.D, n.block_k), jnp.float32),
             pltpu.VMEM((n.V, n.block_k), jnp.float32),

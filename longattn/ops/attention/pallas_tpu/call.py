@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from longattn.mask import Mask
@@ -65,11 +64,11 @@ class Call:
             leaves.insert(self.sparse, sparse)
         return jax.tree.unflatten(self.mask, leaves)
 
-    def bias_ring(self, ring: int, bias: Array | None) -> Any:
-        """Room for so many blocks of the bias."""
+    def bias_ring(self, ring: int, bias: Array | None) -> tuple[tuple[int, ...], Any]:
+        """Shape and dtype of so many blocks of the bias, or of something small."""
         if bias is None:
-            return pltpu.VMEM((1, SUBLANES, LANES), jnp.float32)
-        return pltpu.VMEM((ring, min(bias.shape[2], self.block_q), self.block_k), bias.dtype)
+            return (1, SUBLANES, LANES), jnp.float32
+        return (ring, min(bias.shape[2], self.block_q), self.block_k), bias.dtype
 
     def cost(self, products: int, itemsize: int) -> pl.CostEstimate:
         """What XLA is told, so that it knows how much to do beside a kernel of so many D + V products."""

@@ -15,7 +15,7 @@ of the next one is computed, across blocks. A row of blocks that has a sum of P 
 computed once more, by the online softmax: right for any data.
 
 With such an m the greatest P of a row is no exact 1: in half precision its rounding, 2^-9 at most, is that of the
-result. Of a row that sees few keys it is divided out: of the tiles that the mask cuts, `norm` sums P as it was rounded.
+result. Of a row that sees few keys it is divided out: the tiles that the mask cuts also sum what rounding added to P.
 
 The kernel walks over a row's list (`blocks`) by itself: keys and values of the next block, or of the next row's first,
 are on their way while one is computed. Of a block that the mask cuts, each tile is left out, computed whole or masked
@@ -62,7 +62,7 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
         acc_ref,
         m_ref,
         l_ref,
-        norm_ref,
+        rest_ref,
         state,
         sems,
     ) = refs
@@ -134,22 +134,30 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
     # ---- m is known
 
     def weights(
-        slot: Array, j: Array, first: Array | int, strip: Array | int, masked: bool, sparse: Array | None = None
-    ) -> Array:
+        shifted: bool, slot: Array, j: Array, first: Array | int, strip: Array | int, masked: bool,
+        sparse: Array | None = None,
+    ) -> Array:  # fmt: skip
         """P of a tile, summed and rounded."""
-        p = jnp.exp2(c * (groups(logits(slot, first, strip)) - m_ref[strip][None])).reshape(pk, tq)
+        s = logits(slot, first, strip)
+        if shifted:
+            s = (groups(s) - m_ref[strip][None]).reshape(pk, tq)
+        p = jnp.exp2(c * s)
         if masked:
             p = jnp.where(shown(slot, j, first, pk, strip, sparse), p, 0.0)
         rounded = p.astype(p_ref.dtype)
         total = groups(p).sum(0)
         l_ref[strip] += total
-        norm_ref[strip] += groups(rounded.astype(p.dtype)).sum(0) if masked and p.dtype != rounded.dtype else total
+        if masked and p.dtype != rounded.dtype:
+            rest_ref[strip] += groups(rounded.astype(p.dtype)).sum(0) - total
         return rounded
 
-    def straight(pattern: blocks.Pattern, slot: Array, j: Array, before: Array | None, flush: bool) -> None:
+    def straight(
+        shifted: bool, pattern: blocks.Pattern, slot: Array, j: Array, before: Array | None, flush: bool
+    ) -> None:
         """One block: P of each chunk of keys, and P v of the chunk before it.
 
         Args:
+          shifted: whether m is not 0.
           before: the slot of the block whose last chunk's P is still to be multiplied by v, if there is one.
           flush: whether no block follows that would do so for this one.
         """
@@ -166,7 +174,8 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
                 if kind == EMPTY:
                     p_ref[chunk % 2, strip, where] = jnp.zeros((pk, tq), p_ref.dtype)
                 else:
-                    p_ref[chunk % 2, strip, where] = weights(slot, j, chunk * tk + part * pk, strip, kind == PARTIAL)
+                    first = chunk * tk + part * pk
+                    p_ref[chunk % 2, strip, where] = weights(shifted, slot, j, first, strip, kind == PARTIAL)
 
         def multiply(chunk: int, strip: int) -> None:
             if seen := used(chunk, strip):
@@ -184,13 +193,13 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
             for strip in range(strips):
                 multiply(chunks - 1, strip)
 
-    def tiled(step: Array, slot: Array) -> Array:
+    def tiled(shifted: bool, step: Array, slot: Array) -> Array:
         """One block whose tiles are listed: P of each, and P v of the tile before it, be it one of another block."""
         arrive(step, slot)
 
         def group(found: list[tuple[Array, Array]], masked: bool) -> None:
             for i, (t, sparse) in enumerate(found):
-                p = weights(slot, block(step), *place(t)[::-1], masked, sparse)
+                p = weights(shifted, slot, block(step), *place(t)[::-1], masked, sparse)
                 if i == 0:
                     multiply_late()
                 else:
@@ -215,11 +224,12 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
     def multiply_late() -> None:
         multiply(state[_LATE_SLOT], state[_LATE], late_ref[...])
 
-    def all_tiled(start: Array) -> Array:
+    def all_tiled(shifted: bool, start: Array) -> Array:
         """The blocks of a row that are cut."""
-        state[_LATE_SLOT], state[_LATE] = start, jnp.int32(0)  # a tile of no keys comes first
+        (_, group), _ = listed.groups(0)
+        state[_LATE_SLOT], state[_LATE] = start, group(0)[0][0]  # the first tile, of which P is 0, comes first
         late_ref[...] = jnp.zeros_like(late_ref)
-        slot = lax.fori_loop(0, cut, tiled, start)
+        slot = lax.fori_loop(0, cut, functools.partial(tiled, shifted), start)
         pl.when(cut > 0)(multiply_late)
         return slot
 
@@ -261,16 +271,50 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
         state[_SLOT] = 0
         state[_FETCHED] = 0
 
-    def begin() -> None:
-        acc_ref[...] = jnp.zeros_like(acc_ref)
-        l_ref[...], norm_ref[...] = jnp.zeros_like(l_ref), jnp.zeros_like(norm_ref)
+    def begin(m: float) -> None:
+        acc_ref[...], m_ref[...] = jnp.zeros_like(acc_ref), jnp.full_like(m_ref, m)
+        l_ref[...], rest_ref[...] = jnp.zeros_like(l_ref), jnp.zeros_like(rest_ref)
 
-    begin()
-    start = state[_SLOT]
-    m_ref[...] = jnp.zeros_like(m_ref)
-    known = (bound == 1) | (seen == 0)
+    def alone(shifted: bool, pattern: blocks.Pattern, step: Array, slot: Array) -> Array:
+        arrive(step, slot)
+        straight(shifted, pattern, slot, block(step), None, True)
+        return after(slot)
 
-    @pl.when(~known)
+    def following(step: Array, slots: tuple[Array, Array]) -> tuple[Array, Array]:
+        slot, before = slots
+        arrive(step, slot)
+        straight(False, of_whole, slot, block(step), before, False)
+        return after(slot), slot
+
+    def cut_blocks(shifted: bool) -> Array:
+        """The blocks of a row that are cut; returns the slot after them."""
+        if n.patterns is None:
+            return all_tiled(shifted, start)
+        slot = start
+        for i, pattern in enumerate(n.patterns):
+            slot = lax.fori_loop(*listed.steps(i), functools.partial(alone, shifted, pattern), slot)
+        return slot
+
+    begin(0.0)
+    start, state[_BAD] = state[_SLOT], 0
+
+    @pl.when(bound == 1)
+    def of_bounded() -> None:
+        slot = cut_blocks(False)
+
+        @pl.when(cut < seen)
+        def _whole() -> None:
+            arrive(cut, slot)
+            straight(False, of_whole, slot, block(cut), None, False)
+            state[_SLOT], before = lax.fori_loop(cut + 1, seen, following, (after(slot), slot))
+            for strip in range(strips):
+                acc_ref[strip] += weighted(before, (chunks - 1) * tk, slice(0, tk), p_ref[1, strip])
+
+        @pl.when(cut == seen)
+        def _none() -> None:
+            state[_SLOT] = slot
+
+    @pl.when((bound == 0) & (seen > 0))
     def of_unbounded() -> None:
         pl.when(state[_FETCHED] == 0)(lambda: fetch(row).start(block(0), start))
         fetch(row).wait(block(0), start)
@@ -278,39 +322,9 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
         for strip in range(strips):
             m = groups(logits(start, 0, strip)).max(0).max(0, keepdims=True)
             m_ref[strip] = jnp.broadcast_to(m, m_ref.shape[1:])
-
-    slot = start
-    if n.patterns is None:
-        slot = all_tiled(slot)
-    for i, pattern in enumerate(n.patterns or ()):
-
-        def alone(step: Array, slot: Array, pattern: blocks.Pattern = pattern) -> Array:
-            arrive(step, slot)
-            straight(pattern, slot, block(step), None, True)
-            return after(slot)
-
-        slot = lax.fori_loop(*listed.steps(i), alone, slot)
-
-    def following(step: Array, slots: tuple[Array, Array]) -> tuple[Array, Array]:
-        slot, before = slots
-        arrive(step, slot)
-        straight(of_whole, slot, block(step), before, False)
-        return after(slot), slot
-
-    @pl.when(cut < seen)
-    def _whole() -> None:
-        arrive(cut, slot)
-        straight(of_whole, slot, block(cut), None, False)
-        state[_SLOT], before = lax.fori_loop(cut + 1, seen, following, (after(slot), slot))
-        for strip in range(strips):
-            acc_ref[strip] += weighted(before, (chunks - 1) * tk, slice(0, tk), p_ref[1, strip])
-
-    @pl.when(cut == seen)
-    def _none() -> None:
+        slot = cut_blocks(True)
+        slot = lax.fori_loop(cut, seen, functools.partial(alone, True, of_whole), slot)
         state[_SLOT] = slot
-
-    @pl.when(~known)
-    def _judge() -> None:
         index = row * n.block_q + lax.broadcasted_iota(jnp.int32, (1, tq), 1)
         good = jnp.ones((1, tq), jnp.bool_)
         for strip in range(strips):
@@ -318,25 +332,23 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
             good &= (index + strip * tq >= n.T) | ((total > 2.0**-SAFE) & (total < 2.0**SAFE))
         state[_BAD] = 1 - jnp.min(good.astype(jnp.int32))
 
-    @pl.when(~known & (state[_BAD] == 1))
+    @pl.when(state[_BAD] == 1)
     def of_others() -> None:
-        begin()
-        m_ref[...] = jnp.full_like(m_ref, NEVER)
+        begin(NEVER)
         slot = state[_SLOT]
         pl.when(state[_FETCHED] == _SENT)(lambda: fetch(row).wait(listed.following, slot))  # it is sent for once more
         state[_FETCHED] = 0
         for i, pattern in enumerate([*of_cut, of_whole]):
             slot = lax.fori_loop(*listed.steps(i), functools.partial(block_online, pattern), slot)
         state[_SLOT] = slot
-        norm_ref[...] = l_ref[...]
 
     for strip in range(strips):
-        total, norm = (ref[strip].sum(0, keepdims=True) for ref in (l_ref, norm_ref))
+        total, rest = (ref[strip].sum(0, keepdims=True) for ref in (l_ref, rest_ref))
         m = m_ref[strip, :1]
         empty = (total == 0.0) | (m == NEVER)
-        total, norm = jnp.where(empty, 1.0, total), jnp.where(empty, 1.0, norm)
+        total = jnp.where(empty, 1.0, total)
         columns = slice(strip * tq, (strip + 1) * tq)
-        o_ref[columns] = jnp.where(empty, 0.0, acc_ref[strip] * (1.0 / norm)).T.astype(o_ref.dtype)
+        o_ref[columns] = jnp.where(empty, 0.0, acc_ref[strip] * (1.0 / (total + rest))).T.astype(o_ref.dtype)
         lse_ref[:, columns] = jnp.where(empty, -jnp.inf, m + jnp.log2(total) * (1 / c))
 
 
@@ -382,7 +394,7 @@ def forward(
             pltpu.VMEM((RING, n.block_k, n.D), k.dtype),
             pltpu.VMEM((RING, n.block_k, n.V), v.dtype),
             pltpu.VMEM((RING, max(len(n.numbers), 1), n.block_k), jnp.int32),
-            n.bias_ring(RING, bias),
+            pltpu.VMEM(*n.bias_ring(RING, bias)),
             pltpu.VMEM((2, strips, chunk, n.tile_q), v.dtype),
             pltpu.VMEM((n.tile_k, n.tile_q), v.dtype),
             pltpu.VMEM((strips, n.V, n.tile_q), jnp.float32),
