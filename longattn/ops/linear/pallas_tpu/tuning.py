@@ -1,0 +1,84 @@
+"""Sizes: what a caller may set, and the choice per chip and shape."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jax.experimental.pallas import tpu as pltpu
+
+from longattn.ops import dispatch
+from longattn.ops.linear.pallas_tpu.chunk import SUBLANES
+
+LANES = 128
+SPAN = 512  # tokens, at least those of a chunk: one state of so many is kept for the backward pass
+_MiB = 2**20
+_CHUNKS = (16, 32, 64, 128, 256)
+_HEADS = 8  # chains of products in flight
+_SPARE = 16 * _MiB  # for what the compiler keeps besides: registers that it spills, constants
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Sizes of both kernels; None chooses. They change the result by rounding only."""
+
+    chunk: int | None = None  # tokens
+    heads: int | None = None  # of one program, at most
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk not in _CHUNKS:
+            raise ValueError(f"{self.chunk=} must be one of {', '.join(map(str, _CHUNKS))}")
+        if self.heads is not None and self.heads < 1:
+            raise ValueError(f"{self.heads=} must be at least 1")
+
+
+def heads_of(H: int, heads: tuple[int, ...], most: int) -> list[int]:
+    """How many heads a program may take, most first: they share whole heads of q, k and v, or parts of one."""
+    fits = lambda h, n: h % (H // n) == 0 or (H // n) % h == 0
+    return [h for h in range(min(most, H), 0, -1) if H % h == 0 and all(fits(h, n) for n in heads)]
+
+
+def _padded(*shape: int, itemsize: int = 4) -> int:
+    """Bytes of an array in whole registers."""
+    *lead, rows, columns = shape
+    tile = SUBLANES * 4 // itemsize if rows > 1 else 1
+    return math.prod(lead) * -(-rows // tile) * tile * -(-columns // LANES) * LANES * itemsize
+
+
+def fast_memory(
+    block_h: int, chunk: int, rows: int, D: int, V: int, itemsize: int, decay: str, delta: bool
+) -> int:  # fmt: skip
+    """Bytes of fast memory to allow either kernel; what Pallas fetches by itself is held twice."""
+    tokens = block_h * (_padded(rows, D, itemsize=itemsize) + _padded(rows, V, itemsize=itemsize))
+    decays = {"none": 0, "scalar": block_h * rows // chunk * _padded(1, chunk), "vector": block_h * _padded(rows, D)}
+    state, pairs = block_h * _padded(D, V), block_h * _padded(chunk, chunk)
+    given = 4 * tokens + 2 * decays[decay] + 2 * delta * decays["scalar"] + 3 * state
+    kept = (rows // chunk + 1) * state + delta * (rows // chunk) * pairs
+    work = block_h * (12 * _padded(chunk, max(D, V)) + 12 * _padded(chunk, chunk))
+    return 2 * given + kept + work + _SPARE
+
+
+def capacity() -> int:
+    """Bytes of fast memory of a core that a kernel may take; the rest is left to XLA."""
+    bytes_ = pltpu.get_tpu_info().vmem_capacity_bytes if dispatch.target().platform == "tpu" else 64 * _MiB
+    return bytes_ * 7 // 8
+
+
+def choose(
+    tuning: Tuning | None, H: int, heads: tuple[int, ...], T: int, D: int, V: int, itemsize: int, decay: str,
+    delta: bool,
+) -> tuple[int, int, int, int]:  # fmt: skip
+    """(chunk, chunks of a span, heads of a program, bytes of fast memory).
+
+    Raises:
+      NotImplementedError: if nothing fits.
+    """
+    tuning = tuning or Tuning()
+    chunk = tuning.chunk or LANES
+    unit = max(chunk, LANES)
+    rows = min(SPAN, -(-T // unit) * unit)
+    for block_h in heads_of(H, heads, tuning.heads or _HEADS):
+        size = fast_memory(block_h, chunk, rows, D, V, itemsize, decay, delta)
+        if size <= capacity():
+            return chunk, rows // chunk, block_h, size
+    raise NotImplementedError(f"heads of {D=} and {V=} do not fit the {capacity() // _MiB} MiB of fast memory")
