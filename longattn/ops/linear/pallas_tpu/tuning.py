@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jax.experimental.pallas import tpu as pltpu
-
-from longattn.ops import dispatch
 from longattn.ops.linear.pallas_tpu.chunk import SUBLANES
 
 LANES = 128
@@ -15,7 +12,8 @@ SPAN = 512  # tokens, at least those of a chunk: one state of so many is kept fo
 _MiB = 2**20
 _CHUNKS = (16, 32, 64, 128, 256)
 _HEADS = 8  # chains of products in flight
-_SPARE = 16 * _MiB  # for what the compiler keeps besides: registers that it spills, constants
+_CAPACITY = 56 * _MiB  # for a kernel, of the 64 that a core has at least; the rest is left to XLA
+_SPARE = 8 * _MiB  # for what the compiler keeps besides: registers that it spills, constants
 
 
 @dataclass(frozen=True)
@@ -58,12 +56,6 @@ def fast_memory(
     return 2 * given + kept + work + _SPARE
 
 
-def capacity() -> int:
-    """Bytes of fast memory of a core that a kernel may take; the rest is left to XLA."""
-    bytes_ = pltpu.get_tpu_info().vmem_capacity_bytes if dispatch.target().platform == "tpu" else 64 * _MiB
-    return bytes_ * 7 // 8
-
-
 def choose(
     tuning: Tuning | None, H: int, heads: tuple[int, ...], T: int, D: int, V: int, itemsize: int, decay: str,
     delta: bool,
@@ -79,6 +71,6 @@ def choose(
     rows = min(SPAN, -(-T // unit) * unit)
     for block_h in heads_of(H, heads, tuning.heads or _HEADS):
         size = fast_memory(block_h, chunk, rows, D, V, itemsize, decay, delta)
-        if size <= capacity():
+        if size <= _CAPACITY:
             return chunk, rows // chunk, block_h, size
-    raise NotImplementedError(f"heads of {D=} and {V=} do not fit the {capacity() // _MiB} MiB of fast memory")
+    raise NotImplementedError(f"heads of {D=} and {V=} do not fit the {_CAPACITY // _MiB} MiB of fast memory")
