@@ -11,6 +11,7 @@ between two others, never differences of sums, so that none is positive and any 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+LOG2E = math.log2(math.e)
 SUBLANES = 8
 _BASE = 16  # rows of the diagonal blocks that are inverted by a product of powers
 
@@ -61,15 +63,12 @@ def _dot_forward(a: Array, b: Array, form: str, dtype: Any, pieces: tuple[int, i
 
 
 def _dot_backward(form: str, dtype: Any, pieces: tuple[int, int], residuals: Any, ct: Array) -> tuple[Array, Array]:
-    (a, b), (of_a, of_b), of_ct = residuals, pieces, max(pieces)
+    (a, b), given = residuals, pieces[0]
     if form == "NN":
-        da = _product(ct, b, "NT", dtype, (of_ct, of_b))
-        return da, _product(a, ct, "TN", dtype, (of_a, of_ct))
+        return _product(ct, b, "NT", dtype), _product(a, ct, "TN", dtype, (given, 1))
     if form == "NT":
-        da = _product(ct, b, "NN", dtype, (of_ct, of_b))
-        return da, _product(ct, a, "TN", dtype, (of_ct, of_a))
-    da = _product(b, ct, "NT", dtype, (of_b, of_ct))
-    return da, _product(a, ct, "NN", dtype, (of_a, of_ct))
+        return _product(ct, b, "NN", dtype), _product(ct, a, "TN", dtype, (1, given))
+    return _product(b, ct, "NT", dtype), _product(a, ct, "NN", dtype, (given, 1))
 
 
 dot.defvjp(_dot_forward, _dot_backward)
@@ -84,14 +83,15 @@ def _inverse(a: Array, dtype: Any) -> Array:
     C = a.shape[-1]
     i, j = _indices(C)
     product = functools.partial(_product, form="NN", dtype=dtype)
-    power = jnp.where(i // _BASE == j // _BASE, a, 0.0)
+    differ = i ^ j  # below the size of the blocks that hold both
+    power = jnp.where(differ < _BASE, a, 0.0)
     x = jnp.where(i == j, 1.0, -power)
     for _ in range(3):
         power = product(power, power)
         x = x + product(x, power)
     size = _BASE
     while size < C:
-        c = jnp.where((i // (2 * size) == j // (2 * size)) & (i // size != j // size), a, 0.0)
+        c = jnp.where((differ >= size) & (differ < 2 * size), a, 0.0)
         x = x - product(product(x, c), x)
         size *= 2
     return x
@@ -158,11 +158,30 @@ def _blocks(x: Array, h: int) -> list[Array]:
     return [x[:, r : r + h] for r in range(0, x.shape[1], h)]
 
 
+@jax.custom_vjp
+def _base_2(g: Array) -> Array:
+    """log_decay as exponents of 2, for `_exp`. Their gradients are those of log_decay: the factors cancel."""
+    return g * LOG2E
+
+
+_base_2.defvjp(lambda g: (_base_2(g), None), lambda _, ct: (ct,))
+
+
+@jax.custom_vjp
+def _exp(exponent: Array) -> Array:
+    """2^exponent; see `_base_2`."""
+    return jnp.exp2(exponent)
+
+
+_exp.defvjp(lambda exponent: (jnp.exp2(exponent),) * 2, lambda decay, ct: (ct * decay,))
+
+
 def _levels(g: Array) -> tuple[list[tuple[int, Array]], Array, Array]:
     """The exponents of vector decays [H C D]: per level, of blocks of 2 h tokens, of a token in the right half the sum
     from the half's begin to it, of one in the left half the sum after it to the half's end; then both for the chunk.
     """
     H, C, D = g.shape
+    g = _base_2(g)
     levels, h = [], 1
     before = g.reshape(H * C // SUBLANES, SUBLANES, D)
     after = jnp.zeros_like(before)
@@ -189,14 +208,33 @@ def _levels(g: Array) -> tuple[list[tuple[int, Array]], Array, Array]:
     return levels, before[0], after[0]
 
 
-def _placed(x: Array, rows: Array, h: int, mask: Array) -> Array:
-    """x with `rows` where the mask shows; they are all rows, or those of the right halves of blocks of 2 h."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _placed(x: Array, rows: Array, mask: Array, h: int) -> Array:
+    """x with `rows` where the mask shows; they are all rows, or those of the right halves of blocks of 2 h.
+
+    Masks show each pair once, so that what the gradient of x holds of `rows` is left to the next mask to throw away.
+    """
     if rows.shape == x.shape:
         return jnp.where(mask, rows, x)
     kept, shown, new = _blocks(x, h), _blocks(mask, h), _blocks(rows, h)
     for r in range(1, len(kept), 2):
         kept[r] = jnp.where(shown[r], new[r // 2], kept[r])
     return jnp.concatenate(kept, axis=1)
+
+
+def _placed_backward(h: int, residuals: tuple[Array, bool], ct: Array) -> Any:
+    mask, whole = residuals
+    shown = (
+        jnp.where(mask, ct, 0.0)
+        if whole
+        else jnp.concatenate(
+            [jnp.where(m, x, 0.0) for m, x in zip(_blocks(mask, h)[1::2], _blocks(ct, h)[1::2])], axis=1
+        )
+    )
+    return ct, shown, None
+
+
+_placed.defvjp(lambda x, rows, mask, h: (_placed(x, rows, mask, h), (mask, rows.shape == x.shape)), _placed_backward)
 
 
 def _pairs(n: Statics, q: Array | None, k: Array, levels: list[tuple[int, Array]]) -> tuple[Array | None, Array | None]:
@@ -210,7 +248,7 @@ def _pairs(n: Statics, q: Array | None, k: Array, levels: list[tuple[int, Array]
     qk = None if q is None else jnp.where(i == j, dot(q, k, "NT", n.dtype), 0.0)
     found = {"q": qk, "k": jnp.zeros((k.shape[0], n.C, n.C), jnp.float32) if n.delta else None}
     for h, exponent in levels:
-        decay, mask = jnp.exp(exponent), (i > j) & ((i ^ j) // h == 1)
+        decay, mask = _exp(exponent), (i > j) & ((i ^ j) >= h) & ((i ^ j) < 2 * h)
         scaled = k * decay
         sides = {} if q is None else {"q": q * decay}
         sides |= {"k": scaled} if n.delta else {}
@@ -218,7 +256,7 @@ def _pairs(n: Statics, q: Array | None, k: Array, levels: list[tuple[int, Array]
             sides = {name: jnp.concatenate(_blocks(x, h)[1::2], axis=1) for name, x in sides.items()}
         products = dot(jnp.concatenate(list(sides.values()), axis=1), scaled, "NT", n.dtype)
         for name, rows in zip(sides, _blocks(products, products.shape[1] // len(sides))):
-            found[name] = _placed(found[name], rows, h, mask)
+            found[name] = _placed(found[name], rows, mask, h)
     return found["q"], found["k"]
 
 
@@ -264,17 +302,19 @@ def chunk(
       known: (I + A)^-1 [H C C], where it was computed before.
     """
     q, k, v = (_shared(x, S.shape[0]) for x in (t.q, t.k, t.v))
-    g, rounded = t.g, 1  # pieces of what is as exact as the inputs
+    g, rounded, of_q = t.g, 1, 1  # pieces of what is as exact as the inputs
+    if q is not None and n.scale != 1.0:
+        q, of_q = q * n.scale, 1 if math.frexp(n.scale)[0] == 0.5 else 2
     i, j = _indices(n.C)
     q_in, k_in, k_out, kept = q, k, k, None
     if n.decay == "vector":
         levels, before, after = _levels(g)
-        into, out_of = jnp.exp(before), jnp.exp(after)
+        into, out_of = _exp(before), _exp(after)
         a, b = _indices(g.shape[2])
         kept = jnp.exp(_column(jnp.sum(g, axis=1, keepdims=True), a == b))
         qk, kk = _pairs(n, q, k, levels)
     else:
-        qk = None if q is None else dot(q, k, "NT", n.dtype)
+        qk = None if q is None else dot(q, k, "NT", n.dtype, (of_q, 1))
         kk = dot(k, k, "NT", n.dtype) if n.delta else None
         if n.decay == "scalar":
             between = jnp.exp(_between(g, n.dtype))
@@ -282,7 +322,7 @@ def chunk(
             into, out_of = jnp.exp(_column(g, i >= j)), jnp.exp(_column(g, i < j))
             kept = jnp.exp(jnp.sum(g, axis=2, keepdims=True))
     if n.decay != "none":
-        q_in, k_in, k_out, rounded = None if q is None else q * into, k * into, k * out_of, 2
+        q_in, k_in, k_out, rounded, of_q = None if q is None else q * into, k * into, k * out_of, 2, 2
     lower, below, passed = i >= j, i > j, S
     if starts is not None:
         own, last = _column(starts, i == j), starts[:, :, n.C - 1 :]
@@ -296,7 +336,6 @@ def chunk(
         v = dot(x, beta * (v - dot(k_in, S, "NN", n.dtype, (rounded, 2))), "NN", n.dtype, (2, 2))
     out = None
     if q is not None:
-        out = dot(q_in, S, "NN", n.dtype, (rounded, 2)) + dot(jnp.where(lower, qk, 0.0), v, "NN", n.dtype, (2, of_v))
-        out = n.scale * out
+        out = dot(q_in, S, "NN", n.dtype, (of_q, 2)) + dot(jnp.where(lower, qk, 0.0), v, "NN", n.dtype, (2, of_v))
     passed = passed if kept is None else kept * passed
     return out, passed + dot(k_out, v, "TN", n.dtype, (rounded, of_v)), x
