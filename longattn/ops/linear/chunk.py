@@ -7,8 +7,8 @@ With S the state before the chunk and g(j, i] the sum of log_decay over the toke
     o    = scale * (e^g(0, i] q S + P U),  P_ij = (q_i . k_j) e^g(j, i], on and below the diagonal
     S'   = e^g(0, C] S + (e^g(j, C] k)^T U
 
-Section 3.3 of arXiv:2412.06464, with a plus in the inverse; for a decay per channel, which lies inside the products over
-D, arXiv:2510.26692.
+Section 3.3 of arXiv:2412.06464, with a plus in the inverse; arXiv:2510.26692 for a decay per channel, which lies inside
+of the products over D.
 
 No exponent is positive and none is a difference of two sums, so every decay is exact to rounding. For a decay per
 channel the pairs (i, j) are split by the highest bit in which they differ: with m the last token of the left half of
@@ -61,7 +61,7 @@ def _halves(x: Array) -> tuple[Array, Array]:
 
 
 def _triangular(diagonal: Array, corner: Callable[[Array, Array], Array]) -> Array:
-    """Lower triangular [... C C] of the diagonal [... C]: blocks a, b [... N h h] become [[a, 0], [corner(a, b), b]]."""
+    """Lower triangular [... C C] of a diagonal [... C]: blocks a, b [... N h h] become [[a, 0], [corner(a, b), b]]."""
     x = diagonal[..., None, None]
     while x.shape[-3] > 1:
         a, b = _halves(x)
@@ -119,7 +119,7 @@ def _heads(x: Array, H: int, n: Sizes) -> Array:
 
 
 def _sums(a: Array) -> list[tuple[Array, Array]]:
-    """Of a [... C D], for blocks of h = 1, 2, 4 ... C tokens [... N h D]: from the first to each, and from after each."""
+    """Sums of a [... C D] in blocks of h = 1, 2, 4 ... C tokens [... N h D]: up to each token, and from after it on."""
     a = a[..., None, :]
     found = [(a, jnp.zeros_like(a))]
     while found[-1][0].shape[-3] > 1:

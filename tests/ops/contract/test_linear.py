@@ -1,0 +1,440 @@
+"""The contract of linear attention (rule 8 of the style): every back end passes all of it. A new one joins by one line.
+
+Sizes differ pairwise and are odd where they can be, so that a swapped axis cannot pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import longattn
+from longattn.ops.linear import xla
+from tests.ops import linear_oracle, oracle
+
+
+@dataclass(frozen=True)
+class BackEnd:
+    name: str
+    tunings: tuple[Any, ...] = (None,)  # the first of small chunks, so that small cases have many
+    chunk: int = 1  # tokens of the first tuning's chunks
+    names_residuals: bool = True  # its custom_vjp names linear_state
+    device: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # where it is accepted
+    refuses: tuple[tuple[str, str, str], ...] = ()  # (a value of a case, the reason, what to ask for instead)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def refusal(self, case: Case) -> str | None:
+        """The reason why it does not serve a case."""
+        return next((why for value, why, _ in self.refuses if value in dataclasses.astuple(case)), None)
+
+    def nearest(self, case: Case) -> Case:
+        """The case, or one that it serves in the place of it."""
+        instead = {value: other for value, _, other in self.refuses}
+        return Case(*(instead.get(x, x) for x in dataclasses.astuple(case)))
+
+
+BACK_ENDS = [
+    BackEnd("xla", tunings=(xla.Tuning(8), xla.Tuning(1), xla.Tuning(4), xla.Tuning(16)), chunk=8),
+    BackEnd("reference", names_residuals=False),
+]
+every_back_end = pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _on_its_device(request):
+    with request.getfixturevalue("back_end").device():
+        yield
+
+
+B, D, V, H = 4, 5, 7, 6
+LENGTHS = {"T=29": 29, "T=1": 1, "T=8": 8, "T=601": 601}
+KINDS = {  # log_decay's axes, and whether with beta
+    "plain": ("", False),
+    "constant decay": ("H", False),
+    "scalar decay": ("BTH", False),
+    "vector decay": ("BTHD", False),
+    "delta": ("", True),
+    "constant decay, delta": ("H", True),
+    "scalar decay, delta": ("BTH", True),
+    "vector decay, delta": ("BTHD", True),
+}
+HEADS = {"all equal": (6, 6, 6), "one q and k": (1, 1, 6), "fewer q and k": (2, 3, 6), "fewer v": (6, 6, 3)}
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str = "scalar decay, delta"
+    heads: str = "all equal"
+    length: str = "T=29"
+    ids: str = "one segment"
+    state: str = "from zero"
+    decays: str = "usual"
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return "-".join(dataclasses.astuple(self)).replace(",", "").replace(" ", "_")
+
+
+DOMAINS = {
+    "kind": list(KINDS),
+    "heads": list(HEADS),
+    "length": ["T=29", "T=1", "T=8"],
+    "ids": ["one segment", "segments"],
+    "state": ["from zero", "from a state"],
+    "decays": ["usual", "from e^-30 to 1", "beyond exp"],
+    "dtype": ["float32", "bfloat16", "float64", "float16"],
+}
+# Compiling is what takes the time: every pair of fewer values per factor; then of all, and a part of the whole grid.
+FEWER = {"length": ["T=29", "T=1"], "decays": ["usual", "from e^-30 to 1"], "dtype": ["float32", "bfloat16", "float64"]}
+SAMPLE = [Case(**row) for row in oracle.pairwise(DOMAINS | FEWER)] + [Case(dtype="float16"), Case(decays="beyond exp")]
+_everything = [Case(*values) for values in itertools.product(*DOMAINS.values())]
+_part = [_everything[i] for i in np.random.default_rng(1).permutation(len(_everything))[:50]]
+REST = [Case(**row) for row in oracle.pairwise(DOMAINS)] + _part
+
+
+@functools.cache
+def inputs(case: Case) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(differentiable arrays, the other keyword arguments, cotangents) of a case, in NumPy."""
+    rng = np.random.default_rng(7)
+    T, (Hq, Hk, Hv), (decay, delta) = LENGTHS[case.length], HEADS[case.heads], KINDS[case.kind]
+    dtype = jnp.dtype(case.dtype)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    k = normal(B, T, Hk, D)
+    if delta:
+        k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    arrays = {"q": normal(B, T, Hq, D).astype(dtype), "k": k.astype(dtype), "v": normal(B, T, Hv, V).astype(dtype)}
+    if decay:
+        shape = [{"B": B, "T": T, "H": H, "D": D}[axis] for axis in decay]
+        a = -0.1 * rng.exponential(size=shape)
+        if case.decays != "usual":
+            lowest = {"from e^-30 to 1": -30.0, "beyond exp": -1e30}[case.decays]
+            kind = rng.choice(4, shape)
+            a = np.where(kind == 0, 0.0, np.where(kind == 1, lowest, np.where(kind == 2, 30 * a, a)))
+        arrays["log_decay"] = a.astype(np.float32)
+    if delta:
+        arrays["beta"] = rng.uniform(0, 1.5, (B, T, H)).astype(np.float32)
+    if case.state == "from a state":
+        arrays["initial_state"] = normal(B, H, D, V)
+    options: dict[str, Any] = {"scale": 0.7}
+    if case.ids == "segments":  # unsorted, negative, none reserved
+        lengths = rng.random((B, T)) < 0.15
+        options["segment_ids"] = (np.cumsum(lengths, 1) % 3 * 7 - 3).astype(np.int32)
+    return arrays, options, {"out": normal(B, T, H, V).astype(dtype), "final_state": normal(B, H, D, V)}
+
+
+@functools.cache
+def expected(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(truth, plain implementation of the case's precision)."""
+    arrays, options, cotangents = inputs(case)
+    truth, plain = (
+        linear_oracle.linear_attention(
+            **arrays, **options, do=cotangents["out"], dS=cotangents["final_state"], dtype=dtype
+        )
+        for dtype in (np.float64, jnp.dtype(case.dtype))
+    )
+    return truth, plain
+
+
+def work(case: Case) -> Any:
+    """The dtype of states and accumulators."""
+    return np.float64 if case.dtype == "float64" else np.float32
+
+
+def with_gradients(attend, arrays, cotangents):
+    """out, final_state and the gradients of every array, as a dict."""
+    (out, S), pull = jax.vjp(lambda arrays: attend(**arrays), arrays)
+    (gradients,) = pull((cotangents["out"].astype(out.dtype), cotangents["final_state"].astype(S.dtype)))
+    return {"out": out, "final_state": S, **{f"d{name}": x for name, x in gradients.items()}}
+
+
+def function(back_end: BackEnd, case: Case, tuning: Any = None) -> Any:
+    """(arrays, cotangents, segment ids) -> dict of results, and these arguments."""
+    arrays, options, cotangents = inputs(case)
+
+    def f(arrays, cotangents, segment_ids):
+        attend = functools.partial(
+            longattn.linear_attention, implementation=back_end.name, tuning=tuning or back_end.tunings[0],
+            segment_ids=segment_ids, scale=options["scale"],
+        )  # fmt: skip
+        return with_gradients(attend, arrays, cotangents)
+
+    return f, (arrays, cotangents, options.get("segment_ids"))
+
+
+def check(back_end: BackEnd, case: Case, tuning: Any = None) -> None:
+    f, arguments = function(back_end, case, tuning)
+    with jax.enable_x64(case.dtype == "float64"):
+        if reason := back_end.refusal(case):
+            with pytest.raises(NotImplementedError, match=reason):
+                jax.eval_shape(f, *arguments)
+            return
+        results = jax.jit(f)(*arguments)
+    half = ("out", "dq", "dk", "dv")
+    for name, x in results.items():
+        given = arguments[0].get(name[1:])
+        assert x.dtype == (case.dtype if name in half else work(case) if given is None else given.dtype), name
+    oracle.assert_accurate(results, *expected(case), work(case))
+
+
+# The reference is compared again wherever another back end fails: a third of the sample will do.
+CHECKS = [(b, c) for b in BACK_ENDS for c in (SAMPLE[::3] if b.name == "reference" else SAMPLE)]
+
+
+@pytest.mark.parametrize(("back_end", "case"), CHECKS, ids=str)
+def test_forward_and_gradients(back_end, case):
+    check(back_end, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("back_end", "case"), [(b, c) for b in BACK_ENDS for c in SAMPLE + REST if (b, c) not in CHECKS], ids=str
+)
+def test_forward_and_gradients_of_the_rest(back_end, case):
+    check(back_end, case)
+
+
+PACKED = Case(ids="segments", state="from a state")
+
+
+@every_back_end
+def test_own_tuning_at_longer_lengths(back_end):
+    check(dataclasses.replace(back_end, tunings=(None,)), dataclasses.replace(PACKED, length="T=601"))
+
+
+@pytest.mark.parametrize(("back_end", "tuning"), [(b, t) for b in BACK_ENDS for t in b.tunings[1:]], ids=str)
+def test_chunk_sizes_change_rounding_only(back_end, tuning):
+    check(back_end, PACKED, tuning)
+
+
+@every_back_end
+def test_determinism(back_end):
+    f, arguments = function(back_end, back_end.nearest(PACKED))
+    f = jax.jit(f)
+    for a, b in zip(jax.tree.leaves(f(*arguments)), jax.tree.leaves(f(*arguments))):
+        np.testing.assert_array_equal(a, b)
+
+
+@every_back_end
+@pytest.mark.parametrize("kind", ["scalar decay, delta", "vector decay"])
+def test_causality(back_end, kind):
+    """What changes at a token changes nothing before it, not by a bit."""
+    arrays, options, _ = inputs(back_end.nearest(Case(kind=kind)))
+    f = jax.jit(
+        lambda arrays: longattn.linear_attention(
+            **arrays, **options, implementation=back_end.name, tuning=back_end.tunings[0]
+        )[0]
+    )
+    out = f(arrays)
+    for t in (3, 8, 20):
+        changed = {name: np.concatenate([x[:, :t], x[:, t:] * 0.5], 1) for name, x in arrays.items()}
+        np.testing.assert_array_equal(f(changed)[:, :t], out[:, :t])
+        assert (f(changed)[:, t] != out[:, t]).any()
+
+
+@every_back_end
+def test_packed_documents_are_separate_ones(back_end):
+    """To the bit where documents begin with chunks; others are compared with the oracle above."""
+    case = back_end.nearest(Case(kind="vector decay, delta"))
+    C = 2 * max(back_end.chunk, 8)
+    rng = np.random.default_rng(3)
+    arrays = {name: rng.permuted(np.resize(x, (1, 2 * C, *x.shape[2:])), axis=1) for name, x in inputs(case)[0].items()}
+
+    @jax.jit
+    def f(arrays, ids):
+        return longattn.linear_attention(
+            **arrays, segment_ids=ids, implementation=back_end.name, tuning=back_end.tunings[0]
+        )
+
+    ids = np.repeat(np.array([[4, 2]], np.int32), C, axis=1)
+    out, S = f(arrays, ids)
+    for i, half in enumerate((slice(0, C), slice(C, 2 * C))):
+        alone, state = f({name: x[:, half] for name, x in arrays.items()}, ids[:, half])
+        np.testing.assert_array_equal(out[:, half], alone)
+        if i:
+            np.testing.assert_array_equal(S, state)
+
+
+@every_back_end
+@pytest.mark.parametrize("kind", ["scalar decay", "vector decay, delta"])
+def test_the_state_carries_a_sequence_on(back_end, kind):
+    """Two calls, the second from the first's final state, have the results and the gradients of one."""
+    case = back_end.nearest(Case(kind=kind, state="from a state", heads="fewer q and k"))
+    arrays, options, cotangents = inputs(case)
+
+    def attend(initial_state, **arrays):
+        outs, S = [], initial_state
+        for part in (slice(0, 13), slice(13, None)):
+            out, S = longattn.linear_attention(
+                **{name: x[:, part] for name, x in arrays.items()}, **options, initial_state=S,
+                implementation=back_end.name, tuning=back_end.tunings[0],
+            )  # fmt: skip
+            outs.append(out)
+        return jnp.concatenate(outs, 1), S
+
+    results = jax.jit(functools.partial(with_gradients, attend))(arrays, cotangents)
+    oracle.assert_accurate(results, *expected(case), np.float32)
+
+
+@every_back_end
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_steps_go_on_where_it_ends(back_end, kind):
+    """Decoding: the last tokens one by one, from the state that the first ones leave."""
+    case = back_end.nearest(Case(kind=kind, heads="one q and k"))
+    arrays, options, _ = inputs(case)
+    fixed = {name: x for name, x in arrays.items() if x.ndim == 1}
+    arrays = {name: x for name, x in arrays.items() if x.ndim > 1}
+    call = functools.partial(
+        longattn.linear_attention, **fixed, **options, implementation=back_end.name, tuning=back_end.tunings[0]
+    )
+    out, S = call(**{name: x[:, :20] for name, x in arrays.items()})
+    outs = [out]
+    for t in range(20, 29):
+        out, S = longattn.linear_step(state=S, **{name: x[:, t] for name, x in arrays.items()}, **fixed, **options)
+        outs.append(out[:, None])
+    truth, plain = (
+        {name: x for name, x in results.items() if name in ("out", "final_state")} for results in expected(case)
+    )
+    oracle.assert_accurate({"out": np.concatenate(outs, 1), "final_state": S}, truth, plain, np.float32)
+
+
+@every_back_end
+@pytest.mark.parametrize(("size", "length"), [(2, 0), (0, 5)])
+def test_no_tokens(back_end, size, length):
+    q, v, S = jnp.ones((size, length, 2, 3)), jnp.ones((size, length, 4, 5)), jnp.ones((size, 4, 3, 5))
+
+    def loss(q, v, S, log_decay):
+        out, after = longattn.linear_attention(
+            q, q, v, log_decay=log_decay, initial_state=S, implementation=back_end.name
+        )
+        assert out.shape == v.shape
+        return jnp.sum(out) + 2 * jnp.sum(after)
+
+    gradients = jax.grad(loss, (0, 1, 2, 3))(q, v, S, -jnp.ones(4))
+    for dx, x in zip(gradients, (0 * q, 0 * v, 2 * S, jnp.zeros(4))):
+        np.testing.assert_array_equal(dx, x)
+    _, zeros = longattn.linear_attention(q, q, v, implementation=back_end.name)
+    np.testing.assert_array_equal(zeros, 0 * S)
+
+
+@every_back_end
+def test_vmap(back_end):
+    """Over everything but a constant decay, which is shared."""
+    case = back_end.nearest(dataclasses.replace(PACKED, kind="constant decay, delta"))
+    f, (arrays, cotangents, ids) = function(back_end, case)
+    flip = functools.partial(jax.tree.map, lambda x: np.stack([x, x[::-1]]))  # the second example reverses the batch
+    axes = {name: None if x.ndim == 1 else 0 for name, x in arrays.items()}
+    arrays = {name: x if x.ndim == 1 else flip(x) for name, x in arrays.items()}
+    results = jax.jit(jax.vmap(f, in_axes=(axes, 0, 0)))(arrays, flip(cotangents), flip(ids))
+    truth, plain = expected(case)
+    for i, order in enumerate((slice(None), slice(None, None, -1))):
+        got = {name: x[i] if name == "dlog_decay" else x[i][order] for name, x in results.items()}
+        oracle.assert_accurate(got, truth, plain, np.float32)
+
+
+@every_back_end
+@pytest.mark.parametrize(
+    ("kind", "heads"), [("constant decay, delta", "all equal"), ("vector decay", "one q and k")], ids=["all", "one"]
+)
+def test_shard_map(back_end, kind, heads):
+    """Over batch and heads, inside shard_map(check_vma=True): what is replicated gets its gradient summed."""
+    case = back_end.nearest(dataclasses.replace(PACKED, kind=kind, heads=heads))
+    f, (arrays, cotangents, ids) = function(back_end, case)
+    mesh = jax.make_mesh((2, 3), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    P = PartitionSpec
+    tokens, state = P("data", None, "model"), P("data", "model")
+    specs = {name: P("model") if x.ndim == 1 else tokens for name, x in arrays.items()} | {"initial_state": state}
+    specs |= dict.fromkeys(("q", "k"), P("data")) if heads == "one q and k" else {}
+    outs = {"out": tokens, "final_state": state}
+    sharded = jax.shard_map(
+        f, mesh=mesh, in_specs=(specs, outs, P("data")),
+        out_specs=outs | {f"d{name}": spec for name, spec in specs.items()}, check_vma=True,
+    )  # fmt: skip
+    oracle.assert_accurate(jax.jit(sharded)(arrays, cotangents, ids), *expected(case), np.float32)
+
+
+@every_back_end
+def test_traces_from_shapes(back_end):
+    x = jax.ShapeDtypeStruct((1, 4096, 4, 8), jnp.bfloat16)
+    out, S = jax.eval_shape(functools.partial(longattn.linear_attention, implementation=back_end.name), x, x, x)
+    assert (out.shape, out.dtype, S.shape, S.dtype) == (x.shape, x.dtype, (1, 4, 8, 8), jnp.float32)
+
+
+def equations(jaxpr):
+    """All equations, those of inner jaxprs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@every_back_end
+@pytest.mark.parametrize("kind", ["scalar decay, delta", "vector decay, delta"])
+def test_float32_products_are_full_and_residuals_are_named(back_end, kind):
+    f, arguments = function(back_end, back_end.nearest(dataclasses.replace(PACKED, kind=kind)))
+    with jax.default_matmul_precision("bfloat16"):
+        found = list(equations(jax.make_jaxpr(f)(*arguments).jaxpr))
+    products = [e for e in found if e.primitive.name == "dot_general"]
+    assert products
+    for product in products:
+        assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2, product
+    names = {e.params["name"] for e in found if e.primitive.name == "name"}
+    assert names >= ({"linear_state"} if back_end.names_residuals else set())
+
+
+@every_back_end
+def test_further_derivatives_work_or_name_the_reference(back_end):
+    q = jnp.ones((1, 5, 2, 3))
+    f = functools.partial(longattn.linear_attention, implementation=back_end.name)
+    hessian = jax.hessian(lambda v: jnp.sum(f(q, q, v)[0] ** 2))
+    if back_end.name == "reference":
+        _, (tangent, _) = jax.jvp(lambda v: f(q, q, v), (q,), (q,))
+        np.testing.assert_allclose(tangent[0, :, 0, 0], 3 * np.arange(1, 6), rtol=1e-6)
+        assert hessian(q)[0, 4, 0, 0, 0, 4, 0, 0] == 18
+    else:
+        with pytest.raises(Exception, match=r"jvp|forward-mode"):
+            jax.jvp(lambda v: f(q, q, v), (q,), (q,))
+        with pytest.raises(NotImplementedError, match="implementation='reference' has derivatives of any order"):
+            hessian(q)
+
+
+@every_back_end
+def test_what_is_remembered_of_keys_written_again(back_end):
+    """16 keys of 64 numbers, each written three times: only the last value counts. Sums cannot tell which it was."""
+    rng = np.random.default_rng(0)
+    N, keys, size = 8, 16, 64
+    key = rng.standard_normal((N, keys, size)).astype(np.float32)
+    key /= np.linalg.norm(key, axis=-1, keepdims=True)
+    values = rng.standard_normal((N, 3 * keys, size)).astype(np.float32)
+    order = np.stack([np.concatenate([rng.permutation(keys) for _ in range(3)]) for _ in range(N)])
+    k = np.take_along_axis(key, order[..., None], 1)[:, :, None]
+    last = np.stack([[np.flatnonzero(row == i)[-1] for i in range(keys)] for row in order])
+
+    def recalled(**model):
+        _, S = longattn.linear_attention(
+            k, k, values[:, :, None], **model, implementation=back_end.name, tuning=back_end.tunings[0]
+        )
+        read = np.einsum("NKD,NDV->NKV", key, np.asarray(S)[:, 0])
+        return (np.einsum("NKV,NTV->NKT", read, values).argmax(-1) == last).mean()
+
+    ones = np.ones((N, 3 * keys, 1), np.float32)
+    assert 0.2 < recalled() < 0.5
+    assert recalled(log_decay=np.full(1, np.log(0.97), np.float32)) > 0.9
+    assert recalled(beta=ones) > 0.99
+    assert recalled(beta=ones, log_decay=np.full(1, np.log(0.97), np.float32)) > 0.9
