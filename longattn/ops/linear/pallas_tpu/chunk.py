@@ -67,7 +67,7 @@ def _dot_backward(form: str, dtype: Any, pieces: tuple[int, int], residuals: Any
     if form == "NN":
         return _product(ct, b, "NT", dtype), _product(a, ct, "TN", dtype, (given, 1))
     if form == "NT":
-        return _product(ct, b, "NN", dtype), _product(ct, a, "TN", dtype, (1, given))
+        return _product(ct, b, "NN", dtype), _product(ct, a, "TN", dtype, (given, 1))
     return _product(b, ct, "NT", dtype), _product(a, ct, "NN", dtype, (given, 1))
 
 
@@ -78,7 +78,8 @@ dot.defvjp(_dot_forward, _dot_backward)
 
 def _inverse(a: Array, dtype: Any) -> Array:
     """(I + a)^-1 of a strictly lower a: of diagonal blocks of 16 the product (I - d)(I + d^2)(I + d^4)(I + d^8), whose
-    next factor is I, then twice the size by [[x, 0], [-y c x, y]] until it is whole.
+    next factor is I, then twice the size by [[x, 0], [-y c x, y]] until it is whole. In bfloat16 one step of Newton's
+    method follows, whose residual is that of the rounded x to 2^-17.
     """
     C = a.shape[-1]
     i, j = _indices(C)
@@ -92,9 +93,16 @@ def _inverse(a: Array, dtype: Any) -> Array:
     size = _BASE
     while size < C:
         c = jnp.where((differ >= size) & (differ < 2 * size), a, 0.0)
-        x = x - product(product(x, c), x)
+        parts = _blocks(x, size)
+        corner = _blocks(product(product(jnp.concatenate(parts[1::2], axis=1), c), x), size)
+        parts[1::2] = [y - z for y, z in zip(parts[1::2], corner)]
+        x = jnp.concatenate(parts, axis=1)
         size *= 2
-    return x
+    if dtype == jnp.float32:
+        return x
+    x = x.astype(dtype)
+    one = jnp.where(i == j, 1.0, 0.0)
+    return x.astype(jnp.float32) + product(x, one - _product(one + a, x, "NN", dtype, (2, 1)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -336,6 +344,6 @@ def chunk(
         v = dot(x, beta * (v - dot(k_in, S, "NN", n.dtype, (rounded, 2))), "NN", n.dtype, (2, 2))
     out = None
     if q is not None:
-        out = dot(q_in, S, "NN", n.dtype, (of_q, 2)) + dot(jnp.where(lower, qk, 0.0), v, "NN", n.dtype, (2, of_v))
+        out = dot(q_in, S, "NN", n.dtype, (of_q, 2)) + dot(jnp.where(lower, qk, 0.0), v, "NN", n.dtype)
     passed = passed if kept is None else kept * passed
     return out, passed + dot(k_out, v, "TN", n.dtype, (rounded, of_v)), x

@@ -13,6 +13,7 @@ _MiB = 2**20
 _CHUNKS = (16, 32, 64, 128, 256)
 _HEADS = 8  # chains of products in flight
 _CAPACITY = 56 * _MiB  # for a kernel, of the 64 that a core has at least; the rest is left to XLA
+_WORK = {2: 16, 4: 60}  # arrays of a chunk that the compiler keeps of a head at once, by bytes of q: seen, rounded up
 _SPARE = 8 * _MiB  # for what the compiler keeps besides: registers that it spills, constants
 
 
@@ -52,7 +53,7 @@ def fast_memory(
     state, pairs = block_h * _padded(D, V), block_h * _padded(chunk, chunk)
     given = 4 * tokens + 2 * decays[decay] + 2 * delta * decays["scalar"] + 3 * state
     kept = (rows // chunk + 1) * state + delta * (rows // chunk) * pairs
-    work = block_h * (12 * _padded(chunk, max(D, V)) + 12 * _padded(chunk, chunk))
+    work = _WORK[itemsize] * block_h * (_padded(chunk, max(D, V)) + _padded(chunk, chunk))
     return 2 * given + kept + work + _SPARE
 
 
