@@ -11,7 +11,18 @@ import numpy as np
 
 
 def linear_attention(
-    q, k, v, *, log_decay=None, beta=None, initial_state=None, segment_ids=None, scale=1.0, do, dS, dtype=np.float64,
+    q,
+    k,
+    v,
+    *,
+    log_decay=None,
+    beta=None,
+    initial_state=None,
+    segment_ids=None,
+    scale=1.0,
+    do,
+    dS,
+    dtype=np.float64,
     factors=None,
 ):
     """A dict of out, final_state and the gradients of every array given, for the cotangents do and dS, in float64."""
@@ -72,7 +83,11 @@ def linear_attention(
             dv[:, t] = dw = b[:, t] * dw
             dk[:, t] -= pull(dw, decayed[t])
             dS = dS - r(k[:, t, :, :, None]) * r(dw[:, :, None])
-        da[:, t] = (r(dS) * r(decayed[t])).sum(-1).sum(-1, keepdims=True) if a.shape[-1] == 1 else (r(dS) * r(decayed[t])).sum(-1)
+        da[:, t] = (
+            (r(dS) * r(decayed[t])).sum(-1).sum(-1, keepdims=True)
+            if a.shape[-1] == 1
+            else (r(dS) * r(decayed[t])).sum(-1)
+        )
         dS = decay[:, t] * dS
 
     def heads(dx, x):
@@ -93,4 +108,3 @@ def linear_attention(
         if x is not None:
             results[f"d{name}"] = gradients[name].astype(dtype) if name in half else gradients[name]
     return {name: x.astype(np.float64) for name, x in results.items()}
-

@@ -148,8 +148,8 @@ def _attend_forward(
     q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, state: Array | None, ids: Array | None,
     spec: Spec,
 ) -> Any:  # fmt: skip
-    f = functools.partial(_forward, spec=spec, save=True)
-    out, final, states = _folded(f, q, k, v, log_decay, beta, state, ids)
+    f = functools.partial(_folded, functools.partial(_forward, spec=spec, save=True))
+    out, final, states = dispatch.once(f, q, k, v, log_decay, beta, state, ids)
     return (out, final), (q, k, v, log_decay, beta, ids, state is not None, checkpoint_name(states, "linear_state"))
 
 

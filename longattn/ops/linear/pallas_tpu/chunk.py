@@ -38,37 +38,38 @@ def _split(x: Array, pieces: int) -> list[Array]:
     return found
 
 
-def _product(a: Array, b: Array, form: str, dtype: Any, pieces: tuple[int, int] = (1, 1)) -> Array:
+def _product(a: Array, b: Array, form: str, dtype: Any, pieces: tuple[int, ...] = (1, 1)) -> Array:
     of_a, of_b = _FORMS[form]
     dimensions = (((of_a,), (of_b,)), ((0,), (0,)))
     multiply = functools.partial(lax.dot_general, dimension_numbers=dimensions, preferred_element_type=jnp.float32)
     if dtype == jnp.float32:
         return multiply(a.astype(dtype), b.astype(dtype), precision=lax.Precision.HIGHEST)
-    (a, *rest_a), (b, *rest_b) = (_split(x, n) for x, n in zip((a, b), pieces))
+    (a, *rest_a), (b, *rest_b) = (_split(x, n) for x, n in zip((a, b), pieces[:2]))
     return sum([multiply(rest, b) for rest in rest_a] + [multiply(a, rest) for rest in rest_b], start=multiply(a, b))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def dot(a: Array, b: Array, form: str, dtype: Any, pieces: tuple[int, int] = (1, 1)) -> Array:
+def dot(a: Array, b: Array, form: str, dtype: Any, pieces: tuple[int, ...] = (1, 1)) -> Array:
     """A product per head in float32, of operands as they stand ("N") or transposed ("T"), [H rows columns] each.
 
     pieces: in bfloat16, as how many numbers each operand is given: one where it is exact; the product of both second
-      ones is left out.
+      ones is left out. In the gradients a is given as here where it meets the cotangent, which has as many as the third
+      entry says, and all else is rounded.
     """
     return _product(a, b, form, dtype, pieces)
 
 
-def _dot_forward(a: Array, b: Array, form: str, dtype: Any, pieces: tuple[int, int]) -> Any:
+def _dot_forward(a: Array, b: Array, form: str, dtype: Any, pieces: tuple[int, ...]) -> Any:
     return _product(a, b, form, dtype, pieces), (a, b)
 
 
-def _dot_backward(form: str, dtype: Any, pieces: tuple[int, int], residuals: Any, ct: Array) -> tuple[Array, Array]:
-    (a, b), given = residuals, pieces[0]
+def _dot_backward(form: str, dtype: Any, pieces: tuple[int, ...], residuals: Any, ct: Array) -> tuple[Array, Array]:
+    (a, b), given, of_ct = residuals, pieces[0], (*pieces, 1)[2]
     if form == "NN":
-        return _product(ct, b, "NT", dtype), _product(a, ct, "TN", dtype, (given, 1))
+        return _product(ct, b, "NT", dtype), _product(a, ct, "TN", dtype, (given, of_ct))
     if form == "NT":
-        return _product(ct, b, "NN", dtype), _product(ct, a, "TN", dtype, (given, 1))
-    return _product(b, ct, "NT", dtype), _product(a, ct, "NN", dtype, (given, 1))
+        return _product(ct, b, "NN", dtype), _product(ct, a, "TN", dtype, (of_ct, given))
+    return _product(b, ct, "NT", dtype), _product(a, ct, "NN", dtype, (given, of_ct))
 
 
 dot.defvjp(_dot_forward, _dot_backward)
@@ -341,7 +342,7 @@ def chunk(
     if n.delta:
         beta, of_v = _column(t.beta, i == j), 2
         x = inverse(jnp.where(below, kk, 0.0) * beta, known, n.dtype)
-        v = dot(x, beta * (v - dot(k_in, S, "NN", n.dtype, (rounded, 2))), "NN", n.dtype, (2, 2))
+        v = dot(x, beta * (v - dot(k_in, S, "NN", n.dtype, (rounded, 2, 2))), "NN", n.dtype, (2, 2, 2))
     out = None
     if q is not None:
         out = dot(q_in, S, "NN", n.dtype, (of_q, 2)) + dot(jnp.where(lower, qk, 0.0), v, "NN", n.dtype)
