@@ -85,15 +85,15 @@ def _inverse(a: Array, dtype: Any) -> Array:
     C = a.shape[-1]
     i, j = _indices(C)
     product = functools.partial(_product, form="NN", dtype=dtype)
-    differ = i ^ j  # below the size of the blocks that hold both
-    power = jnp.where(differ < _BASE, a, 0.0)
+    bit = _highest_bit(C)
+    power = jnp.where(bit < _BASE, a, 0.0)
     x = jnp.where(i == j, 1.0, -power)
     for _ in range(3):
         power = product(power, power)
         x = x + product(x, power)
     size = _BASE
     while size < C:
-        c = jnp.where((differ >= size) & (differ < 2 * size), a, 0.0)
+        c = jnp.where(bit == size, a, 0.0)
         parts = _blocks(x, size)
         corner = _blocks(product(product(jnp.concatenate(parts[1::2], axis=1), c), x), size)
         parts[1::2] = [y - z for y, z in zip(parts[1::2], corner)]
@@ -156,6 +156,15 @@ _between.defvjp(lambda g, dtype: (_between(g, dtype), None), _between_backward)
 def _indices(C: int) -> tuple[Array, Array]:
     """Row and column, [1 C C]."""
     return tuple(lax.broadcasted_iota(jnp.int32, (1, C, C), axis) for axis in (1, 2))
+
+
+def _highest_bit(C: int) -> Array:
+    """The highest bit in which row and column differ, [1 C C]: below it lie the blocks that hold only one of them."""
+    i, j = _indices(C)
+    x = i ^ j
+    for shift in (1, 2, 4):
+        x = x | x >> shift
+    return x ^ x >> 1
 
 
 def _column(row: Array, mask: Array) -> Array:
@@ -254,10 +263,11 @@ def _pairs(n: Statics, q: Array | None, k: Array, levels: list[tuple[int, Array]
     if q is None and not n.delta:
         return None, None
     i, j = _indices(n.C)
+    bit = jnp.where(i > j, _highest_bit(n.C), 0)
     qk = None if q is None else jnp.where(i == j, dot(q, k, "NT", n.dtype), 0.0)
     found = {"q": qk, "k": jnp.zeros((k.shape[0], n.C, n.C), jnp.float32) if n.delta else None}
     for h, exponent in levels:
-        decay, mask = _exp(exponent), (i > j) & ((i ^ j) >= h) & ((i ^ j) < 2 * h)
+        decay, mask = _exp(exponent), bit == h
         scaled = k * decay
         sides = {} if q is None else {"q": q * decay}
         sides |= {"k": scaled} if n.delta else {}
