@@ -89,12 +89,15 @@ def _kernel(shape: Shape, backward: bool) -> tuple[Kernel, ...]:
     ids = bool(shape.documents) * number * groups
     token = ids + (2 * (tokens + own) + out if backward else tokens + own + out)
     per_token = 4 + 2 * _delta(shape)  # of D V: what the recurrence reads out of the state and writes into it
-    loops = ("states", "gradients of a chunk") if backward else ("chunk",)
+    steps = groups * spans
+    again = span if _delta(shape) else span - 1  # chunks of a span of which the backward kernel computes states again
+    bodies = [Branch("states", steps * again)] if backward and again else []
+    bodies.append(Branch("gradients of a chunk" if backward else "chunk", steps * span))
     return (
         Kernel(
             f"longattn_linear_{'backward' if backward else 'forward'}",
-            groups * spans,
-            tuple(Branch(what, groups * spans * span) for what in loops),
+            steps,
+            tuple(bodies),
             float(shape.T * shape.H * per_token * shape.D * shape.values * (2 if backward else 1)),
             float(shape.T * token + states * ((spans + 2) if backward else 1)),
             lists=True,

@@ -37,7 +37,7 @@ def _kernel(n: Call, refs: Mapping[str, Any]) -> None:
         if n.delta:
             inverses[c] = inverse
 
-    lax.fori_loop(0, n.span, advance, None)
+    lax.fori_loop(0, n.span if n.delta else n.span - 1, advance, None)
 
     def differentiate(i: Array, _: None) -> None:
         c = n.span - 1 - i
