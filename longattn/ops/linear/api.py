@@ -170,9 +170,9 @@ def linear_attention(
         q, k, v, log_decay=log_decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids, scale=scale,
         implementation=implementation, tuning=tuning,
     )  # fmt: skip
-    name = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(*jax.eval_shape(_prepared, arrays), spec))
     if 0 in arrays[0].shape[:2]:
         return tuple(_nothing(arrays, spec=spec))
+    name = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(*jax.eval_shape(_prepared, arrays), spec))
     return tuple(_linear_attention(arrays, spec=spec, name=name))
 
 
@@ -184,7 +184,8 @@ def _linear_step(q, k, v, S, log_decay, beta, *, scale):
         dtype = q.dtype
         q, k, v = (jnp.repeat(x.astype(S.dtype), S.shape[1] // x.shape[1], axis=1) for x in (q, k, v))
         if log_decay is not None:
-            S = jnp.exp(jnp.expand_dims(log_decay, {1: (0, 2, 3), 2: (2, 3), 3: 3}[log_decay.ndim])) * S
+            axes = {1: (0, 2, 3), 2: (2, 3), 3: (3,)}[log_decay.ndim]
+            S = jnp.exp(jnp.expand_dims(log_decay, axes)) * S
         if beta is not None:
             v = beta[..., None] * (v - read(k, S))
         S = S + k[..., None] * v[..., None, :]

@@ -143,6 +143,36 @@ def _step(q, k, v):
     return linear_step(q[:, 0], k[:, 0], v[:, 0], jnp.zeros_like(STATE))
 
 
+@pytest.mark.parametrize("shape", [(H,), (B, H), (B, H, D)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_is_one_token_with_its_gradients(shape, dtype):
+    """Of the reference, in whose loop over one token no sum differs."""
+    rng = np.random.default_rng(0)
+    q, k, v, S, beta = (jnp.asarray(rng.random(x.shape, np.float32)) for x in (Q, KEY, VALUE, STATE, BETA))
+    q, k, v = (x[:, 0].astype(dtype) for x in (q, k, v))
+    log_decay = -jnp.asarray(rng.random(shape, np.float32))
+
+    def step(q, k, v, S, log_decay, beta):
+        return linear_step(q, k, v, S, log_decay=log_decay, beta=beta, scale=0.7)
+
+    def one_token(q, k, v, S, log_decay, beta):
+        q, k, v, beta = (x[:, None] for x in (q, k, v, beta))
+        log_decay = log_decay if log_decay.ndim == 1 else log_decay[:, None]
+        out, S = linear_attention(
+            q, k, v, log_decay=log_decay, beta=beta, initial_state=S, scale=0.7, implementation="reference"
+        )
+        return out[:, 0], S
+
+    results = []
+    for f in (step, one_token):
+        primals, pull = jax.vjp(f, q, k, v, S, log_decay, beta[:, 0])
+        results.append((*primals, *pull(jax.tree.map(jnp.cos, primals))))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        last_place = float(jnp.finfo(a.dtype).eps)
+        np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (a, b)), rtol=max(last_place, 1e-6))
+
+
 def test_arguments_are_keyword_only():
     with pytest.raises(TypeError):
         linear_attention(Q, KEY, VALUE, DECAY)
