@@ -18,15 +18,14 @@ from longattn.analysis.cases.kernel import F32, Branch, Case, Kernel, row
 from longattn.analysis.cases.shape import Shape
 from longattn.ops.linear import linear_attention
 from longattn.ops.linear.pallas_tpu import Tuning
-from longattn.ops.linear.pallas_tpu.tuning import choose
+from longattn.ops.linear.pallas_tpu.tuning import HEADS, choose
 
 _BF16 = 2  # bytes
-_FEW = 8  # rows of a register: numbers per token lie in one of them
 
 
 def _tuning(shape: Shape) -> Tuning:
     try:
-        return Tuning(shape.bC, shape.bR)
+        return Tuning(shape.bC, shape.bR or HEADS)
     except ValueError as error:
         raise NotImplementedError(str(error)) from error
 
@@ -77,7 +76,7 @@ def _cotangents(shape: Shape) -> list[jax.ShapeDtypeStruct]:
 def _kernel(shape: Shape, backward: bool) -> tuple[Kernel, ...]:
     heads = shape.key_heads, shape.key_heads, shape.H
     chunk, span, block_h, _ = choose(
-        _tuning(shape), shape.H, heads, shape.T, shape.D, shape.values, _BF16, _decay(shape), _delta(shape)
+        _tuning(shape), 1, shape.H, heads, shape.T, shape.D, shape.values, _BF16, _decay(shape), _delta(shape)
     )
     groups, spans = shape.H // block_h, -(-shape.T // (chunk * span))
     number = row(chunk) // _BF16 * F32 / chunk  # of a token; chunks are filled up to whole registers

@@ -75,7 +75,7 @@ class ProfileOptions:
     @property
     def shape(self) -> Shape:
         blocks = (self.T, self.T) if self.best else (self.bT, self.bS, self.bC, self.bR)
-        return Shape(self.T, self.H, self.K, self.D, self.V, self.mask, self.documents, *blocks, self.kind)
+        return Shape(self.T, self.H, self.K, self.D, self.V, self.mask, self.documents, *blocks, kind=self.kind)
 
     def shapes(self, case: str) -> list[Shape]:
         """What to compile of a case.

@@ -42,7 +42,7 @@ def _call(q: Any, k: Any, v: Any, log_decay: Any, beta: Any, spec: Spec) -> Call
     H = max(Hq, Hk, Hv)
     decay = "none" if log_decay is None else "scalar" if log_decay.ndim == 3 else "vector"
     delta = beta is not None
-    sizes = choose(spec.tuning, H, (Hq, Hk, Hv), T, D, V, q.dtype.itemsize, decay, delta)
+    sizes = choose(spec.tuning, B, H, (Hq, Hk, Hv), T, D, V, q.dtype.itemsize, decay, delta)
     chunk, span, block_h, vmem_bytes = sizes
     return Call(B, H, Hq, Hk, Hv, T, D, V, chunk, span, block_h, decay, delta, spec.scale, q.dtype, vmem_bytes)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from jax.experimental.pallas import tpu as pltpu
+
+from longattn.ops import dispatch
 from longattn.ops.linear.pallas_tpu.chunk import SUBLANES
 
 LANES = 128
 SPAN = 512  # tokens, at least those of a chunk: one state of so many is kept for the backward pass
 _MiB = 2**20
 _CHUNKS = (16, 32, 64, 128, 256)
-_HEADS = 8  # chains of products in flight
+HEADS = 8  # chains of products in flight
 _CAPACITY = 56 * _MiB  # for a kernel, of the 64 that a core has at least; the rest is left to XLA
 _WORK = {2: 16, 4: 60}  # arrays of a chunk that the compiler keeps of a head at once, by bytes of q: seen, rounded up
 _SPARE = 8 * _MiB  # for what the compiler keeps besides: registers that it spills, constants
@@ -22,7 +25,7 @@ class Tuning:
     """Sizes of both kernels; None chooses. They change the result by rounding only."""
 
     chunk: int | None = None  # tokens
-    heads: int | None = None  # of one program, at most
+    heads: int | None = None  # of one program, at most; chosen, all cores of a device have as many programs
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk not in _CHUNKS:
@@ -57,8 +60,13 @@ def fast_memory(
     return 2 * given + kept + work + _SPARE
 
 
+def _cores() -> int:
+    """Of one device of the target; a grid spreads over them."""
+    return pltpu.get_tpu_info().num_cores if dispatch.target().platform == "tpu" else 1
+
+
 def choose(
-    tuning: Tuning | None, H: int, heads: tuple[int, ...], T: int, D: int, V: int, itemsize: int, decay: str,
+    tuning: Tuning | None, B: int, H: int, heads: tuple[int, ...], T: int, D: int, V: int, itemsize: int, decay: str,
     delta: bool,
 ) -> tuple[int, int, int, int]:  # fmt: skip
     """(chunk, chunks of a span, heads of a program, bytes of fast memory).
@@ -70,8 +78,10 @@ def choose(
     chunk = tuning.chunk or LANES
     unit = max(chunk, LANES)
     rows = min(SPAN, -(-T // unit) * unit)
-    for block_h in heads_of(H, heads, tuning.heads or _HEADS):
-        size = fast_memory(block_h, chunk, rows, D, V, itemsize, decay, delta)
-        if size <= _CAPACITY:
-            return chunk, rows // chunk, block_h, size
+    size = lambda block_h: fast_memory(block_h, chunk, rows, D, V, itemsize, decay, delta)
+    fitting = [h for h in heads_of(H, heads, tuning.heads or HEADS) if size(h) <= _CAPACITY]
+    if fitting:
+        cores = _cores() if tuning.heads is None else 1
+        block_h = next((h for h in fitting if B * H // h % cores == 0), fitting[0])
+        return chunk, rows // chunk, block_h, size(block_h)
     raise NotImplementedError(f"heads of {D=} and {V=} do not fit the {_CAPACITY // _MiB} MiB of fast memory")

@@ -76,6 +76,14 @@ def test_heads_of_a_program_share_whole_heads_or_parts_of_one():
     assert tuning.heads_of(6, (3, 6, 2), 8) == [6, 1]
 
 
+def test_every_core_has_as_many_programs_where_heads_allow_it(monkeypatch):
+    choose = functools.partial(tuning.choose, T=512, D=128, V=128, itemsize=2, decay="scalar", delta=True)
+    heads = lambda B, H, given=None: choose(given, B, H, (H, H, H))[2]
+    assert [heads(1, 8), heads(2, 8), heads(1, 1)] == [8, 8, 1]
+    monkeypatch.setattr(tuning, "_cores", lambda: 2)
+    assert [heads(1, 8), heads(2, 8), heads(1, 1), heads(1, 8, pallas_tpu.Tuning(heads=8))] == [4, 8, 1, 8]
+
+
 def test_sizes_that_do_not_fit_are_refused():
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     x = array((1, 512, 1, 1024))
