@@ -1,4 +1,4 @@
-"""One chunk of C tokens of one head, [C D] arrays and the state [D V]: what both kernels compute, as plain functions.
+"""One chunk of C tokens of H heads, [H C D], and their states [H D V]: what both kernels compute, as plain functions.
 
     G_ij = exp(sum of log_decay over (j, i]);  A = strictly lower part of beta_i (k_i . k_j) G_ij;  X = (I + A)^-1
     R = beta (v - (k G_i) S), or v without beta;  V' = X R, or R
@@ -6,6 +6,13 @@
 
 Section 2 of arXiv:2312.06635 and section 3.3 of arXiv:2412.06464. Exponents are sums of log_decay over the tokens
 between two others, never differences of sums, so that none is positive and any decay is exact.
+
+Every operation is one of all heads: their chains of products do not depend on each other, and the compiler fills the
+waiting times of one with another (Gated DeltaNet on v6e took a fifth of the cycles that heads in turn took).
+
+Float32 inputs have full products. Of bfloat16 inputs, what the state is made of is given as two numbers of bfloat16
+each; without the delta rule the final state is within 3e-6 of the exact one. The pairs of a chunk, and most factors in
+the gradients, are rounded: errors stay below twice those of a recurrence whose factors are all rounded.
 """
 
 from __future__ import annotations
@@ -173,6 +180,7 @@ def _column(row: Array, mask: Array) -> Array:
 
 
 def _blocks(x: Array, h: int) -> list[Array]:
+    """h rows each of [H rows columns]."""
     return [x[:, r : r + h] for r in range(0, x.shape[1], h)]
 
 
@@ -242,14 +250,10 @@ def _placed(x: Array, rows: Array, mask: Array, h: int) -> Array:
 
 def _placed_backward(h: int, residuals: tuple[Array, bool], ct: Array) -> Any:
     mask, whole = residuals
-    shown = (
-        jnp.where(mask, ct, 0.0)
-        if whole
-        else jnp.concatenate(
-            [jnp.where(m, x, 0.0) for m, x in zip(_blocks(mask, h)[1::2], _blocks(ct, h)[1::2])], axis=1
-        )
-    )
-    return ct, shown, None
+    if whole:
+        return ct, jnp.where(mask, ct, 0.0), None
+    right = zip(_blocks(mask, h)[1::2], _blocks(ct, h)[1::2])
+    return ct, jnp.concatenate([jnp.where(shown, x, 0.0) for shown, x in right], axis=1), None
 
 
 _placed.defvjp(lambda x, rows, mask, h: (_placed(x, rows, mask, h), (mask, rows.shape == x.shape)), _placed_backward)

@@ -1,8 +1,7 @@
 """The forward kernel: chunk after chunk (`chunk`), the state in fast memory from the first to the last.
 
-A program takes several heads at once: their chains of products are independent, so the compiler fills the waiting times
-of one with another. The state lies where the final state leaves from. For the backward pass, the state before each span
-of chunks is written too.
+The state lies where the final state leaves from. For the backward pass, the one before each span of chunks is written
+too: one per 512 tokens.
 """
 
 from __future__ import annotations
