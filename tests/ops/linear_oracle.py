@@ -1,7 +1,8 @@
 """Linear attention and its gradients in NumPy, token by token, by the chain rule: nothing is shared with the library.
 
 In float64 it is the truth. In float32 it is what a plain implementation of that precision gives; for half-precision
-inputs the recurrence is float32's, and what has their dtype is rounded at the end.
+inputs the recurrence is float32's, and what has their dtype is rounded at the end. Where a device has no other products
+than of half-precision factors, `factors` names their dtype: each factor is rounded to it, sums are not.
 """
 
 from __future__ import annotations
@@ -10,12 +11,36 @@ import numpy as np
 
 
 def linear_attention(
-    q, k, v, *, log_decay=None, beta=None, initial_state=None, segment_ids=None, scale=1.0, do, dS, dtype=np.float64
+    q,
+    k,
+    v,
+    *,
+    log_decay=None,
+    beta=None,
+    initial_state=None,
+    segment_ids=None,
+    scale=1.0,
+    do,
+    dS,
+    dtype=np.float64,
+    factors=None,
 ):
     """A dict of out, final_state and the gradients of every array given, for the cotangents do and dS, in float64."""
     work = np.float64 if dtype == np.float64 else np.float32
     given = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta, "initial_state": initial_state}
     half = ("q", "k", "v")
+
+    def r(x):
+        return x if factors is None else x.astype(factors).astype(x.dtype)
+
+    def read(x, S):
+        """x^T S: [B H D] and [B H D V] -> [B H V]."""
+        return np.einsum("BHD,BHDV->BHV", r(x), r(S))
+
+    def pull(x, S):
+        """S x: [B H V] and [B H D V] -> [B H D]."""
+        return np.einsum("BHV,BHDV->BHD", r(x), r(S))
+
     q, k, v, do, dS = (np.asarray(x).astype(work) for x in (q, k, v, do, dS))
     H = max(x.shape[2] for x in (q, k, v))
     q, k, v = (np.repeat(x, H // x.shape[2], axis=2) for x in (q, k, v))
@@ -38,27 +63,31 @@ def linear_attention(
         before.append(S)
         S = decay[:, t] * S
         decayed.append(S)
-        error.append(v[:, t] - (0 if b is None else _read(k[:, t], S)))
+        error.append(v[:, t] - (0 if b is None else read(k[:, t], S)))
         written.append(error[t] if b is None else b[:, t] * error[t])
-        S = S + k[:, t, :, :, None] * written[t][:, :, None]
+        S = S + r(k[:, t, :, :, None]) * r(written[t][:, :, None])
         after.append(S)
-        out[:, t] = scale * _read(q[:, t], S)
+        out[:, t] = scale * read(q[:, t], S)
     final_state = S
 
     dq, dk, dv, da, db = (np.zeros_like(x) for x in (q, k, v, a, a[..., :1]))
     for t in reversed(range(T)):
-        dq[:, t] = scale * _pull(do[:, t], after[t])
-        dS = dS + scale * q[:, t, :, :, None] * do[:, t, :, None]
-        dk[:, t] = _pull(written[t], dS)
-        dw = _read(k[:, t], dS)
+        dq[:, t] = scale * pull(do[:, t], after[t])
+        dS = dS + scale * r(q[:, t, :, :, None]) * r(do[:, t, :, None])
+        dk[:, t] = pull(written[t], dS)
+        dw = read(k[:, t], dS)
         if b is None:
             dv[:, t] = dw
         else:
-            db[:, t] = (dw * error[t]).sum(-1, keepdims=True)
+            db[:, t] = (r(dw) * r(error[t])).sum(-1, keepdims=True)
             dv[:, t] = dw = b[:, t] * dw
-            dk[:, t] -= _pull(dw, decayed[t])
-            dS = dS - k[:, t, :, :, None] * dw[:, :, None]
-        da[:, t] = (dS * decayed[t]).sum(-1).sum(-1, keepdims=True) if a.shape[-1] == 1 else (dS * decayed[t]).sum(-1)
+            dk[:, t] -= pull(dw, decayed[t])
+            dS = dS - r(k[:, t, :, :, None]) * r(dw[:, :, None])
+        da[:, t] = (
+            (r(dS) * r(decayed[t])).sum(-1).sum(-1, keepdims=True)
+            if a.shape[-1] == 1
+            else (r(dS) * r(decayed[t])).sum(-1)
+        )
         dS = decay[:, t] * dS
 
     def heads(dx, x):
@@ -79,13 +108,3 @@ def linear_attention(
         if x is not None:
             results[f"d{name}"] = gradients[name].astype(dtype) if name in half else gradients[name]
     return {name: x.astype(np.float64) for name, x in results.items()}
-
-
-def _read(x, S):
-    """x^T S: [B H D] and [B H D V] -> [B H V]."""
-    return np.einsum("BHD,BHDV->BHV", x, S)
-
-
-def _pull(x, S):
-    """S x: [B H V] and [B H D V] -> [B H D]."""
-    return np.einsum("BHV,BHDV->BHD", x, S)

@@ -12,6 +12,8 @@ import numpy as np
 from longattn.analysis import cost
 from longattn.mask import EMPTY, Causal, Full, Mask, Window, parse
 
+KINDS = tuple(f"{decay}{delta}" for decay in ("none", "scalar", "vector") for delta in ("", "_delta"))
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -28,6 +30,7 @@ class Shape:
     bS: int = 1024  # block of keys; `matmul`: of the summed dimension
     bC: int | None = None  # keys of one product within a block; None: bS
     bR: int | None = None  # queries of one product within a block; None: bT (read by kernels that split queries too)
+    kind: str = "scalar"  # of linear attention: its decay, and "delta" for the delta rule, such as "vector_delta"
 
     def __post_init__(self) -> None:
         for name in ("T", "H", "K", "D", "V", "bT", "bS", "bC", "bR"):
@@ -41,6 +44,8 @@ class Shape:
                 raise ValueError(f"{part}={getattr(self, part)} must divide {whole}={getattr(self, whole)}")
         if self.H % self.key_heads:
             raise ValueError(f"K={self.K} must divide H={self.H}")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r} must be one of {', '.join(KINDS)}")
         if not 0 <= self.documents <= self.T:
             raise ValueError(f"documents={self.documents} must be at least 0 and at most T={self.T}")
 

@@ -1,6 +1,6 @@
 """The kernels by name."""
 
-from longattn.analysis.cases import flywheel, jax_flash, jax_splash, matmul, own_attention, tokamax_splash
+from longattn.analysis.cases import flywheel, jax_flash, jax_splash, matmul, own_attention, own_linear, tokamax_splash
 from longattn.analysis.cases.kernel import Case
 
 CASES: dict[str, Case] = {
@@ -15,4 +15,6 @@ CASES: dict[str, Case] = {
     "jax_splash_backward": jax_splash.FUSED,
     "jax_splash_backward_unfused": jax_splash.UNFUSED,
     "tokamax_splash_backward": tokamax_splash.BACKWARD,
+    "longattn_linear": own_linear.FORWARD,
+    "longattn_linear_backward": own_linear.BACKWARD,
 }

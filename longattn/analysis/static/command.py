@@ -45,10 +45,11 @@ class ProfileOptions:
     V: int | None = None  # head size of values; none: D
     mask: Mask = Causal()  # an expression such as "Window(4095)"
     documents: int = 0  # documents of random lengths that share the sequence; 0: no segment ids
+    kind: str = "scalar"  # of longattn_linear: none, scalar or vector decay, or one of these with _delta
     bT: int = 1024  # block of queries; matmul: of rows and of columns
     bS: int = 1024  # block of keys; matmul: of the summed dimension
-    bC: int | None = None  # keys of one product within a block; none: bS, or the kernel's own
-    bR: int | None = None  # queries of one product within a block, for flywheel and longattn
+    bC: int | None = None  # keys of one product within a block; none: bS, or the kernel's own. longattn_linear: a chunk
+    bR: int | None = None  # queries of one product within a block, for flywheel, longattn. longattn_linear: heads
     best: int = 0  # try all block sizes that suit a case, and show so many of the fastest; 0: the block sizes above
     plot: Path | None = None  # draw how full the units are along the schedules: a .png, .svg or .pdf
     timeout: float = 300  # seconds for one compilation
@@ -74,7 +75,7 @@ class ProfileOptions:
     @property
     def shape(self) -> Shape:
         blocks = (self.T, self.T) if self.best else (self.bT, self.bS, self.bC, self.bR)
-        return Shape(self.T, self.H, self.K, self.D, self.V, self.mask, self.documents, *blocks)
+        return Shape(self.T, self.H, self.K, self.D, self.V, self.mask, self.documents, *blocks, kind=self.kind)
 
     def shapes(self, case: str) -> list[Shape]:
         """What to compile of a case.

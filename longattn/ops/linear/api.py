@@ -17,10 +17,10 @@ from jaxtyping import Array, Float
 
 from longattn import shapes
 from longattn.ops import dispatch
-from longattn.ops.linear import reference, xla
+from longattn.ops.linear import pallas_tpu, reference, xla
 from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, Spec, State, Value
 
-BACK_ENDS = {"xla": xla, "reference": reference}  # best first
+BACK_ENDS = {"pallas_tpu": pallas_tpu, "xla": xla, "reference": reference}  # best first
 DEFAULT = tuple(name for name in BACK_ENDS if name != "reference")  # never a serial loop over tokens unasked
 
 

@@ -420,6 +420,48 @@ def test_the_bodies_of_our_backward_kernel_run_as_declared(change):
     assert sum(c.runs for c in first) == 2 * shape.blocks[0]  # dq of each block is begun once
 
 
+def test_linear_attention_counts_what_the_recurrence_needs():
+    """q and k of 2 heads, v and out of 4, all of 128 numbers once stored; log_decay and beta in float32."""
+    shape = Shape(T=2048, H=4, K=2, D=128, V=64, kind="vector_delta", bT=512)
+    (forward,), (backward,) = (CASES[f"longattn_linear{which}"].kernels(shape) for which in ("", "_backward"))
+    assert forward.steps == backward.steps == 4  # 512 tokens of all heads
+    assert [(b.what, b.runs) for b in (*forward.branches, *backward.branches)] == [
+        ("chunk", 16), ("states", 16), ("gradients of a chunk", 16)
+    ]  # fmt: skip
+    given, out, state = 2048 * (8 * 256 + 4 * 512 + 4 * 4), 2048 * 4 * 256, 4 * 128 * 128 * 4
+    assert forward.hbm_bytes == given + out + state
+    assert backward.hbm_bytes == 2 * given + out + (4 + 2) * state
+    assert forward.flops == backward.flops / 2 == 2048 * 4 * 6 * 128 * 64
+    (forward,), (backward,) = (
+        CASES[f"longattn_linear{which}"].kernels(replace(shape, kind="none")) for which in ("", "_backward")
+    )
+    assert forward.flops == 2048 * 4 * 4 * 128 * 64
+    assert backward.branches[0].runs == 12  # the state after a span's last chunk is not needed
+    with pytest.raises(ValueError, match="kind='delta' must be one of none, none_delta, scalar"):
+        replace(shape, kind="delta")
+
+
+@needs_libtpu
+def test_linear_attention_is_compiled_as_declared():
+    row = compiled("longattn_linear", "v6e", T=1024, H=2, kind="scalar")
+    (kernel,) = row["kernels"]
+    assert {r["what"]: r["runs"] for r in kernel["regions"] if r["what"]} == {"grid step": 2, "chunk": 8}
+    assert row["cycles"] > row["floor_cycles"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+def test_the_gradient_of_linear_attention_is_compiled_as_declared(chip):
+    row = compiled("longattn_linear_backward", chip, T=2048, H=16, kind="scalar_delta")
+    (kernel,) = row["kernels"]
+    assert row["cores"] == (2 if chip == "v5p" else 1)
+    share = 1 / row["cores"]
+    assert {r["what"]: r["runs"] for r in kernel["regions"] if r["what"]} == {
+        "grid step": 8 * share, "states": 32 * share, "gradients of a chunk": 32 * share,
+    }  # fmt: skip
+
+
 def test_blocks_that_our_kernel_refuses_are_a_row():
     row = tpu.profile("longattn", "v6e", Shape(bS=256))
     assert "block_k must be an even multiple of tile_k" in row["reason"]
@@ -469,6 +511,7 @@ def test_shapes_that_make_no_sense(change, message):
 
 def test_shapes_go_through_json():
     shape = Shape(T=2048, H=4, K=2, V=64, mask=Window(7) & Causal(), documents=3, bT=512, bS=256, bC=128, bR=64)
+    shape = replace(shape, kind="vector")
     assert Shape.from_json(json.loads(json.dumps(shape.as_json()))) == shape
 
 

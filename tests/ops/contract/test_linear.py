@@ -20,8 +20,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import longattn
-from longattn.ops.linear import xla
+from longattn.ops.linear import pallas_tpu, xla
 from tests.ops import linear_oracle, oracle
+from tests.ops.interpreter import as_on_tpu
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class BackEnd:
     names_residuals: bool = True  # its custom_vjp names linear_state
     device: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # where it is accepted
     refuses: tuple[tuple[str, str, str], ...] = ()  # (a value of a case, the reason, what to ask for instead)
+    rounds: bool = False  # of half-precision inputs, the factors of every product to their dtype
+    interpreted: bool = False  # seconds for each case: only a few are compared by default
 
     def __str__(self) -> str:
         return self.name
@@ -49,7 +52,14 @@ class BackEnd:
 BACK_ENDS = [
     BackEnd("xla", tunings=(xla.Tuning(8), xla.Tuning(1), xla.Tuning(4), xla.Tuning(16)), chunk=8),
     BackEnd("reference", names_residuals=False),
-]
+    BackEnd(
+        "pallas_tpu", tunings=(pallas_tpu.Tuning(16, 3),), chunk=16, device=as_on_tpu, rounds=True, interpreted=True,
+        refuses=(
+            ("float16", "float16 products are not what TPUs have; cast to bfloat16 or float32", "bfloat16"),
+            ("float64", "float64 products are not what TPUs have; cast to bfloat16 or float32", "float32"),
+        ),
+    ),
+]  # fmt: skip
 every_back_end = pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
 
 
@@ -145,14 +155,15 @@ def inputs(case: Case) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
 
 
 @functools.cache
-def expected(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(truth, plain implementation of the case's precision)."""
+def expected(case: Case, rounds: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(truth, plain implementation of the case's precision, which `rounds` factors to it)."""
     arrays, options, cotangents = inputs(case)
+    dtype = jnp.dtype(case.dtype)
     truth, plain = (
         linear_oracle.linear_attention(
-            **arrays, **options, do=cotangents["out"], dS=cotangents["final_state"], dtype=dtype
+            **arrays, **options, do=cotangents["out"], dS=cotangents["final_state"], dtype=work, factors=factors
         )
-        for dtype in (np.float64, jnp.dtype(case.dtype))
+        for work, factors in ((np.float64, None), (dtype, dtype if rounds and dtype.itemsize == 2 else None))
     )
     return truth, plain
 
@@ -195,11 +206,24 @@ def check(back_end: BackEnd, case: Case, tuning: Any = None) -> None:
     for name, x in results.items():
         given = arguments[0].get(name[1:])
         assert x.dtype == (case.dtype if name in half else work(case) if given is None else given.dtype), name
-    oracle.assert_accurate(results, *expected(case), work(case))
+    oracle.assert_accurate(results, *expected(case, back_end.rounds), work(case))
 
 
-# The reference is compared again wherever another back end fails: a third of the sample will do.
-CHECKS = [(b, c) for b in BACK_ENDS for c in (SAMPLE[::3] if b.name == "reference" else SAMPLE)]
+_hard = functools.partial(Case, ids="segments", state="from a state", decays="from e^-30 to 1")
+FEW = [
+    _hard("plain", "fewer v", dtype="bfloat16"), _hard("scalar decay", "all equal"),
+    _hard("vector decay", "one q and k", dtype="bfloat16"), _hard("delta", "fewer q and k"),
+    _hard("scalar decay, delta", "fewer q and k", dtype="bfloat16"), _hard("vector decay, delta", "fewer v"),
+    _hard("vector decay, delta", "all equal", dtype="bfloat16"), Case(dtype="float16"), Case(dtype="float64"),
+]  # fmt: skip
+
+
+def sample(back_end: BackEnd) -> list[Case]:
+    """The reference is compared again wherever another back end fails: a third of the sample will do."""
+    return FEW if back_end.interpreted else SAMPLE[::3] if back_end.name == "reference" else SAMPLE
+
+
+CHECKS = [(b, c) for b in BACK_ENDS for c in sample(b)]
 
 
 @pytest.mark.parametrize(("back_end", "case"), CHECKS, ids=str)

@@ -1,0 +1,165 @@
+"""What the TPU kernels promise beside the contract, which compares their results: sizes, memory, parts of a chunk."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+import longattn
+from longattn.ops.linear import pallas_tpu
+from longattn.ops.linear.pallas_tpu import chunk as of_chunk
+from longattn.ops.linear.pallas_tpu import tuning
+from tests.ops import oracle
+from tests.ops.interpreter import as_on_tpu
+
+
+def equations(jaxpr):
+    """All equations, those of inner jaxprs included, but not what is inside of kernels."""
+    for equation in jaxpr.eqns:
+        yield equation
+        if equation.primitive.name != "pallas_call":
+            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def shapes_of(T, H=4, D=64, V=32, dtype=jnp.bfloat16):
+    array = jax.ShapeDtypeStruct
+    return {
+        "q": array((2, T, 1, D), dtype), "k": array((2, T, 1, D), dtype), "v": array((2, T, H, V), dtype),
+        "log_decay": array((2, T, H), jnp.float32), "beta": array((2, T, H), jnp.float32),
+    }  # fmt: skip
+
+
+def traced(f, arrays):
+    with as_on_tpu():
+        return list(equations(jax.make_jaxpr(f)(arrays).jaxpr))
+
+
+def attend(arrays):
+    return longattn.linear_attention(**arrays, implementation="pallas_tpu")
+
+
+def test_forward_alone_writes_no_states_and_one_per_512_tokens_are_kept_for_the_gradient():
+    (kernel,) = [e for e in traced(attend, shapes_of(2100)) if e.primitive.name == "pallas_call"]
+    assert sorted(x.aval.shape for x in kernel.outvars) == [(2, 4, 64, 32), (2, 4, 2100, 32)]
+    found = traced(lambda arrays: jax.vjp(attend, arrays)[0], shapes_of(2100))
+    (kept,) = [e.outvars[0].aval for e in found if e.primitive.name == "name"]
+    assert kept.shape == (2, 4, 5, 64, 32) and kept.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("T", [1, 37, 2100])
+def test_tokens_are_not_filled_up(T):
+    """Only numbers per token and head are, whatever the length."""
+    found = traced(lambda arrays: jax.vjp(attend, arrays)[1](jax.eval_shape(attend, arrays)), shapes_of(T))
+    padded = [e.invars[0].aval.shape for e in found if e.primitive.name == "pad"]
+    assert padded and set(padded) == {(2, 4, T)}
+    repeated = [e.outvars[0].aval.shape for e in found if e.primitive.name == "broadcast_in_dim"]
+    assert (2, 4, T, 64) not in repeated and (2, T, 4, 64) not in repeated
+
+
+@pytest.mark.parametrize("given", [{"chunk": 48}, {"chunk": 512}, {"heads": 0}])
+def test_tuning_is_validated(given):
+    with pytest.raises(ValueError, match=f"self.{next(iter(given))}="):
+        pallas_tpu.Tuning(**given)
+
+
+def test_heads_of_a_program_share_whole_heads_or_parts_of_one():
+    assert tuning.heads_of(8, (8, 8, 8), 8) == [8, 4, 2, 1]
+    assert tuning.heads_of(8, (1, 1, 8), 4) == [4, 2, 1]
+    assert tuning.heads_of(12, (2, 3, 12), 8) == [2, 1]
+    assert tuning.heads_of(6, (3, 6, 2), 8) == [6, 1]
+
+
+def test_every_core_has_as_many_programs_where_heads_allow_it(monkeypatch):
+    choose = functools.partial(tuning.choose, T=512, D=128, V=128, itemsize=2, decay="scalar", delta=True)
+    heads = lambda B, H, given=None: choose(given, B, H, (H, H, H))[2]
+    assert [heads(1, 8), heads(2, 8), heads(1, 1)] == [8, 8, 1]
+    monkeypatch.setattr(tuning, "_cores", lambda: 2)
+    assert [heads(1, 8), heads(2, 8), heads(1, 1), heads(1, 8, pallas_tpu.Tuning(heads=8))] == [4, 8, 1, 8]
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    x = array((1, 512, 1, 1024))
+    with as_on_tpu(), pytest.raises(NotImplementedError, match="D=1024 and V=1024 do not fit the 56 MiB"):
+        jax.eval_shape(functools.partial(longattn.linear_attention, implementation="pallas_tpu"), x, x, x)
+
+
+def test_other_targets_are_refused():
+    x = jnp.ones((1, 8, 1, 8))
+    with pytest.raises(NotImplementedError, match="the kernels are for TPUs, the target is 'cpu'"):
+        longattn.linear_attention(x, x, x, implementation="pallas_tpu")
+
+
+# ---- the parts of a chunk, as plain functions
+
+
+def lower(C):
+    """A of the delta rule, [2 C C], and (I + A)^-1 in float64."""
+    rng = np.random.default_rng(0)
+    k = rng.standard_normal((2, C, 32))
+    k /= np.linalg.norm(k, axis=2, keepdims=True)
+    a = np.tril(rng.uniform(0, 1, (2, C, 1)) * (k @ k.swapaxes(1, 2)), -1).astype(np.float32)
+    return a, np.linalg.inv(np.eye(C) + a.astype(np.float64))
+
+
+@pytest.mark.parametrize("C", [16, 256])
+def test_inverse_and_its_gradient(C):
+    (a, exact), ct = lower(C), np.random.default_rng(1).standard_normal((2, C, C)).astype(np.float32)
+    x, pull = jax.vjp(lambda a: of_chunk.inverse(a, None, jnp.dtype(jnp.float32)), jnp.asarray(a))
+    plain = np.linalg.inv(np.eye(C, dtype=np.float32) + a)
+    results = [{"x": x, "da": -(x.mT @ ct.astype(x.dtype)) @ x.mT} for x in (exact, plain)]
+    oracle.assert_accurate({"x": np.asarray(x), "da": np.asarray(pull(jnp.asarray(ct))[0])}, *results, np.float32)
+    np.testing.assert_array_equal(np.triu(x, 1), np.zeros_like(x))
+
+
+@pytest.mark.parametrize("C", [16, 256])
+def test_inverse_in_bfloat16_is_no_worse_than_of_a_matrix_given_to_17_bits(C):
+    a, exact = lower(C)
+    given = a * (1 + 2.0**-17 * np.random.default_rng(1).choice([-1, 1], a.shape))
+    allowed = np.linalg.norm(np.linalg.inv(np.eye(C) + given) - exact)
+    x = of_chunk.inverse(jnp.asarray(a), None, jnp.dtype(jnp.bfloat16))
+    assert np.linalg.norm(x - exact) < allowed
+    np.testing.assert_array_equal(np.triu(x, 1), np.zeros_like(x))
+
+
+@pytest.mark.parametrize("pieces", [(1, 1), (2, 2)])
+def test_products_of_pieces(pieces):
+    """Each operand in two numbers of bfloat16 leaves out 2^-17 of it, in one 2^-9."""
+    a, b = (jnp.asarray(np.random.default_rng(i).standard_normal((1, 64, 64)), jnp.float32) for i in range(2))
+    exact = np.asarray(a, np.float64)[0] @ np.asarray(b, np.float64)[0]
+    error = np.linalg.norm(of_chunk.dot(a, b, "NN", jnp.dtype(jnp.bfloat16), pieces)[0] - exact) / np.linalg.norm(exact)
+    most = 2.0**-8 if pieces == (1, 1) else 2.0**-16
+    assert most / 64 < error < most
+
+
+@pytest.mark.parametrize("C", [16, 128])
+def test_levels_are_sums_between_tokens(C):
+    """For every pair its level's exponents add up to the sum over (j, i], of decays from 0 to -30."""
+    rng, heights = np.random.default_rng(0), [2**b for b in range(C.bit_length() - 1)]
+    g = np.where(rng.random((1, C, 3)) < 0.5, 0.0, -30 * rng.random((1, C, 3)) ** 4).astype(np.float32)
+
+    def kernel(g, found):
+        levels, before, after = of_chunk._levels(g[...])
+        assert [h for h, _ in levels] == heights
+        for i, x in enumerate([*(x for _, x in levels), before, after]):
+            found[i] = x
+
+    with as_on_tpu():
+        shape = jax.ShapeDtypeStruct((len(heights) + 2, *g.shape), jnp.float32)
+        *levels, before, after = np.asarray(pl.pallas_call(kernel, out_shape=shape)(g))[:, 0] / np.log2(np.e)
+    total = np.cumsum(g[0], 0, dtype=np.float64)
+    i, j = np.tril_indices(C, -1)
+    for h, exponent in zip(heights, levels):
+        here = np.floor(np.log2(i ^ j)) == np.log2(h)
+        between = total[i[here]] - total[j[here]]
+        np.testing.assert_allclose(exponent[i[here]] + exponent[j[here]], between, rtol=1e-5, atol=1e-9)
+        assert (exponent <= 0).all()
+    np.testing.assert_allclose(before, total, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(after, total[-1:] - total, rtol=1e-5, atol=1e-9)
