@@ -234,13 +234,13 @@ def _attend_forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Ex
 
 
 def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
-    def gradients(q: Array, k: Array, v: Array, extras: Extras, out: Array, lse: Array, *cotangents: Array) -> Any:
+    def gradients(q: Array, k: Array, v: Array, extras: Extras, out: Array, lse: Array, do: Array, dlse: Array) -> Any:
         kernels = functools.partial(_backward, spec=spec, out_dtype=q.dtype)
-        found = _folded(kernels, q, k, v, extras, out, lse, *cotangents)
+        found = _folded(kernels, q, k, v, extras, out, lse, do, dlse)
         if extras.bias is None:
             return *found, None
         natural = lse * unit(spec.scale, spec.softcap)
-        dbias = xla.backward_bias(q, k, v, extras, out, natural, *cotangents, replace(spec, tuning=None))
+        dbias = xla.backward_bias(q, k, v, extras, out, natural, do, dlse, replace(spec, tuning=None))
         return *found, dbias.astype(extras.bias.dtype)
 
     return *dispatch.once(gradients, *residuals, *cotangents), None
