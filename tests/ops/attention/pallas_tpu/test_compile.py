@@ -37,6 +37,7 @@ DOMAINS: dict[str, list[Any]] = {
     "heads": [(2, 2), (4, 2), (4, 1)],
     "lengths": [(2048, 2048), (1023, 1537), (1, 4096), (2049, 100)],  # T, S
     "softcap": [None, 30.0],
+    "bias": ["", "BHTS", "11TS", "1H1S", "B1T1"],  # which of its axes are whole
 }
 GRID = list(oracle.pairwise(DOMAINS))
 
@@ -51,18 +52,24 @@ def lowered(request: dict[str, Any], implementation: str | None = "pallas_tpu") 
     shaped = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=where)
     arrays = [shaped(request["dtype"], *shape) for shape in ((B, T, H, D), (B, S, K, D), (B, S, K, V))]
     ids = shaped("int32", B, T), shaped("int32", B, S)
+    bias, visible = None, None
+    if axes := request.get("bias"):
+        bias = shaped(request["dtype"], *({"B": B, "H": H, "T": T, "S": S}.get(axis, 1) for axis in axes))
+    if request["mask"] == "blocks":
+        visible = shaped("bool", 1, H, -(-T // 384), -(-S // 384))
 
-    def f(q, k, v, ids):
+    def f(q, k, v, bias, ids, visible):
         names = {"segments": ["segment_ids"], "positions": ["positions"], "both": ["segment_ids", "positions"]}
-        attend = lambda q, k, v: longattn.attention_with_lse(
-            q, k, v, mask=MASKS[request["mask"]], softcap=request["softcap"], implementation=implementation,
+        mask = MASKS[request["mask"]] if visible is None else m.Causal() & m.BlockSparse(384, visible)
+        attend = lambda q, k, v, bias: longattn.attention_with_lse(
+            q, k, v, mask=mask, softcap=request["softcap"], implementation=implementation, bias=bias,
             **dict.fromkeys(names.get(request["ids"], []), ids),
         )  # fmt: skip
-        (out, lse), pull = jax.vjp(attend, q, k, v)
+        (out, lse), pull = jax.vjp(attend, q, k, v, bias)
         return out, lse, pull((out, lse))
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(f).trace(*arrays, ids).lower()
+        return jax.jit(f).trace(*arrays, bias, ids, visible).lower()
 
 
 def compile_here(request: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +107,14 @@ def test_a_million_tokens_of_packed_documents_compile(chip):
     compiles(
         {"chip": chip, "sizes": (128, 128), "dtype": "bfloat16", "mask": "causal", "ids": "segments", "B": 1}
         | {"heads": (8, 2), "lengths": (2**20, 2**20), "softcap": None}
+    )
+
+
+@pytest.mark.parametrize("chip", [CHIPS[0], *(pytest.param(chip, marks=pytest.mark.slow) for chip in CHIPS[1:])])
+def test_blocks_of_each_head_compile(chip):
+    compiles(
+        {"chip": chip, "sizes": (128, 128), "dtype": "bfloat16", "mask": "blocks", "ids": "segments", "B": 1}
+        | {"heads": (4, 2), "lengths": (2048, 2048), "softcap": None}
     )
 
 
