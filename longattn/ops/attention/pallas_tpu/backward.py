@@ -91,10 +91,11 @@ def _kernel(n: Call, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any,
     bodies = blocks.bodies(n.patterns, strips, parts)
 
     def list_of(h: Array | int) -> blocks.Row:
-        h = h if walk.shape[0] > 1 else 0  # one list serves all heads of the group
+        if walk.shape[0] == 1:
+            return first_list  # it serves all heads of the group
         return blocks.Row(lambda i: walk[h, i], len(bodies), n.mask_numbers, n.rows_q, strips * parts)
 
-    first_list = list_of(0)
+    first_list = blocks.Row(lambda i: walk[0, i], len(bodies), n.mask_numbers, n.rows_q, strips * parts)
     sums = _Sums(dq_hbm, dq_ring, state, dq_sems)
 
     def fetch(h: Array, row: Array = row) -> Fetch:
@@ -176,9 +177,12 @@ def _kernel(n: Call, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any,
         i, first = entry & blocks.INDEX, entry > blocks.INDEX
         here = (b, kv * group + h, i)
         more, other = step + 1 < listed.seen, h + 1 < group
-        of_other = list_of(jnp.where(other, h + 1, 0))
-        begins = jnp.where(of_other.seen > 0, of_other.block(0), -1)
-        next_entry = jnp.where(more, listed.block(step + 1), jnp.where(other, begins, first_list.following))
+        after_list = first_list.following
+        if group > 1:  # the next head's list, which may be empty if it is not this one
+            of_other = list_of(jnp.where(other, h + 1, 0))
+            begins = of_other.block(0) if of_other is listed else jnp.where(of_other.seen > 0, of_other.block(0), -1)
+            after_list = jnp.where(other, begins, after_list)
+        next_entry = jnp.where(more, listed.block(step + 1), after_list)
         next_h, next_i = jnp.where(more, h, jnp.where(other, h + 1, 0)), next_entry & blocks.INDEX
         reading, next_reading = state[_READING], (next_entry >= 0) & (next_entry <= blocks.INDEX)
 
