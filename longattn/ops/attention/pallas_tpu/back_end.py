@@ -59,10 +59,8 @@ def check(q: Any, k: Any, v: Any, extras: Extras, spec: Spec) -> None:
 def _call(which: Pass, q: Array, k: Array, v: Array, extras: Extras, spec: Spec, out_dtype: Any) -> Call:
     (B, T, H, D), (S, K), V = q.shape, k.shape[1:3], v.shape[3]
     numbers = (() if spec.in_order else ("positions",)) + (() if extras.q_segments is None else ("segments",))
-    bias, added = None, 0  # its shape, and bytes for each logit
-    if extras.bias is not None and extras.bias.shape[3] > 1:
-        bias = extras.bias.shape
-        added = _bias_type(extras.bias).itemsize if bias[2] > 1 else 0
+    bias = extras.bias is not None and extras.bias.shape[3] > 1
+    added = _bias_type(extras.bias).itemsize if bias and extras.bias.shape[2] > 1 else 0  # bytes for each logit
     sizes = getattr(spec.tuning or Tuning(), which)
     sizes = sizes or choose(which, extras.mask, numbers, T, S, D, V, q.dtype.itemsize, added)
     leaves = jax.tree.leaves(extras.mask)
@@ -74,14 +72,14 @@ def _call(which: Pass, q: Array, k: Array, v: Array, extras: Extras, spec: Spec,
     patterns = None
     if not numbers and not leaves:
         patterns = blocks.patterns(extras.mask, sizes.block_q, sizes.block_k, sizes.tile_q, sizes.tile_k, T, S)
-    known = 1.0 if not spec.in_order or leaves else blocks.share(extras.mask, sizes.block_q, sizes.block_k, T, S)
+    share = 1.0 if not spec.in_order or leaves else blocks.share(extras.mask, sizes.block_q, sizes.block_k, T, S)
     if patterns is None and sizes.tiles > blocks.NUMBER + 1:
         raise NotImplementedError(
             f"{sizes} has {sizes.tiles} tiles to a block, of which a list can name {blocks.NUMBER + 1}"
         )
     return Call(
         B, H, K, T, S, D, V, sizes.block_q, sizes.block_k, sizes.tile_q, sizes.tile_k, spec.scale, spec.softcap,
-        jnp.dtype(out_dtype), numbers, patterns, jax.tree.structure(extras.mask), sparse, bias, known,
+        jnp.dtype(out_dtype), numbers, patterns, jax.tree.structure(extras.mask), sparse, bias, share,
         limit(which, sizes, D, V, q.dtype.itemsize, len(numbers), added),
     )  # fmt: skip
 

@@ -48,7 +48,7 @@ class Call:
     patterns: tuple[Pattern, ...] | None  # ways in which blocks are cut, [queries][keys]; None: their tiles are listed
     mask: Any  # its tree, whose leaves are one number per sequence each, or what a BlockSparse says of a tile
     sparse: int | None  # which leaf that is, if the mask has one
-    bias: tuple[int, int, int, int] | None  # the shape of what is added to the logits, filled up to whole blocks
+    bias: bool  # whether the kernel adds something to the logits
     share: float  # of the blocks that hold a visible pair, as far as is known at compile time
     vmem_bytes: int  # that the kernel may use
 

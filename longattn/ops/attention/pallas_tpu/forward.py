@@ -203,7 +203,7 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
                 if i == 0:
                     multiply_late()
                 else:
-                    multiply(slot, found[i - 1][0], p_ref[(i - 1) % 2, 0, :pk])
+                    multiply_tile(slot, found[i - 1][0], p_ref[(i - 1) % 2, 0, :pk])
                 if i + 1 < len(found):
                     p_ref[i % 2, 0, :pk] = p
                 else:
@@ -217,15 +217,15 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
         """Strip and first key of a tile."""
         return t // row_of_tiles, tiles.multiple(t % row_of_tiles, pk)
 
-    def multiply(slot: Array, t: Array, p: Array) -> None:
+    def multiply_tile(slot: Array, t: Array, p: Array) -> None:
         strip, first = place(t)
         acc_ref[strip] += tiles.dot(v_ring[slot, pl.ds(first, pk), :], p, "TN", precision)
 
     def multiply_late() -> None:
-        multiply(state[_LATE_SLOT], state[_LATE], late_ref[...])
+        multiply_tile(state[_LATE_SLOT], state[_LATE], late_ref[...])
 
-    def all_tiled(shifted: bool, start: Array) -> Array:
-        """The blocks of a row that are cut."""
+    def all_tiled(shifted: bool) -> Array:
+        """The blocks of a row that are cut; returns the slot after them."""
         (_, group), _ = listed.groups(0)
         state[_LATE_SLOT], state[_LATE] = start, group(0)[0][0]  # the first tile, of which P is 0, comes first
         late_ref[...] = jnp.zeros_like(late_ref)
@@ -260,8 +260,8 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
         else:
             places = itertools.product(range(row_of_tiles), range(strips))  # what depends on each other stands apart
             kinds = [(strip, part * pk, pattern[strip][part]) for part, strip in places]
-            shown_ones = [(strip, first, kind == PARTIAL, None) for strip, first, kind in kinds if kind != EMPTY]
-            online(slot, block(step), shown_ones)
+            found = [(strip, first, kind == PARTIAL, None) for strip, first, kind in kinds if kind != EMPTY]
+            online(slot, block(step), found)
         return after(slot)
 
     # ---- the row
@@ -289,7 +289,7 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
     def cut_blocks(shifted: bool) -> Array:
         """The blocks of a row that are cut; returns the slot after them."""
         if n.patterns is None:
-            return all_tiled(shifted, start)
+            return all_tiled(shifted)
         slot = start
         for i, pattern in enumerate(n.patterns):
             slot = lax.fori_loop(*listed.steps(i), functools.partial(alone, shifted, pattern), slot)

@@ -26,7 +26,7 @@ def call(rows_q: int, rows_k: int, heads: int, group: int, short: int) -> Call:
     T, S = rows_q * QUERIES, rows_k * KEYS
     return Call(
         1, heads * group, heads, T - short, S, D, V, QUERIES, KEYS, QUERIES, KEYS // 2, SCALE, None,
-        np.dtype("float32"), (), None, NO_MASK, None, None, 1.0, 0,
+        np.dtype("float32"), (), None, NO_MASK, None, False, 1.0, 0,
     )  # fmt: skip
 
 
