@@ -97,8 +97,8 @@ class LinearProblem:
         return {"out": out.swapaxes(0, 1).astype(p.dtype), "final_state": S}
 
     def units(self, truth: Results) -> float:
-        """Of the longest sums: over tokens and heads, and of a decay's gradient over a state."""
-        return max(self.H * self.T, self.D * (self.V or self.D), 1024) ** 0.5
+        """Of the longest sums, over tokens and heads."""
+        return max(self.B * self.H * max(self.T, self.D, self.V or self.D), 1024) ** 0.5
 
     def shorter(self) -> LinearProblem:
         """So short that few states exist at once, and a multiple of 128 unless it was as short before."""
