@@ -22,12 +22,13 @@ ALLOWED = {  # package or module of longattn -> what it may import from longattn
     "tasks": BASE | {"tasks"},
     "train": BASE
     | {"ops", "parallel", "models", "tasks", "train"}
-    | {f"analysis.{name}" for name in ("agreement", "cache", "cost", "hardware")},
+    | {f"analysis.{name}" for name in ("agreement", "agreement_linear", "cache", "cost", "hardware")},
     "analysis": BASE | {"ops", "parallel", "models", "tasks", "train", "analysis"},
     "analysis.hardware": BASE,  # these are below train, so they may not read it
-    "analysis.cost": BASE,
+    "analysis.cost": BASE | {"models"},
     "analysis.cache": BASE,
     "analysis.agreement": BASE | {"ops"},
+    "analysis.agreement_linear": BASE | {"ops", "analysis.agreement"},
     "cli": BASE | {"ops", "parallel", "models", "tasks", "train", "analysis", "cli"},
     "__main__": {"cli"},
     "__init__": BASE | {"ops", "parallel"},

@@ -1,7 +1,7 @@
 """Kernels that have not run on this generation of chips are tried before training relies on them.
 
 `longattn bringup` leaves a report per generation. Until there is one that passed, training compares output and
-gradients of its own attention with the blockwise form, which is plain XLA, before step 0.
+gradients of its own attention, and of its linear attention, with the form that is plain XLA, before step 0.
 """
 
 from __future__ import annotations
@@ -9,27 +9,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from longattn.analysis import agreement, cache, hardware
-from longattn.config import Config, Softmax
+from longattn.analysis.agreement_linear import LinearProblem
+from longattn.config import Config, Mixer, Softmax
+from longattn.models import MIXERS
 from longattn.models.context import Context
 from longattn.models.layers import rope_temperature
+from longattn.models.linear import Linear
 from longattn.ops import dispatch
-from longattn.ops.attention import api
 
-KIND, VERSION = "bringup", 1  # of the reports
+KIND, VERSION = "bringup", 2  # of the reports; since 2 rows of the numerics say of which operation they are
 CHECKOUT = Path(__file__).parents[2]
 TRUSTED = ("xla", "reference")  # no kernels of ours: XLA's own programs
-_LOGITS = 2**25  # that exist at once; the lengths compared have no more
 _SECONDS = 10.0
 
 
@@ -51,14 +53,15 @@ def folders() -> tuple[Path, ...]:
     return CHECKOUT / "experiments" / "bringup", cache.folder("bringup")
 
 
-def report(name: str, back_end: str) -> Path | None:
-    """A report of the chip generation `name` that passed and in which `back_end` ran, or None."""
+def report(name: str, back_end: str, op: str = agreement.Problem.op) -> Path | None:
+    """A report of the chip generation `name` that passed and in which `back_end` of the operation ran, or None."""
     for path in sorted((p for folder in folders() for p in folder.glob("*.json")), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a file of another kind is no report
             document = json.loads(path.read_text())
-            ran = {row["back_end"] for row in document["numerics"]["rows"] if row["outcome"] == "passed"}
+            rows = document["numerics"]["rows"]
+            ran = {(row["op"], row["back_end"]) for row in rows if row["outcome"] == "passed"}
             known = (document["kind"], document["version"], document["generation"], document["verdict"])
-            if known == (KIND, VERSION, name, "passed") and back_end in ran:
+            if known == (KIND, VERSION, name, "passed") and (op, back_end) in ran:
                 return path
     return None
 
@@ -66,33 +69,65 @@ def report(name: str, back_end: str) -> Path | None:
 # ---- before step 0
 
 
-def problems(config: Config) -> dict[str, agreement.Problem]:
-    """The attention of each kind of layer of the model, as one device meets it: by what it is called."""
+def problems(config: Config) -> dict[str, agreement.AnyProblem]:
+    """The attention, linear or not, of each kind of layer of the model, as one device meets it: by its name."""
     m, T = config.model, config.data.T
-    found = {}
+    found: dict[str, agreement.AnyProblem] = {}
     for mixer in dict.fromkeys(x for x in m.layers if isinstance(x, Softmax)):
         found[f"{mixer.mask}, T {T:,}"] = agreement.Problem(
             T=T, H=m.H // config.mesh.tensor, K=m.K // config.mesh.tensor, D=m.D, dtype=m.dtype, mask=mixer.mask,
             documents=min(4, T), scale=m.D**-0.5 * rope_temperature(mixer.rope), softcap=mixer.softcap,
             sinks=mixer.sinks,
         )  # fmt: skip
+    for layer in dict.fromkeys(x for x in m.layers if issubclass(MIXERS[type(x).__name__], Linear)):
+        p = _heard(layer, config)
+        heads = "/".join(map(str, p.heads or ()))
+        found[f"{type(layer).__name__}, heads {heads}, D {p.D}, V {p.V}, T {T:,}"] = p
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listening(Context):
+    """Linear attention computes nothing here: its arguments are kept."""
+
+    heard: list[tuple[Any, ...]] = dataclasses.field(default_factory=list, compare=False)
+
+    def linear_attention(self, q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
+        self.heard.append((q, k, v, options))
+        return jnp.zeros((*q.shape[:2], max(x.shape[2] for x in (q, k, v)), v.shape[3]), v.dtype), None
+
+
+def _heard(mixer: Mixer, config: Config) -> LinearProblem:
+    """The call of linear attention that a layer makes."""
+    m, T, parts, context = config.model, config.data.T, config.mesh.tensor, _Listening()
+    ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    layer = MIXERS[type(mixer).__name__](mixer, m, context)
+    jax.eval_shape(layer.init, jax.random.key(0), jax.ShapeDtypeStruct((1, T, m.E), m.dtype), ids, ids)
+    *arrays, options = context.heard[-1]
+    heads = tuple(x.shape[2] // parts if x.shape[2] % parts == 0 else x.shape[2] for x in arrays)
+    q, _, v = arrays
+    decay = options.get("log_decay")
+    return LinearProblem(
+        T=T, H=max(heads), D=q.shape[3], V=v.shape[3], heads=heads, dtype=q.dtype.name, delta="beta" in options,
+        decay="none" if decay is None else "vector" if decay.ndim == 4 else "scalar", documents=min(4, T),
+        scale=options.get("scale", 1.0),
+    )  # fmt: skip
 
 
 def check(config: Config, context: Context | None, console: Console) -> dict[str, Any] | None:
     """What `compare` says of the kernels that this run is about to use and that no report of this chip speaks of.
 
-    None where there is nothing to compare: on a CPU, where XLA's own programs attend, or with a report that passed.
+    None where there is nothing to compare: on a CPU, where XLA's own programs run, or with a report that passed.
     """
     target = dispatch.target()
     if target.platform == "cpu":
         return None
     asked = context.implementation if context else None
-    names = dispatch.candidates(asked, tuple(api.BACK_ENDS), api.DEFAULT)
     wanted = {}
     for layer, problem in problems(config).items():
+        names = dispatch.candidates(asked, tuple(problem.api.BACK_ENDS), problem.api.DEFAULT)
         name = chosen(problem, names)
-        if name is not None and name not in TRUSTED and report(generation(target.kind), name) is None:
+        if name is not None and name not in TRUSTED and report(generation(target.kind), name, problem.op) is None:
             wanted[layer] = name, problem
     if not wanted:
         return None
@@ -104,7 +139,7 @@ def check(config: Config, context: Context | None, console: Console) -> dict[str
     return verdict
 
 
-def chosen(problem: agreement.Problem, names: Iterable[str]) -> str | None:
+def chosen(problem: agreement.AnyProblem, names: Iterable[str]) -> str | None:
     """The first of these back ends that accepts the problem on this device, as a call would choose it."""
     for name in names:
         with contextlib.suppress(NotImplementedError):
@@ -113,8 +148,8 @@ def chosen(problem: agreement.Problem, names: Iterable[str]) -> str | None:
     return None
 
 
-def compare(wanted: dict[str, tuple[str, agreement.Problem]], seconds: float = _SECONDS) -> dict[str, Any]:
-    """Output, lse and gradients of back ends against the blockwise form's at float32.
+def compare(wanted: dict[str, tuple[str, agreement.AnyProblem]], seconds: float = _SECONDS) -> dict[str, Any]:
+    """Results and gradients of back ends against those of XLA's own programs at float32.
 
     Args:
       wanted: by layer the back end, and its problem; a shorter one of the same kind is compared.
@@ -126,7 +161,7 @@ def compare(wanted: dict[str, tuple[str, agreement.Problem]], seconds: float = _
     """
     end, rows = time.monotonic() + seconds, []
     for layer, (name, whole) in wanted.items():
-        problem = _shorter(whole)
+        problem = whole.shorter()
         row = {"layer": layer, "back_end": name, "T": problem.T, "dtype": problem.dtype}
         if rows and time.monotonic() > end:
             rows.append({**row, "outcome": "not run", "reason": f"{seconds:g} s were over"})
@@ -136,12 +171,6 @@ def compare(wanted: dict[str, tuple[str, agreement.Problem]], seconds: float = _
         rows.append(row | agreement.tried(problem, name, drawn, truth, agreement.plain(problem, drawn)))
     outcome = "failed" if any(row["outcome"] == "failed" for row in rows) else "passed"
     return {"against": "xla, float32", "device": dispatch.target().kind, "outcome": outcome, "rows": rows}
-
-
-def _shorter(problem: agreement.Problem) -> agreement.Problem:
-    """So short that few logits exist at once, and a multiple of 128 unless it was as short before."""
-    T = max(128, math.isqrt(_LOGITS // problem.H) // 128 * 128)
-    return dataclasses.replace(problem, T=min(problem.T, T))
 
 
 def sentence(row: dict[str, Any]) -> str:

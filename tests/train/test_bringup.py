@@ -13,11 +13,30 @@ import pytest
 from rich.console import Console
 
 from longattn import cli
-from longattn.config import ByteLM, Config, Model, Optimiser, RoPE, Run, Softmax
+from longattn.analysis import agreement
+from longattn.analysis.agreement_linear import LinearProblem
+from longattn.config import (
+    GLA,
+    ByteLM,
+    Config,
+    GatedDeltaNet,
+    KimiDeltaAttention,
+    LinearAttention,
+    Mamba2,
+    Mesh,
+    Model,
+    Optimiser,
+    RetNet,
+    RoPE,
+    Run,
+    Softmax,
+)
 from longattn.mask import Causal, Window
 from longattn.models.context import Context
 from longattn.ops import dispatch
 from longattn.ops.attention import api, xla
+from longattn.ops.linear import api as linear_api
+from longattn.ops.linear import xla as linear_xla
 from longattn.train import bringup, data, train
 
 SOURCES = str(Path(__file__).parents[2] / "longattn" / "train" / "*.py")
@@ -74,9 +93,13 @@ def wrong(q, k, v, extras, spec):
 
 def write_report(folder: Path, name: str = "v5e_2026-01-01.json", **changes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"back_end": "kernel", "outcome": "passed"}, {"back_end": "choosy", "outcome": "refused"}]
+    rows = [
+        {"op": "attention", "back_end": "kernel", "outcome": "passed"},
+        {"op": "attention", "back_end": "choosy", "outcome": "refused"},
+        {"op": "linear attention", "back_end": "kernel", "outcome": "refused"},
+    ]
     document = {
-        "kind": "bringup", "version": 1, "generation": "v5e", "verdict": "passed", "numerics": {"rows": rows},
+        "kind": "bringup", "version": 2, "generation": "v5e", "verdict": "passed", "numerics": {"rows": rows},
     }  # fmt: skip
     (folder / name).write_text(json.dumps(document | changes))
 
@@ -93,7 +116,7 @@ def test_only_reports_that_passed_on_this_generation_count(own_folders) -> None:
     write_report(own_folders, "1.json", verdict="failed")
     write_report(own_folders, "2.json", verdict="incomplete")
     write_report(own_folders, "3.json", generation="v6e")
-    write_report(own_folders, "4.json", version=2)
+    write_report(own_folders, "4.json", version=1)
     write_report(own_folders, "5.json", kind="compare")
     assert bringup.report("v5e", "kernel") is None
     assert bringup.report("v6e", "kernel") == own_folders / "3.json"
@@ -101,6 +124,10 @@ def test_only_reports_that_passed_on_this_generation_count(own_folders) -> None:
     assert bringup.report("v5e", "kernel") == own_folders / "v5e_2026-01-01.json"
     assert bringup.report("v5e", "choosy") is None  # it refused everything
     assert bringup.report("v5e", "newer") is None
+    assert bringup.report("v5e", "kernel", "linear attention") is None  # one operation's kernel is not another's
+    rows = [{"op": "linear attention", "back_end": "kernel", "outcome": "passed"}]
+    write_report(own_folders, "5.json", numerics={"rows": rows})
+    assert bringup.report("v5e", "kernel", "linear attention") == own_folders / "5.json"
 
 
 def test_reports_of_the_cache_count_too(own_folders) -> None:
@@ -149,9 +176,13 @@ def test_the_problems_are_the_models_own(tmp_path) -> None:
 
 def test_long_sequences_are_compared_short(tmp_path) -> None:
     problem = dataclasses.replace(next(iter(bringup.problems(config(tmp_path)).values())), T=2**20, H=8)
-    assert bringup._shorter(problem).T == 2048
-    assert bringup._shorter(dataclasses.replace(problem, H=32)).T == 1024
-    assert bringup._shorter(dataclasses.replace(problem, T=1000)).T == 1000
+    assert problem.shorter().T == 2048
+    assert dataclasses.replace(problem, H=32).shorter().T == 1024
+    assert dataclasses.replace(problem, T=1000).shorter().T == 1000
+    linear = LinearProblem(T=2**20, H=8, D=128)
+    assert linear.shorter().T == 256
+    assert dataclasses.replace(linear, H=32).shorter().T == 128
+    assert dataclasses.replace(linear, T=100).shorter().T == 100
 
 
 def test_when_time_is_over_the_rest_is_left_and_said(tmp_path) -> None:
@@ -160,6 +191,61 @@ def test_when_time_is_over_the_rest_is_left_and_said(tmp_path) -> None:
     assert [row["outcome"] for row in verdict["rows"]] == ["passed", "not run"]
     assert bringup.sentence(verdict["rows"][1]).endswith("not run: 0 s were over")
     bringup.insist(verdict)
+
+
+# ---- mixers of the linear family
+
+LINEAR = {  # what they ask of linear attention in the model below: heads of q, k, v; D, V, decay, delta
+    LinearAttention(): ((2, 1, 1), 8, 9, "none", False),
+    RetNet(): ((2, 2, 2), 8, 16, "scalar", False),
+    GLA(): ((2, 2, 2), 4, 8, "vector", False),
+    Mamba2(state=6): ((1, 1, 4), 6, 8, "scalar", False),
+    GatedDeltaNet(V=12): ((1, 1, 2), 8, 12, "scalar", True),
+    KimiDeltaAttention(): ((2, 2, 2), 8, 8, "vector", True),
+}
+
+
+def test_the_linear_problems_are_the_models_own(tmp_path) -> None:
+    problems = bringup.problems(config(tmp_path, N=7, mixers=(Softmax(), *LINEAR), dtype="bfloat16"))
+    attention, *linear = problems.values()
+    assert isinstance(attention, agreement.Problem)
+    assert [(p.heads, p.D, p.V, p.decay, p.delta) for p in linear] == list(LINEAR.values())
+    assert {(p.T, p.H, p.documents, p.dtype) for p in linear} == {(32, 2, 4, "bfloat16"), (32, 4, 4, "bfloat16")}
+    assert linear[1].scale == 8**-0.5 and linear[4].scale == 1
+    assert list(problems)[4] == "Mamba2, heads 1/1/4, D 6, V 8, T 32"
+
+
+def test_heads_are_those_of_one_device(tmp_path) -> None:
+    """A head that all others read is on each."""
+    c = dataclasses.replace(config(tmp_path, N=2, K=2, mixers=(GLA(), Mamba2())), mesh=Mesh(tensor=2))
+    assert [p.heads for p in bringup.problems(c).values()] == [(1, 1, 1), (1, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("mixers", "compared"), [((GatedDeltaNet(),), True), ((Softmax(),), False)], ids=["linear", "not"]
+)
+def test_linear_kernels_are_compared_where_the_model_has_their_mixers(monkeypatch, tmp_path, mixers, compared) -> None:
+    def scaled(*arguments):
+        out, state = linear_xla.attend(*arguments)
+        return (out * 1.01).astype(out.dtype), state
+
+    seen = types.SimpleNamespace(**{**vars(dispatch), "target": lambda: dispatch.Target("tpu", V5E)})
+    monkeypatch.setattr(bringup, "dispatch", seen)
+    for name, changes in (("right_linear", {}), ("wrong_linear", {"attend": scaled})):
+        module = types.SimpleNamespace(**{**vars(linear_xla), **changes})
+        monkeypatch.setitem(linear_api.BACK_ENDS, name, module)
+        monkeypatch.setattr(linear_api, "DEFAULT", (name, "xla"))
+        verdict = bringup.check(config(tmp_path, N=1, mixers=mixers), None, Console(quiet=True))
+        if not compared:
+            assert verdict is None
+            continue
+        (row,) = verdict["rows"]
+        assert row["back_end"] == name and row["layer"].startswith("GatedDeltaNet")
+        assert row["outcome"] == ("passed" if name == "right_linear" else "failed"), row
+        assert set(row["results"]) == {"out", "final_state", "dq", "dk", "dv", "dlog_decay", "dbeta"}
+    if compared:
+        with pytest.raises(bringup.Disagreement, match="wrong_linear does not agree with xla on TPU v5 lite, Gated"):
+            bringup.insist(verdict)
 
 
 # ---- training

@@ -1,14 +1,16 @@
-"""What the numerics try: together every part of attention's contract that a kernel may accept."""
+"""What the numerics try: together every part of both contracts, softmax and linear, that a kernel may accept."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
-from longattn.analysis.agreement import Problem
+from longattn.analysis.agreement import AnyProblem, Problem
+from longattn.analysis.agreement_linear import LinearProblem
 from longattn.mask import Causal, Full, Window
 
 
-def problems(T: int) -> dict[str, Problem]:
+def problems(T: int) -> dict[str, AnyProblem]:
     """By name, what training uses most first; `T`, at least 64, is about the length of each."""
     odd, half, quarter = T - 37, T // 2, T // 4
     causal = Problem(T=T, H=2, D=128, dtype="bfloat16")
@@ -38,7 +40,25 @@ def problems(T: int) -> dict[str, Problem]:
         "everything": everything,
         "everything, float32": replace(everything, dtype="float32"),
         "longer": replace(causal, T=2 * T, H=1),
+        **_linear(half),
     }
+
+
+def _linear(T: int) -> dict[str, LinearProblem]:
+    """Every kind in both precisions, in one as documents are trained on and in the other as nothing is a whole chunk.
+
+    The plain implementation keeps a state for every token, hence shorter lengths than attention's.
+    """
+    packed = LinearProblem(T=T, H=2, D=128, heads=(1, 1, 2), documents=3, state=True)
+    odd = LinearProblem(T=T + 13, H=2, D=64, V=128, B=2, rate=3.0)
+    found = {}
+    for i, (decay, delta) in enumerate(itertools.product(("none", "scalar", "vector"), (False, True))):
+        for precision, dtype in enumerate(("bfloat16", "float32")):
+            what, problem = (("packed documents", packed), ("odd T, D 64", odd))[(i + precision) % 2]
+            kind = {"none": "", "scalar": ", head decay", "vector": ", channel decay"}[decay]
+            name = f"linear{kind}{', delta rule' * delta}, {what}{', float32' * precision}"
+            found[name] = replace(problem, decay=decay, delta=delta, dtype=dtype)
+    return found
 
 
 NAMES = tuple(problems(64))

@@ -12,7 +12,7 @@ from longattn.analysis import agreement
 from longattn.analysis.bringup.cases import problems
 from longattn.analysis.bringup.options import BringupOptions
 from longattn.analysis.bringup.report import Report
-from longattn.ops.attention.api import BACK_ENDS
+from longattn.mask import Mask
 
 
 def run(options: BringupOptions, report: Report) -> None:
@@ -22,10 +22,10 @@ def run(options: BringupOptions, report: Report) -> None:
     part = report.part("numerics")
     part["against"] = "reference in float64 on this machine's CPU" if cpu else "reference in float32 on this device"
     part["of"] = len(every)
-    back_ends = [name for name in BACK_ENDS if name != "reference"]
     for case in options.cases or tuple(every):
         problem = every[case]
-        about = {"case": case, "problem": _json(problem)}
+        back_ends = [name for name in problem.api.BACK_ENDS if name != "reference"]
+        about = {"case": case, "op": problem.op, "problem": _json(problem)}
         if report.late:
             over = {"outcome": "not run", "reason": "the time for this part was over"}
             part["rows"] += [{**about, "back_end": name, **over} for name in back_ends]
@@ -51,12 +51,15 @@ def _cpu() -> jax.Device | None:
         return None
 
 
-def _truth(problem: agreement.Problem, drawn: Sequence[agreement.Drawn], cpu: jax.Device | None) -> agreement.Results:
+def _truth(
+    problem: agreement.AnyProblem, drawn: Sequence[agreement.Drawn], cpu: jax.Device | None
+) -> agreement.Results:
     if cpu is None:
         return agreement.truth(problem, "reference", drawn, np.float32)
     with jax.enable_x64(True), jax.default_device(cpu):
         return agreement.truth(problem, "reference", drawn, np.float64)
 
 
-def _json(problem: agreement.Problem) -> dict[str, Any]:
-    return {**vars(problem), "mask": str(problem.mask)}
+def _json(problem: agreement.AnyProblem) -> dict[str, Any]:
+    plain = lambda x: str(x) if isinstance(x, Mask) else list(x) if isinstance(x, tuple) else x
+    return {name: plain(x) for name, x in vars(problem).items()}

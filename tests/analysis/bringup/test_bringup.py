@@ -26,7 +26,7 @@ from longattn.train import bringup as reports
 
 ROOT = Path(__file__).parents[3]
 SMALL = {"T": 64, "timed_T": 128, "rounds": 1}
-FEW = ("causal, float32", "empty rows")
+FEW = ("causal, float32", "empty rows", "linear, head decay, packed documents")
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def whole(tmp_path_factory) -> tuple[dict, Path]:
 def test_every_part_on_a_cpu(whole) -> None:
     document, folder = whole
     assert document == one_report(folder)
-    assert (document["version"], document["kind"], document["generation"]) == (1, "bringup", "cpu")
+    assert (document["version"], document["kind"], document["generation"]) == (2, "bringup", "cpu")
     assert [document[part]["status"] for part in ("numerics", "memory", "timing")] == ["done"] * 3
     assert {(row["case"], row["back_end"]) for row in document["numerics"]["rows"]} >= {(case, "xla") for case in FEW}
     assert "float64" in document["numerics"]["against"]
@@ -66,7 +66,7 @@ def test_every_part_on_a_cpu(whole) -> None:
     assert "the kernels are for TPUs, the target is 'cpu'" in refused
     assert document["verdict"] == "incomplete"  # of the cases
     (finding,) = document["findings"]
-    assert finding == f"numerics: 2 of {document['numerics']['of']} cases were tried"
+    assert finding == f"numerics: {len(FEW)} of {document['numerics']['of']} cases were tried"
     (row,) = document["memory"]["rows"]
     assert row["compiled_bytes"] > 0
     assert "outcome" not in row
@@ -123,6 +123,9 @@ def test_a_wrong_kernel_is_reported_and_the_rest_goes_on(monkeypatch, tmp_path, 
     rows = {(row["case"], row["back_end"]): row for row in document["numerics"]["rows"]}
     for case in FEW:
         assert rows[case, "xla"]["outcome"] == "passed"
+        if case.startswith("linear"):  # its back ends are others
+            assert {name for of, name in rows if of == case} == {"pallas_tpu", "xla"}
+            continue
         assert rows[case, "wrong"]["outcome"] == "failed"
         assert not rows[case, "wrong"]["results"]["out"]["agrees"]
         assert rows[case, "choosy"]["outcome"] == "refused"
@@ -138,7 +141,8 @@ from jax.experimental.pallas import tpu as pltpu
 from longattn.analysis.bringup import BringupOptions, run
 
 with pltpu.force_tpu_interpret_mode():
-    run(BringupOptions(parts=("numerics",), cases=("causal, float32",), out=sys.argv[1], T=64))
+    cases = ("causal, float32", "linear, packed documents")
+    run(BringupOptions(parts=("numerics",), cases=cases, out=sys.argv[1], T=64))
 """
 
 
@@ -146,9 +150,10 @@ def test_kernels_that_accept_the_device_are_tried(tmp_path) -> None:
     """In interpret mode a CPU is a TPU to them. A process of its own, as a user's is."""
     done = subprocess.run([sys.executable, "-c", INTERPRETED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [(row["back_end"], row["outcome"]) for row in one_report(tmp_path)["numerics"]["rows"]] == [
-        ("pallas_tpu", "passed"), ("xla", "passed"),
-    ]  # fmt: skip
+    rows = one_report(tmp_path)["numerics"]["rows"]
+    assert [(row["op"], row["back_end"], row["outcome"]) for row in rows] == [
+        (op, name, "passed") for op in ("attention", "linear attention") for name in ("pallas_tpu", "xla")
+    ]
 
 
 def test_a_report_that_passed_is_kept_where_training_looks(monkeypatch, tmp_path) -> None:
@@ -161,6 +166,7 @@ def test_a_report_that_passed_is_kept_where_training_looks(monkeypatch, tmp_path
     assert found is not None and found.parent == reports.folders()[1]
     assert json.loads(found.read_text()) == document
     assert reports.report("cpu", "pallas_tpu") is None  # it refused
+    assert reports.report("cpu", "xla", "linear attention") == found
     assert reports.report("v5e", "xla") is None
 
 

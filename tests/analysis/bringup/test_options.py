@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from longattn.analysis import agreement
+from longattn.analysis.agreement_linear import LinearProblem
 from longattn.analysis.bringup import BringupOptions, cases
 from longattn.mask import Causal, Full, Window
 from longattn.train.bringup import CHECKOUT
@@ -51,6 +52,14 @@ def test_the_cases_cover_the_contract() -> None:
     for case, problem in problems.items():
         agreement.check(problem, "xla")  # raises for what is no valid call
         assert ("float32" in case) == (problem.dtype == "float32"), case
+    linear = {name: p for name, p in problems.items() if isinstance(p, LinearProblem)}
+    for dtype in ("float32", "bfloat16"):
+        own = [p for p in linear.values() if p.dtype == dtype]
+        assert len({(p.decay, p.delta) for p in own}) == len(own) == 6
+        for what in ("documents", "state", "heads", "V"):
+            assert any(getattr(p, what) for p in own), (what, dtype)
+        assert any(p.T % 32 for p in own)
+    problems = {name: p for name, p in problems.items() if name not in linear}
     has = {
         "causal": lambda p: p.mask == Causal(),
         "full": lambda p: p.mask == Full(),
