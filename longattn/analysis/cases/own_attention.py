@@ -129,17 +129,20 @@ def _lists(shape: Shape, tuning: Blocks, by_key: bool) -> _Lists:
 # ---- what the kernels do
 
 
-def _groups(tiles: np.ndarray, heads: int) -> list[tuple[str, int]]:
-    """What the bodies of listed tiles are, in the order of the source, and how often each runs."""
-    found = []
-    for kind, count in zip(("cut", "whole"), tiles.T):
-        runs = [(count // blocks.GROUP).sum(), *((count % blocks.GROUP == n).sum() for n in range(1, blocks.GROUP))]
-        found += [(f"{n} {kind} tiles", heads * int(x)) for n, x in zip((blocks.GROUP, 1, 2, 3), runs)]
-    return found
+def _groups(found: _Lists, tiles: int, heads: int) -> list[tuple[str, int]]:
+    """What the bodies of a block's listed tiles are, in the order of the source, and how often each runs."""
+    bodies = []
+    for kind, count in zip(("cut", "whole"), found.tiles.T):
+        runs = {n: (count % blocks.GROUP == n).sum() for n in range(1, min(blocks.GROUP, tiles + 1))}
+        if tiles >= blocks.GROUP:
+            runs = {blocks.GROUP: (count // blocks.GROUP).sum(), **runs}
+        bodies += [(f"{n} {kind} tiles", heads * int(x)) for n, x in runs.items()]
+    return bodies
 
 
 def _forward(shape: Shape) -> tuple[Kernel, ...]:
-    found = _lists(shape, _tuning(shape, "forward").forward, by_key=False)
+    tuning = _tuning(shape, "forward").forward
+    found = _lists(shape, tuning, by_key=False)
     *cut, whole = (shape.H * found.visits.sum(0)).tolist()
     *cut_sent, whole_sent = [shape.H * sent for sent in found.events(1)["sent"]]
     rows_of_whole = shape.H * int((found.visits[:, -1] > 0).sum())
@@ -151,7 +154,7 @@ def _forward(shape: Shape) -> tuple[Kernel, ...]:
     def of_cut(data: str) -> list[Branch]:
         if found.tiles is None:
             return [body(data, f"cut block {i}", *counts) for i, counts in enumerate(zip(cut, cut_sent))]
-        tiles = [body(data, what, runs, 0) for what, runs in _groups(found.tiles, shape.H)]
+        tiles = [body(data, what, runs, 0) for what, runs in _groups(found, tuning.tiles, shape.H)]
         tiles = [replace(branch, loop=sum(cut)) for branch in tiles]
         last = body(data, "last cut tile's product", shape.H * int((found.visits[:, 0] > 0).sum()), 0)
         return tiles if data == _ONLINE else [*tiles, last]
@@ -176,7 +179,8 @@ def _forward(shape: Shape) -> tuple[Kernel, ...]:
 
 
 def _backward(shape: Shape) -> tuple[Kernel, ...]:
-    found = _lists(shape, _tuning(shape, "backward").backward, by_key=True)
+    tuning = _tuning(shape, "backward").backward
+    found = _lists(shape, tuning, by_key=True)
     events = found.events(shape.H // shape.key_heads)
     bodies = []
     for runs, *counts in zip((shape.H * found.visits.sum(0)).tolist(), *events.values()):
@@ -185,7 +189,7 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
         bodies.append(Branch(f"cut block {len(bodies)}", runs, asides=copies))
     *cut, whole = *bodies[:-1], replace(bodies[-1], what="whole block")
     if found.tiles is not None:
-        cut = [Branch(what, n, loop=cut[0].runs) for what, n in _groups(found.tiles, shape.H)]
+        cut = [Branch(what, n, loop=cut[0].runs) for what, n in _groups(found, tuning.tiles, shape.H)]
     number = INT32 * bool(shape.documents)
     query = row(shape.D) + row(shape.values) + 2 * F32 + number  # q, do, lse, delta, segment id
     key = 2 * (row(shape.D) + row(shape.values)) + number  # k, v, dk, dv

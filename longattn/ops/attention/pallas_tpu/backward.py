@@ -163,7 +163,7 @@ def _kernel(n: Call, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any,
 
         if pattern is None:
             group = lambda found, masked: several([at(t % strips, t // strips, masked, sparse) for t, sparse in found])
-            tiles.by_groups(groups, group)
+            tiles.by_groups(groups, strips * parts, group)
         else:
             places = itertools.product(range(strips), range(parts))
             kinds = [(strip, part, pattern[strip][part]) for strip, part in places]

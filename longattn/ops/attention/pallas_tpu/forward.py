@@ -210,7 +210,7 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
                     late_ref[...] = p
             state[_LATE_SLOT], state[_LATE] = slot, found[-1][0]
 
-        tiles.by_groups(listed.groups(step), group)
+        tiles.by_groups(listed.groups(step), strips * row_of_tiles, group)
         return after(slot)
 
     def place(t: Array) -> tuple[Array, Array]:
@@ -256,7 +256,7 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
         arrive(step, slot)
         if pattern is None:
             group = lambda found, masked: online(slot, block(step), [(*place(t), masked, x) for t, x in found])
-            tiles.by_groups(listed.groups(step), group)
+            tiles.by_groups(listed.groups(step), strips * row_of_tiles, group)
         else:
             places = itertools.product(range(row_of_tiles), range(strips))  # what depends on each other stands apart
             kinds = [(strip, part * pk, pattern[strip][part]) for part, strip in places]

@@ -27,18 +27,19 @@ def multiple(i: Array | int, size: int) -> Array | int:
     return i * size if isinstance(i, int) else pl.multiple_of(i * size, size)
 
 
-def by_groups(listed: Any, compute: Callable[[list[Any], bool], None]) -> None:
-    """Calls `compute(some tiles, whether they are cut)` for all of `blocks.Row.groups`.
+def by_groups(listed: Any, tiles: int, compute: Callable[[list[Any], bool], None]) -> None:
+    """Calls `compute(some tiles, whether they are cut)` for all of `blocks.Row.groups` of a block of so many tiles.
 
     A program of one tile waits for its own products: it takes as long as two tiles of a program of four.
     """
     for masked, (count, group) in zip((True, False), listed):
 
-        def some(i: Array, tiles: int, masked: bool = masked, group: Callable[[Any], list[Any]] = group) -> None:
-            compute(group(i)[:tiles], masked)
+        def some(i: Array, n: int, masked: bool = masked, group: Callable[[Any], list[Any]] = group) -> None:
+            compute(group(i)[:n], masked)
 
-        lax.fori_loop(0, count // GROUP, lambda i, _, some=some: some(i, GROUP), None)
-        for rest in range(1, GROUP):
+        if tiles >= GROUP:
+            lax.fori_loop(0, count // GROUP, lambda i, _, some=some: some(i, GROUP), None)
+        for rest in range(1, min(GROUP, tiles + 1)):
             pl.when(count % GROUP == rest)(lambda some=some, last=count // GROUP, rest=rest: some(last, rest))
 
 
