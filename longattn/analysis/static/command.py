@@ -207,7 +207,8 @@ def _print(console: Console, document: Mapping[str, Any], shown: Sequence[Mappin
     rates = {(row["case"], name): rate for row in shown for name, rate in (row.get("rates") or {}).items()}
     notes += [
         f"{case}: the branch {name} depends on the data; it ran {rate:.0%} of the times it was asked, in interpret "
-        f"mode on N(0, 1) inputs at T {small(Shape()).T}, and in the worst case always."
+        f"mode on N(0, 1) inputs at T {small(Shape()).T}, and in the worst case always, "
+        "unless one that excludes it costs more."
         for (case, name), rate in rates.items()
     ]
     others = sorted({name for row in shown for name in row.get("not_counted", ())})
