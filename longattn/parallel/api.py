@@ -45,6 +45,25 @@ def _mesh(mesh: Mesh | AbstractMesh | None, axis: str) -> Mesh | AbstractMesh:
     return mesh
 
 
+def axes(
+    mesh: Mesh | AbstractMesh | None, axis: str, batch_axes: tuple[str, ...], head_axis: str
+) -> tuple[Mesh | AbstractMesh, tuple[str, ...], str | None]:
+    """The mesh to use, and those of its axes that sequences and heads lie along. Raises ValueError for invalid ones."""
+    mesh = _mesh(mesh, axis)
+    batch = tuple(name for name in batch_axes if name in mesh.axis_names)
+    head = head_axis if head_axis in mesh.axis_names else None
+    if len({axis, *batch, head}) != len(batch) + 2:
+        raise ValueError(f"{axis=}, {batch_axes=} and {head_axis=} must be different axes of the mesh")
+    return mesh, batch, head
+
+
+def divide_rows(mesh: Mesh | AbstractMesh, B: int, batch: tuple[str, ...]) -> None:
+    """Raises ValueError unless the batch axes divide B."""
+    rows = math.prod(mesh.shape[name] for name in batch)
+    if B % rows:
+        raise ValueError(f"{B=} must be a multiple of {rows}, the devices on the batch axes {batch}")
+
+
 def _divide(mesh: Mesh | AbstractMesh, q: Any, k: Any, axis: str, batch: tuple[str, ...], head: str | None) -> None:
     """Raises unless the mesh's axes divide B, T, S and the heads."""
     devices = mesh.shape[axis]
@@ -54,9 +73,7 @@ def _divide(mesh: Mesh | AbstractMesh, q: Any, k: Any, axis: str, batch: tuple[s
             raise ValueError(
                 f"{name}={size} must be a multiple of {devices}, the devices on {axis!r}; pad it to {longer}"
             )
-    rows = math.prod(mesh.shape[name] for name in batch)
-    if q.shape[0] % rows:
-        raise ValueError(f"B={q.shape[0]} must be a multiple of {rows}, the devices on the batch axes {batch}")
+    divide_rows(mesh, q.shape[0], batch)
     K, heads = k.shape[2], 1 if head is None else mesh.shape[head]
     if K % heads:
         raise NotImplementedError(
@@ -126,11 +143,7 @@ def attention_with_lse(
     """`attention`, and its log-sum-exp: natural logarithm, float32 (float64 for float64 inputs), differentiable."""
     if strategy not in STRATEGIES:
         raise ValueError(f"{strategy=} must be a strategy of attention; {suggest(str(strategy), STRATEGIES)}")
-    mesh = _mesh(mesh, axis)
-    batch = tuple(name for name in batch_axes if name in mesh.axis_names)
-    head = head_axis if head_axis in mesh.axis_names else None
-    if len({axis, *batch, head}) != len(batch) + 2:
-        raise ValueError(f"{axis=}, {batch_axes=} and {head_axis=} must be different axes of the mesh")
+    mesh, batch, head = axes(mesh, axis, batch_axes, head_axis)
     q, k, v, sinks, extras, spec, names = validate(
         q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks,
         bias=bias, implementation=implementation, tuning=tuning, rounded=sinks is None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from jaxtyping import Array, Float
 from longattn.ops.linear.api import linear_attention as local_linear_attention
 from longattn.ops.linear.api import validate
 from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, State, Value
-from longattn.parallel.api import _mesh
+from longattn.parallel.api import axes, divide_rows
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "batch", "head", "scale", "implementation", "tuning"))
@@ -80,21 +79,18 @@ def linear_attention(
       NotImplementedError: with the reason, for a sequence in parts, for heads that `head_axis` does not divide, and
         where no back end asked for serves the call.
     """
-    mesh = _mesh(mesh, axis)
+    mesh, batch, head = axes(mesh, axis, batch_axes, head_axis)
     if mesh.shape[axis] > 1:
         raise NotImplementedError(
             f"the sequence lies in {mesh.shape[axis]} parts along {axis!r}, and no device hands its state on to the "
             "next; use a mesh with one device there, and divide the batch (data, fsdp) and the heads (tensor)"
         )
-    batch = tuple(name for name in batch_axes if name in mesh.axis_names)
-    head = head_axis if head_axis in mesh.axis_names else None
     arrays, spec, _ = validate(
         q, k, v, log_decay=log_decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids, scale=scale,
         implementation=implementation, tuning=tuning,
     )  # fmt: skip
-    rows, heads = math.prod(mesh.shape[name] for name in batch), 1 if head is None else mesh.shape[head]
-    if arrays[0].shape[0] % rows:
-        raise ValueError(f"B={arrays[0].shape[0]} must be a multiple of {rows}, the devices on the batch axes {batch}")
+    divide_rows(mesh, arrays[0].shape[0], batch)
+    heads = 1 if head is None else mesh.shape[head]
     for name, x in zip("qkv", arrays):
         if x.shape[2] % heads and x.shape[2] > 1:
             raise NotImplementedError(
