@@ -224,15 +224,6 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
     def multiply_late() -> None:
         multiply_tile(state[_LATE_SLOT], state[_LATE], late_ref[...])
 
-    def all_tiled(shifted: bool) -> Array:
-        """The blocks of a row that are cut; returns the slot after them."""
-        (_, group), _ = listed.groups(0)
-        state[_LATE_SLOT], state[_LATE] = start, group(0)[0][0]  # the first tile, of which P is 0, comes first
-        late_ref[...] = jnp.zeros_like(late_ref)
-        slot = lax.fori_loop(0, cut, functools.partial(tiled, shifted), start)
-        pl.when(cut > 0)(multiply_late)
-        return slot
-
     # ---- rows whose sums came out too large or too small: online softmax
 
     def online(slot: Array, j: Array, found: list[tuple[Any, Any, bool, Any]]) -> None:
@@ -289,7 +280,12 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
     def cut_blocks(shifted: bool) -> Array:
         """The blocks of a row that are cut; returns the slot after them."""
         if n.patterns is None:
-            return all_tiled(shifted)
+            (_, group), _ = listed.groups(0)
+            state[_LATE_SLOT], state[_LATE] = start, group(0)[0][0]  # the first tile, of which P is 0, comes first
+            late_ref[...] = jnp.zeros_like(late_ref)
+            slot = lax.fori_loop(0, cut, functools.partial(tiled, shifted), start)
+            pl.when(cut > 0)(multiply_late)
+            return slot
         slot = start
         for i, pattern in enumerate(n.patterns):
             slot = lax.fori_loop(*listed.steps(i), functools.partial(alone, shifted, pattern), slot)
