@@ -6,11 +6,14 @@ with a reason where the back end cannot serve the call.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax._src import config as jax_config  # it has no public reader of the interpret mode
+from jaxtyping import Array
 
 from longattn.shapes import suggest
 
@@ -27,6 +30,34 @@ def vary_together(tree: Any) -> Any:
     axes = sorted(frozenset().union(*varying))
     missing = [tuple(axis for axis in axes if axis not in own) for own in varying]
     return treedef.unflatten(jax.lax.pcast(x, m, to="varying") if m else x for x, m in zip(leaves, missing))
+
+
+def fold_vmap(function: Callable[..., Any], *arrays: Any, shared: int | None = None) -> Any:
+    """`function` of trees of arrays [B ...] or None; vmap makes a longer B of its axis.
+
+    Pallas would add it to the grid, which a kernel that walks by itself cannot have.
+
+    Args:
+      shared: the place of an argument whose arrays may be [1 ...] beside B > 1, and stay so where vmap shares them.
+    """
+    call = jax.custom_batching.custom_vmap(function)
+
+    @call.def_vmap
+    def _rule(size: int, batched: Any, *arrays: Any) -> Any:
+        B = arrays[0].shape[int(batched[0])]
+
+        def fold(x: Array, batched: bool, shared: bool) -> Array:
+            if shared and not batched and x.shape[0] == 1:
+                return x
+            x = x if batched else x[None]
+            return jnp.broadcast_to(x, (size, B, *x.shape[2:])).reshape(size * B, *x.shape[2:])
+
+        pairs = enumerate(zip(arrays, batched))
+        folded = [jax.tree.map(functools.partial(fold, shared=i == shared), *pair) for i, pair in pairs]
+        out = call(*folded)
+        return jax.tree.map(lambda x: x.reshape(size, B, *x.shape[1:]), out), jax.tree.map(lambda _: True, out)
+
+    return call(*arrays)
 
 
 def once(backward: Callable[..., Any], *arrays: Any) -> Any:
@@ -65,6 +96,15 @@ def interpreted_as_tpu() -> bool:
     return bool(jax_config.pallas_tpu_interpret_mode_context_manager.value)
 
 
+def require_tpu(dtype: Any) -> None:
+    """Raises NotImplementedError unless the target is a TPU, or interpreted as one, and has products of `dtype`."""
+    to = target()
+    if to.platform != "tpu" and not interpreted_as_tpu():
+        raise NotImplementedError(f"the kernels are for TPUs, the target is {to.kind!r}")
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"{dtype} products are not what TPUs have; cast to bfloat16 or float32")
+
+
 def candidates(implementation: Any, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
     """The back ends to try, in order: `default` for None, else the name or names given. All must be `known`."""
     if implementation is None:
@@ -76,6 +116,16 @@ def candidates(implementation: Any, known: Sequence[str], default: Sequence[str]
         if name not in known:
             raise ValueError(f"implementation {name!r} must be a back end of this op; {suggest(str(name), known)}")
     return tuple(names)
+
+
+def check_tuning(tuning: Any, implementation: Any, names: Sequence[str], table: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `tuning` is None, or comes with exactly one named back end and is of its kind."""
+    if tuning is None:
+        return
+    if implementation is None or len(names) != 1:
+        raise ValueError(f"{tuning=} must come with exactly one named implementation; {implementation=}")
+    if not isinstance(tuning, getattr(table[names[0]], "Tuning", type(None))):
+        raise ValueError(f"{tuning=} must be None or a Tuning of {names[0]!r}")
 
 
 def choose(names: Sequence[str], table: Mapping[str, Any], accepts: Callable[[Any], None]) -> str:

@@ -80,12 +80,7 @@ def validate(
         remedy = "Full() attends to every key" if mask is None else "BlockSparse takes a pattern, `bias` an array"
         raise ValueError(f"mask={mask!r:.80} must be a longattn.mask.Mask; {remedy}")
     names = dispatch.candidates(implementation, tuple(BACK_ENDS), DEFAULT)
-    if tuning is not None:
-        if implementation is None or len(names) != 1:
-            raise ValueError(f"{tuning=} must come with exactly one named implementation; {implementation=}")
-        expected = getattr(BACK_ENDS[names[0]], "Tuning", type(None))
-        if not isinstance(tuning, expected):
-            raise ValueError(f"{tuning=} must be None or a Tuning of {names[0]!r}")
+    dispatch.check_tuning(tuning, implementation, names, BACK_ENDS)
     if bias is not None:
         shapes.check_dtype("bias", bias, shapes.FLOATS)
         shapes.check_broadcast("bias", bias, (B, H, T, S), "B H T S")

@@ -88,12 +88,7 @@ def validate(
         shapes.check_dtype("segment_ids", segment_ids, ("int32",))
         segment_ids = jnp.asarray(segment_ids)
     names = dispatch.candidates(implementation, tuple(BACK_ENDS), DEFAULT)
-    if tuning is not None:
-        if implementation is None or len(names) != 1:
-            raise ValueError(f"{tuning=} must come with exactly one named implementation; {implementation=}")
-        expected = getattr(BACK_ENDS[names[0]], "Tuning", type(None))
-        if not isinstance(tuning, expected):
-            raise ValueError(f"{tuning=} must be None or a Tuning of {names[0]!r}")
+    dispatch.check_tuning(tuning, implementation, names, BACK_ENDS)
     spec = Spec(shapes.check_positive("scale", scale), q.dtype.name, tuning)
     return (q, k, v, log_decay, beta, initial_state, segment_ids), spec, names
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,11 +39,7 @@ _ROWS = 16  # rows of bfloat16 in a register: copies begin and end at multiples 
 
 def check(q: Any, k: Any, v: Any, extras: Extras, spec: Spec) -> None:
     """Raises NotImplementedError with the reason where the kernels cannot serve the call."""
-    target = dispatch.target()
-    if target.platform != "tpu" and not dispatch.interpreted_as_tpu():
-        raise NotImplementedError(f"the kernels are for TPUs, the target is {target.kind!r}")
-    if q.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"{q.dtype} products are not what TPUs have; cast to bfloat16 or float32")
+    dispatch.require_tpu(q.dtype)
     if sum(leaf.ndim == 4 for leaf in jax.tree.leaves(extras.mask)) > 1:
         raise NotImplementedError(f"the mask {extras.mask} has more than one BlockSparse")
     if (sparse := blocks.block_sparse(extras.mask)) is not None:
@@ -193,32 +189,6 @@ def _backward(
     return dq.transpose(0, 3, 1, 2).astype(out_dtype), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
 
-def _folded(function: Callable[..., Any], *arrays: Any) -> Any:
-    """`function` of arrays [B ...], those of the fourth argument (Extras) [B|1 ...]; vmap makes a longer B of its axis.
-
-    Pallas would add it to the grid, which a kernel that walks by itself cannot have.
-    """
-    call = jax.custom_batching.custom_vmap(function)
-
-    @call.def_vmap
-    def _rule(size: int, batched: Any, *arrays: Any) -> Any:
-        B = arrays[0].shape[int(batched[0])]
-
-        def fold(x: Array, batched: bool, shared: bool) -> Array:
-            if shared and not batched and x.shape[0] == 1:
-                return x
-            x = x if batched else x[None]
-            return jnp.broadcast_to(x, (size, B, *x.shape[2:])).reshape(size * B, *x.shape[2:])
-
-        folded = [
-            jax.tree.map(functools.partial(fold, shared=i == 3), *pair) for i, pair in enumerate(zip(arrays, batched))
-        ]
-        out = call(*folded)
-        return jax.tree.map(lambda x: x.reshape(size, B, *x.shape[1:]), out), jax.tree.map(lambda _: True, out)
-
-    return call(*arrays)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, spec: Spec) -> tuple[Array, Array]:
     return _attend_forward(q, k, v, bias, extras, spec)[0]
@@ -226,7 +196,7 @@ def _attend(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, sp
 
 def _attend_forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, spec: Spec) -> Any:
     extras = extras._replace(bias=bias)
-    out, lse = _folded(functools.partial(_forward, spec=spec), q, k, v, extras)
+    out, lse = dispatch.fold_vmap(functools.partial(_forward, spec=spec), q, k, v, extras, shared=3)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse * unit(spec.scale, spec.softcap)), (q, k, v, extras, out, lse)
 
@@ -234,7 +204,7 @@ def _attend_forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Ex
 def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
     def gradients(q: Array, k: Array, v: Array, extras: Extras, out: Array, lse: Array, do: Array, dlse: Array) -> Any:
         kernels = functools.partial(_backward, spec=spec, out_dtype=q.dtype)
-        found = _folded(kernels, q, k, v, extras, out, lse, do, dlse)
+        found = dispatch.fold_vmap(kernels, q, k, v, extras, out, lse, do, dlse, shared=3)
         if extras.bias is None:
             return *found, None
         natural = lse * unit(spec.scale, spec.softcap)
@@ -257,4 +227,5 @@ def backward_partial(
 ) -> tuple[Query, Key, Value]:
     """dq, dk, dv from these keys in float32, given the global out and lse."""
     gradient = functools.partial(_backward, spec=spec, out_dtype=jnp.float32)
-    return _folded(gradient, q, k, v, extras, out, lse / unit(spec.scale, spec.softcap), do, dlse)
+    lse = lse / unit(spec.scale, spec.softcap)
+    return dispatch.fold_vmap(gradient, q, k, v, extras, out, lse, do, dlse, shared=3)

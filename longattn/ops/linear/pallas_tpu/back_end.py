@@ -10,7 +10,6 @@ Not supported, with the reason in the error: float16 and float64, jvp and second
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,11 +27,7 @@ from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, Spec, St
 
 def check(q: Any, k: Any, v: Any, log_decay: Any, beta: Any, initial_state: Any, segment_ids: Any, spec: Spec) -> None:
     """Raises NotImplementedError with the reason where the kernels cannot serve the call."""
-    target = dispatch.target()
-    if target.platform != "tpu" and not dispatch.interpreted_as_tpu():
-        raise NotImplementedError(f"the kernels are for TPUs, the target is {target.kind!r}")
-    if q.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"{q.dtype} products are not what TPUs have; cast to bfloat16 or float32")
+    dispatch.require_tpu(q.dtype)
     if min(q.shape):
         _call(q, k, v, log_decay, beta, spec)
 
@@ -120,42 +115,26 @@ def _backward(
 # ---- the rules
 
 
-def _folded(function: Callable[..., Any], *arrays: Any) -> Any:
-    """`function` of arrays [B ...] or None; vmap makes a longer B of its axis rather than an axis of the grid."""
-    call = jax.custom_batching.custom_vmap(function)
-
-    @call.def_vmap
-    def _rule(size: int, batched: Any, *arrays: Any) -> Any:
-        def fold(x: Array, batched: bool) -> Array:
-            x = x if batched else jnp.broadcast_to(x[None], (size, *x.shape))
-            return x.reshape(size * x.shape[1], *x.shape[2:])
-
-        out = call(*jax.tree.map(fold, arrays, tuple(batched)))
-        return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out), jax.tree.map(lambda _: True, out)
-
-    return call(*arrays)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _attend(
     q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, state: Array | None, ids: Array | None,
     spec: Spec,
 ) -> tuple[Array, Array]:  # fmt: skip
-    return _folded(functools.partial(_forward, spec=spec, save=False), q, k, v, log_decay, beta, state, ids)
+    return dispatch.fold_vmap(functools.partial(_forward, spec=spec, save=False), q, k, v, log_decay, beta, state, ids)
 
 
 def _attend_forward(
     q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, state: Array | None, ids: Array | None,
     spec: Spec,
 ) -> Any:  # fmt: skip
-    f = functools.partial(_folded, functools.partial(_forward, spec=spec, save=True))
+    f = functools.partial(dispatch.fold_vmap, functools.partial(_forward, spec=spec, save=True))
     out, final, states = dispatch.once(f, q, k, v, log_decay, beta, state, ids)
     return (out, final), (q, k, v, log_decay, beta, ids, state is not None, checkpoint_name(states, "linear_state"))
 
 
 def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
     *arrays, given, states = residuals
-    gradient = functools.partial(_folded, functools.partial(_backward, spec=spec))
+    gradient = functools.partial(dispatch.fold_vmap, functools.partial(_backward, spec=spec))
     *gradients, dstate = dispatch.once(gradient, *arrays, states, *cotangents)
     return *gradients, dstate if given else None, None
 
