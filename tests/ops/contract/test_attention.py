@@ -5,11 +5,9 @@ Sizes differ pairwise and are odd where they can be, so that a swapped axis cann
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,28 +22,13 @@ from longattn import mask as m
 from longattn.ops import partial as partials
 from longattn.ops.attention import pallas_tpu, xla
 from tests.ops import oracle
+from tests.ops.contract import back_ends
 from tests.ops.interpreter import as_on_tpu
 
 
 @dataclass(frozen=True)
-class BackEnd:
-    name: str
+class BackEnd(back_ends.BackEnd):
     tuning: Any = None  # small blocks, so that small cases have many
-    names_residuals: bool = True  # its custom_vjp names attention_out and attention_lse
-    device: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # where it is accepted
-    refuses: tuple[tuple[str, str, str], ...] = ()  # (a value of a case, the reason, what to ask for instead)
-
-    def __str__(self) -> str:
-        return self.name
-
-    def refusal(self, case: Case) -> str | None:
-        """The reason why it does not serve a case."""
-        return next((why for value, why, _ in self.refuses if value in dataclasses.astuple(case)), None)
-
-    def nearest(self, case: Case) -> Case:
-        """The case, or one that it serves in the place of it."""
-        instead = {value: other for value, _, other in self.refuses}
-        return Case(*(instead.get(x, x) if isinstance(x, str) else x for x in dataclasses.astuple(case)))
 
 
 _TILE, _PAIR = pallas_tpu.Blocks(128, 128, 128, 128), pallas_tpu.Blocks(128, 256, 128, 128)
@@ -55,8 +38,7 @@ BACK_ENDS = [
     BackEnd(
         "pallas_tpu", tuning=pallas_tpu.Tuning(_PAIR, _TILE), device=as_on_tpu,
         refuses=(
-            ("float16", "float16 products are not what TPUs have; cast to bfloat16 or float32", "bfloat16"),
-            ("float64", "float64 products are not what TPUs have; cast to bfloat16 or float32", "float32"),
+            *back_ends.NO_TPU_DTYPE,
             ("blocks", "BlockSparse.block_size=8 is no multiple of 128", "prefix"),
         ),
     ),

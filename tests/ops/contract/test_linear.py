@@ -5,11 +5,9 @@ Sizes differ pairwise and are odd where they can be, so that a swapped axis cann
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,31 +20,16 @@ from jax.sharding import AxisType, PartitionSpec
 import longattn
 from longattn.ops.linear import pallas_tpu, xla
 from tests.ops import linear_oracle, oracle
+from tests.ops.contract import back_ends
 from tests.ops.interpreter import as_on_tpu
 
 
 @dataclass(frozen=True)
-class BackEnd:
-    name: str
+class BackEnd(back_ends.BackEnd):
     tunings: tuple[Any, ...] = (None,)  # the first of small chunks, so that small cases have many
     chunk: int = 1  # tokens of the first tuning's chunks
-    names_residuals: bool = True  # its custom_vjp names linear_state
-    device: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # where it is accepted
-    refuses: tuple[tuple[str, str, str], ...] = ()  # (a value of a case, the reason, what to ask for instead)
     rounds: bool = False  # of half-precision inputs, the factors of every product to their dtype
     interpreted: bool = False  # seconds for each case: only a few are compared by default
-
-    def __str__(self) -> str:
-        return self.name
-
-    def refusal(self, case: Case) -> str | None:
-        """The reason why it does not serve a case."""
-        return next((why for value, why, _ in self.refuses if value in dataclasses.astuple(case)), None)
-
-    def nearest(self, case: Case) -> Case:
-        """The case, or one that it serves in the place of it."""
-        instead = {value: other for value, _, other in self.refuses}
-        return Case(*(instead.get(x, x) for x in dataclasses.astuple(case)))
 
 
 BACK_ENDS = [
@@ -54,10 +37,7 @@ BACK_ENDS = [
     BackEnd("reference", names_residuals=False),
     BackEnd(
         "pallas_tpu", tunings=(pallas_tpu.Tuning(16, 3),), chunk=16, device=as_on_tpu, rounds=True, interpreted=True,
-        refuses=(
-            ("float16", "float16 products are not what TPUs have; cast to bfloat16 or float32", "bfloat16"),
-            ("float64", "float64 products are not what TPUs have; cast to bfloat16 or float32", "float32"),
-        ),
+        refuses=back_ends.NO_TPU_DTYPE,
     ),
 ]  # fmt: skip
 every_back_end = pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
