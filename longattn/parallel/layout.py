@@ -1,0 +1,182 @@
+"""In which order a sequence lies on the devices along an axis: one value that all who read positions share.
+
+    contiguous    device i holds the i-th part
+    zigzag        of 2 P parts, device i holds parts i and 2 P - 1 - i: under a causal mask all devices have the same
+                  work (arXiv:2407.21783, section 3.3.2)
+    striped       token t is on device t mod P: likewise, up to the diagonal (arXiv:2311.09431)
+
+Global arrays are in the layout's order along axis 1, so that a part of them is one slice. Every device holds its tokens
+in the order of their positions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from longattn.shapes import suggest
+
+Name = Literal["contiguous", "zigzag", "striped"]
+Axis = str | tuple[str, ...]  # a mesh axis, or several, the devices in row-major order
+
+
+def devices_on(mesh: Mesh | AbstractMesh, axis: Axis) -> int:
+    """The number of devices along an axis or several."""
+    return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """The order of a sequence over P devices. Hashable and static."""
+
+    name: Name = "contiguous"
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(Name):
+            raise ValueError(f"layout {self.name!r} must be one; {suggest(str(self.name), get_args(Name))}")
+
+    def unit(self, P: int) -> int:
+        """What divides every length that lies on P devices."""
+        return 2 * P if self.name == "zigzag" and P > 1 else P
+
+    def check(self, length: int, P: int, name: str = "T") -> None:
+        """Raises ValueError, naming the next length, where the layout does not divide this one."""
+        if length % (unit := self.unit(P)):
+            parts = f"{P} devices along the sequence" + (", two parts each" if unit > P else "")
+            raise ValueError(
+                f"{name}={length} must be a multiple of {unit} for the {self.name} layout ({parts}); pad it to "
+                f"{-(-length // unit) * unit}"
+            )
+
+    def _halves(self, P: int) -> np.ndarray:
+        """Of zigzag, the parts in the layout's order."""
+        return np.stack([np.arange(P), 2 * P - 1 - np.arange(P)], 1).reshape(-1)
+
+    def permute(self, x: Any, P: int) -> Any:
+        """An array [B T ...] of sequences in order, in the layout's order; NumPy stays NumPy."""
+        self.check(x.shape[1], P)
+        if P == 1 or self.name == "contiguous":
+            return x
+        B, T, *rest = x.shape
+        if self.name == "zigzag":
+            return x.reshape(B, 2 * P, T // (2 * P), *rest)[:, self._halves(P)].reshape(x.shape)
+        return x.reshape(B, T // P, P, *rest).swapaxes(1, 2).reshape(x.shape)
+
+    def restore(self, x: Any, P: int) -> Any:
+        """The inverse of `permute`."""
+        self.check(x.shape[1], P)
+        if P == 1 or self.name == "contiguous":
+            return x
+        B, T, *rest = x.shape
+        if self.name == "zigzag":
+            return x.reshape(B, 2 * P, T // (2 * P), *rest)[:, np.argsort(self._halves(P))].reshape(x.shape)
+        return x.reshape(B, P, T // P, *rest).swapaxes(1, 2).reshape(x.shape)
+
+    def positions(self, T: int, P: int) -> Int32[np.ndarray, " T"]:
+        """The positions of the T tokens in the layout's order."""
+        return self.permute(np.arange(T, dtype=np.int32)[None], P)[0]
+
+    def local_positions(self, device: Any, T: int, P: int) -> Int32[Array, " T/P"]:
+        """The positions of a device's tokens, of T in all; `device` may be traced."""
+        n = T // P
+        at = jnp.arange(n, dtype=jnp.int32)
+        if self.name == "striped":
+            return at * P + device
+        if self.name == "contiguous" or P == 1:
+            return at + device * n
+        half = n // 2
+        return jnp.where(at < half, at + device * half, at + (2 * P - 1 - device) * half - half)
+
+    def runs(self, device: int, T: int, P: int) -> list[tuple[int, int]]:
+        """Bounds, both included, of the positions of a device's pieces: equal pieces of its tokens, in their order."""
+        n = T // P
+        if self.name == "striped":
+            return [(device, device + (n - 1) * P)]
+        if self.name == "contiguous" or P == 1:
+            return [(device * n, (device + 1) * n - 1)]
+        half = n // 2
+        return [(part * half, (part + 1) * half - 1) for part in (device, 2 * P - 1 - device)]
+
+
+def convert(
+    x: Float[Array, "B T ..."],
+    source: SequenceLayout,
+    target: SequenceLayout,
+    *,
+    mesh: Mesh | AbstractMesh,
+    axis: Axis,
+    batch_axes: tuple[str, ...] = (),
+) -> Float[Array, "B T ..."]:
+    """A global array [B T ...] in another layout: each device sends its tokens to where they belong, once.
+
+    Between zigzag and contiguous by two permutations of half shards, of striped by an all-to-all of whole shards: at
+    most B T / P elements of each trailing index leave a device.
+
+    Args:
+      x: in the order of `source`, T along `axis`.
+      source, target: the layouts.
+      mesh: whose axes are Auto.
+      axis: along which the sequence lies.
+      batch_axes: along which sequences lie.
+
+    Raises:
+      ValueError: for a length that a layout does not divide; with striped, T must be a multiple of the devices' square.
+    """
+    P = devices_on(mesh, axis)
+    for layout in (source, target):
+        layout.check(x.shape[1], P)
+    if source == target or P == 1:
+        return x
+    if "striped" in (source.name, target.name) and x.shape[1] % P**2:
+        raise ValueError(
+            f"T={x.shape[1]} must be a multiple of {P**2}, the square of the devices along the sequence, to convert "
+            f"between the layouts {source.name} and {target.name}; pad it to {-(-x.shape[1] // P**2) * P**2}"
+        )
+    lies = PartitionSpec(batch_axes, axis)
+
+    def local(x: Array) -> Array:
+        with jax.named_scope(f"{source.name}_to_{target.name}"):
+            if source.name != "contiguous":
+                x = _gather(x, source, axis, P)
+            return x if target.name == "contiguous" else _scatter(x, target, axis, P)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=lies, out_specs=lies, check_vma=True)(x)
+
+
+def _gather(x: Array, layout: SequenceLayout, axis: Axis, P: int) -> Array:
+    """A device's tokens [B n ...] of the layout become those of the contiguous one."""
+    if layout.name == "striped":
+        B, n, *rest = x.shape
+        x = lax.all_to_all(x, axis, split_axis=1, concat_axis=1, tiled=True)  # (sender, its n/P tokens in order)
+        return x.reshape(B, P, n // P, *rest).swapaxes(1, 2).reshape(x.shape)
+    device = lax.axis_index(axis)
+    low, high = jnp.split(x, 2, 1)  # parts `device` and 2 P - 1 - device: one is even, one is odd
+    even, odd = _ordered(device % 2 == 1, low, high)
+    parts = [(i, 2 * P - 1 - i) for i in range(P)]
+    to = [[(i, part // 2) for i in range(P) for part in parts[i] if part % 2 == parity] for parity in (0, 1)]
+    return jnp.concatenate([lax.ppermute(even, axis, to[0]), lax.ppermute(odd, axis, to[1])], 1)
+
+
+def _scatter(x: Array, layout: SequenceLayout, axis: Axis, P: int) -> Array:
+    """The inverse of `_gather`."""
+    if layout.name == "striped":
+        B, n, *rest = x.shape
+        x = x.reshape(B, n // P, P, *rest).swapaxes(1, 2).reshape(x.shape)
+        return lax.all_to_all(x, axis, split_axis=1, concat_axis=1, tiled=True)
+    even, odd = jnp.split(x, 2, 1)  # parts 2 device and 2 device + 1
+    holder = lambda part: part if part < P else 2 * P - 1 - part
+    even = lax.ppermute(even, axis, [(i, holder(2 * i)) for i in range(P)])
+    odd = lax.ppermute(odd, axis, [(i, holder(2 * i + 1)) for i in range(P)])
+    return jnp.concatenate(_ordered(lax.axis_index(axis) % 2 == 1, even, odd), 1)
+
+
+def _ordered(swap: Array, a: Array, b: Array) -> tuple[Array, Array]:
+    return jnp.where(swap, b, a), jnp.where(swap, a, b)
