@@ -306,7 +306,9 @@ class Mesh:
     fsdp: int = 1  # rows of the batch
     tensor: int = 1  # heads and the MLP's width
     seq: int = 1  # positions
-    strategy: Literal["all_gather"] = "all_gather"  # how queries meet the keys of other devices; see parallel/api.py
+    strategy: Literal["ring", "balanced", "all_gather", "ulysses", "usp"] = (
+        "ring"  # how queries meet the keys of other devices; see parallel/api.py
+    )
 
     def __post_init__(self) -> None:
         _positive(self, "data", "fsdp", "tensor", "seq")

@@ -25,7 +25,7 @@ class Context:
     axis: str = "seq"  # the rest as in `longattn.parallel.attention`
     batch_axes: tuple[str, ...] = ("data", "fsdp")
     head_axis: str = "tensor"
-    strategy: str = "all_gather"
+    strategy: str = "ring"
 
     def attention(self, q: Array, k: Array, v: Array, **options: Any) -> Array:
         """`longattn.attention`, or where there is a mesh `longattn.parallel.attention`."""
