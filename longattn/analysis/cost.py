@@ -47,11 +47,16 @@ def _of_distance(mask: Mask) -> bool:
     return isinstance(mask, Full | Causal | Window | Dilated)
 
 
-def _pairs_by_distance(mask: Mask, T: int, S: int) -> int:
-    """Sum over the distances d = q - k that the mask shows of the pairs at that distance: O(T + S)."""
+@functools.lru_cache(maxsize=65_536)
+def _pairs_by_distance(mask: Mask, T: int, S: int, first: int = 0, step: int = 1) -> int:
+    """Sum over the distances q - k that the mask shows of the pairs at that distance: O(T + S).
+
+    Queries are `step` apart, so are keys, and the first query is `first` after the first key.
+    """
     d = np.arange(1 - S, T, dtype=np.int64)
     at_distance = np.minimum(T, S + d) - np.maximum(0, d)
-    return int(at_distance[mask(d, np.zeros_like(d))].sum())
+    distance = first + step * d
+    return int(at_distance[mask(distance, np.zeros_like(distance))].sum())
 
 
 def _pairs_in(mask: Mask, blocks: np.ndarray) -> np.ndarray:
@@ -136,6 +141,30 @@ def visible_pairs(mask: Mask, T: int, S: int | None = None, documents: Iterable[
         return _pairs(mask, T, S)
     mask = jax.tree.map(np.asarray, mask)
     return float(_pairs_in(mask, np.array([[0, T - 1, 0, S - 1]], np.int32)).mean())
+
+
+def pairs_between(mask: Mask, queries: range, keys: range) -> int:
+    """Visible pairs of queries and keys at positions of one step: exact.
+
+    Raises:
+      NotImplementedError: for masks that are no rule of q - k, of positions that are not adjacent, and beyond 2**28
+        pairs: they would be looked at one by one.
+      ValueError: for masks with array leaves, and ranges of different steps.
+    """
+    if jax.tree.leaves(mask):
+        raise ValueError(f"{mask=} must have no array leaves: it differs between sequences")
+    if queries.step != keys.step:
+        raise ValueError(f"{queries=} and {keys=} must have one step")
+    if not len(queries) or not len(keys):
+        return 0
+    if _of_distance(mask):
+        return _pairs_by_distance(mask, len(queries), len(keys), queries[0] - keys[0], queries.step)
+    if queries.step == 1:
+        return int(_pairs_in(mask, np.array([[queries[0], queries[-1], keys[0], keys[-1]]], np.int32))[0, 0])
+    if len(queries) * len(keys) > 2**28:
+        raise NotImplementedError(f"{mask} is no rule of q - k: its pairs at every {queries.step}th position are many")
+    k = np.array(keys, np.int32)
+    return sum(int(np.asarray(mask(np.full_like(k, q), k)).sum()) for q in queries)
 
 
 @functools.lru_cache(maxsize=256)

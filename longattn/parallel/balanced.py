@@ -50,6 +50,13 @@ class Step:
     queries: Edges  # from their owner to the device that helps
     which: np.ndarray  # bool [P P], all pairs that a device may be at, those without work too
 
+    def at(self, device: Any) -> tuple[Any, Any]:
+        """The pair (queries of, keys of) that a device is at; it is empty where it idles."""
+        t, P, xp = self.t, len(self.which), jnp if isinstance(device, jax.Array) else np
+        if 2 * t < P:  # whose keys a device has not, it helps
+            return xp.where(device >= t, device, device - t + P), xp.where(device >= t, device - t, device)
+        return device, (device - t) % P
+
 
 def steps(needed: np.ndarray) -> list[Step]:
     """The schedule for the pairs that are needed [P P], on and below the diagonal; steps without any are left out."""
@@ -58,20 +65,11 @@ def steps(needed: np.ndarray) -> list[Step]:
         keys = [(i - t, i) for i in range(t, P) if needed[i, i - t]]
         helped = range(P - t, P) if 2 * t < P else ()  # at 2 t = P the pairs of helpers are the others' own
         queries = [(i, i + t - P) for i in helped if needed[i, i + t - P]]
-        which = np.zeros((P, P), bool)
-        for device in range(P):
-            which[_at(device, t, P)] = True
+        step = Step(t, keys, queries, np.zeros((P, P), bool))
+        step.which[step.at(np.arange(P))] = True
         if keys or queries:
-            found.append(Step(t, keys, queries, which))
+            found.append(step)
     return found
-
-
-def _at(device: Any, t: int, P: int) -> tuple[Any, Any]:
-    """The pair (queries of, keys of) that a device is at; it is empty where it idles."""
-    xp = jnp if isinstance(device, jax.Array) else np
-    if 2 * t < P:  # whose keys a device has not, it helps
-        return xp.where(device >= t, device, device - t + P), xp.where(device >= t, device - t, device)
-    return device, (device - t) % P
 
 
 def _back(edges: Edges) -> Edges:
@@ -87,9 +85,9 @@ class _Roles:
     """What this device does at a step."""
 
     def __init__(self, step: Step, call: Call):
-        self.step, self.axis, self.P = step, call.axis, call.devices
+        self.step, self.axis = step, call.axis
         self.device = lax.axis_index(call.axis)
-        self.pair = _at(self.device, step.t, self.P)
+        self.pair = step.at(self.device)
         self.own = self.device >= step.t if step.queries else None  # None: nobody helps
 
     def choose(self, own: Any, other: Any) -> Any:

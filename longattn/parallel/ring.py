@@ -43,6 +43,19 @@ class Route:
         """i - j mod P at a hop, for i's queries and the keys of j that it then holds."""
         return self.shift * hop % P
 
+    def edges(self, needed: np.ndarray) -> list[tuple[int, int]]:
+        """Which devices send keys on, at any hop: those from which somebody further on needs them [P P]."""
+        P = len(needed)
+
+        def used(i: int) -> bool:
+            for hop in range(1, self.hops + 1):
+                source = (i - self.shift * (hop - 1)) % P
+                if any(needed[(source + self.shift * h) % P, source] for h in range(hop, self.hops + 1)):
+                    return True
+            return False
+
+        return [(i, (i + self.shift) % P) for i in range(P) if used(i)]
+
 
 def routes(needed: np.ndarray) -> list[Route]:
     """The shortest ways on which every device meets all keys that it needs [P P]: at most one each way."""
@@ -55,20 +68,6 @@ def routes(needed: np.ndarray) -> list[Route]:
     ]
     onwards, back = min(splits, key=sum)
     return [Route(shift, hops) for shift, hops in ((1, onwards), (-1, back)) if hops]
-
-
-def _edges(route: Route, needed: np.ndarray) -> list[tuple[int, int]]:
-    """Which devices send keys on, at any hop of the route: those from which somebody further on needs them."""
-    P = len(needed)
-
-    def used(i: int) -> bool:
-        for hop in range(1, route.hops + 1):
-            source = (i - route.shift * (hop - 1)) % P
-            if any(needed[(source + route.shift * h) % P, source] for h in range(hop, route.hops + 1)):
-                return True
-        return False
-
-    return [(i, (i + route.shift) % P) for i in range(P) if used(i)]
 
 
 def _all(P: int, shift: int) -> list[tuple[int, int]]:
@@ -85,10 +84,10 @@ def forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call
     mine, P, local = lax.axis_index(call.axis), call.devices, pairs.local(q, k, extras, call)
     needed = local.pairs.needed
     ways = routes(needed)
-    arriving = [_sent((k, v), call.axis, _edges(way, needed), "hop") for way in ways]
+    arriving = [_sent((k, v), call.axis, way.edges(needed), "hop") for way in ways]
     so_far = local.attend(at_distance(P, [0]), mine, mine, q, (k, v), None)
     for way, held in zip(ways, arriving):
-        edges = _edges(way, needed)
+        edges = way.edges(needed)
 
         def hop(carry: Any, t: Array, way: Route = way, edges: Any = edges) -> tuple[Any, None]:
             held, so_far = carry
@@ -109,7 +108,7 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: 
     mine, P, local = lax.axis_index(call.axis), call.devices, pairs.local(q, k, extras, call)
     needed = local.pairs.needed
     ways = routes(needed)
-    arriving = [_sent((k, v), call.axis, _edges(way, needed), "hop") for way in ways]
+    arriving = [_sent((k, v), call.axis, way.edges(needed), "hop") for way in ways]
 
     def computed(way: Route, hops: range, t: Any, held: Any) -> Any:
         which = at_distance(P, (way.distance(n, P) for n in hops))
@@ -117,7 +116,7 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: 
 
     dq, *own = local.backward(at_distance(P, [0]), mine, mine, q, (k, v), out, lse, do, dlse)
     for way, held in zip(ways, arriving):
-        edges, all_edges, n = _edges(way, needed), _all(P, way.shift), way.hops
+        edges, all_edges, n = way.edges(needed), _all(P, way.shift), way.hops
 
         def hop(carry: Any, t: Array, way: Route = way, edges: Any = edges, all_edges: Any = all_edges) -> Any:
             held, behind, dq = carry

@@ -28,10 +28,6 @@ from longattn.models.context import Context
 from longattn.parallel import mesh as meshes
 from longattn.train import step as steps
 
-# Bytes per second that a GPU receives from other hosts: it has one adapter of 400 Gbit/s in NVIDIA's DGX H100, H200 and
-# B200, of 200 Gbit/s in its DGX A100.
-_NETWORK = {"a100-40": 25e9, "a100-80": 25e9, "h100": 50e9, "h200": 50e9, "b200": 50e9}
-
 
 def cache_folder() -> Path:
     """Where compiled programs' facts are kept."""
@@ -159,10 +155,8 @@ def _weights(state: Any) -> Iterator[tuple[int, ...]]:
 
 def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, Any]:
     """FLOPs, bytes, collectives and the bound on the step's time."""
-    name = where.chip.name
     rates = Rates(
-        where.peak_flops, where.hbm_bandwidth, where.link_bandwidth,
-        _NETWORK.get(name, where.link_bandwidth), where.dims[1] if where.is_gpu else where.size,
+        where.peak_flops, where.hbm_bandwidth, where.link_bandwidth, where.network_bandwidth, where.node
     )  # fmt: skip
     totals = walk(program, rates)
     # Blockwise attention's loops run as often as the mask's blocks say: what was not counted is what the formula says.

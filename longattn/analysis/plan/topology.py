@@ -13,6 +13,9 @@ from longattn.analysis.hardware import Chip
 from longattn.shapes import suggest
 
 _NODE = 8  # GPUs of one host of those that CHIPS lists
+# Bytes per second that a GPU receives from other hosts: it has one adapter of 400 Gbit/s in NVIDIA's DGX H100, H200 and
+# B200, of 200 Gbit/s in its DGX A100.
+_NETWORK = {"a100-40": 25e9, "a100-80": 25e9, "h100": 50e9, "h200": 50e9, "b200": 50e9}
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,16 @@ class Topology:
     def link_bandwidth(self) -> float:
         """Bytes/s that one device receives over all its links together; GPUs: NVLink, within a host."""
         return self.chip.link_bandwidth / 2 / self.chip.devices
+
+    @property
+    def network_bandwidth(self) -> float:
+        """Bytes/s that one device receives from other hosts; of TPUs, whose slice is one network, as over its links."""
+        return _NETWORK.get(self.chip.name, self.link_bandwidth)
+
+    @property
+    def node(self) -> int:
+        """Devices that need no other network to reach each other."""
+        return self.dims[1] if self.is_gpu else self.size
 
     def environment(self) -> dict[str, str]:
         """The variables of a process that compiles for it. Raises ValueError where its compiler is not installed."""

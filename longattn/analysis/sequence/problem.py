@@ -1,0 +1,122 @@
+"""One layer's attention, and a way to spread its sequence over P devices: what all counts here are counts of."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+
+from longattn.mask import Causal, Mask
+from longattn.parallel.api import STRATEGIES
+from longattn.parallel.layout import Name, SequenceLayout
+from longattn.parallel.spec import Call
+from longattn.shapes import suggest
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Attention of the B rows and H heads that each of P devices along the sequence has a part of."""
+
+    T: int  # queries, and as many keys
+    H: int  # query heads
+    K: int  # key/value heads
+    D: int  # size of a query/key head
+    V: int | None = None  # size of a value head; None: D
+    B: int = 1  # rows
+    dtype: str = "bfloat16"  # of q, k, v and out
+    mask: Mask = Causal()
+    packed: bool = False  # segment ids and positions are given
+
+    def __post_init__(self) -> None:
+        for name in ("T", "H", "K", "D", "B"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.H % self.K:
+            raise ValueError(f"K={self.K} must divide H={self.H}")
+
+    @property
+    def value(self) -> int:
+        """V."""
+        return self.D if self.V is None else self.V
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of q, k, v and out."""
+        return np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Way:
+    """A strategy over a layout."""
+
+    strategy: str
+    layout: Name
+    sizes: tuple[int, ...]  # devices along the axis; of usp, along its ring and along its all-to-all
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy={self.strategy!r} must be one; {suggest(self.strategy, STRATEGIES)}")
+        if len(self.sizes) != 1 + (self.strategy == "usp") or min(self.sizes) < 1:
+            raise ValueError(
+                f"sizes={self.sizes} must be two for usp (its ring, its all-to-all) and one for the others: "
+                f"{self.strategy}"
+            )
+        SequenceLayout(self.layout)
+
+    @property
+    def P(self) -> int:
+        """Devices."""
+        return int(np.prod(self.sizes))
+
+    def __str__(self) -> str:
+        inner = f" {self.sizes[0]}x{self.sizes[1]}" if len(self.sizes) > 1 else ""
+        return f"{self.strategy}{inner}, {self.layout}"
+
+
+def ways(P: int, K: int) -> list[Way]:
+    """Every strategy over every layout that it does not undo or refuse, on P devices.
+
+    usp has as many devices on its all-to-all as both P and K allow, at least 2, and at least two on its ring; there is
+    none where P is a prime. Ulysses puts sequences back in order, so that layouts cost it the same.
+    """
+    layouts: tuple[Name, ...] = get_args(Name)
+    found = [Way("ring", layout, (P,)) for layout in layouts] + [Way("balanced", "contiguous", (P,))]
+    found += [Way("all_gather", layout, (P,)) for layout in layouts] + [Way("ulysses", "contiguous", (P,))]
+    inner = [n for n in range(2, P) if P % n == 0]
+    if inner:
+        at = max([n for n in inner if K % n == 0], default=inner[0])
+        found += [Way("usp", layout, (P // at, at)) for layout in layouts]
+    return found
+
+
+def call(problem: Problem, way: Way) -> Call:
+    """What the strategy is given inside its shard_map."""
+    axis = "seq" if len(way.sizes) == 1 else ("ring", "seq")
+    return Call(
+        axis=axis, sizes=way.sizes, layout=SequenceLayout(way.layout), in_order=not problem.packed,
+        out_dtype=problem.dtype, scale=1.0, softcap=None, implementation=None, tuning=None, K=problem.K,
+    )  # fmt: skip
+
+
+def ring_call(call: Call) -> Call:
+    """Of usp, the call of its ring."""
+    if len(call.sizes) == 1:
+        return call
+    return dataclasses.replace(call, axis=call.axis[0], sizes=call.sizes[:1])
+
+
+def check(problem: Problem, way: Way) -> Call:
+    """The call.
+
+    Raises:
+      ValueError: for a T that the devices or the layout do not divide.
+      NotImplementedError: with the strategy's own reason, where it does not serve the mask.
+    """
+    made = call(problem, way)
+    made.layout.check(problem.T, made.ring)
+    if problem.T % made.devices:
+        raise ValueError(f"T={problem.T} must be a multiple of {made.devices}, the devices along the sequence")
+    STRATEGIES[way.strategy].check(problem.mask, False, problem.T, problem.T, problem.H, problem.K, made)
+    return made
