@@ -32,6 +32,7 @@ USAGE = """usage: longattn COMMAND ...
   plan MODEL --topology v5e:16x16    does it fit, and what bounds its step: compiled for machines that are not there
   profile --static tpu CASE [...]    cycles of a kernel on TPUs that are not there, by their compiler's schedule
   profile --static gpu CASE [...]    registers, spills, instructions of a kernel on GPUs that are not there
+  profile --sequence [STRATEGY]      load, bytes and time lines of attention spread along the sequence, by formula
   profile --trace RUN                device time of a run's steps by op and by scope, from the trace it recorded
   bringup [...]                      try every kernel on this machine's chip; writes a report to send back
   COMMAND --help                     the options of a command
@@ -235,6 +236,13 @@ def _profile(arguments: list[str]) -> int:
 
         steps.run(_parse(steps.TraceOptions, arguments, "profile --trace RUN"))
         return 0
+    if any(a.split("=")[0] == "--sequence" for a in arguments[:1]):
+        from longattn.analysis import sequence
+
+        named = len(arguments) > 1 and not arguments[1].startswith("-")
+        words = arguments if named or "=" in arguments[0] else ["--sequence", "all", *arguments[1:]]
+        sequence.run(_parse(sequence.SequenceOptions, words, "profile --sequence [STRATEGY]"))
+        return 0
     if arguments[:2] == ["--static", "gpu"]:
         from longattn.analysis.cases import gpu
         from longattn.analysis.static import gpu_command
@@ -259,7 +267,8 @@ def _static(kind: str, arguments: list[str], options: Any, run: Callable[[Any], 
     elif not {"-h", "--help", "--cases"} & set(arguments):
         names = ", ".join(cases)
         return _fail(
-            f"profile needs --static tpu or gpu and a case, or --trace and a run; for {kind} the cases are {names}"
+            f"profile needs --static tpu or gpu and a case, --sequence, or --trace and a run; for {kind} the cases are "
+            f"{names}"
         )
     run(_parse(options, arguments, f"profile --static {kind}"))
     return 0

@@ -246,6 +246,7 @@ class ByteLM:
     overlap: int = 1  # bytes a piece of a long file repeats from the piece before, without loss
     valid: float = 0.05  # share of the documents held out (by a hash of the path, so it never moves)
     max_bytes: int | None = None  # stop after this many bytes of corpus
+    balance: bool = False  # share a step's rows out by the pairs that attention sees, so that all devices have as many
 
     def __post_init__(self) -> None:
         _positive(self, "T", "B", "overlap", "max_bytes")

@@ -27,6 +27,14 @@ def seconds_text(seconds: float) -> str:
     return f"{digits(seconds * 1e9)} ns" if seconds else "0"
 
 
+def bytes_text(n: float) -> str:
+    """Three digits with a unit."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= size:
+            return f"{digits(n / size)} {unit}"
+    return f"{n:.0f} B"
+
+
 def device_text(environment: Mapping[str, Any]) -> str:
     """The device of `train.record.environment`, a CPU by its model."""
     device = environment["device"]

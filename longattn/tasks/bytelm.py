@@ -82,6 +82,29 @@ def pack(length: Int64[np.ndarray, " n"], T: int, rng: np.random.Generator, wind
     return Rows(np.array([i for row in rows for i in row], np.int64), ptr)
 
 
+def work(length: Int64[np.ndarray, " n"], rows: Rows) -> Int64[np.ndarray, " R"]:
+    """Pairs (query, key) that causal attention within documents sees in each row."""
+    pairs = length[rows.pieces] * (length[rows.pieces] + 1) // 2
+    return np.add.reduceat(pairs, rows.ptr[:-1]) if len(rows.ptr) > 1 else pairs
+
+
+def share(work: Int64[np.ndarray, " B"], groups: int) -> Int64[np.ndarray, " B"]:
+    """An order of B rows in which `groups` equal groups of neighbours have work as equal as a greedy choice makes it.
+
+    The largest row first, each to the group that has least so far and room left (Graham 1969), and the same for equal
+    rows in whatever order they come. Raises ValueError unless `groups` divides B.
+    """
+    if len(work) % groups:
+        raise ValueError(f"{groups=} must divide {len(work)} rows")
+    members: list[list[int]] = [[] for _ in range(groups)]
+    sums = [0] * groups
+    for i in np.argsort(-work, kind="stable").tolist():
+        least = min((g for g in range(groups) if len(members[g]) < len(work) // groups), key=lambda g: sums[g])
+        members[least].append(i)
+        sums[least] += int(work[i])
+    return np.array([i for group in members for i in group], np.int64)
+
+
 def fill(
     corpus: UInt8[np.ndarray, " N"],
     pieces: Pieces,

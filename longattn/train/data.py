@@ -210,6 +210,12 @@ class Packed:
     rows: bytelm.Rows
     num_batches: int
     info: dict[str, Any]
+    groups: int = 1  # of a step's rows, among which work is evened out
+
+    @functools.cached_property
+    def work(self) -> Int64[np.ndarray, " R"]:
+        """Visible pairs of each row."""
+        return bytelm.work(self.pieces.length, self.rows)
 
     @property
     def documents(self) -> tuple[Document, ...]:
@@ -223,14 +229,20 @@ class Packed:
         rows = len(self.rows.ptr) - 1
         return {int(n): count / rows for n, count in zip(found, counts, strict=True)}
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
+    def order(self, step: int) -> Int64[np.ndarray, " B"]:
+        """The rows of a step; -1 is an empty one, of which some end the last batch of an epoch."""
         epoch, at = divmod(step, self.num_batches)
-        order = _order(self.seed, epoch if self.shuffle else 0, len(self.rows.ptr) - 1)
+        rows = _order(self.seed, epoch if self.shuffle else 0, len(self.rows.ptr) - 1)
+        rows = rows[at * self.cfg.B : (at + 1) * self.cfg.B]
+        rows = np.concatenate([rows, np.full(self.cfg.B - len(rows), -1)])
+        return rows if self.groups == 1 else rows[bytelm.share(np.where(rows < 0, 0, self.work[rows]), self.groups)]
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
         filled = []
-        for i in range(at * self.cfg.B, (at + 1) * self.cfg.B)[rows or slice(None)]:
-            members = self.rows.pieces[:0]  # an empty row ends the last batch of an epoch
-            if i < len(order):
-                members = self.rows.pieces[self.rows.ptr[order[i]] : self.rows.ptr[order[i] + 1]]
+        for row in self.order(step)[rows or slice(None)].tolist():
+            members = (
+                self.rows.pieces[self.rows.ptr[row] : self.rows.ptr[row + 1]] if row >= 0 else self.rows.pieces[:0]
+            )
             filled.append(bytelm.fill(self.corpus.data, self.pieces, members, self.cfg.T))
         return Batch(*(np.stack(column) for column in zip(*filled, strict=True)))
 
@@ -240,7 +252,7 @@ def _order(seed: int, epoch: int, rows: int) -> Int64[np.ndarray, " rows"]:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-def _packed(cfg: config.ByteLM, seed: int, split: Split) -> Packed:
+def _packed(cfg: config.ByteLM, seed: int, split: Split, groups: int) -> Packed:
     whole = read_corpus(cfg.glob, cfg.max_bytes)
     corpus = split_corpus(whole, cfg.valid, split)
     seed = seed if split == "train" else 0  # every run is scored on the same rows
@@ -253,7 +265,10 @@ def _packed(cfg: config.ByteLM, seed: int, split: Split) -> Packed:
         "rows": n,
         "padding": 1 - float(pieces.length.sum()) / (n * cfg.T),
     }
-    return Packed(cfg, corpus, split == "train", seed, pieces, rows, -(-n // cfg.B), info)
+    groups = groups if cfg.balance else 1
+    if cfg.B % groups:
+        raise ValueError(f"{groups=} must divide {cfg.B=}")
+    return Packed(cfg, corpus, split == "train", seed, pieces, rows, -(-n // cfg.B), info, groups)
 
 
 def _corpus_info(whole: Corpus, part: Corpus, split: Split) -> dict[str, Any]:
@@ -307,8 +322,11 @@ def _generated(cfg: config.MQAR | config.Needle, seed: int, split: Split) -> Gen
     return Generated(cfg.T, cfg.B, row, split == "valid", num_batches, info)
 
 
-def source(cfg: config.Data, *, seed: int, split: Split) -> Source:
+def source(cfg: config.Data, *, seed: int, split: Split, groups: int = 1) -> Source:
     """Random access to one split. The order of the train split depends on the seed, the held-out set on nothing.
+
+    `groups`: of neighbouring rows of a step that go to different devices, or to these one after the other; where
+    `ByteLM.balance` asks for it they are made to cost the same. Which rows a step has does not depend on it.
 
     Raises ValueError for files that cannot be read, a glob without bytes, a split without documents, and a T that does
     not hold the task.
@@ -316,7 +334,7 @@ def source(cfg: config.Data, *, seed: int, split: Split) -> Source:
     if seed < 0:
         raise ValueError(f"{seed=} must not be negative")
     _check_memory(f"reading ahead with T={cfg.T}, B={cfg.B}", AHEAD * cfg.B * cfg.T * 16, "lower T or B")
-    return _packed(cfg, seed, split) if isinstance(cfg, config.ByteLM) else _generated(cfg, seed, split)
+    return _packed(cfg, seed, split, groups) if isinstance(cfg, config.ByteLM) else _generated(cfg, seed, split)
 
 
 # ---- over a mesh

@@ -67,8 +67,9 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
         record.scalar_writer()
     context = context_of(config)
     evaluation = evaluation_config(config)
+    groups = config.mesh.data * config.mesh.fsdp * config.optimiser.accumulate
     sources: dict[str, Any] = {
-        "train": data.source(config.data, seed=config.run.seed, split="train"),
+        "train": data.source(config.data, seed=config.run.seed, split="train", groups=groups),
         "valid": data.source(evaluation.data, seed=config.run.seed, split="valid"),
     }
     info = {split: source.info for split, source in sources.items()}

@@ -16,6 +16,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from longattn.analysis import aot, cost
 from longattn.analysis.plan import analytic, program, search, show, topology
 from longattn.analysis.plan.topology import Topology
+from longattn.analysis.sequence import compare as sequence
+from longattn.analysis.sequence import simulate
 from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, Softmax, to_json
 from longattn.parallel.api import STRATEGIES
 from longattn.train.record import commit, write_whole
@@ -35,7 +37,7 @@ class PlanOptions:
 
     topology: str = "v5e:4x4"  # v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, h100:8, h100:8x8 (hosts x GPUs), ...
     search: Literal["max-length", "max-batch", "min-devices"] | None = None  # the largest, or the fewest, that fit
-    strategies: Literal["all"] | None = None  # every way to spread attention over the mesh, side by side
+    strategies: Literal["all"] | None = None  # every way to spread attention over the mesh; of all layouts, by formula
     html: str = ""  # also write this page
     cache: bool = True  # keep what was found out of each program in the user's cache folder
     timeout: float = 1800.0  # seconds for one compilation
@@ -52,8 +54,6 @@ class PlanOptions:
             raise ValueError(f"timeout={self.timeout:g} must be positive")
         if self.search is not None and self.strategies is not None:
             raise ValueError(f"search={self.search} and strategies={self.strategies}: ask for one of them at a time")
-        if self.strategies is not None and self.analytic:
-            raise ValueError("strategies=all compares compiled programs: leave --analytic out")
         if self.search == "min-devices" and self.mesh.size > 1:
             raise ValueError(f"search=min-devices chooses the mesh for each machine: leave {self.mesh=} out")
         if others := {type(mixer).__name__ for mixer in self.model.mixers if not isinstance(mixer, Softmax)}:
@@ -140,8 +140,7 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
         if options.search is not None:
             document |= _search(options, where, compiler)
         elif options.strategies is not None:
-            document["rows"] = [compiler(where, strategy=s) for s in STRATEGIES]
-            document["recommended"] = _recommended(document["rows"])
+            document |= _strategies(options, where, compiler)
         else:
             document["rows"] = [compiler(where)]
     if [("reason" in row) for row in document["rows"]] == [True]:
@@ -219,6 +218,25 @@ def _search(options: PlanOptions, where: Topology, compiler: _Compiler) -> dict[
     else:
         found, beyond = _largest(options, where, compiler, rows)
     return {"rows": list(rows.values()), "found": rows.get(found), "beyond": rows.get(beyond)}
+
+
+def _strategies(options: PlanOptions, where: Topology, compiler: _Compiler) -> dict[str, Any]:
+    """{"rows": every strategy's program, "sequence": every strategy over every layout, by formula, "recommended": why}.
+
+    By formula alone, `rows` has what is asked for.
+    """
+    model, mesh = options.model, options.config(where).mesh
+    P = where.size // (mesh.data * mesh.fsdp * mesh.tensor)
+    rows = options.data.B // (mesh.data * mesh.fsdp * options.optimiser.accumulate)
+    ways: list[dict[str, Any]] = []
+    if P > 1:
+        layers = sequence.layers_of(model, options.data.T, rows, mesh.tensor)
+        ways = sequence.compare(layers, P, simulate.machine(where), again=model.remat == "full")
+    by_formula = {"sequence": ways, "recommended_by_formula": sequence.recommended(ways)}
+    if options.analytic:
+        return by_formula | {"rows": [compiler(where)], "recommended": by_formula["recommended_by_formula"]}
+    compiled = [compiler(where, strategy=s) for s in STRATEGIES]
+    return by_formula | {"rows": compiled, "recommended": _recommended(compiled)}
 
 
 def _fits(row: dict[str, Any], asked: str) -> bool:

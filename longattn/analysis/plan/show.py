@@ -16,6 +16,7 @@ from longattn.analysis import hardware
 from longattn.analysis.plan import checked
 from longattn.analysis.plan.memory import KINDS
 from longattn.analysis.report.page import style
+from longattn.analysis.sequence import show as sequence
 from longattn.analysis.text import seconds_text as seconds
 
 _GiB = 2**30
@@ -145,8 +146,11 @@ def tables(console: Console, document: Mapping[str, Any]) -> None:
         _searched(console, document)
         chosen = document["found"]
     elif document["options"]["strategies"]:
-        _strategies(console, document)
-        chosen = None
+        analytic = document["options"]["analytic"]
+        if not analytic:
+            _strategies(console, document)
+        _ways(console, document)
+        chosen = rows[0] if analytic else None
     else:
         chosen = rows[0]
     if chosen is not None:
@@ -237,6 +241,13 @@ def _strategies(console: Console, document: Mapping[str, Any]) -> None:
         )
     console.print(table)
     console.print(f"Recommended: {document['recommended']}", style="bold", highlight=False, markup=False)
+
+
+def _ways(console: Console, document: Mapping[str, Any]) -> None:
+    if document["sequence"]:
+        console.print(sequence.ways_table(document["sequence"]))
+    said = f"By formula: {document['recommended_by_formula']}"
+    console.print(said, style="bold", highlight=False, markup=False, soft_wrap=True)
 
 
 def page(document: Mapping[str, Any]) -> str:

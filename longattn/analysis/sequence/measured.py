@@ -49,7 +49,7 @@ def measured(problem: Problem, way: Way) -> tuple[dict[str, np.ndarray], dict[st
             (problem.H, problem.D), (problem.K, problem.D), (problem.K, problem.value), (problem.H, problem.value)
         )
     )  # fmt: skip
-    ids = {name: shape(dtype="int32") for name in ("segment_ids", "positions") if problem.packed}
+    ids = {name: shape(dtype="int32") for name in ("segment_ids", "positions") if problem.ids}
 
     def attend(q: Any, k: Any, v: Any, ids: Any) -> Any:
         return parallel.attention(

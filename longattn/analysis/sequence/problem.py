@@ -27,7 +27,7 @@ class Problem:
     B: int = 1  # rows
     dtype: str = "bfloat16"  # of q, k, v and out
     mask: Mask = Causal()
-    packed: bool = False  # segment ids and positions are given
+    ids: bool = False  # segment ids and positions are given
 
     def __post_init__(self) -> None:
         for name in ("T", "H", "K", "D", "B"):
@@ -95,7 +95,7 @@ def call(problem: Problem, way: Way) -> Call:
     """What the strategy is given inside its shard_map."""
     axis = "seq" if len(way.sizes) == 1 else ("ring", "seq")
     return Call(
-        axis=axis, sizes=way.sizes, layout=SequenceLayout(way.layout), in_order=not problem.packed,
+        axis=axis, sizes=way.sizes, layout=SequenceLayout(way.layout), in_order=not problem.ids,
         out_dtype=problem.dtype, scale=1.0, softcap=None, implementation=None, tuning=None, K=problem.K,
     )  # fmt: skip
 

@@ -86,7 +86,7 @@ def traffic(problem: Problem, way: Way) -> tuple[Traffic, Traffic]:
     call = check(problem, way)
     made = {"ring": _ring, "balanced": _balanced, "all_gather": _all_gather, "ulysses": _heads, "usp": _heads}
     passes = made[way.strategy](problem, call)
-    if problem.packed and call.devices > 1:
+    if problem.ids and call.devices > 1:
         ids = 2 * problem.B * problem.T // call.devices * 4  # positions and segment ids, of queries and keys alike
         passes[0].append(Message("ids", "all-gather", everyone([range(call.devices)]), ids))
     return tuple(Traffic(call.devices, tuple(messages)) for messages in passes)  # type: ignore[return-value]
@@ -197,3 +197,14 @@ def units(strategy: str, P: int, group: int = 1) -> tuple[float, float] | None:
         "all_gather": (kv, 2 * kv),
         "ulysses": ((2 + 2 / group) * q / P, (2 + 2 / group) * q / P),
     }.get(strategy)
+
+
+DIFFERS = {  # from the usual figure
+    "ring": "gradients of keys and values travel in float32, the way home included, and keys without use do not",
+    "balanced": "the figure is a mean over devices, one of which has the busiest steps; for even P the last step lends "
+    "keys alone; what helpers give back and all gradients are float32, and statistics go along with queries",
+    "all_gather": "gradients of keys and values are scattered in float32",
+    "ulysses": "heads that are filled in are sent too, and those that go to several devices, with float32 gradients; "
+    "two statistics go along with each query",
+    "usp": "there is no usual figure: its exchange is that of ulysses, its hops are the ring's",
+}

@@ -12,10 +12,10 @@ from longattn.mask import Causal, Window
 GQA8 = {"H": 16, "K": 2, "D": 4, "V": 6}  # eight query heads to a key/value head
 # Of every strategy: GQA, D != V, ids, odd P, heads filled in or sent twice, a window, hops both ways.
 CASES = [
-    (Way("ring", "contiguous", (4,)), Problem(T=32, B=2, packed=True, **GQA8)),
+    (Way("ring", "contiguous", (4,)), Problem(T=32, B=2, ids=True, **GQA8)),
     (Way("ring", "contiguous", (5,)), Problem(T=40, H=2, K=1, D=4, mask=Window(9, 12))),
     (Way("balanced", "contiguous", (4,)), Problem(T=32, B=2, **GQA8)),
-    (Way("all_gather", "zigzag", (2,)), Problem(T=32, B=2, packed=True, **GQA8)),
+    (Way("all_gather", "zigzag", (2,)), Problem(T=32, B=2, ids=True, **GQA8)),
     (Way("ulysses", "contiguous", (3,)), Problem(T=24, B=2, **GQA8)),
     (Way("usp", "zigzag", (2, 2)), Problem(T=32, B=2, H=4, K=1, D=4)),
 ]
