@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from longattn.analysis.store import Number, Store, family
@@ -372,3 +373,48 @@ def context(store: Store, titles: dict[str, str]) -> str | None:
     return figure(
         "context", "Loss by position and use of context", f"Extra loss without distant context: {facts}.", draw, 2
     )
+
+
+_SCHEDULES = (("ring", "contiguous"), ("ring", "zigzag"), ("balanced", "contiguous"))
+
+
+def schedules(store: Store) -> str | None:
+    """What each device computes at each step: a square's area stands for its visible pairs, helpers have a colour."""
+    shown = [
+        n
+        for strategy, layout in _SCHEDULES
+        for n in store.select("sequence", "idle", strategy=strategy, layout=layout)[:1]
+    ]
+    if not shown:
+        return None
+
+    most = max(max(n.samples) for n in shown)
+
+    def panel(ax: Any, idle: Number) -> None:
+        P = idle.at["P"]
+        lent = store.one("sequence", "lent", "", **idle.at)
+        helps = lent.samples if lent else (0.0,) * len(idle.samples)
+        steps = len(idle.samples) // P
+        for at, (pairs, helped) in enumerate(zip(idle.samples, helps, strict=True)):
+            step, device = divmod(at, P)
+            side = 0.86 * (pairs / most) ** 0.5
+            colour = SERIES[1] if helped else SERIES[0]
+            ax.add_patch(Rectangle((device - side / 2, step - side / 2), side, side, color=colour, linewidth=0))
+            ax.add_patch(Rectangle((device - 0.43, step - 0.43), 0.86, 0.86, fill=False, edgecolor=GRID))
+        ax.set_xlim(-0.6, P - 0.4)
+        ax.set_ylim(P - 0.4, -0.6)  # steps downwards, alike in all panels
+        ax.set_aspect("equal")
+        ax.grid(False)
+        ax.xaxis.set_major_locator(FixedLocator(list(range(0, P, max(1, P // 8)))))
+        ax.yaxis.set_major_locator(FixedLocator(list(range(0, steps, max(1, P // 8)))))
+        ax.set_xlabel("device")
+        ax.set_ylabel("step")
+        ax.set_title(f"{idle.at['strategy']}, {idle.at['layout']}: {idle.value:.1%} idle")
+
+    def draw(*axes: Any) -> None:
+        for ax, idle in zip(axes, shown, strict=True):
+            panel(ax, idle)
+
+    facts = "; ".join(f"{n.at['strategy']}, {n.at['layout']}: {n.value:.1%} idle" for n in shown)
+    said = f"Steps by devices, the area of a square its visible pairs, the second colour helpers. {facts}."
+    return figure("sequence", "Who computes what when, along the sequence", said, draw, len(shown), 3.7)

@@ -240,10 +240,8 @@ class Packed:
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         filled = []
         for row in self.order(step)[rows or slice(None)].tolist():
-            members = (
-                self.rows.pieces[self.rows.ptr[row] : self.rows.ptr[row + 1]] if row >= 0 else self.rows.pieces[:0]
-            )
-            filled.append(bytelm.fill(self.corpus.data, self.pieces, members, self.cfg.T))
+            start, stop = self.rows.ptr[row : row + 2] if row >= 0 else (0, 0)
+            filled.append(bytelm.fill(self.corpus.data, self.pieces, self.rows.pieces[start:stop], self.cfg.T))
         return Batch(*(np.stack(column) for column in zip(*filled, strict=True)))
 
 

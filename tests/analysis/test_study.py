@@ -186,7 +186,7 @@ def test_quick_counts_all_mixers_and_times_some(tmp_path: Path) -> None:
 def test_smoke_of_every_part(tmp_path: Path) -> None:
     run(StudyOptions(preset="smoke", name="s", dir=str(tmp_path), recorded=""))
     store = Store(tmp_path / "s" / FILE)
-    assert set(store.parts) == {"cost", "memory", "recall", "context", "pod"}
+    assert set(store.parts) == {"cost", "memory", "recall", "context", "sequence", "pod"}
     assert not any(p["skipped"] for p in store.parts.values())
     assert abs(store.select("memory", "fit_error", "exact")[0].value) < 0.05
     for n in store.select("context", "tail_excess"):

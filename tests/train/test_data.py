@@ -124,6 +124,27 @@ def test_order_changes_with_seed_and_epoch_and_not_for_the_held_out_set(corpus: 
     assert_equal(valid[0].batch(0), valid[0].batch(valid[0].num_batches))
 
 
+def test_balanced_groups_have_the_same_rows_as_without(corpus: Path) -> None:
+    """A step keeps its rows, the last one its empty ones too, and slices of it are those of the whole."""
+    plain = data.source(bytelm(corpus, B=8), seed=0, split="train", groups=4)
+    source = data.source(bytelm(corpus, B=8, balance=True), seed=0, split="train", groups=4)
+    changed = False
+    for step in (0, 1, source.num_batches - 1, source.num_batches):
+        a, b = plain.batch(step), source.batch(step)
+        rows = lambda batch: sorted(map(bytes, batch.tokens))
+        assert rows(a) == rows(b)
+        changed |= (a.tokens != b.tokens).any()
+        work = ((b.positions + 1) * (b.segment_ids > 0)).sum(1)
+        shares = [w.reshape(4, 2).sum(1) for w in (work, ((a.positions + 1) * (a.segment_ids > 0)).sum(1))]
+        assert shares[0].max() <= shares[1].max()
+        np.testing.assert_array_equal(work, np.where(source.order(step) < 0, 0, source.work[source.order(step)]))
+        for at in range(4):
+            assert_equal(source.batch(step, slice(2 * at, 2 * at + 2)), data.Batch(*(x[2 * at : 2 * at + 2] for x in b)))
+    assert changed
+    with pytest.raises(ValueError, match="groups=3 must divide"):
+        data.source(bytelm(corpus, B=8, balance=True), seed=0, split="train", groups=3)
+
+
 def test_generated_training_rows_never_repeat_and_held_out_rows_do(corpus: Path) -> None:
     for cfg in configs(corpus)[1:]:
         train, valid = (data.source(cfg, seed=0, split=s) for s in ("train", "valid"))

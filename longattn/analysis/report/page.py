@@ -46,6 +46,7 @@ def _figures(study: Study) -> dict[str, Markup]:
         "share": figures.share(study.store, study.titles),
         "memory": figures.memory(study.store, study.titles),
         "context": figures.context(study.store, study.titles),
+        "sequence": figures.schedules(study.store),
     }
     return {name: Markup(svg) for name, svg in made.items() if svg}
 
@@ -74,6 +75,13 @@ TEXTS = {
         "is used: the same last bytes are predicted with everything further back than k bytes before them taken from "
         "another document.",
     ),
+    "sequence": (
+        "Over devices along the sequence",
+        "One layer's causal attention, its sequence spread over devices: what each computes at each step, from the "
+        "schedules that the strategies walk along. Idle is the share of the devices' time spent waiting for the "
+        "slowest at each step; received is what the device with most of it gets, a layer; times are products and "
+        "messages at published rates and nothing else. Nothing here has run.",
+    ),
     "pod": (
         "On a pod",
         "Public models whose training step, forward, backward and optimiser, is compiled for machines that need not be "
@@ -84,7 +92,14 @@ TEXTS = {
 
 
 def _sections(study: Study) -> list[dict[str, Any]]:
-    pictures = {"cost": ("cost", "share"), "memory": ("memory",), "recall": (), "context": ("context",), "pod": ()}
+    pictures = {
+        "cost": ("cost", "share"),
+        "memory": ("memory",),
+        "recall": (),
+        "context": ("context",),
+        "sequence": ("sequence",),
+        "pod": (),
+    }
     drawn, tabled = _figures(study), tables(study)
     sections = []
     for name, (title, text) in TEXTS.items():

@@ -182,8 +182,26 @@ def tables(study: Study) -> dict[str, list[Table]]:
             ),
         ],
     }
+    made["sequence"] = [_sequence(study)]
     made["pod"] = [_pod(study)]
     return {section: [t for t in found if t.rows] for section, found in made.items()}
+
+
+def _sequence(study: Study) -> Table:
+    """Strategies and layouts by cost."""
+    store = study.store
+    rows: list[tuple[Cell, ...]] = []
+    machines = list(dict.fromkeys(n.at["machine"] for n in store.select("sequence", "total")))
+    for idle in store.select("sequence", "idle"):
+        number = lambda quantity, at=idle.at, **more: store.one("sequence", quantity, "", **at, **more)
+        cells = [number(f"received_{passed}") for passed in ("forward", "backward")]
+        for machine in machines:
+            cells += [number(quantity, machine=machine) for quantity in ("exposed", "total")]
+        rows.append((f"{idle.at['strategy']}, {idle.at['layout']}", idle, *cells))
+    times = (heading for m in machines for heading in (f"exposed on {m}", f"all on {m}"))
+    head = ("strategy, layout", "idle", "received, forward", "backward", *times)
+    note = "A layer, forward and backward. Exposed: by which messages make it longer."
+    return Table("Ways to spread attention along the sequence", head, tuple(rows), note)
 
 
 def _pod(study: Study) -> Table:

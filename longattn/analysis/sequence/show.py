@@ -56,8 +56,8 @@ def tables(console: Console, document: Mapping[str, Any]) -> None:
     heads = f"{p['H']} heads, {p['K']} of keys, D {p['D']}" + (f", V {p['V']}" if p["V"] else "")
     say(
         f"T {p['T']:,}, B {p['B']}, {heads}, {p['dtype']}, {p['mask']}, on {document['topology']}: "
-        f"{document['devices']} devices along the sequence, {m['flops'] / 1e12:,.0f} TFLOP/s, {m['link'] / 1e9:,.3g} GB/s "
-        f"{'a link and direction' if m['torus'] else 'through a switch'}, {m['latency'] * 1e6:g} us a message",
+        f"{document['devices']} devices along the sequence, {m['flops'] / 1e12:,.0f} TFLOP/s, {m['link'] / 1e9:,.3g} "
+        f"GB/s {'a link and direction' if m['torus'] else 'through a switch'}, {m['latency'] * 1e6:g} us a message",
         style="bold",
     )
     if "rows" in document:

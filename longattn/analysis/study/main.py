@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from longattn import mask
 from longattn.analysis import report
 from longattn.analysis.store import FILE, Number, Store
-from longattn.analysis.study import context, cost, memory, pod, recall
+from longattn.analysis.study import context, cost, memory, pod, recall, sequence
 from longattn.analysis.study.presets import PRESETS, Preset
 from longattn.analysis.study.work import Clock, Unit
 from longattn.train.record import environment, write_whole
@@ -34,11 +34,12 @@ class StudyOptions:
     )
     name: str = ""  # the folder under `dir`; "": study_PRESET. A study that was interrupted goes on
     dir: str = "runs"  # parent of the study's folder
-    parts: tuple[Literal["cost", "memory", "recall", "context", "pod"], ...] = (
+    parts: tuple[Literal["cost", "memory", "recall", "context", "sequence", "pod"], ...] = (
         "cost",
         "memory",
         "recall",
         "context",
+        "sequence",
         "pod",
     )
     recorded: str = "experiments"  # folder of recorded studies to show beside this one
@@ -64,6 +65,7 @@ PARTS = (
     Part("memory", "memory of a training step", memory.units),
     Part("recall", "recall: MQAR and needle", recall.units),
     Part("context", "text: is context used", context.units),
+    Part("sequence", "over devices along the sequence", sequence.units),
     Part("pod", "on a pod: what fits", pod.units),
 )
 

@@ -84,6 +84,18 @@ class ContextPlan:
 
 
 @dataclass(frozen=True)
+class SequencePlan:
+    """Part 4. One layer's attention along the sequence on machines of as many devices, by formula."""
+
+    seconds: float = 20
+    T: int = 131_072
+    H: int = 32  # Llama 3 8B's attention
+    K: int = 8
+    D: int = 128
+    machines: tuple[str, ...] = ("v5e:2x4", "h100:8")
+
+
+@dataclass(frozen=True)
 class PodPlan:
     """Part 5. Public models on machines that are not there."""
 
@@ -99,6 +111,7 @@ class Preset:
     memory: MemoryPlan = MemoryPlan()
     recall: RecallPlan = RecallPlan()
     context: ContextPlan = ContextPlan()
+    sequence: SequencePlan = SequencePlan()
     pod: PodPlan = PodPlan()
 
 
@@ -164,7 +177,7 @@ FULL = Preset(
         documents=100,
         every=True,
     ),
-    PodPlan(seconds=_HOUR),
+    pod=PodPlan(seconds=_HOUR),
 )
 
 _TINY = config.Model(N=2, E=16, F=32, H=2, K=2, D=8, W=257, dtype="float32")
@@ -216,6 +229,7 @@ SMOKE = Preset(  # seconds: whether every part runs; its numbers mean nothing
         documents=4,
         without=_FAMILY,
     ),
+    SequencePlan(T=1024, H=2, K=1, D=8),
     PodPlan(seconds=0, cases=2),
 )
 
