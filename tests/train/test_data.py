@@ -139,7 +139,8 @@ def test_balanced_groups_have_the_same_rows_as_without(corpus: Path) -> None:
         assert shares[0].max() <= shares[1].max()
         np.testing.assert_array_equal(work, np.where(source.order(step) < 0, 0, source.work[source.order(step)]))
         for at in range(4):
-            assert_equal(source.batch(step, slice(2 * at, 2 * at + 2)), data.Batch(*(x[2 * at : 2 * at + 2] for x in b)))
+            rows_of_one = slice(2 * at, 2 * at + 2)
+            assert_equal(source.batch(step, rows_of_one), data.Batch(*(x[rows_of_one] for x in b)))
     assert changed
     with pytest.raises(ValueError, match="groups=3 must divide"):
         data.source(bytelm(corpus, B=8, balance=True), seed=0, split="train", groups=3)

@@ -41,6 +41,7 @@ class SequenceOptions:
     V: int | None = None  # size of a value head; none: D
     mask: Mask = Causal()  # without arrays
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of q, k, v and out
+    block: int = 1  # pairs are computed in squares of as many tokens, as kernels do; 1: those visible alone
     efficiency: float = 1.0  # share of the published peak that the attention kernels reach
     latency: float = LATENCY  # seconds of a message, for each link that it crosses
     packed: bool = False  # of ByteLM's packed documents (the standard library's sources): how their work lies
@@ -59,7 +60,7 @@ class SequenceOptions:
 
     @property
     def problem(self) -> Problem:
-        return Problem(self.T, self.H, self.K, self.D, self.V, self.B, self.dtype, self.mask)
+        return Problem(self.T, self.H, self.K, self.D, self.V, self.B, self.dtype, self.mask, self.block)
 
 
 def run(options: SequenceOptions, console: Console | None = None) -> dict[str, Any]:

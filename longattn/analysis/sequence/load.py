@@ -13,7 +13,7 @@ import numpy as np
 
 from longattn.analysis import cost
 from longattn.analysis.sequence.problem import Problem, Way, check, ring_call
-from longattn.mask import Mask
+from longattn.mask import EMPTY, Mask
 from longattn.parallel import balanced, ring
 from longattn.parallel.exchange import heads
 from longattn.parallel.layout import SequenceLayout
@@ -34,13 +34,31 @@ def visible(mask: Mask, layout: SequenceLayout, T: int, P: int) -> np.ndarray:
     return np.array([[count(i, j) for j in range(P)] for i in range(P)], np.int64)
 
 
+def computed(mask: Mask, layout: SequenceLayout, T: int, P: int, block: int) -> np.ndarray:
+    """int64 [P P]: as `visible`, but all pairs of those squares of `block` x `block` tokens that may show one.
+
+    Raises:
+      ValueError: where `block` does not divide a device's pieces of the sequence.
+    """
+    step = P if layout.name == "striped" else 1
+    tiles = []  # of each device, (first, last) positions
+    for device in range(P):
+        runs = layout.runs(device, T, P)
+        if (n := len(range(runs[0][0], runs[0][1] + 1, step))) % block:
+            raise ValueError(f"{block=} must divide {n}, the tokens of a piece of the {layout.name} layout")
+        starts = np.concatenate([np.arange(a, b + 1, step * block) for a, b in runs]).astype(np.int32)
+        tiles.append((starts, starts + np.int32(step * (block - 1))))
+    count = lambda q, k: (mask.kind(q[0][:, None], q[1][:, None], k[0][None], k[1][None]) != EMPTY).sum()
+    return np.array([[count(q, k) for k in tiles] for q in tiles], np.int64) * block**2
+
+
 @dataclass(frozen=True, eq=False)
 class Load:
     """The schedule of one layer's attention on P devices: arrays of [steps P]."""
 
     queries: np.ndarray  # whose queries the device computes with; ALL: of all
     keys: np.ndarray  # whose keys
-    pairs: np.ndarray  # float64: visible pairs of a mean head
+    pairs: np.ndarray  # float64: visible pairs of a mean head, or of squares those that are computed
     helps: np.ndarray  # bool: the queries are another device's
 
     @property
@@ -79,7 +97,8 @@ def load(problem: Problem, way: Way) -> Load:
     """
     call = check(problem, way)
     outer = ring_call(call)
-    seen = visible(problem.mask, call.layout, problem.T, outer.devices)
+    where = problem.mask, call.layout, problem.T, outer.devices
+    seen = visible(*where) if problem.block == 1 else computed(*where, problem.block)
     if way.strategy == "all_gather":
         rows = np.arange(call.devices)[None]
         return Load(rows, np.full_like(rows, ALL), seen.sum(1)[None].astype(np.float64), np.zeros_like(rows, bool))

@@ -27,10 +27,11 @@ class Problem:
     B: int = 1  # rows
     dtype: str = "bfloat16"  # of q, k, v and out
     mask: Mask = Causal()
+    block: int = 1  # tokens along both edges of the squares in which pairs are computed, whole where one is visible
     ids: bool = False  # segment ids and positions are given
 
     def __post_init__(self) -> None:
-        for name in ("T", "H", "K", "D", "B"):
+        for name in ("T", "H", "K", "D", "B", "block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.H % self.K:

@@ -54,8 +54,9 @@ def tables(console: Console, document: Mapping[str, Any]) -> None:
     say = lambda text, **style: console.print(text, highlight=False, markup=False, soft_wrap=True, **style)
     p, m = document["problem"], document["machine"]
     heads = f"{p['H']} heads, {p['K']} of keys, D {p['D']}" + (f", V {p['V']}" if p["V"] else "")
+    squares = f" in squares of {p['block']}" if p["block"] > 1 else ""
     say(
-        f"T {p['T']:,}, B {p['B']}, {heads}, {p['dtype']}, {p['mask']}, on {document['topology']}: "
+        f"T {p['T']:,}, B {p['B']}, {heads}, {p['dtype']}, {p['mask']}{squares}, on {document['topology']}: "
         f"{document['devices']} devices along the sequence, {m['flops'] / 1e12:,.0f} TFLOP/s, {m['link'] / 1e9:,.3g} "
         f"GB/s {'a link and direction' if m['torus'] else 'through a switch'}, {m['latency'] * 1e6:g} us a message",
         style="bold",

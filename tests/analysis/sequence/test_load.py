@@ -76,6 +76,22 @@ def test_critical_paths_of_1024_tokens_on_8_devices():
     assert load(problem, Way("all_gather", "contiguous", (8,))).critical == found["contiguous"]  # the last device's own
 
 
+def test_squares_of_kernels():
+    """Striped has half-masked squares on every step's diagonal, zigzag on the first step's alone."""
+    P, chunk = 8, 1024
+    of = lambda layout, block: (
+        load(Problem(T=P * chunk, H=8, K=8, D=8, block=block), Way("ring", layout, (P,))).critical
+    )
+    for block in (64, 128, 256, 512):
+        diagonal = chunk * (chunk + block) // 2
+        assert of("contiguous", block) == diagonal + (P - 1) * chunk**2
+        assert of("striped", block) == P * diagonal  # overhead 1 + block / chunk
+        assert of("zigzag", block) == chunk**2 // 2 * (P - 1) + diagonal
+    assert of("striped", chunk) == of("contiguous", chunk) == P * chunk**2  # no gain at all
+    with pytest.raises(ValueError, match="block=1024 must divide 512"):
+        of("zigzag", chunk)
+
+
 def test_heads_filled_in_are_work_too():
     problem = Problem(T=60, H=33, K=33, D=8)  # of 33 heads on 16 devices a third is padding (arXiv:2310.03294)
     even = load(Problem(T=64, H=33, K=33, D=8), Way("ulysses", "contiguous", (16,)))
