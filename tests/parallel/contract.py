@@ -87,11 +87,7 @@ class Case:
         if strategy == "balanced" and layout != "contiguous":
             return "strategy='balanced' balances the contiguous layout"
         later = ("full", "two-sided window", "prefix", "constant prefix", "block-sparse, per head")
-        return (
-            "strategy='balanced' is for causal masks"
-            if strategy == "balanced" and (self.mask in later or self.longer)
-            else None
-        )
+        return "strategy='balanced' is for causal masks" if strategy == "balanced" and self.mask in later else None
 
 
 FEATURES = {  # heading of a column, what a case of it has
