@@ -35,7 +35,7 @@ MASKS = {  # windows and documents cross the boundaries between devices
     "distant": (m.Causal() & ~m.Window(11), lambda q, k: q - k > 11),  # some rows see nothing
     "chunked": (m.Causal() & m.Chunked(10), lambda q, k: (k <= q) & (q // 10 == k // 10)),
     "prefix": (m.Causal() | m.Prefix(PREFIX), lambda q, k: (k <= q) | (k < PREFIX[:, None, None, None])),
-    "constant prefix": (m.Causal() | m.Prefix(17), lambda q, k: (k <= q) | (k < 17)),
+    "constant prefix": (m.Causal() | m.Prefix(33), lambda q, k: (k <= q) | (k < 33)),
     "block-sparse, per head": (
         m.BlockSparse(4, BLOCKS),
         lambda q, k: BLOCKS[np.arange(B)[:, None, None, None], np.arange(6)[:, None, None], q // 4, k // 4],
@@ -141,7 +141,10 @@ _pairwise = [_possible(Case(**row)) for row in oracle.pairwise(_FACTORS)]
 _rest = [  # cells of the table that these leave out
     _possible(Case(row, mesh="3", **feature))
     for row, feature in itertools.product(ROWS, FEATURES.values())
-    if not any(case.row == row and has(case, feature) for case in _pairwise)
+    if not any(
+        case.row == row and has(case, feature) and bool(case.refusal) == bool(Case(row, **feature).refusal)
+        for case in _pairwise
+    )
 ]
 CASES = list(dict.fromkeys(_pairwise + _rest))
 SERVED = [case for case in CASES if not case.refusal]
