@@ -128,7 +128,7 @@ def _possible(case: Case) -> Case:
         changes["heads"] = (6, 2)  # the patterns and biases are of six heads
     if "heads" not in changes and case.mesh == "2 x 2 x 2" and case.heads[1] % 2:
         changes["heads"] = (4, 4)  # key/value heads divide over `tensor`
-    if case.refusal:
+    if case.mask == "two-sided window":
         changes["longer"] = False  # of longer shards of keys, later ones may lie on the same device
     if case.longer and case.ids == "positions restart":
         changes["ids"] = "documents"
