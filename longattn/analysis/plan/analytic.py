@@ -32,6 +32,7 @@ from jax.sharding import AbstractMesh, AxisType
 from longattn.analysis import cost
 from longattn.analysis.plan.memory import KINDS
 from longattn.analysis.plan.topology import Topology
+from longattn.analysis.sequence import problem, traffic
 from longattn.config import Config, Model, Softmax
 from longattn.models.transformer import init_params
 from longattn.ops.attention.pallas_tpu.tiles import LANES
@@ -167,11 +168,11 @@ def flops(config: Config) -> float:
 
 
 def messages(config: Config, where: Topology) -> dict[str, float]:
-    """Bytes that one device receives in a step, by what they are.
+    """Bytes that one device receives in a step, by what they are; of attention those of the device with most of it.
 
-    Keys and values and their gradients: the strategy's formula, which programs bear out to the byte, but for one
-    thing. TPU kernels give gradients with heads before tokens, and what XLA:TPU is to scatter along an axis that is
-    not the first in memory it sums by all-reduce and slices, which sends twice as much. Matrices are
+    Attention: the strategy's formula (`sequence.traffic`), which programs bear out to the byte, but for one thing. TPU
+    kernels give gradients with heads before tokens, and what XLA:TPU is to scatter along an axis that is not the first
+    in memory it sums by all-reduce and slices, which sends twice as much: so all_gather's gradients. Matrices are
     gathered in the compute dtype, forward and backward, and their gradients summed in it, by reduce-scatter where they
     are sliced and by all-reduce over `data`. There programs differ from the formula: XLA may pass slices around a ring
     of P devices P times instead of P - 1, inside the products that use them, and may sum by all-reduce what
@@ -179,15 +180,12 @@ def messages(config: Config, where: Topology) -> dict[str, float]:
     """
     m, mesh, n = config.model, config.mesh, tokens(config)
     c, pieces = np.dtype(m.dtype).itemsize, config.optimiser.accumulate
-    P, slices = mesh.seq, mesh.fsdp * mesh.seq
-    k = m.K * m.D / mesh.tensor
+    slices = mesh.fsdp * mesh.seq
     others = lambda devices: (devices - 1) / devices
     held, layers = _held(config)
     matrices = layers * slices  # of one tensor slice, whole
-    kv = 2 * m.N * pieces * n * k * (P - 1)
     found = {
-        "keys and values": (3 if m.remat == "full" else 2) * c * kv,
-        "their gradients": _F32 * kv * (1 if where.is_gpu else 2),
+        **_attention_messages(config, where),
         "matrices": 2 * pieces * c * matrices * others(slices),
         "their gradients, slices": pieces * c * matrices * others(slices),
         "their gradients, replicas": 2 * (c * layers + _F32 * (held - layers)) * others(mesh.data),
@@ -196,6 +194,28 @@ def messages(config: Config, where: Topology) -> dict[str, float]:
         "head": pieces * (c + _F32) * m.W * m.E * others(slices),
     }
     return {name: size for name, size in found.items() if size}
+
+
+def _attention_messages(config: Config, where: Topology) -> dict[str, float]:
+    """Bytes that attention sends along the sequence in a step; keys and values and their gradients apart if gathered.
+
+    Raises:
+      NotImplementedError: with the strategy's reason, where it does not serve a mask of the model.
+    """
+    m, mesh, pieces = config.model, config.mesh, config.optimiser.accumulate
+    rows = config.data.B // (mesh.data * mesh.fsdp * pieces)
+    layers = problem.layers_of(m, config.data.T, rows, mesh.tensor)
+    total = lambda scope=None: [
+        pieces * sum(times * sent[i].received(scope).max() for sent, times in passes) for i in (0, 1)
+    ]
+    passes = [(traffic.traffic(layer, problem.way_of(mesh)), times) for layer, times in layers.items()]
+    again = 2 if m.remat == "full" else 1
+    if mesh.strategy == "all_gather":
+        forward, backward = total("gather")
+        gradients = total("scatter")[1] * (1 if where.is_gpu else 2)
+        return {"keys and values": again * forward + backward, "their gradients": gradients}
+    forward, backward = total()
+    return {"attention, forward": again * forward, "attention, backward": backward}
 
 
 def estimate(config: Config, where: Topology) -> dict[str, Any]:

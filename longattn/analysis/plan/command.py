@@ -17,7 +17,7 @@ from longattn.analysis import aot, cost
 from longattn.analysis.plan import analytic, program, search, show, topology
 from longattn.analysis.plan.topology import Topology
 from longattn.analysis.sequence import compare as sequence
-from longattn.analysis.sequence import simulate
+from longattn.analysis.sequence import problem, simulate
 from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, Softmax, to_json
 from longattn.parallel.api import STRATEGIES
 from longattn.train.record import commit, write_whole
@@ -230,7 +230,7 @@ def _strategies(options: PlanOptions, where: Topology, compiler: _Compiler) -> d
     rows = options.data.B // (mesh.data * mesh.fsdp * options.optimiser.accumulate)
     ways: list[dict[str, Any]] = []
     if P > 1:
-        layers = sequence.layers_of(model, options.data.T, rows, mesh.tensor)
+        layers = problem.layers_of(model, options.data.T, rows, mesh.tensor)
         ways = sequence.compare(layers, P, simulate.machine(where), again=model.remat == "full")
     by_formula = {"sequence": ways, "recommended_by_formula": sequence.recommended(ways)}
     if options.analytic:

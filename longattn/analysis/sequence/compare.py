@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -54,21 +52,6 @@ def _row(layers: Mapping[Problem, int], way: Way, machine: Machine, again: bool)
         "received": {"forward": received[0], "backward": received[1]},
         "seconds": {"forward": asdict(passes[0]), "backward": asdict(passes[1]), **asdict(whole)},
     }
-
-
-def layers_of(model: Any, T: int, rows: int, tensor: int = 1) -> dict[Problem, int]:
-    """The attention of a model's layers of Softmax on each device along the sequence.
-
-    Args:
-      model: a `config.Model` of Softmax mixers.
-      T: tokens of a sequence.
-      rows: sequences of a micro-batch that these devices share.
-      tensor: devices among which heads are divided.
-    """
-    problem = functools.partial(
-        Problem, T=T, H=model.H // tensor, K=model.K // tensor, D=model.D, B=rows, dtype=model.dtype
-    )
-    return Counter(problem(mask=mixer.mask) for mixer in model.layers)
 
 
 def named(row: Mapping[str, Any]) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections import Counter
 from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
 
+from longattn.config import Mesh, Model, Softmax
 from longattn.mask import Causal, Mask
 from longattn.parallel.api import STRATEGIES
 from longattn.parallel.layout import Name, SequenceLayout
@@ -121,3 +124,23 @@ def check(problem: Problem, way: Way) -> Call:
         raise ValueError(f"T={problem.T} must be a multiple of {made.devices}, the devices along the sequence")
     STRATEGIES[way.strategy].check(problem.mask, False, problem.T, problem.T, problem.H, problem.K, made)
     return made
+
+
+def layers_of(model: Model, T: int, rows: int, tensor: int = 1) -> dict[Problem, int]:
+    """The attention of a model's layers of Softmax, and how many layers have it, for the devices along the sequence.
+
+    Args:
+      model: of Softmax mixers.
+      T: tokens of a sequence.
+      rows: sequences of a micro-batch that these devices share.
+      tensor: devices among which heads are divided.
+    """
+    problem = functools.partial(
+        Problem, T=T, H=model.H // tensor, K=model.K // tensor, D=model.D, B=rows, dtype=model.dtype
+    )
+    return Counter(problem(mask=mixer.mask) for mixer in model.layers if isinstance(mixer, Softmax))
+
+
+def way_of(mesh: Mesh) -> Way:
+    """The way that a config's mesh spreads attention."""
+    return Way(mesh.strategy, "contiguous", (mesh.seq,))

@@ -1,10 +1,13 @@
 """Formulas against the compilers' figures: recorded ones for every case, and one compiled anew."""
 
+import dataclasses
+
 import pytest
 
 from longattn.analysis import plan
 from longattn.analysis.plan import analytic, checked, program, topology
-from longattn.config import ByteLM, Config, Mesh
+from longattn.config import ByteLM, Config, Mesh, Model, Optimiser, Softmax
+from longattn.mask import Causal, Full, Window
 from tests.analysis.compilers import needs_cuda, needs_libtpu
 
 
@@ -73,7 +76,7 @@ def test_estimates_need_no_compiler(monkeypatch, tmp_path, capsys):
     (row,) = plan.run(options, "llama3_8b")["rows"]
     assert row["mesh"] == {"data": 1, "fsdp": 64, "tensor": 1, "seq": 8} and row["hbm_bytes"] > 0
     said = capsys.readouterr().out
-    assert "By formula; over" in said and "keys and values" in said
+    assert "By formula; over" in said and "attention, forward" in said
 
 
 def test_more_tokens_need_more_and_more_devices_less():
@@ -82,3 +85,23 @@ def test_more_tokens_need_more_and_more_devices_less():
     need = lambda T, fsdp: analytic.memory(Config(model, ByteLM(T=T, B=64), Mesh(fsdp=fsdp, seq=2)), where)["total"]
     assert need(8192, 8) < need(16_384, 8) < need(65_536, 8)
     assert need(16_384, 8) > need(16_384, 16) > need(16_384, 64)
+
+
+def test_messages_are_the_strategys():
+    """A ring's by hand, in float32 back; a window's fewer hops; twice forward where remat repeats it."""
+    model = Model(N=3, E=512, H=8, K=2, D=64, mixers=(Softmax(),), remat="attention")
+    of = lambda strategy, model=model: analytic.messages(
+        Config(model, ByteLM(T=8192, B=4), Mesh(fsdp=2, seq=4, strategy=strategy), Optimiser(accumulate=2)),
+        topology.parse("h100:8"),
+    )
+    hop = 2 * 3 * 2 * (8192 // 4) * 2 * 64  # micro-batches, layers, k and v, tokens, heads, elements
+    assert of("ring")["attention, forward"] == 3 * 2 * hop
+    assert of("ring")["attention, backward"] == 3 * (2 + 4) * hop
+    again = dataclasses.replace(model, remat="full")
+    assert of("ring", again)["attention, forward"] == 2 * 3 * 2 * hop
+    near = dataclasses.replace(model, mixers=(Softmax(mask=Causal() & Window(100)),))
+    assert of("ring", near)["attention, forward"] == 2 * hop
+    assert of("all_gather")["their gradients"] == 3 * 4 * hop
+    both_sides = dataclasses.replace(model, mixers=(Softmax(mask=Full()),))
+    with pytest.raises(NotImplementedError, match="is for causal masks"):
+        of("balanced", both_sides)
