@@ -85,6 +85,7 @@ def run(options: SequenceOptions, console: Console | None = None) -> dict[str, A
         document["way"] = _one(options, where)
     if options.packed:
         document["packed"] = packing.table([options.T], [where.size], mask=options.mask)
+        document["groups"] = packing.groups_table([options.T], [where.size], (1, 2, 4, 8))
     if options.json:
         print(json.dumps(document))
     else:

@@ -68,6 +68,7 @@ def tables(console: Console, document: Mapping[str, Any]) -> None:
         _way(console, say, document["way"])
     if "packed" in document:
         console.print(packed_table(document["packed"]))
+        console.print(groups_table(document["groups"]))
     say(FOOT, style="dim")
 
 
@@ -99,7 +100,7 @@ def _way(console: Console, say: Any, way: Mapping[str, Any]) -> None:
     for name, u in way["units"].items():
         usual = "-" if u["usual"] is None else f"{u['usual']:.3f}"
         say(f"{name}: {u['most']:.3f} at most, {u['mean']:.3f} on average, usual figure {usual}, in T H D elements")
-    say(f"They differ: {way['differs']}.")
+    say(f"Where they differ: {way['differs']}.")
     for name, s in way["seconds"].items():
         say(
             f"{name}: {seconds_text(s['total'])}, of it computing {seconds_text(s['compute'])}, waiting for slower "
@@ -127,4 +128,15 @@ def packed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{r['T']:,}", f"{r['P']}", r["layout"], f"{r['documents_per_row']:.1f}", f"{r['mean']:.2f}",
             f"{r['worst']:.2f}", f"{r['by_tokens']:.2f}",
         )  # fmt: skip
+    return table
+
+
+def groups_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Imbalance of packed rows over data-parallel groups."""
+    table = plain_table("Packed rows over groups instead: pairs of the group that has most over the mean")
+    for heading in ("T", "groups", "rows of each", "steps", "in order", "--data.balance"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for r in rows:
+        sizes = (f"{r[key]:,}" for key in ("T", "groups", "rows_each", "steps"))
+        table.add_row(*sizes, f"{r['before']:.2f}", f"{r['after']:.2f}")
     return table

@@ -56,7 +56,11 @@ def test_packed_documents(monkeypatch):
     monkeypatch.setattr(sequence.command.packing, "table", lambda *a, **k: [
         {"T": 8, "P": 2, "layout": "striped", "documents_per_row": 1.0, "mean": 1.5, "worst": 2.0, "by_tokens": 1.0}
     ])  # fmt: skip
-    assert "8 2 striped 1.0 1.50 2.00 1.00" in " ".join(said(sequence.SequenceOptions(packed=True))[1].split())
+    monkeypatch.setattr(sequence.command.packing, "groups_table", lambda *a, **k: [
+        {"T": 8, "groups": 2, "rows_each": 4, "steps": 3, "before": 1.5, "after": 1.25}
+    ])  # fmt: skip
+    text = " ".join(said(sequence.SequenceOptions(packed=True))[1].split())
+    assert "8 2 striped 1.0 1.50 2.00 1.00" in text and "8 2 4 3 1.50 1.25" in text
 
 
 @pytest.mark.parametrize(
