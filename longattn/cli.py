@@ -236,7 +236,7 @@ def _profile(arguments: list[str]) -> int:
 
         steps.run(_parse(steps.TraceOptions, arguments, "profile --trace RUN"))
         return 0
-    if any(a.split("=")[0] == "--sequence" for a in arguments[:1]):
+    if arguments and arguments[0].split("=")[0] == "--sequence":
         from longattn.analysis import sequence
 
         named = len(arguments) > 1 and not arguments[1].startswith("-")

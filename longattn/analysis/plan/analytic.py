@@ -16,7 +16,7 @@ that layout: `kept` says when.
 
 How many activations of each width are alive at once is a property of XLA's schedules: the counts below were read off
 compiled programs, and `checked.py` holds the errors against the compilers' own accounts. Messages are exact: what the
-strategies' formulas say (`parallel/exchange.py`).
+strategies' formulas say (`analysis/sequence/traffic.py`).
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ def _largest(
         return _fits(rows[n], f"{key} = {n:,} on {where.name}")
 
     def expected(n: int) -> bool:  # by formula
-        return analytic.estimate(compiler.options.config(where, **{key: n}), where)["fits"]
+        return analytic.memory(compiler.options.config(where, **{key: n}), where)["total"] <= where.hbm_bytes
 
     unit = mesh.seq * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
     limit = max(unit, _LONGEST if key == "T" else _LONGEST // data.T * where.size)
