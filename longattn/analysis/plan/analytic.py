@@ -205,17 +205,17 @@ def _attention_messages(config: Config, where: Topology) -> dict[str, float]:
     m, mesh, pieces = config.model, config.mesh, config.optimiser.accumulate
     rows = config.data.B // (mesh.data * mesh.fsdp * pieces)
     layers = problem.layers_of(m, config.data.T, rows, mesh.tensor)
-    total = lambda scope=None: [
-        pieces * sum(times * sent[i].received(scope).max() for sent, times in passes) for i in (0, 1)
-    ]
-    passes = [(traffic.traffic(layer, problem.way_of(mesh)), times) for layer, times in layers.items()]
-    again = 2 if m.remat == "full" else 1
+    most = dict.fromkeys(("forward", "backward", "gradients"), 0.0)
+    for layer, times in layers.items():
+        forward, backward = traffic.traffic(layer, problem.way_of(mesh))
+        both = (*backward.messages, *traffic.again(forward, m.remat).messages)
+        most["forward"] += pieces * times * forward.most
+        most["backward"] += pieces * times * traffic.Traffic(forward.P, both).most
+        most["gradients"] += pieces * times * backward.received("scatter").max()
     if mesh.strategy == "all_gather":
-        forward, backward = total("gather")
-        gradients = total("scatter")[1] * (1 if where.is_gpu else 2)
-        return {"keys and values": again * forward + backward, "their gradients": gradients}
-    forward, backward = total()
-    return {"attention, forward": again * forward, "attention, backward": backward}
+        values = most["forward"] + most["backward"] - most["gradients"]
+        return {"keys and values": values, "their gradients": most["gradients"] * (1 if where.is_gpu else 2)}
+    return {"attention, forward": most["forward"], "attention, backward": most["backward"]}
 
 
 def estimate(config: Config, where: Topology) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def _strategies(options: PlanOptions, where: Topology, compiler: _Compiler) -> d
     ways: list[dict[str, Any]] = []
     if P > 1:
         layers = problem.layers_of(model, options.data.T, rows, mesh.tensor)
-        ways = sequence.compare(layers, P, simulate.machine(where), again=model.remat == "full")
+        ways = sequence.compare(layers, P, simulate.machine(where), remat=model.remat)
     by_formula = {"sequence": ways, "recommended_by_formula": sequence.recommended(ways)}
     if options.analytic:
         return by_formula | {"rows": [compiler(where)], "recommended": by_formula["recommended_by_formula"]}

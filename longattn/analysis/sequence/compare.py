@@ -8,19 +8,19 @@ from typing import Any
 
 from longattn.analysis.sequence.load import load
 from longattn.analysis.sequence.problem import Problem, Way, ways
-from longattn.analysis.sequence.simulate import Machine, Pass, simulate
-from longattn.analysis.sequence.traffic import traffic
+from longattn.analysis.sequence.simulate import Machine, Pass, seconds, simulate
+from longattn.analysis.sequence.traffic import Traffic, again, traffic
 from longattn.analysis.text import seconds_text
 
 
-def compare(layers: Mapping[Problem, int], P: int, machine: Machine, *, again: bool = False) -> list[dict[str, Any]]:
+def compare(layers: Mapping[Problem, int], P: int, machine: Machine, *, remat: str = "none") -> list[dict[str, Any]]:
     """One row for each way to spread attention over P devices: load, bytes, time, or the reason why it does not serve.
 
     Args:
       layers: the attention of each kind of layer, and how many layers there are of it.
       P: devices along the sequence.
       machine: what they can do.
-      again: the forward pass runs once more in the backward pass (remat "full"), attention included.
+      remat: the policy, as in `config.Model`: what the backward pass computes and sends again is part of it.
 
     Returns:
       rows of JSON values. Bytes are what a device receives at most, ids left out, and seconds those of one layer on
@@ -28,23 +28,29 @@ def compare(layers: Mapping[Problem, int], P: int, machine: Machine, *, again: b
       devices wait for slower ones.
     """
     K = min(problem.K for problem in layers)
-    return [_row(layers, way, machine, again) for way in ways(P, K)]
+    return [_row(layers, way, machine, remat) for way in ways(P, K)]
 
 
-def _row(layers: Mapping[Problem, int], way: Way, machine: Machine, again: bool) -> dict[str, Any]:
+def _row(layers: Mapping[Problem, int], way: Way, machine: Machine, remat: str) -> dict[str, Any]:
     row: dict[str, Any] = {"strategy": way.strategy, "layout": way.layout, "sizes": list(way.sizes)}
     n = sum(layers.values())
     passes, received, slots = [Pass(0.0, 0.0, 0.0, 0.0)] * 2, [0.0, 0.0], 0.0
     try:
         for problem, times in layers.items():
             slots += times / n * load(problem, way).idle_slots
-            for i, (took, sent) in enumerate(zip(simulate(problem, way, machine), traffic(problem, way), strict=True)):
-                passes[i] = passes[i] + took * (times / n)
-                received[i] += times / n * sent.most
+            took, (forward, backward) = simulate(problem, way, machine), traffic(problem, way)
+            repeated = again(forward, remat)
+            if remat == "full":
+                took = took[0], took[1] + took[0]
+            else:  # before anything of the backward pass
+                wait = seconds(repeated.messages, way.sizes, machine)
+                took = took[0], took[1] + Pass(wait, 0.0, 0.0, wait)
+            sent = forward, Traffic(forward.P, (*backward.messages, *repeated.messages))
+            for i in (0, 1):
+                passes[i] = passes[i] + took[i] * (times / n)
+                received[i] += times / n * sent[i].most
     except (ValueError, NotImplementedError) as error:
         return row | {"reason": str(error)}
-    if again:
-        passes[1], received[1] = passes[1] + passes[0], received[1] + received[0]
     whole = passes[0] + passes[1]
     return row | {
         "idle_slots": slots,

@@ -92,6 +92,17 @@ def traffic(problem: Problem, way: Way) -> tuple[Traffic, Traffic]:
     return tuple(Traffic(call.devices, tuple(messages)) for messages in passes)  # type: ignore[return-value]
 
 
+def again(forward: Traffic, remat: str) -> Traffic:
+    """What the backward pass sends once more where a layer is rematerialised under a policy of `config.Model`.
+
+    All of the forward pass under "full". The other policies that recompute keep out and lse, but not q, k and v as they
+    were exchanged.
+    """
+    kept = {"none": (), "full": forward.messages}.get(remat)
+    exchanged = tuple(m for m in forward.messages if (m.scope, m.step) == ("exchange", 0))
+    return Traffic(forward.P, exchanged if kept is None else kept)
+
+
 def _rings(n: int, each: int) -> list[list[int]]:
     """The devices of each ring of n, on a mesh of n x each."""
     return [[i * each + inner for i in range(n)] for inner in range(each)]

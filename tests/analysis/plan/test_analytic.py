@@ -98,7 +98,11 @@ def test_messages_are_the_strategys():
     assert of("ring")["attention, forward"] == 3 * 2 * hop
     assert of("ring")["attention, backward"] == 3 * (2 + 4) * hop
     again = dataclasses.replace(model, remat="full")
-    assert of("ring", again)["attention, forward"] == 2 * 3 * 2 * hop
+    assert of("ring", again)["attention, backward"] == 3 * (2 + 2 + 4) * hop
+    q, k = (2 * 3 * 3 / 4 * 2048 * heads * 64 * 2 for heads in (8, 2))
+    sent = of("ulysses", dataclasses.replace(model, K=4)), of("ulysses", dataclasses.replace(model, K=4, remat="none"))
+    assert sent[0]["attention, forward"] == sent[1]["attention, forward"]
+    assert sent[0]["attention, backward"] - sent[1]["attention, backward"] == q + 2 * (2 * k)  # exchanged once more
     near = dataclasses.replace(model, mixers=(Softmax(mask=Causal() & Window(100)),))
     assert of("ring", near)["attention, forward"] == 2 * hop
     assert of("all_gather")["their gradients"] == 3 * 4 * hop

@@ -108,7 +108,7 @@ def test_layers_of_several_masks_are_averaged_and_remat_runs_forward_twice():
               for layers in ({wide: 1}, {near: 1}, {wide: 1, near: 3})]  # fmt: skip
     for way, mean in totals[2].items():
         assert mean == pytest.approx((totals[0][way] + 3 * totals[1][way]) / 4)
-    once, twice = (compare({wide: 1}, 8, where, again=again)[0]["seconds"] for again in (False, True))
+    once, twice = (compare({wide: 1}, 8, where, remat=remat)[0]["seconds"] for remat in ("none", "full"))
     assert twice["total"] == pytest.approx(once["total"] + once["forward"]["total"])
     refused = compare({Problem(T=1024, H=8, K=8, D=64, mask=Full()): 1, wide: 1}, 8, where)
     assert [row["strategy"] for row in refused if "reason" in row] == ["balanced"]
