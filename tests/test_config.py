@@ -60,8 +60,8 @@ def edited(edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda d: d.update(version=99), "version 99 must be 2"),
-        (lambda d: d.pop("version"), "version None must be 2"),
+        (lambda d: d.update(version=99), "version 99 must be 3"),
+        (lambda d: d.pop("version"), "version None must be 3"),
         (lambda d: d["config"]["model"].update({"class": "Modell"}), "'Modell' in the JSON is no config"),
         (lambda d: d["config"]["model"].update(depth=3), r"unknown fields \['depth'\]"),
         (lambda d: d["config"]["model"].pop("N"), r"lacks \['N'\]"),
@@ -78,7 +78,7 @@ def test_json_errors(edit, message):
         c.from_json(edited(edit))
 
 
-@pytest.mark.parametrize(("text", "message"), [("{torn", "is no JSON"), ("[]", "version None must be 2")])
+@pytest.mark.parametrize(("text", "message"), [("{torn", "is no JSON"), ("[]", "version None must be 3")])
 def test_what_is_no_config_at_all(text, message):
     with pytest.raises(ValueError, match=message):
         c.from_json(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int32
@@ -12,8 +13,9 @@ from jaxtyping import Array, Float, Int32
 from longattn import parallel
 from longattn.ops.attention import attention
 from longattn.ops.linear import linear_attention
-from longattn.parallel import embedding
-from longattn.parallel.mesh import place
+from longattn.parallel import SequenceLayout, embedding
+from longattn.parallel.layout import convert, devices_on
+from longattn.parallel.mesh import fit, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +24,11 @@ class Context:
 
     implementation: str | tuple[str, ...] | None = None  # as in `longattn.attention` and `longattn.linear_attention`
     mesh: Mesh | AbstractMesh | None = None  # None: one device
-    axis: str = "seq"  # the rest as in `longattn.parallel.attention`
+    axis: str | tuple[str, str] = "seq"  # the rest as in `longattn.parallel.attention`
     batch_axes: tuple[str, ...] = ("data", "fsdp")
     head_axis: str = "tensor"
     strategy: str = "all_gather"
+    layout: SequenceLayout = SequenceLayout()  # of tokens, ids and activations
 
     def attention(self, q: Array, k: Array, v: Array, **options: Any) -> Array:
         """`longattn.attention`, or where there is a mesh `longattn.parallel.attention`."""
@@ -33,7 +36,7 @@ class Context:
             return attention(q, k, v, implementation=self.implementation, **options)
         return parallel.attention(
             q, k, v, mesh=self.mesh, axis=self.axis, batch_axes=self.batch_axes, head_axis=self.head_axis,
-            strategy=self.strategy, implementation=self.implementation, **options,
+            strategy=self.strategy, layout=self.layout, implementation=self.implementation, **options,
         )  # fmt: skip
 
     def linear_attention(self, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array]:
@@ -47,13 +50,67 @@ class Context:
 
     @property
     def tokens(self) -> PartitionSpec:
-        """How [B T ...] lies on the mesh: rows and positions divided, the rest whole."""
+        """How [B T ...] lies on the mesh: rows and tokens divided, the rest whole."""
         return PartitionSpec(self.batch_axes, self.axis)
 
     @property
     def parts(self) -> int:
         """In how many parts the sequence lies on the mesh."""
-        return 1 if self.mesh is None else self.mesh.shape[self.axis]
+        return 1 if self.mesh is None else devices_on(self.mesh, self.axis)
+
+    @property
+    def layout_parts(self) -> int:
+        """How many parts the layout orders: those of the outer of two axes, whose tokens lie in order along the inner.
+
+        The P of all methods of `layout`.
+        """
+        if self.mesh is None:
+            return 1
+        return devices_on(self.mesh, self.axis if isinstance(self.axis, str) else self.axis[0])
+
+    @property
+    def in_order(self) -> bool:
+        """Whether tokens lie as they follow one another."""
+        return self.layout_parts == 1 or self.layout == SequenceLayout()
+
+    def lying(self, layout: SequenceLayout) -> Context:
+        """The context of tokens that lie in another layout."""
+        return dataclasses.replace(self, layout=layout)
+
+    def positions(self, T: int) -> Int32[Array, "1 T"]:
+        """The positions of T tokens of one document."""
+        return jnp.asarray(self.layout.positions(T, self.layout_parts))[None]
+
+    def restore(self, ids: Any) -> Any:
+        """A tree of ids [B T] in the order of the sequence, each row whole on all devices that share it.
+
+        Ids are small, and so are the messages: an all-gather of each array.
+        """
+        if self.in_order:
+            return ids
+        return jax.tree.map(lambda x: self._whole(self.layout.restore(self._whole(x), self.layout_parts)), ids)
+
+    def permute(self, ids: Any) -> Any:
+        """The inverse of `restore`: nothing is sent, each device takes its own."""
+        if self.in_order:
+            return ids
+        take = lambda x: place(self.layout.permute(self._whole(x), self.layout_parts), self.mesh, self.tokens, "the ids")
+        return jax.tree.map(take, ids)
+
+    def _whole(self, x: Array) -> Array:
+        return place(x, self.mesh, PartitionSpec(self.batch_axes), "the ids")
+
+    def convert(self, x: Float[Array, "B T E"], source: SequenceLayout, target: SequenceLayout) -> Float[Array, "B T E"]:
+        """Activations in another layout: see `longattn.parallel.layout.convert`."""
+        if source == target or self.layout_parts == 1:
+            return x
+        if not isinstance(self.axis, str):
+            raise NotImplementedError(
+                f"activations lie along {self.axis}, {source.name}, and a layer needs them {target.name}: parts on "
+                "several devices are not converted; choose the layout contiguous, or a strategy with one axis"
+            )
+        (batch,) = fit(PartitionSpec(self.batch_axes), self.mesh)
+        return convert(x, source, target, mesh=self.mesh, axis=self.axis, batch_axes=batch)
 
     def spread(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Activations, held to lie like the tokens."""

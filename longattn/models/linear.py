@@ -152,6 +152,8 @@ class Linear(nn.Module):
     model: config.Model
     context: Context | None = None
 
+    in_order = True  # a state is handed on from token to token
+
     @nn.compact
     def __call__(
         self,

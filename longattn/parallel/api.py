@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -23,6 +24,7 @@ from longattn.ops.attention.api import Ids, validate
 from longattn.ops.attention.spec import Extras
 from longattn.ops.partial import Partial
 from longattn.parallel import exchange
+from longattn.parallel.layout import SequenceLayout
 from longattn.parallel.spec import Call
 from longattn.shapes import Key, Out, Query, Statistic, Value, statistics_dtype, suggest
 
@@ -130,6 +132,7 @@ def attention_with_lse(
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
     head_axis: str = "tensor",
     strategy: str = "all_gather",
+    layout: SequenceLayout = SequenceLayout(),
     mask: Mask = Causal(),
     segment_ids: Ids | None = None,
     positions: Ids | None = None,
@@ -149,6 +152,11 @@ def attention_with_lse(
         bias=bias, implementation=implementation, tuning=tuning, rounded=sinks is None,
     )  # fmt: skip
     _divide(mesh, q, k, axis, batch, head)
+    for name, x in (("T", q), ("S", k)):
+        layout.check(x.shape[1], mesh.shape[axis], name)
+    if positions is None and layout != SequenceLayout():
+        at = [jnp.asarray(layout.positions(x.shape[1], mesh.shape[axis]))[None] for x in (q, k)]
+        extras = extras._replace(q_positions=at[0], k_positions=at[1])
     call = Call(axis, spec.out_dtype, spec.scale, spec.softcap, None if implementation is None else names, tuning)
     return _attention(
         q, k, v, sinks, extras, mesh=mesh, batch=batch, head=head, strategy=strategy, call=call, dtype=q.dtype.name
@@ -165,6 +173,7 @@ def attention(
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
     head_axis: str = "tensor",
     strategy: str = "all_gather",
+    layout: SequenceLayout = SequenceLayout(),
     mask: Mask = Causal(),
     segment_ids: Ids | None = None,
     positions: Ids | None = None,
@@ -184,10 +193,11 @@ def attention(
       q, k, v: global arrays, T and S split along `axis`, B along `batch_axes`, the heads along `head_axis`; arrays that
         lie otherwise are moved.
       mesh: a Mesh (its axes Auto), or an AbstractMesh; None is the current one (`jax.set_mesh`).
-      axis: the mesh axis along which the sequence is spread, in order: device i holds the i-th part.
+      axis: the mesh axis along which the sequence is spread, in the order of `layout`.
       batch_axes: mesh axes along which sequences are spread; those that the mesh has.
       head_axis: the mesh axis along which heads are spread, if the mesh has it.
       strategy: a name in `STRATEGIES`, how keys and values meet the queries.
+      layout: in which order tokens lie along `axis`.
       mask, segment_ids, positions, scale, softcap, sinks, bias, implementation, tuning: as for `longattn.attention`;
         ids, positions and mask are global, and the implementation runs on each device.
 
@@ -201,7 +211,7 @@ def attention(
         asked for serves the call.
     """
     return attention_with_lse(
-        q, k, v, mesh=mesh, axis=axis, batch_axes=batch_axes, head_axis=head_axis, strategy=strategy, mask=mask,
-        segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks, bias=bias,
-        implementation=implementation, tuning=tuning,
+        q, k, v, mesh=mesh, axis=axis, batch_axes=batch_axes, head_axis=head_axis, strategy=strategy, layout=layout,
+        mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks,
+        bias=bias, implementation=implementation, tuning=tuning,
     )[0]  # fmt: skip

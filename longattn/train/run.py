@@ -75,7 +75,9 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
     if context is not None:
         for split, c in (("train", config), ("valid", evaluation)):
             sharding = batch_sharding(c, context)
-            sources[split] = data.Spread(sources[split], (c.data.B, c.data.T), sharding)
+            sources[split] = data.Spread(
+                sources[split], (c.data.B, c.data.T), sharding, context.layout, context.layout_parts
+            )
     record.check_data(folder, info)
     shapes = state_shapes(config, context)
     loaded = initial_params(config, context) if config.run.init_from and not started else None
@@ -190,7 +192,7 @@ def compile_step(config: Config, shapes: State, context: Context | None = None) 
     itemsize = np.dtype(config.model.dtype).itemsize
     # Even full rematerialisation keeps each layer's input: refuse before tracing what would take hours to compile.
     mesh = config.mesh
-    tokens = config.data.B * config.data.T // config.optimiser.accumulate // (mesh.data * mesh.fsdp * mesh.seq)
+    tokens = config.data.B * config.data.T // config.optimiser.accumulate // (mesh.data * mesh.fsdp * mesh.sequence)
     record.refuse_beyond_memory(config, held + tokens * config.model.E * itemsize * (config.model.N + 1))
     return record.compile_program(config, train_step(config, context), shapes, batch_shapes(config))
 
