@@ -308,20 +308,21 @@ class Mesh:
     tensor: int = 1  # heads and the MLP's width
     seq: int = 1  # positions
     ring: int = 1  # parts of the sequence between which keys and values travel, each on seq devices: strategy usp
-    strategy: Literal["all_gather"] = "all_gather"  # how queries meet the keys of other devices; see parallel/api.py
+    strategy: Literal["ring", "balanced", "all_gather", "ulysses", "usp"] = (
+        "ring"  # how queries meet the keys of other devices; see parallel/api.py
+    )
     layout: Literal["contiguous", "zigzag", "striped"] = "contiguous"  # which tokens a device has; parallel/layout.py
 
     def __post_init__(self) -> None:
         _positive(self, "data", "fsdp", "tensor", "seq", "ring")
-        strategy: str = self.strategy
-        if (self.ring > 1) != (strategy == "usp"):
+        if (self.ring > 1) != (self.strategy == "usp"):
             raise ValueError(
-                f"Mesh.ring={self.ring} with {strategy=}: usp, and no other, has parts that devices share, at least 2; "
-                "set ring and strategy='usp', or neither (of one part, usp is strategy='ulysses')"
+                f"Mesh.ring={self.ring} with strategy={self.strategy!r}: usp, and no other, has parts that devices "
+                "share, at least 2; set ring and strategy='usp', or neither (of one part, usp is strategy='ulysses')"
             )
-        if strategy == "balanced" and self.layout != "contiguous":
+        if self.strategy == "balanced" and self.layout != "contiguous":
             raise ValueError(
-                f"Mesh.layout={self.layout!r} with {strategy=}: both even out the causal work; "
+                f"Mesh.layout={self.layout!r} with strategy='balanced': both even out the causal work; "
                 "set layout='contiguous', or strategy='ring'"
             )
 

@@ -14,7 +14,7 @@ from longattn import parallel
 from longattn.ops.attention import attention
 from longattn.ops.linear import linear_attention
 from longattn.parallel import SequenceLayout, embedding
-from longattn.parallel.layout import convert, devices_on
+from longattn.parallel.layout import Axis, convert, devices_on, names_of
 from longattn.parallel.mesh import fit, place
 
 
@@ -24,10 +24,10 @@ class Context:
 
     implementation: str | tuple[str, ...] | None = None  # as in `longattn.attention` and `longattn.linear_attention`
     mesh: Mesh | AbstractMesh | None = None  # None: one device
-    axis: str | tuple[str, str] = "seq"  # the rest as in `longattn.parallel.attention`
+    axis: Axis = "seq"  # the rest as in `longattn.parallel.attention`
     batch_axes: tuple[str, ...] = ("data", "fsdp")
     head_axis: str = "tensor"
-    strategy: str = "all_gather"
+    strategy: str = "ring"
     layout: SequenceLayout = SequenceLayout()  # of tokens, ids and activations
 
     def attention(self, q: Array, k: Array, v: Array, **options: Any) -> Array:
@@ -66,7 +66,7 @@ class Context:
         """
         if self.mesh is None:
             return 1
-        return devices_on(self.mesh, self.axis if isinstance(self.axis, str) else self.axis[0])
+        return devices_on(self.mesh, names_of(self.axis)[0])
 
     @property
     def in_order(self) -> bool:
@@ -94,17 +94,21 @@ class Context:
         """The inverse of `restore`: nothing is sent, each device takes its own."""
         if self.in_order:
             return ids
-        take = lambda x: place(self.layout.permute(self._whole(x), self.layout_parts), self.mesh, self.tokens, "the ids")
+        take = lambda x: place(
+            self.layout.permute(self._whole(x), self.layout_parts), self.mesh, self.tokens, "the ids"
+        )
         return jax.tree.map(take, ids)
 
     def _whole(self, x: Array) -> Array:
         return place(x, self.mesh, PartitionSpec(self.batch_axes), "the ids")
 
-    def convert(self, x: Float[Array, "B T E"], source: SequenceLayout, target: SequenceLayout) -> Float[Array, "B T E"]:
+    def convert(
+        self, x: Float[Array, "B T E"], source: SequenceLayout, target: SequenceLayout
+    ) -> Float[Array, "B T E"]:
         """Activations in another layout: see `longattn.parallel.layout.convert`."""
         if source == target or self.layout_parts == 1:
             return x
-        if not isinstance(self.axis, str):
+        if len(names_of(self.axis)) > 1:
             raise NotImplementedError(
                 f"activations lie along {self.axis}, {source.name}, and a layer needs them {target.name}: parts on "
                 "several devices are not converted; choose the layout contiguous, or a strategy with one axis"

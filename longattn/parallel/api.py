@@ -1,18 +1,19 @@
 """Exact softmax attention over a mesh: the public functions. They validate globally, then shard_map a strategy.
 
-The sequence is spread along one axis of the mesh, sequences along others, heads along a third; each device holds
-[B / (data fsdp), T / P, H / tensor, D] of q. A strategy says what the devices along the sequence send each other.
+The sequence is spread along one axis of the mesh in an order that a layout says, sequences along others, heads along a
+third; each device holds [B / (data fsdp), T / P, H / tensor, D] of q. A strategy says what the devices along the
+sequence send each other.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -23,21 +24,30 @@ from longattn.ops import partial as partials
 from longattn.ops.attention.api import Ids, validate
 from longattn.ops.attention.spec import Extras
 from longattn.ops.partial import Partial
-from longattn.parallel import exchange
-from longattn.parallel.layout import SequenceLayout
-from longattn.parallel.spec import Call
+from longattn.parallel.balanced import BALANCED
+from longattn.parallel.exchange import ALL_GATHER, ULYSSES, USP
+from longattn.parallel.layout import Axis, SequenceLayout, names_of
+from longattn.parallel.ring import RING
+from longattn.parallel.spec import Call, Strategy
 from longattn.shapes import Key, Out, Query, Statistic, Value, statistics_dtype, suggest
 
-STRATEGIES: dict[str, Callable[..., tuple[Array, Array]]] = {"all_gather": exchange.all_gather}
+STRATEGIES: dict[str, Strategy] = {
+    "ring": RING,
+    "balanced": BALANCED,
+    "all_gather": ALL_GATHER,
+    "ulysses": ULYSSES,
+    "usp": USP,
+}
 
 
-def _mesh(mesh: Mesh | AbstractMesh | None, axis: str) -> Mesh | AbstractMesh:
+def _mesh(mesh: Mesh | AbstractMesh | None, axis: Axis) -> Mesh | AbstractMesh:
     """The mesh to use. Raises ValueError unless it has the axis, and all its axes are Auto."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if mesh.empty:
         raise ValueError("mesh=None needs a current mesh: pass mesh= or set one with jax.set_mesh(mesh)")
-    if axis not in mesh.axis_names:
-        raise ValueError(f"{axis=} must be an axis of the mesh; {suggest(str(axis), mesh.axis_names)}")
+    for name in names_of(axis):
+        if name not in mesh.axis_names:
+            raise ValueError(f"{axis=} must be an axis of the mesh; {suggest(str(name), mesh.axis_names)}")
     for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
         if kind != AxisType.Auto:
             remedy = (
@@ -48,13 +58,13 @@ def _mesh(mesh: Mesh | AbstractMesh | None, axis: str) -> Mesh | AbstractMesh:
 
 
 def axes(
-    mesh: Mesh | AbstractMesh | None, axis: str, batch_axes: tuple[str, ...], head_axis: str
+    mesh: Mesh | AbstractMesh | None, axis: Axis, batch_axes: tuple[str, ...], head_axis: str
 ) -> tuple[Mesh | AbstractMesh, tuple[str, ...], str | None]:
     """The mesh to use, and those of its axes that sequences and heads lie along. Raises ValueError for invalid ones."""
     mesh = _mesh(mesh, axis)
     batch = tuple(name for name in batch_axes if name in mesh.axis_names)
     head = head_axis if head_axis in mesh.axis_names else None
-    if len({axis, *batch, head}) != len(batch) + 2:
+    if len({*names_of(axis), *batch, head}) != len(names_of(axis)) + len(batch) + 1:
         raise ValueError(f"{axis=}, {batch_axes=} and {head_axis=} must be different axes of the mesh")
     return mesh, batch, head
 
@@ -66,14 +76,14 @@ def divide_rows(mesh: Mesh | AbstractMesh, B: int, batch: tuple[str, ...]) -> No
         raise ValueError(f"{B=} must be a multiple of {rows}, the devices on the batch axes {batch}")
 
 
-def _divide(mesh: Mesh | AbstractMesh, q: Any, k: Any, axis: str, batch: tuple[str, ...], head: str | None) -> None:
+def _divide(mesh: Mesh | AbstractMesh, q: Any, k: Any, call: Call, batch: tuple[str, ...], head: str | None) -> None:
     """Raises unless the mesh's axes divide B, T, S and the heads."""
-    devices = mesh.shape[axis]
     for name, size in (("T", q.shape[1]), ("S", k.shape[1])):
-        if size % devices:
-            longer = -(-size // devices) * devices
+        call.layout.check(size, call.ring, name)
+        if size % call.devices:
+            longer = -(-size // call.devices) * call.devices
             raise ValueError(
-                f"{name}={size} must be a multiple of {devices}, the devices on {axis!r}; pad it to {longer}"
+                f"{name}={size} must be a multiple of {call.devices}, the devices on {call.axis!r}; pad it to {longer}"
             )
     divide_rows(mesh, q.shape[0], batch)
     K, heads = k.shape[2], 1 if head is None else mesh.shape[head]
@@ -84,21 +94,46 @@ def _divide(mesh: Mesh | AbstractMesh, q: Any, k: Any, axis: str, batch: tuple[s
         )
 
 
-def _specs(extras: Extras, batch: tuple[str, ...], axis: str, head: str | None) -> Extras:
-    """How the side arrays lie: the queries' side along the sequence, the keys' side whole, axes of size 1 too."""
+def _specs(extras: Extras, batch: tuple[str, ...], axis: Axis, head: str | None) -> Extras:
+    """How the side arrays lie: ids and positions whole along the sequence, the bias like the queries."""
 
     def spec(x: Array, *names: Any) -> P:
         return P(*(name if size > 1 else None for name, size in zip(names, x.shape)))
 
-    ids = lambda x, names: None if x is None else spec(x, *names)
+    ids = lambda x, *names: None if x is None else spec(x, *names)
     return Extras(
         mask=jax.tree.map(lambda x: spec(x, batch, *([head] if x.ndim > 1 else [])), extras.mask),
-        q_positions=spec(extras.q_positions, batch, axis),
+        q_positions=spec(extras.q_positions, batch),
         k_positions=spec(extras.k_positions, batch),
-        q_segments=ids(extras.q_segments, (batch, axis)),
-        k_segments=ids(extras.k_segments, (batch,)),
-        bias=ids(extras.bias, (batch, head, axis)),
+        q_segments=ids(extras.q_segments, batch),
+        k_segments=ids(extras.k_segments, batch),
+        bias=ids(extras.bias, batch, head, axis),
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _strategic(
+    q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, strategy: str, call: Call
+) -> tuple[Array, Array]:
+    """A strategy on one device's shards."""
+    return STRATEGIES[strategy].forward(q, k, v, bias, extras, call)[:2]
+
+
+def _strategic_forward(
+    q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, strategy: str, call: Call
+) -> Any:
+    out, lse, kept = STRATEGIES[strategy].forward(q, k, v, bias, extras, call)
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    return (out, lse), (kept, extras, out, lse)
+
+
+def _strategic_backward(strategy: str, call: Call, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
+    kept, extras, out, lse = residuals
+    dq, dk, dv, dbias = STRATEGIES[strategy].backward(kept, out, lse, *cotangents, extras, call)
+    return *(x.astype(kept[0].dtype) for x in (dq, dk, dv)), dbias, None
+
+
+_strategic.defvjp(_strategic_forward, _strategic_backward)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "batch", "head", "strategy", "call", "dtype"))
@@ -116,7 +151,8 @@ def _attention(q, k, v, sinks, extras, *, mesh, batch, head, strategy, call, dty
         if extras.bias is not None:  # so that the gradient of what is replicated is summed in float32
             extras = extras._replace(bias=extras.bias.astype(statistics_dtype(q.dtype)))
         with jax.named_scope(strategy):
-            out, lse = STRATEGIES[strategy](*dispatch.vary_together((q, k, v, extras)), call)
+            q, k, v, extras = dispatch.vary_together((q, k, v, extras))
+            out, lse = _strategic(q, k, v, extras.bias, extras._replace(bias=None), strategy, call)
             return tuple(partials.finish(Partial(out, lse), sinks, dtype))
 
     return local(q, k, v, sinks, extras)
@@ -128,10 +164,10 @@ def attention_with_lse(
     v: Value,
     *,
     mesh: Mesh | AbstractMesh | None = None,
-    axis: str = "seq",
+    axis: Axis = "seq",
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
     head_axis: str = "tensor",
-    strategy: str = "all_gather",
+    strategy: str = "ring",
     layout: SequenceLayout = SequenceLayout(),
     mask: Mask = Causal(),
     segment_ids: Ids | None = None,
@@ -146,18 +182,30 @@ def attention_with_lse(
     """`attention`, and its log-sum-exp: natural logarithm, float32 (float64 for float64 inputs), differentiable."""
     if strategy not in STRATEGIES:
         raise ValueError(f"{strategy=} must be a strategy of attention; {suggest(str(strategy), STRATEGIES)}")
+    if not isinstance(layout, SequenceLayout):
+        raise ValueError(f"{layout=} must be a SequenceLayout, such as SequenceLayout('zigzag')")
+    if (strategy == "usp") != (len(names_of(axis)) == 2):
+        raise ValueError(
+            f"{axis=} must be two axes of the mesh for strategy='usp' (of the ring, and of the all-to-all), and one "
+            f"for the others; {strategy=}"
+        )
     mesh, batch, head = axes(mesh, axis, batch_axes, head_axis)
     q, k, v, sinks, extras, spec, names = validate(
         q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks,
         bias=bias, implementation=implementation, tuning=tuning, rounded=sinks is None,
     )  # fmt: skip
-    _divide(mesh, q, k, axis, batch, head)
-    for name, x in (("T", q), ("S", k)):
-        layout.check(x.shape[1], mesh.shape[axis], name)
-    if positions is None and layout != SequenceLayout():
-        at = [jnp.asarray(layout.positions(x.shape[1], mesh.shape[axis]))[None] for x in (q, k)]
-        extras = extras._replace(q_positions=at[0], k_positions=at[1])
-    call = Call(axis, spec.out_dtype, spec.scale, spec.softcap, None if implementation is None else names, tuning)
+    T, (S, K) = q.shape[1], k.shape[1:3]
+    heads = 1 if head is None else mesh.shape[head]
+    axis = axis if isinstance(axis, str) else axis[0] if len(axis) == 1 else tuple(axis)
+    call = Call(
+        axis, tuple(mesh.shape[name] for name in names_of(axis)), layout, spec.in_order, spec.out_dtype, spec.scale,
+        spec.softcap, None if implementation is None else names, tuning, K // heads,
+    )  # fmt: skip
+    _divide(mesh, q, k, call, batch, head)
+    if spec.in_order:
+        q_positions, k_positions = (layout.permute(x, call.ring) for x in (extras.q_positions, extras.k_positions))
+        extras = extras._replace(q_positions=q_positions, k_positions=k_positions)
+    STRATEGIES[strategy].check(extras.mask, bias is not None, T, S, q.shape[2] // heads, K // heads, call)
     return _attention(
         q, k, v, sinks, extras, mesh=mesh, batch=batch, head=head, strategy=strategy, call=call, dtype=q.dtype.name
     )
@@ -169,10 +217,10 @@ def attention(
     v: Value,
     *,
     mesh: Mesh | AbstractMesh | None = None,
-    axis: str = "seq",
+    axis: Axis = "seq",
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
     head_axis: str = "tensor",
-    strategy: str = "all_gather",
+    strategy: str = "ring",
     layout: SequenceLayout = SequenceLayout(),
     mask: Mask = Causal(),
     segment_ids: Ids | None = None,
@@ -193,13 +241,16 @@ def attention(
       q, k, v: global arrays, T and S split along `axis`, B along `batch_axes`, the heads along `head_axis`; arrays that
         lie otherwise are moved.
       mesh: a Mesh (its axes Auto), or an AbstractMesh; None is the current one (`jax.set_mesh`).
-      axis: the mesh axis along which the sequence is spread, in the order of `layout`.
+      axis: the mesh axis along which the sequence is spread; of usp two, that of the ring and that of the all-to-all.
       batch_axes: mesh axes along which sequences are spread; those that the mesh has.
       head_axis: the mesh axis along which heads are spread, if the mesh has it.
       strategy: a name in `STRATEGIES`, how keys and values meet the queries.
-      layout: in which order tokens lie along `axis`.
+      layout: the order in which the sequence lies on the devices, and in which q, k, v, ids, positions and the result
+        are given; of usp, on the devices of the ring.
       mask, segment_ids, positions, scale, softcap, sinks, bias, implementation, tuning: as for `longattn.attention`;
-        ids, positions and mask are global, and the implementation runs on each device.
+        ids, positions and mask are global, and the implementation runs on each device. Positions that are given must
+        rise by one per token within a segment, in sequence order: what a mask of q - k hides by that is neither sent
+        nor computed.
 
     Returns:
       [B T H V] in q's dtype, spread like q.
@@ -207,11 +258,12 @@ def attention(
     Raises:
       ValueError: for invalid arguments: an axis that the mesh lacks or that is not Auto; B, T or S that its devices do
         not divide.
-      NotImplementedError: with the reason, for key/value heads that `head_axis` does not divide, and where no back end
-        asked for serves the call.
+      NotImplementedError: with the reason, for key/value heads that `head_axis` does not divide, where the strategy
+        does not serve the call (a bias, or for `balanced` a mask that is not causal), and where no back end asked for
+        does.
     """
     return attention_with_lse(
         q, k, v, mesh=mesh, axis=axis, batch_axes=batch_axes, head_axis=head_axis, strategy=strategy, layout=layout,
-        mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks,
-        bias=bias, implementation=implementation, tuning=tuning,
+        mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks, bias=bias,
+        implementation=implementation, tuning=tuning,
     )[0]  # fmt: skip

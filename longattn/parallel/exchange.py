@@ -8,59 +8,82 @@ arXiv:2407.21783). Per device and layer, in units of S K D elements of k and as 
                 reduce-scatter, in float32
 
 So between forward and backward a device holds its own S / P keys, but within a layer all S of them: one layer's keys
-and values limit the longest sequence. Under a causal mask the devices' work differs: the last one has most.
+and values limit the longest sequence. Under a causal mask the devices' work differs, unless the layout balances it.
+
+`ulysses`: an all-to-all gives each device whole sequences of H / P heads, and another brings the outputs back
+(DeepSpeed-Ulysses, arXiv:2309.14509). In units of T H D elements, as if K = H and V = D:
+
+    forward     (P - 1) / P^2 each of q, k, v and out
+    backward    as much each of dout, dq, dk and dv; q, k and v are kept as they were exchanged
+
+H is filled up to a multiple of P with heads of zeros, which cost as much as others. Where K is no multiple of P, a
+device gets the key/value heads that its queries read, so that some are sent to several devices and their gradients
+are summed, in float32, where they came from. Two more numbers per query and head go along (lse; and back).
+
+`usp`: ulysses along the second of two axes, and a ring along the first, of T / P2 tokens (arXiv:2405.07719). The layout
+is the ring's: each of its parts lies in order on the devices along the second axis.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from longattn import shapes
+from longattn.mask import Mask
 from longattn.ops.attention import attend_partial, attention_with_lse, backward_partial
 from longattn.ops.attention.spec import Extras
-from longattn.parallel.spec import Call
-from longattn.shapes import Key, Out, Query, Statistic, Value
+from longattn.parallel import ring
+from longattn.parallel.layout import SequenceLayout, names_of
+from longattn.parallel.spec import Call, Strategy, refuse_bias, without_out
 
 
-def all_gather(q: Query, k: Key, v: Value, extras: Extras, call: Call) -> tuple[Out, Statistic]:
-    """Attention of this device's queries over the keys of all devices on `call.axis`."""
-    return _all_gather(q, k, v, extras.bias, extras._replace(bias=None), call)
+def _attended(q: Array, k: Array, v: Array, call: Call, **options: Any) -> tuple[Array, Array]:
+    if call.out_dtype == q.dtype.name:
+        return attention_with_lse(q, k, v, **options)
+    return tuple(attend_partial(q, k, v, **options))
 
 
-def _gathered(k: Array, v: Array, axis: str) -> tuple[Array, Array]:
+# ---- keys gathered
+
+
+def _own_rows(q: Array, extras: Extras, call: Call) -> dict[str, Any]:
+    """The keyword arguments of the local attention over all keys, for the queries of this device."""
+    device, (B, n) = lax.axis_index(call.axis), q.shape[:2]
+    mine = lambda x: lax.dynamic_slice_in_dim(x, device * n, n, 1)
+    rows = lambda x: jnp.broadcast_to(x, (B, x.shape[1]))
+    positions = None
+    if not call.in_order or call.devices > 1:
+        positions = rows(mine(extras.q_positions)), rows(extras.k_positions)
+    segments = None if extras.q_segments is None else (mine(extras.q_segments), extras.k_segments)
+    return call.options(extras.mask, positions, segments)
+
+
+def _gathered(k: Array, v: Array, axis: Any) -> tuple[Array, Array]:
     with jax.named_scope("gather"):
         return tuple(lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _all_gather(
-    q: Array, k: Array, v: Array, bias: Float[Array, "..."] | None, extras: Extras, call: Call
-) -> tuple[Array, Array]:
-    k, v = _gathered(k, v, call.axis)
-    options = call.options(extras, q.shape[0])
-    if call.out_dtype == q.dtype.name:
-        return attention_with_lse(q, k, v, bias=bias, **options)
-    return tuple(attend_partial(q, k, v, bias=bias, **options))
+def _gather_forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, call: Call) -> Any:
+    """Attention of this device's queries over the keys of all devices on `call.axis`."""
+    whole = _gathered(k, v, call.axis)
+    return *_attended(q, *whole, call, bias=bias, **_own_rows(q, extras, call)), (q, k, v, bias)
 
 
-def _all_gather_forward(q: Array, k: Array, v: Array, bias: Any, extras: Extras, call: Call) -> Any:
-    out, lse = _all_gather(q, k, v, bias, extras, call)
-    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return (out, lse), (q, k, v, bias, extras, out, lse)
-
-
-def _all_gather_backward(call: Call, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
-    q, k, v, bias, extras, out, lse = residuals
+def _gather_backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: Extras, call: Call) -> Any:
+    """Its gradients."""
+    q, k, v, bias = kept
     # Without the barrier XLA may find that these keys were gathered before, and keep all of them until now.
-    k, v, do, dlse = lax.optimization_barrier((k, v, *cotangents))
+    k, v, do, dlse = lax.optimization_barrier((k, v, do, dlse))
     whole_k, whole_v = _gathered(k, v, call.axis)
-    options = call.options(extras, q.shape[0])
+    options = _own_rows(q, extras, call)
     if bias is None:
         dq, dk, dv = backward_partial(q, whole_k, whole_v, out, lse, do, dlse, **options)
         dbias = None
@@ -69,11 +92,156 @@ def _all_gather_backward(call: Call, residuals: Any, cotangents: tuple[Array, Ar
         operands = [x.astype(wide) for x in (q, whole_k, whole_v, bias)]
         _, pull = jax.vjp(lambda q, k, v, bias: attention_with_lse(q, k, v, bias=bias, **options), *operands)
         dq, dk, dv, dbias = pull((do.astype(wide), dlse))
-        dbias = dbias.astype(bias.dtype)
     # Summed in float32 over the devices, rounded once.
     with jax.named_scope("scatter"):
         dk, dv = (lax.psum_scatter(x, call.axis, scatter_dimension=1, tiled=True) for x in (dk, dv))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dbias, None
+    return dq, dk, dv, dbias
 
 
-_all_gather.defvjp(_all_gather_forward, _all_gather_backward)
+def _gather_check(mask: Mask, bias: bool, T: int, S: int, H: int, K: int, call: Call) -> None:
+    """Accepts every valid call."""
+
+
+ALL_GATHER = Strategy(_gather_forward, _gather_backward, _gather_check)
+
+
+# ---- heads exchanged for tokens
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Which heads which of P devices gets."""
+
+    H: int
+    P: int
+    each: int  # query heads of a device, those filled in too
+    keys: tuple[int, ...]  # the key/value heads that are sent, as many to each device
+
+    @property
+    def copied(self) -> bool:
+        """Whether a key/value head is sent more than once."""
+        return len(set(self.keys)) < len(self.keys)
+
+
+def heads(H: int, K: int, P: int) -> Heads:
+    """Of H query and K key/value heads: each device's queries and the fewest keys that they read, equal in number."""
+    each, G = -(-H // P), H // K
+    if H % P == 0 and each % G == 0:
+        return Heads(H, P, each, tuple(range(K)))
+    if H % P == 0 and G % each == 0:  # all queries of a device read one
+        return Heads(H, P, each, tuple(device * each // G for device in range(P)))
+    return Heads(H, P, each, tuple(min(h, H - 1) // G for h in range(each * P)))  # one for each query head
+
+
+class _Exchange:
+    """The way of arrays between [B t H ...], all heads of a part of the tokens, and [B T h ...]."""
+
+    def __init__(self, axis: str, heads: Heads, layout: SequenceLayout):
+        self.axis, self.heads, self.layout = axis, heads, layout
+
+    def _there(self, x: Array) -> Array:
+        with jax.named_scope("exchange"):
+            x = lax.all_to_all(x, self.axis, split_axis=2, concat_axis=1, tiled=True)
+        return self.layout.restore(x, self.heads.P)
+
+    def _back(self, x: Array) -> Array:
+        x = self.layout.permute(x, self.heads.P)
+        with jax.named_scope("exchange"):
+            return lax.all_to_all(x, self.axis, split_axis=1, concat_axis=2, tiled=True)
+
+    def queries(self, x: Array, fill: float = 0.0) -> Array:
+        more = self.heads.each * self.heads.P - self.heads.H
+        pad = [(0, 0), (0, 0), (0, more)] + [(0, 0)] * (x.ndim - 3)
+        return self._there(jnp.pad(x, pad, constant_values=fill) if more else x)
+
+    def keys(self, x: Array) -> Array:
+        whole = self.heads.keys == tuple(range(x.shape[2]))
+        return self._there(x if whole else x[:, :, np.array(self.heads.keys)])
+
+    def from_queries(self, x: Array) -> Array:
+        return self._back(x)[:, :, : self.heads.H]
+
+    def from_keys(self, x: Array, K: int, dtype: Any) -> Array:
+        """Gradients [B S k D] of the heads sent, summed to those of the K heads."""
+        if self.heads.keys == tuple(range(K)):
+            return self._back(x.astype(dtype))
+        x = self._back(x)
+        zeros = jnp.zeros_like(x, shape=(*x.shape[:2], K, x.shape[3]))
+        return zeros.at[:, :, np.array(self.heads.keys)].add(x)
+
+    def mask(self, mask: Mask) -> Mask:
+        """Its array leaves [B H ...] for this device's heads."""
+        n, device = self.heads.each, lax.axis_index(self.axis)
+
+        def mine(x: Array) -> Array:
+            if x.ndim < 4 or x.shape[1] == 1:
+                return x
+            x = jnp.pad(x, ((0, 0), (0, n * self.heads.P - self.heads.H), (0, 0), (0, 0)))
+            return lax.dynamic_slice_in_dim(x, device * n, n, 1)
+
+        return jax.tree.map(mine, mask)
+
+
+def _axes(call: Call) -> tuple[Call, str, int]:
+    """The call of the ring, or of one device where there is none; the axis of the all-to-all and its size."""
+    if len(call.sizes) == 1:
+        return dataclasses.replace(call, sizes=(1,), layout=SequenceLayout()), names_of(call.axis)[0], call.sizes[0]
+    ring_axis, inner = names_of(call.axis)
+    return dataclasses.replace(call, axis=ring_axis, sizes=call.sizes[:1]), inner, call.sizes[1]
+
+
+def _exchange(H: int, K: int, extras: Extras, call: Call) -> tuple[_Exchange, Extras, Call]:
+    """The exchange, and ids, positions and call of the attention within."""
+    inner, axis, P = _axes(call)
+    alone = len(call.sizes) == 1
+    x = _Exchange(axis, heads(H, K, P), call.layout if alone else SequenceLayout())
+    if alone:  # sequences are whole and in order again
+        ids = {name: None if y is None else call.layout.restore(y, P) for name, y in extras._asdict().items()
+               if name.endswith(("positions", "segments"))}  # fmt: skip
+        extras = extras._replace(**ids)
+    return x, extras._replace(mask=x.mask(extras.mask)), inner
+
+
+def _whole(q: Array, extras: Extras, call: Call) -> dict[str, Any]:
+    """The keyword arguments of the local attention over whole sequences."""
+    rows = lambda x: jnp.broadcast_to(x, (q.shape[0], x.shape[1]))
+    positions = None if call.in_order else (rows(extras.q_positions), rows(extras.k_positions))
+    segments = None if extras.q_segments is None else (extras.q_segments, extras.k_segments)
+    return call.options(extras.mask, positions, segments)
+
+
+def _heads_forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call) -> Any:
+    """Attention of this device's queries over the keys of all devices on `call.axis`."""
+    x, extras, inner = _exchange(q.shape[2], call.K, extras, call)
+    q_heads, k_heads, v_heads = x.queries(q), x.keys(k), x.keys(v)
+    if inner.devices == 1:
+        out, lse = _attended(q_heads, k_heads, v_heads, inner, **_whole(q_heads, extras, inner))
+        kept = q_heads, k_heads, v_heads
+    else:
+        out, lse, kept = ring.forward(q_heads, k_heads, v_heads, None, extras, inner)
+    return x.from_queries(out), x.from_queries(lse), kept
+
+
+def _heads_backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: Extras, call: Call) -> Any:
+    """Its gradients."""
+    q, k, v = kept
+    x, extras, inner = _exchange(out.shape[2], call.K, extras, call)
+    do, lse, dlse = x.queries(do), x.queries(lse, -jnp.inf), x.queries(without_out(out, do, dlse))
+    zeros = jnp.zeros_like(do)
+    if inner.devices == 1:
+        dq, dk, dv = backward_partial(q, k, v, zeros, lse, do, dlse, **_whole(q, extras, inner))
+    else:
+        dq, dk, dv, _ = ring.backward((q, k, v), zeros, lse, do, dlse, extras, inner)
+    return x.from_queries(dq.astype(q.dtype)), *(x.from_keys(y, call.K, q.dtype) for y in (dk, dv)), None
+
+
+def _ulysses_check(mask: Mask, bias: bool, T: int, S: int, H: int, K: int, call: Call) -> None:
+    refuse_bias(bias, "ulysses")
+
+
+def _usp_check(mask: Mask, bias: bool, T: int, S: int, H: int, K: int, call: Call) -> None:
+    refuse_bias(bias, "usp")
+
+
+ULYSSES = Strategy(_heads_forward, _heads_backward, _ulysses_check)
+USP = Strategy(_heads_forward, _heads_backward, _usp_check)

@@ -28,9 +28,14 @@ Name = Literal["contiguous", "zigzag", "striped"]
 Axis = str | tuple[str, ...]  # a mesh axis, or several, the devices in row-major order
 
 
+def names_of(axis: Axis) -> tuple[str, ...]:
+    """The mesh axes of an axis."""
+    return (axis,) if isinstance(axis, str) else tuple(axis)
+
+
 def devices_on(mesh: Mesh | AbstractMesh, axis: Axis) -> int:
     """The number of devices along an axis or several."""
-    return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
+    return math.prod(mesh.shape[name] for name in names_of(axis))
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,84 @@
 """What every strategy of sequence parallelism is given, inside the shard_map and after validation.
 
-A strategy is a function of one device's shards, differentiable in q, k, v and bias,
+A strategy is a pair of functions of one device's shards, which no derivative is taken of,
 
-    strategy(q, k, v, extras, call) -> (out in call.out_dtype, lse)
+    forward(q, k, v, bias, extras, call) -> (out in call.out_dtype, lse, kept)
+    backward(kept, out, lse, do, dlse, extras, call) -> (dq, dk, dv, dbias), dq, dk and dv in the statistics' dtype
 
-q [B t H D] and the queries' side of `extras` are this device's T / P positions, k [B s K D] and v [B s K V] its S / P
-keys; the keys' side of `extras` is whole ([B S]): ids are small. There are no sinks. All arrays vary over the same mesh
-axes (`dispatch.vary_together`).
+`kept` is what the backward pass needs besides out and lse: q, k, v and the bias, as they are where that is least to
+send. q [B t H D] are this device's T / P queries, k [B s K D] and v [B s K V] its S / P keys, all in the layout's
+order; the ids and positions in `extras` are whole on every device ([B T], [B S]): they are small. A bias is split along
+T and is not in `extras`. There are no sinks. All arrays vary over the same mesh axes (`dispatch.vary_together`).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+from jaxtyping import Array
 
-from longattn.ops.attention.spec import Extras
+from longattn.mask import Mask
+from longattn.parallel.layout import Axis, SequenceLayout
 
 
 @dataclass(frozen=True)
 class Call:
     """The static side of a call; where not said otherwise as in `longattn.attention`."""
 
-    axis: str  # the mesh axis along which the sequence is spread
+    axis: Axis  # the mesh axis along which the sequence is spread; of usp, those of its ring and of its all-to-all
+    sizes: tuple[int, ...]  # devices along each of them
+    layout: SequenceLayout
+    in_order: bool  # positions are the layout's, as none were given
     out_dtype: str  # name of the dtype of `out`: q's, or the statistics' where sinks are still to rescale it
     scale: float
     softcap: float | None
     implementation: str | tuple[str, ...] | None
     tuning: Any
+    K: int  # key/value heads on each device
 
-    def options(self, extras: Extras, B: int) -> dict[str, Any]:
-        """The keyword arguments of `attend_partial` and its like, for B sequences; without the bias."""
-        positions = (jnp.broadcast_to(x, (B, x.shape[1])) for x in (extras.q_positions, extras.k_positions))
+    @property
+    def devices(self) -> int:
+        """P, along all of the axis."""
+        return math.prod(self.sizes)
+
+    @property
+    def ring(self) -> int:
+        """The devices, or groups of them, that the layout orders."""
+        return self.sizes[0]
+
+    def options(self, mask: Mask, positions: Any, segment_ids: Any) -> dict[str, Any]:
+        """The keyword arguments of `attend_partial` and its like, without the bias."""
         return {
-            "mask": extras.mask,
-            "positions": tuple(positions),
-            "segment_ids": None if extras.q_segments is None else (extras.q_segments, extras.k_segments),
+            "mask": mask,
+            "positions": positions,
+            "segment_ids": segment_ids,
             "scale": self.scale,
             "softcap": self.softcap,
             "implementation": self.implementation,
             "tuning": self.tuning,
         }
+
+
+class Strategy(NamedTuple):
+    """How devices along the sequence share the work of exact attention."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    check: Callable[[Mask, bool, int, int, int, int, Call], None]  # of (mask, whether with a bias, T, S, H, K, call)
+
+
+def refuse_bias(bias: bool, strategy: str) -> None:
+    """Raises NotImplementedError for a call with a bias."""
+    if bias:
+        raise NotImplementedError(
+            f"strategy={strategy!r} takes no bias: its columns would have to travel with the keys, and their gradient "
+            "back; use strategy='all_gather'"
+        )
+
+
+def without_out(out: Array, do: Array, dlse: Array) -> Array:
+    """A dlse with which zeros may stand for out [B T H V]: gradients read it in rowsum(do out) - dlse alone."""
+    return dlse - (do.astype(dlse.dtype) * out.astype(dlse.dtype)).sum(-1)

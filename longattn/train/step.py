@@ -26,6 +26,7 @@ from longattn.models.transformer import Transformer, head, init_params
 from longattn.ops import dispatch
 from longattn.parallel import SequenceLayout
 from longattn.parallel import mesh as meshes
+from longattn.parallel.layout import names_of
 from longattn.train.data import Batch
 from longattn.train.loss import cross_entropy, gathered, labels_and_weights
 
@@ -158,7 +159,7 @@ def _token_sums(context: Context | None, f: Callable[..., Any], x: Array, w: Arr
         return f((), x, w, *rest)
     tokens = meshes.fit(context.tokens, context.mesh)
     slices = meshes.fit(P(None, meshes.SLICED), context.mesh)
-    axes = (*tokens[0], *((tokens[1],) if isinstance(tokens[1], str) else tokens[1]))
+    axes = (*tokens[0], *names_of(tokens[1]))
 
     @functools.partial(
         jax.shard_map,

@@ -1,0 +1,224 @@
+"""Queries of one device and keys of another: what a mask shows of such a pair, known before anything runs.
+
+A layout and a mask without arrays say for each pair of devices (i, j) which of i's queries see which of j's keys: none,
+all of a rectangle, the same as in one sequence in order, or what only the positions say. Strategies neither compute nor
+send for pairs without a visible key, and where all keys are visible the mask is dropped.
+
+Positions that are given rise by one per token within a segment, so for masks of q - k they say what the layout's own
+positions say; of other masks nothing is known beforehand.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from longattn.mask import EMPTY, FULL, And, Causal, Dilated, Fn, Full, Mask, Not, Or, Window
+from longattn.ops import dispatch
+from longattn.ops import partial as partials
+from longattn.ops.attention import attend_partial, backward_partial
+from longattn.ops.attention.spec import Extras
+from longattn.ops.partial import Partial
+from longattn.parallel.spec import Call
+from longattn.shapes import statistics_dtype
+
+
+@dataclass(frozen=True)
+class Case:
+    """What of a pair is computed: queries [q0, q1) against keys [k0, k1) of the devices' shards."""
+
+    q: tuple[int, int] = (0, 0)
+    k: tuple[int, int] = (0, 0)
+    mask: Mask | None = None  # over places in the shards, which stand for positions; None: the call's, over positions
+
+    @property
+    def empty(self) -> bool:
+        return self.q[0] == self.q[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Of P devices: the distinct cases, and `table[i, j]`, the case of i's queries and j's keys."""
+
+    cases: tuple[Case, ...]
+    table: np.ndarray  # int32 [P P]
+
+    @property
+    def needed(self) -> np.ndarray:
+        """bool [P P], where there is something to compute."""
+        return ~np.array([case.empty for case in self.cases])[self.table]
+
+
+def _unknown(q_pos: Any, k_pos: Any) -> Any:
+    raise NotImplementedError  # stands for a mask in questions of kinds, is never asked for single pairs
+
+
+def _known(mask: Mask, in_order: bool) -> Mask:
+    """The mask, with what cannot be known of it beforehand in the place of other rules."""
+    match mask:
+        case And(a, b) | Or(a, b):
+            return type(mask)(_known(a, in_order), _known(b, in_order))
+        case Not(a):
+            return Not(_known(a, in_order))
+        case Full() | Causal() | Window() | Dilated():  # of q - k
+            return mask
+    return mask if in_order and not jax.tree.leaves(mask) else Fn(_unknown)
+
+
+def pairs(mask: Mask, call: Call, T: int, S: int) -> Pairs:
+    """What `mask` shows of every pair of devices, for T queries and S keys in all."""
+    return _pairs(_known(mask, call.in_order), call, T, S)
+
+
+@functools.lru_cache(maxsize=256)
+def _pairs(mask: Mask, call: Call, T: int, S: int) -> Pairs:
+    layout, P = call.layout, call.devices
+    found: dict[Case, int] = {}
+    table = np.zeros((P, P), np.int32)
+    for i in range(P):
+        for j in range(P):
+            case = _case(mask, layout.name, i, j, layout.runs(i, T, P), layout.runs(j, S, P), T // P, S // P)
+            table[i, j] = found.setdefault(case, len(found))
+    return Pairs(tuple(found), table)
+
+
+def _case(mask: Mask, layout: str, i: int, j: int, queries: Sequence[Any], keys: Sequence[Any], t: int, s: int) -> Case:
+    q, k = (np.asarray(x, np.int32) for x in (queries, keys))  # [pieces, (first, last)]
+    kinds = mask.kind(q[:, None, 0], q[:, None, 1], k[None, :, 0], k[None, :, 1])
+    rows, columns = (np.flatnonzero((kinds != EMPTY).any(axis)) for axis in (1, 0))
+    if not rows.size:
+        return Case()
+    rectangle = kinds[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    q_slice, k_slice = (
+        (int(at[0]) * (n // len(x)), int(at[-1] + 1) * (n // len(x))) for at, n, x in ((rows, t, q), (columns, s, k))
+    )
+    if (rectangle == FULL).all():
+        return Case(q_slice, k_slice, Full())
+    whole = (0, t), (0, s)
+    if t == s and mask == Causal() and (i == j or layout == "striped"):  # every device's tokens are in order
+        return Case(*whole, Causal() if j <= i else Window(t, -1))
+    if t == s and i == j and layout == "contiguous" and _of_distance(mask):
+        return Case(*whole, mask)
+    return Case(q_slice, k_slice)
+
+
+def _of_distance(mask: Mask) -> bool:
+    """Whether the mask is a rule on q - k alone."""
+    match mask:
+        case And(a, b) | Or(a, b):
+            return _of_distance(a) and _of_distance(b)
+        case Not(a):
+            return _of_distance(a)
+    return isinstance(mask, Full | Causal | Window | Dilated)
+
+
+# ---- computing a pair, of devices that are known when it runs
+
+
+@dataclass(frozen=True, eq=False)
+class Local:
+    """What every pair of a call is computed with: ids and positions of all devices, whole on each."""
+
+    call: Call
+    extras: Extras
+    pairs: Pairs
+    T: int
+    S: int
+
+    def options(self, case: Case, i: Any, j: Any, B: int) -> dict[str, Any]:
+        """The keyword arguments of `attend_partial` for the case of device i's queries and device j's keys."""
+        call, extras, P = self.call, self.extras, self.call.devices
+
+        def part(x: Array, device: Any, length: int, within: tuple[int, int]) -> Array:
+            mine = lax.dynamic_slice_in_dim(x, device * (length // P), length // P, 1)
+            return jnp.broadcast_to(mine[:, slice(*within)], (B, within[1] - within[0]))
+
+        sides = ("q", i, self.T, case.q), ("k", j, self.S, case.k)
+        positions = None
+        if case.mask is None and call.in_order:
+            rows = [call.layout.local_positions(device, n, P)[None, slice(*at)] for _, device, n, at in sides]
+            positions = tuple(jnp.broadcast_to(x, (B, x.shape[1])) for x in rows)
+        elif case.mask is None:
+            positions = tuple(part(getattr(extras, f"{side}_positions"), *rest) for side, *rest in sides)
+        segments = None
+        if extras.q_segments is not None:
+            segments = tuple(part(getattr(extras, f"{side}_segments"), *rest) for side, *rest in sides)
+        return call.options(extras.mask if case.mask is None else case.mask, positions, segments)
+
+    def _switch(self, which: np.ndarray, i: Any, j: Any, branch: Callable[..., Any], *arrays: Any) -> Any:
+        """`branch(case, *arrays)` for the case of the pair (i, j), which is one of those that `which` [P P] names."""
+        used = sorted(set(self.pairs.table[which].tolist()))
+        branches = [functools.partial(branch, self.pairs.cases[n]) for n in used]
+        if len(used) == 1:
+            return branches[0](*arrays)
+        place = np.zeros(len(self.pairs.cases), np.int32)
+        place[used] = np.arange(len(used))
+        return lax.switch(jnp.asarray(place[self.pairs.table])[i, j], branches, *arrays)
+
+    def attend(
+        self, which: np.ndarray, i: Any, j: Any, q: Array, kv: tuple[Array, Array], so_far: Partial | None
+    ) -> Partial:
+        """`so_far`, of i's queries, merged with what they see of j's keys."""
+
+        def branch(case: Case, q: Array, k: Array, v: Array, so_far: Partial | None) -> Partial:
+            if case.empty:
+                return self._nothing(q, v) if so_far is None else so_far
+            rows = slice(*case.q)
+            options = self.options(case, i, j, q.shape[0])
+            with jax.named_scope("pair"):
+                new = attend_partial(q[:, rows], *(x[:, slice(*case.k)] for x in (k, v)), **options)
+                if case.q == (0, q.shape[1]):
+                    return new if so_far is None else partials.merge(so_far, new)
+                so_far = self._nothing(q, v) if so_far is None else so_far
+                merged = partials.merge(Partial(*(x[:, rows] for x in so_far)), new)
+                return Partial(*(x.at[:, rows].set(part) for x, part in zip(so_far, merged)))
+
+        return self._switch(which, i, j, branch, q, *kv, so_far)
+
+    def _nothing(self, q: Array, v: Array) -> Partial:
+        dtype, shape = statistics_dtype(q.dtype), (*q.shape[:3], v.shape[3])
+        empty = Partial(jnp.zeros(shape, dtype), jnp.full(shape[:3], -jnp.inf, dtype))
+        return dispatch.vary_together((empty, q))[0]
+
+    def backward(
+        self, which: np.ndarray, i: Any, j: Any, q: Array, kv: tuple[Array, Array], *statistics: Array
+    ) -> tuple[Array, Array, Array]:
+        """dq, dk, dv in float32 of i's queries and j's keys; `statistics` are out, lse, do, dlse of these queries."""
+
+        def branch(case: Case, q: Array, k: Array, v: Array, *statistics: Array) -> tuple[Array, Array, Array]:
+            rows, columns = slice(*case.q), slice(*case.k)
+            dtype = statistics_dtype(q.dtype)
+            zeros = dispatch.vary_together((*(jnp.zeros(x.shape, dtype) for x in (q, k, v)), q))[:3]
+            if case.empty:
+                return zeros
+            options = self.options(case, i, j, q.shape[0])
+            with jax.named_scope("pair"):
+                found = backward_partial(
+                    q[:, rows], k[:, columns], v[:, columns], *(x[:, rows] for x in statistics), **options
+                )
+                return tuple(
+                    x if x.shape == zero.shape else zero.at[:, at].set(x)
+                    for x, zero, at in zip(found, zeros, (rows, columns, columns))
+                )
+
+        return self._switch(which, i, j, branch, q, *kv, *statistics)
+
+
+def local(q: Array, k: Array, extras: Extras, call: Call) -> Local:
+    """Of a device's shards of q and k."""
+    T, S = (x.shape[1] * call.devices for x in (q, k))
+    return Local(call, extras, pairs(extras.mask, call, T, S), T, S)
+
+
+def at_distance(P: int, distances: Iterable[int]) -> np.ndarray:
+    """bool [P P], the pairs (i, j) with i - j mod P in `distances`."""
+    i = np.arange(P)
+    return np.isin((i[:, None] - i[None, :]) % P, list(distances))

@@ -1,0 +1,147 @@
+"""Ring attention (arXiv:2310.01889): keys and values travel from device to device, queries stay.
+
+At hop t device i holds the keys of device i - t and merges what its queries see of them. In the backward pass the
+gradients of keys and values follow one hop behind, and in the end go home at once. A hop is sent before the one at hand
+is computed, so that one hides the other; loops over hops make a program whose size does not depend on P.
+
+The mask says beforehand (`pairs`) at which hops there is something to compute. Hops beyond the last are not sent; where
+near keys on both sides are seen (windows), keys travel both ways, as far as each needs them. Over a zigzag or striped
+layout every hop of a causal mask is the same work on every device, half of a shard's pairs.
+
+Per device and layer, in units of S K D elements of k and as many of v, all P - 1 hops:
+
+    forward     (P - 1) / P of k and of v
+    backward    as much again, and (P - 1) / P of dk and of dv in float32: P - 2 hops behind, and the way home
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from longattn.mask import Mask
+from longattn.ops.attention.spec import Extras
+from longattn.parallel import pairs
+from longattn.parallel.pairs import at_distance
+from longattn.parallel.spec import Call, Strategy, refuse_bias
+
+
+@dataclass(frozen=True)
+class Route:
+    """Keys go `hops` times to the next device (shift 1) or the one before (-1)."""
+
+    shift: int
+    hops: int
+
+    def distance(self, hop: int, P: int) -> int:
+        """i - j mod P at a hop, for i's queries and the keys of j that it then holds."""
+        return self.shift * hop % P
+
+
+def routes(needed: np.ndarray) -> list[Route]:
+    """The shortest ways on which every device meets all keys that it needs [P P]: at most one each way."""
+    P = len(needed)
+    i, j = np.nonzero(needed)
+    distances = sorted(set(((i - j) % P).tolist()) - {0})
+    splits = [
+        (distances[n - 1] if n else 0, P - distances[n] if n < len(distances) else 0)
+        for n in reversed(range(len(distances) + 1))
+    ]
+    onwards, back = min(splits, key=sum)
+    return [Route(shift, hops) for shift, hops in ((1, onwards), (-1, back)) if hops]
+
+
+def _edges(route: Route, needed: np.ndarray) -> list[tuple[int, int]]:
+    """Which devices send keys on, at any hop of the route: those from which somebody further on needs them."""
+    P = len(needed)
+
+    def used(i: int) -> bool:
+        for hop in range(1, route.hops + 1):
+            source = (i - route.shift * (hop - 1)) % P
+            if any(needed[(source + route.shift * h) % P, source] for h in range(hop, route.hops + 1)):
+                return True
+        return False
+
+    return [(i, (i + route.shift) % P) for i in range(P) if used(i)]
+
+
+def _all(P: int, shift: int) -> list[tuple[int, int]]:
+    return [(i, (i + shift) % P) for i in range(P)]
+
+
+def _sent(arrays: Any, axis: Any, edges: list[tuple[int, int]], scope: str) -> Any:
+    with jax.named_scope(scope):
+        return jax.tree.map(lambda x: lax.ppermute(x, axis, edges), arrays)
+
+
+def forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call) -> Any:
+    """Attention of this device's queries over the keys of all devices on `call.axis`."""
+    mine, P, local = lax.axis_index(call.axis), call.devices, pairs.local(q, k, extras, call)
+    needed = local.pairs.needed
+    ways = routes(needed)
+    arriving = [_sent((k, v), call.axis, _edges(way, needed), "hop") for way in ways]
+    so_far = local.attend(at_distance(P, [0]), mine, mine, q, (k, v), None)
+    for way, held in zip(ways, arriving):
+        edges = _edges(way, needed)
+
+        def hop(carry: Any, t: Array, way: Route = way, edges: Any = edges) -> tuple[Any, None]:
+            held, so_far = carry
+            coming = _sent(held, call.axis, edges, "hop")
+            which = at_distance(P, (way.distance(n, P) for n in range(1, way.hops)))
+            return (coming, local.attend(which, mine, (mine - way.shift * t) % P, q, held, so_far)), None
+
+        if way.hops > 1:
+            (held, so_far), _ = lax.scan(hop, (held, so_far), jnp.arange(1, way.hops))
+        last = (mine - way.shift * way.hops) % P
+        so_far = local.attend(at_distance(P, [way.distance(way.hops, P)]), mine, last, q, held, so_far)
+    return so_far.out.astype(call.out_dtype), so_far.lse, (q, k, v)
+
+
+def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: Extras, call: Call) -> Any:
+    """Its gradients."""
+    q, k, v = kept
+    mine, P, local = lax.axis_index(call.axis), call.devices, pairs.local(q, k, extras, call)
+    needed = local.pairs.needed
+    ways = routes(needed)
+    arriving = [_sent((k, v), call.axis, _edges(way, needed), "hop") for way in ways]
+
+    def computed(way: Route, hops: range, t: Any, held: Any) -> Any:
+        which = at_distance(P, (way.distance(n, P) for n in hops))
+        return local.backward(which, mine, (mine - way.shift * t) % P, q, held, out, lse, do, dlse)
+
+    dq, *own = local.backward(at_distance(P, [0]), mine, mine, q, (k, v), out, lse, do, dlse)
+    for way, held in zip(ways, arriving):
+        edges, all_edges, n = _edges(way, needed), _all(P, way.shift), way.hops
+
+        def hop(carry: Any, t: Array, way: Route = way, edges: Any = edges, all_edges: Any = all_edges) -> Any:
+            held, behind, dq = carry
+            coming = _sent(held, call.axis, edges, "hop")
+            behind = _sent(behind, call.axis, all_edges, "behind")
+            more, *new = computed(way, range(2, way.hops), t, held)
+            return (coming, jax.tree.map(jnp.add, behind, new), dq + more), None
+
+        coming = _sent(held, call.axis, edges, "hop") if n > 1 else held
+        more, *behind = computed(way, range(1, 2), 1, held)
+        dq = dq + more
+        if n > 2:
+            (coming, behind, dq), _ = lax.scan(hop, (coming, behind, dq), jnp.arange(2, n))
+        if n > 1:
+            behind = _sent(behind, call.axis, all_edges, "behind")
+            more, *new = computed(way, range(n, n + 1), n, coming)
+            behind, dq = jax.tree.map(jnp.add, behind, new), dq + more
+        home = _sent(behind, call.axis, _all(P, -way.shift * n), "home")
+        own = jax.tree.map(jnp.add, own, home)
+    return dq, *own, None
+
+
+def _check(mask: Mask, bias: bool, T: int, S: int, H: int, K: int, call: Call) -> None:
+    refuse_bias(bias, "ring")
+
+
+RING = Strategy(forward, backward, _check)
