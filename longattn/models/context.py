@@ -68,6 +68,15 @@ class Context:
             return 1
         return devices_on(self.mesh, names_of(self.axis)[0])
 
+    def described(self) -> str:
+        """The devices in words: "8 devices: data 2 x seq 4, ring, zigzag"."""
+        if self.mesh is None:
+            return "one device"
+        axes = " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items() if n > 1)
+        return f"{self.mesh.size} devices: {axes}" + (
+            f", {self.strategy}, {self.layout.name}" if self.parts > 1 else ""
+        )
+
     @property
     def in_order(self) -> bool:
         """Whether tokens lie as they follow one another."""
