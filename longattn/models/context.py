@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int32
 
 from longattn import parallel
 from longattn.ops.attention import attention
+from longattn.ops.conv import short_convolution
 from longattn.ops.linear import linear_attention
 from longattn.parallel import embedding
-from longattn.parallel.mesh import place
+from longattn.parallel.mesh import parts, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,23 @@ class Context:
             implementation=self.implementation, **options,
         )  # fmt: skip
 
+    def short_convolution(
+        self, x: Float[Array, "B T H D"], w: Float[Array, "H D C"], b: Float[Array, "H D"] | None, **options: Any
+    ) -> Float[Array, "B T H D"]:
+        """`longattn.ops.conv.short_convolution` of the heads' channels, or where the sequence lies in parts
+        `longattn.parallel.short_convolution`; no tail. Heads that `head_axis` does not divide are all on each device.
+        """
+        H, channels = x.shape[2], (*x.shape[:2], -1)
+        arrays = x.reshape(channels), w.reshape(-1, w.shape[2]), None if b is None else b.reshape(-1)
+        if self.mesh is None or self.parts == 1:
+            return short_convolution(*arrays, **options)[0].reshape(x.shape)
+        divided = H % self.mesh.shape.get(self.head_axis, 1) == 0
+        y, _ = parallel.short_convolution(
+            *arrays, mesh=self.mesh, axis=self.axis, batch_axes=self.batch_axes,
+            head_axis=self.head_axis if divided else None, **options,
+        )  # fmt: skip
+        return y.reshape(x.shape)
+
     @property
     def tokens(self) -> PartitionSpec:
         """How [B T ...] lies on the mesh: rows and positions divided, the rest whole."""
@@ -53,7 +71,7 @@ class Context:
     @property
     def parts(self) -> int:
         """In how many parts the sequence lies on the mesh."""
-        return 1 if self.mesh is None else self.mesh.shape[self.axis]
+        return 1 if self.mesh is None else parts(self.mesh, self.axis)
 
     def spread(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Activations, held to lie like the tokens."""

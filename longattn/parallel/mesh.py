@@ -26,6 +26,8 @@ from jaxtyping import Array
 AXES = ("data", "fsdp", "tensor", "seq")
 SLICED = ("fsdp", "seq")  # the axes over which matrices are sliced, along E
 
+Axis = str | tuple[str, ...]  # a mesh axis, or several as one, whose devices are counted row by row
+
 Rule = tuple[str, P]  # a regular expression for `re.search` in the path, and how the array lies
 
 PARAMETERS: tuple[Rule, ...] = (
@@ -90,6 +92,19 @@ def _arranged(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
     within = tuple(size // slices if name == across else size for name, size in sizes.items())
     between = tuple(slices if name == across else 1 for name in sizes)
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+def parts(mesh: Mesh | AbstractMesh, axis: Axis) -> int:
+    """How many devices lie along an axis of the mesh."""
+    return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
+
+
+def divide_tokens(mesh: Mesh | AbstractMesh, T: int, axis: Axis) -> None:
+    """Raises ValueError, naming the next length, unless the devices along the sequence divide T."""
+    devices = parts(mesh, axis)
+    if T % devices:
+        longer = -(-T // devices) * devices
+        raise ValueError(f"{T=} must be a multiple of {devices}, the devices on {axis!r}; pad it to {longer}")
 
 
 def fit(spec: P, mesh: Mesh | AbstractMesh) -> P:
