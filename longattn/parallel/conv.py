@@ -29,7 +29,7 @@ def _before(x, weight, segment_ids, tail, axis):
 
 @functools.partial(jax.jit, static_argnames=("mesh", "batch", "axis", "head", "activation"))
 def _short_convolution(x, weight, bias, segment_ids, tail, *, mesh, batch, axis, head, activation):
-    along = axis if parts(mesh, axis) > 1 and weight.shape[1] > 1 and x.shape[1] else None
+    along = axis if parts(mesh, axis) > 1 and x.shape[1] else None
     tokens, tails = P(batch, along, head), P(batch, None, head)
 
     @functools.partial(

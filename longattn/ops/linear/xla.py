@@ -152,13 +152,13 @@ def _attend(arrays: _Arrays, initial_state: Array | None, spec: Spec) -> tuple[A
 
 def _attend_forward(arrays: _Arrays, initial_state: Array | None, spec: Spec) -> Any:
     out, final_state, states = _forward(arrays, initial_state, spec)
-    return (out, final_state), (arrays, initial_state, checkpoint_name(states, "linear_state"))
+    return (out, final_state), (arrays, initial_state is not None, checkpoint_name(states, "linear_state"))
 
 
 def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
-    arrays, initial_state, states = residuals
+    arrays, given, states = residuals
     gradients, dS = dispatch.once(functools.partial(_backward, spec=spec), arrays, states, *cotangents)
-    return (*gradients, None), None if initial_state is None else dS
+    return (*gradients, None), dS if given else None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
