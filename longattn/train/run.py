@@ -111,7 +111,7 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
                 ideal_seconds=ideal,
                 info=info,
                 kernels=kernels,
-                mesh=context and context.described(),
+                mesh=None if context is None else context.described(),
             )  # fmt: skip
         )
         bringup.insist(kernels)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longattn.config import ByteLM, Config, Mesh, Model, Optimiser, RetNet, Run, Softmax
+from longattn.config import ByteLM, Config, GatedDeltaNet, Mesh, Model, Optimiser, RetNet, Run, Softmax
 from longattn.mask import Causal, Window
 from longattn.models import Context, Transformer, init_params
 from longattn.parallel import SequenceLayout, make_mesh
@@ -25,7 +25,7 @@ LAYOUTS = ("contiguous", "zigzag", "striped")
 B1 = 0.9
 CONFIG = Config(
     model=Model(
-        N=1, E=16, F=24, H=4, K=2, D=8, dtype="float32", mlp_chunk=5,
+        N=1, E=16, F=24, H=4, K=2, D=8, dtype="float32", mlp_chunk=5,  # pieces that do not divide a device's part
         mixers=(Softmax(mask=Causal() & Window(20), sinks=True),),
     ),
     data=ByteLM(T=32, B=4),
@@ -47,6 +47,9 @@ def packed(B: int, T: int, seed: int = 0) -> data.Batch:
     ids, positions = (np.stack(x).astype(np.int32) for x in zip(*rows))
     weights = (rng.uniform(0.1, 1, (B, T)) * (ids > 0)).astype(np.float32)
     return data.Batch(rng.integers(0, 257, (B, T)).astype(np.int32), positions, ids, weights)
+
+
+HYBRID = dataclasses.replace(CONFIG.model, N=2, mixers=(GatedDeltaNet(V=6), CONFIG.model.mixers[0]))
 
 
 def results(config: Config) -> tuple[dict[str, float], list[np.ndarray], dict[str, np.ndarray]]:
@@ -101,6 +104,19 @@ def test_a_step_of_softmax_layers_in_a_layout_is_that_of_one_device(mesh: Mesh, 
     agree(
         dataclasses.replace(CONFIG, mesh=mesh, optimiser=dataclasses.replace(CONFIG.optimiser, accumulate=accumulate))
     )
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        Mesh(seq=4, data=2, layout="zigzag", strategy="all_gather"),
+        pytest.param(Mesh(seq=2, tensor=2, fsdp=2, layout="striped"), marks=pytest.mark.slow),
+        pytest.param(Mesh(seq=2, ring=2, strategy="usp", data=2), marks=pytest.mark.slow),
+    ],
+    ids=lambda mesh: f"{mesh.layout}-{mesh.strategy}",
+)
+def test_a_step_of_a_hybrid_in_a_layout_is_that_of_one_device(mesh: Mesh) -> None:
+    agree(dataclasses.replace(CONFIG, mesh=mesh, model=HYBRID))
 
 
 # ---- labels
@@ -194,7 +210,7 @@ def test_where_no_layer_wants_another_layout_nothing_is_converted() -> None:
     mesh = Mesh(seq=4, data=2, layout="zigzag")
     layout = lambda *mixers: (
         context_of(
-            dataclasses.replace(CONFIG, mesh=mesh, model=dataclasses.replace(CONFIG.model, mixers=mixers))
+            dataclasses.replace(CONFIG, mesh=mesh, model=dataclasses.replace(CONFIG.model, N=2, mixers=mixers))
         ).layout
     )
     assert layout(RetNet()) == SequenceLayout("contiguous")
@@ -202,7 +218,7 @@ def test_where_no_layer_wants_another_layout_nothing_is_converted() -> None:
 
 
 def test_what_cannot_be_converted_is_refused() -> None:
-    model = dataclasses.replace(CONFIG.model, mixers=(Softmax(), RetNet()))
+    model = dataclasses.replace(CONFIG.model, N=2, mixers=(Softmax(), RetNet()))
     tokens = jnp.zeros((2, 24), jnp.int32)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     run = lambda context: jax.eval_shape(lambda p: Transformer(model, context).apply({"params": p}, tokens), shapes)
