@@ -112,19 +112,19 @@ FAMILY = (
     [
         ((c.GatedDeltaNet(), c.Softmax()), c.Mesh(tensor=2, seq=2)),
         pytest.param((c.GatedDeltaNet(), c.Softmax()), c.Mesh(data=2, tensor=2, seq=2), marks=pytest.mark.slow),
-        pytest.param((*FAMILY, c.Softmax()), c.Mesh(data=2, seq=4), marks=pytest.mark.slow),
+        pytest.param((*FAMILY, c.Softmax()), c.Mesh(data=2, seq=2), marks=pytest.mark.slow),
     ],
     ids=["hybrid", "hybrid-data", "all"],
 )
 def test_loss_and_gradients_of_sequences_in_parts_are_those_of_one_device(mixers, mesh):
     """Of packed documents that cross the parts; the short convolutions of Gated DeltaNet too."""
-    model, T = dataclasses.replace(MODEL, N=len(mixers), mixers=mixers, remat="attention"), 16
+    model, T = dataclasses.replace(MODEL, N=len(mixers), mixers=mixers, remat="none"), 8
     context = Context(mesh=mesh_of(*dataclasses.astuple(mesh)[:4]))
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     params = jax.tree.map(lambda p: 0.3 * rng.standard_normal(p.shape).astype(p.dtype), shapes)
     tokens, labels = jnp.asarray(rng.integers(0, 17, (2, B, T)), jnp.int32)
-    lengths = (5, 9, 2)
+    lengths = (3, 4, 1)
     ids = jnp.tile(jnp.repeat(jnp.array([2, 1, 2], jnp.int32), jnp.array(lengths)), (B, 1))
     positions = jnp.tile(jnp.concatenate([jnp.arange(n, dtype=jnp.int32) for n in lengths]), (B, 1))
 
