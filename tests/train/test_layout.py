@@ -242,6 +242,14 @@ def test_where_no_layer_wants_another_layout_nothing_is_converted() -> None:
     assert layout(RetNet(), Softmax()) == SequenceLayout("zigzag")
 
 
+def test_a_recurrence_refuses_tokens_out_of_order() -> None:
+    context, x = lying("zigzag", 4), jnp.zeros((1, 24, 2, 3))
+    with pytest.raises(ValueError, match=r"layout='zigzag' must be contiguous"):
+        context.linear_attention(x, x, x)
+    with pytest.raises(ValueError, match=r"layout='zigzag' must be contiguous"):
+        context.short_convolution(x, jnp.zeros((2, 3, 4)), None)
+
+
 def test_what_cannot_be_converted_is_refused() -> None:
     model = dataclasses.replace(CONFIG.model, N=2, mixers=(Softmax(), RetNet()))
     tokens = jnp.zeros((2, 24), jnp.int32)
