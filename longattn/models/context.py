@@ -49,8 +49,9 @@ class Context:
     def short_convolution(
         self, x: Float[Array, "B T H D"], w: Float[Array, "H D C"], b: Float[Array, "H D"] | None, **options: Any
     ) -> Float[Array, "B T H D"]:
-        """`longattn.ops.conv.short_convolution` of the heads' channels, or where the sequence lies in parts
-        `longattn.parallel.short_convolution`; no tail. Heads that `head_axis` does not divide are all on each device.
+        """`longattn.ops.conv.short_convolution`, or of a sequence in parts `longattn.parallel.short_convolution`.
+
+        Without the tail. Heads that `head_axis` does not divide are all on each of its devices.
         """
         H, channels = x.shape[2], (*x.shape[:2], -1)
         arrays = x.reshape(channels), w.reshape(-1, w.shape[2]), None if b is None else b.reshape(-1)
