@@ -4,7 +4,7 @@ Of each span the states before its chunks are computed again from the one before
 rule; then each chunk, the last first, is differentiated (`jax.vjp` of `chunk`, whose products and inverse have rules
 of their own). Each gradient is summed in one order: it is the same bit for bit every time.
 
-`pull` is the part of it that gives the gradient of the initial state alone, in one walk that reads neither states nor v:
+`pull` is the part that gives the gradient of the initial state alone, in one walk that reads neither states nor v:
 a chunk is affine in its state.
 """
 
