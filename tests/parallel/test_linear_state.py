@@ -82,21 +82,23 @@ def test_forward_and_gradients(parts):
     check(parts)
 
 
+DOMAINS = {
+    "kind": list(KINDS),
+    "heads": list(HEADS),
+    "ids": ["one segment", "segments"],
+    "state": ["from zero", "from a state"],
+    "decays": ["usual", "from e^-30 to 1", "beyond exp"],
+    "dtype": ["float32", "bfloat16", "float64"],
+    "mesh": [(1, 1, 1, 2), (2, 1, 1, 3), (1, 2, 1, 4), (1, 1, 1, 8)],
+}
+REST = [Parts(row.pop("mesh"), Case(**row, length="T=24")) for row in oracle.pairwise(DOMAINS)] + [
+    Parts((1, 1, 3, 2), hard("plain", "fewer v", "T=24", state="from zero")),
+    Parts((2, 1, 1, 4), whole("constant decay", "all equal", "T=36")),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "parts",
-    [
-        Parts((1, 1, 1, row["devices"]), Case(**{name: x for name, x in row.items() if name != "devices"}))
-        for row in oracle.pairwise(
-            {
-                "kind": list(KINDS), "heads": list(HEADS), "ids": ["one segment", "segments"],
-                "state": ["from zero", "from a state"], "decays": ["usual", "from e^-30 to 1", "beyond exp"],
-                "dtype": ["float32", "bfloat16", "float64"], "length": ["T=24"], "devices": [2, 3, 4, 8],
-            }
-        )
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("parts", REST, ids=str)
 def test_forward_and_gradients_of_the_rest(parts):
     check(parts)
 
