@@ -104,12 +104,12 @@ def _arranged(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
-def divide_tokens(mesh: Mesh | AbstractMesh, T: int, axis: Axis) -> None:
-    """Raises ValueError, naming the next length, unless the devices along the sequence divide T."""
+def divide_tokens(mesh: Mesh | AbstractMesh, T: int, axis: Axis, name: str = "T") -> None:
+    """Raises ValueError, naming the next length, unless the devices along the sequence divide it."""
     devices = devices_on(mesh, axis)
     if T % devices:
         longer = -(-T // devices) * devices
-        raise ValueError(f"{T=} must be a multiple of {devices}, the devices on {axis!r}; pad it to {longer}")
+        raise ValueError(f"{name}={T} must be a multiple of {devices}, the devices on {axis!r}; pad it to {longer}")
 
 
 def fit(spec: P, mesh: Mesh | AbstractMesh) -> P:
