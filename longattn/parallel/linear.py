@@ -1,6 +1,6 @@
 """Linear attention over a mesh: sequences, their tokens and heads divided among devices.
 
-Where tokens are, in parts along the sequence, devices hand on states: see `longattn.parallel.linear_state`.
+The devices that share a sequence hand on states: see `longattn.parallel.linear_state`.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def linear_attention(
 ) -> tuple[Out, State]:
     """`longattn.linear_attention` of global arrays: B along `batch_axes`, T along `axis`, H along `head_axis`.
 
-    Where T lies in parts, devices send each other states, whose size does not depend on T, and a training step has at
-    most 1.6 times the products of one device with as many tokens (`longattn.parallel.linear_state`). Reverse mode only.
+    Where T lies in parts, devices send each other states, whose size does not depend on T, and compute 1.2 to 1.6 times
+    the products of one device with as many tokens, forward and backward: see `longattn.parallel.linear_state`. Reverse
+    mode only.
 
     Args:
       q, k, v: global arrays; arrays that lie otherwise are moved. One head for all others to read is replicated.
