@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from longattn import mask as masks
 
-VERSION = 2
+VERSION = 3
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -300,24 +301,58 @@ Data = ByteLM | MQAR | Needle
 class Mesh:
     """Devices along each axis of the mesh; their product is the number of devices. All 1: one device, no mesh.
 
-    Parameters and moments are divided among the devices on fsdp and seq; fsdp * seq must divide Model.E.
+    Parameters and moments are divided among the devices on fsdp, ring and seq, whose product must divide Model.E.
     """
 
     data: int = 1  # rows of the batch; parameters and moments are replicated
     fsdp: int = 1  # rows of the batch
     tensor: int = 1  # heads and the MLP's width
     seq: int = 1  # positions
+    ring: int = 1  # parts of the sequence between which keys and values travel, each on seq devices: strategy usp
     strategy: Literal["ring", "balanced", "all_gather", "ulysses", "usp"] = (
         "ring"  # how queries meet the keys of other devices; see parallel/api.py
     )
+    layout: Literal["contiguous", "zigzag", "striped"] = "contiguous"  # which tokens a device has; parallel/layout.py
 
     def __post_init__(self) -> None:
-        _positive(self, "data", "fsdp", "tensor", "seq")
+        _positive(self, "data", "fsdp", "tensor", "seq", "ring")
+        if (self.ring > 1) != (self.strategy == "usp"):
+            raise ValueError(
+                f"Mesh.ring={self.ring} with strategy={self.strategy!r}: usp, and no other, has parts that devices "
+                "share, at least 2; set ring and strategy='usp', or neither (of one part, usp is strategy='ulysses')"
+            )
+        if self.strategy == "balanced" and self.layout != "contiguous":
+            raise ValueError(
+                f"Mesh.layout={self.layout!r} with strategy='balanced': both even out the causal work; "
+                "set layout='contiguous', or strategy='ring'"
+            )
 
     @property
     def size(self) -> int:
         """The number of devices."""
-        return self.data * self.fsdp * self.tensor * self.seq
+        return math.prod(self.sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices along each axis, as `longattn.parallel.make_mesh` takes them; ring only where it is more than one."""
+        axes = ("data", "fsdp", "tensor", *(("ring",) if self.ring > 1 else ()), "seq")
+        return {axis: getattr(self, axis) for axis in axes}
+
+    @property
+    def sequence(self) -> int:
+        """Devices among which a sequence is divided."""
+        return self.ring * self.seq
+
+    @property
+    def parts(self) -> int:
+        """Parts that the layout orders: one on each device, or where there is a ring on the devices of a part of it."""
+        return self.ring if self.ring > 1 else self.seq
+
+    @property
+    def unit(self) -> int:
+        """What data.T must be a multiple of: zigzag has two halves of every part."""
+        halves = 2 if self.layout == "zigzag" and self.parts > 1 else 1
+        return math.lcm(self.sequence, halves * self.parts)
 
 
 @dataclass(frozen=True)
@@ -390,10 +425,14 @@ class Config:
         rows = self.data.B // self.optimiser.accumulate
         if rows % (self.mesh.data * self.mesh.fsdp):
             raise ValueError(f"{self.mesh.data=} * {self.mesh.fsdp=} must divide {rows}, the rows of a micro-batch")
-        if self.data.T % self.mesh.seq:
-            raise ValueError(f"{self.mesh.seq=} must divide {self.data.T=}")
-        if self.mesh.size > 1 and self.model.E % (self.mesh.fsdp * self.mesh.seq):
-            raise ValueError(f"{self.mesh.fsdp=} * {self.mesh.seq=} must divide {self.model.E=}: they slice matrices")
+        along = f"{self.mesh.ring=} * {self.mesh.seq=}" if self.mesh.ring > 1 else f"{self.mesh.seq=}"
+        if short := -self.data.T % self.mesh.unit:
+            unit = f"{self.mesh.unit} for {self.mesh.layout=}" if self.mesh.unit > self.mesh.sequence else "it"
+            raise ValueError(
+                f"{along} must divide {self.data.T=}: set T to a multiple of {unit}, next {self.data.T + short}"
+            )
+        if self.mesh.size > 1 and self.model.E % (self.mesh.fsdp * self.mesh.sequence):
+            raise ValueError(f"{self.mesh.fsdp=} * {along} must divide {self.model.E=}: they slice matrices")
         if self.model.K % self.mesh.tensor or self.model.F % self.mesh.tensor:
             raise ValueError(f"{self.mesh.tensor=} must divide {self.model.K=} and {self.model.F=}")
         vocabulary = self.data.vocabulary if isinstance(self.data, MQAR) else 257

@@ -22,7 +22,7 @@ CONFIGS = [
             mlp_chunk=64,
         ),
         data=c.MQAR(T=128, pairs=8),
-        mesh=c.Mesh(data=2, fsdp=2, tensor=2, seq=4),
+        mesh=c.Mesh(data=2, fsdp=2, tensor=2, seq=4, ring=2, strategy="usp", layout="zigzag"),
         optimiser=c.Optimiser(accumulate=4, clip=0.0),
         run=c.Run(profile=(10, 3)),
     ),
@@ -60,8 +60,8 @@ def edited(edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda d: d.update(version=99), "version 99 must be 2"),
-        (lambda d: d.pop("version"), "version None must be 2"),
+        (lambda d: d.update(version=99), "version 99 must be 3"),
+        (lambda d: d.pop("version"), "version None must be 3"),
         (lambda d: d["config"]["model"].update({"class": "Modell"}), "'Modell' in the JSON is no config"),
         (lambda d: d["config"]["model"].update(depth=3), r"unknown fields \['depth'\]"),
         (lambda d: d["config"]["model"].pop("N"), r"lacks \['N'\]"),
@@ -78,7 +78,7 @@ def test_json_errors(edit, message):
         c.from_json(edited(edit))
 
 
-@pytest.mark.parametrize(("text", "message"), [("{torn", "is no JSON"), ("[]", "version None must be 2")])
+@pytest.mark.parametrize(("text", "message"), [("{torn", "is no JSON"), ("[]", "version None must be 3")])
 def test_what_is_no_config_at_all(text, message):
     with pytest.raises(ValueError, match=message):
         c.from_json(text)
@@ -110,6 +110,21 @@ def test_what_is_no_config_at_all(text, message):
         (lambda: c.Config(model=c.Model(W=256)), "must be at least 257"),
         (lambda: c.Mesh(seq=0), "Mesh.seq=0 must be at least 1"),
         (lambda: c.Config(mesh=c.Mesh(seq=3)), r"self\.mesh\.seq=3 must divide self\.data\.T=1024"),
+        (lambda: c.Config(mesh=c.Mesh(seq=3)), "set T to a multiple of it, next 1026"),
+        (
+            lambda: c.Config(mesh=c.Mesh(seq=4, layout="zigzag"), data=c.ByteLM(T=1004)),
+            r"=4 must divide self\.data\.T=1004: set T to a multiple of 8 for self\.mesh\.layout='zigzag', next 1008",
+        ),
+        (
+            lambda: c.Config(mesh=c.Mesh(ring=4, seq=3, strategy="usp", layout="zigzag"), data=c.ByteLM(T=36)),
+            r"self\.mesh\.ring=4 \* self\.mesh\.seq=3 must divide self\.data\.T=36: .* of 24 .*, next 48",
+        ),
+        (lambda: c.Mesh(ring=2, seq=2), r"Mesh\.ring=2 with strategy='ring': usp, and no other, has parts"),
+        (lambda: c.Mesh(seq=4, strategy="usp"), r"Mesh\.ring=1 with strategy='usp'.*strategy='ulysses'"),
+        (
+            lambda: c.Mesh(seq=4, strategy="balanced", layout="zigzag"),
+            r"Mesh\.layout='zigzag' with strategy='balanced'",
+        ),
         (lambda: c.Config(mesh=c.Mesh(data=16)), r"must divide 8, the rows of a micro-batch"),
         (lambda: c.Config(mesh=c.Mesh(tensor=8)), r"self\.mesh\.tensor=8 must divide self\.model\.K=4"),
     ],

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from longattn import parallel
 from longattn.ops.attention import attention
+from longattn.ops.conv import short_convolution
 from longattn.ops.linear import linear_attention
-from longattn.parallel import embedding
-from longattn.parallel.mesh import place
+from longattn.parallel import SequenceLayout, embedding
+from longattn.parallel.layout import Axis, convert, devices_on, names_of
+from longattn.parallel.mesh import fit, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +25,11 @@ class Context:
 
     implementation: str | tuple[str, ...] | None = None  # as in `longattn.attention` and `longattn.linear_attention`
     mesh: Mesh | AbstractMesh | None = None  # None: one device
-    axis: str = "seq"  # the rest as in `longattn.parallel.attention`
+    axis: Axis = "seq"  # the rest as in `longattn.parallel.attention`
     batch_axes: tuple[str, ...] = ("data", "fsdp")
     head_axis: str = "tensor"
     strategy: str = "ring"
+    layout: SequenceLayout = SequenceLayout()  # of tokens, ids and activations
 
     def attention(self, q: Array, k: Array, v: Array, **options: Any) -> Array:
         """`longattn.attention`, or where there is a mesh `longattn.parallel.attention`."""
@@ -33,11 +37,12 @@ class Context:
             return attention(q, k, v, implementation=self.implementation, **options)
         return parallel.attention(
             q, k, v, mesh=self.mesh, axis=self.axis, batch_axes=self.batch_axes, head_axis=self.head_axis,
-            strategy=self.strategy, implementation=self.implementation, **options,
+            strategy=self.strategy, layout=self.layout, implementation=self.implementation, **options,
         )  # fmt: skip
 
     def linear_attention(self, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array]:
         """`longattn.linear_attention`, or where there is a mesh `longattn.parallel.linear_attention`."""
+        self._insist_on_order()
         if self.mesh is None:
             return linear_attention(q, k, v, implementation=self.implementation, **options)
         return parallel.linear_attention(
@@ -45,15 +50,109 @@ class Context:
             implementation=self.implementation, **options,
         )  # fmt: skip
 
+    def short_convolution(
+        self, x: Float[Array, "B T H D"], w: Float[Array, "H D C"], b: Float[Array, "H D"] | None, **options: Any
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B C-1 E"]]:
+        """`longattn.ops.conv.short_convolution`, or of a sequence in parts `longattn.parallel.short_convolution`.
+
+        Heads that `head_axis` does not divide are all on each of its devices.
+        """
+        self._insist_on_order()
+        channels = (*x.shape[:2], -1)
+        arrays = x.reshape(channels), w.reshape(-1, w.shape[2]), None if b is None else b.reshape(-1)
+        if self.mesh is None or self.parts == 1:
+            y, tail = short_convolution(*arrays, **options)
+        else:
+            divided = x.shape[2] % self.mesh.shape.get(self.head_axis, 1) == 0
+            y, tail = parallel.short_convolution(
+                *arrays, mesh=self.mesh, axis=self.axis, batch_axes=self.batch_axes,
+                head_axis=self.head_axis if divided else None, **options,
+            )  # fmt: skip
+        return y.reshape(x.shape), tail
+
     @property
     def tokens(self) -> PartitionSpec:
-        """How [B T ...] lies on the mesh: rows and positions divided, the rest whole."""
+        """How [B T ...] lies on the mesh: rows and tokens divided, the rest whole."""
         return PartitionSpec(self.batch_axes, self.axis)
 
     @property
     def parts(self) -> int:
         """In how many parts the sequence lies on the mesh."""
-        return 1 if self.mesh is None else self.mesh.shape[self.axis]
+        return 1 if self.mesh is None else devices_on(self.mesh, self.axis)
+
+    @property
+    def layout_parts(self) -> int:
+        """How many parts the layout orders: those of the outer of two axes, whose tokens lie in order along the inner.
+
+        The P of all methods of `layout`.
+        """
+        if self.mesh is None:
+            return 1
+        return devices_on(self.mesh, names_of(self.axis)[0])
+
+    def described(self) -> str:
+        """The devices in words: "8 devices: data 2 x seq 4, ring, zigzag"."""
+        if self.mesh is None:
+            return "one device"
+        axes = " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items() if n > 1)
+        return f"{self.mesh.size} devices: {axes}" + (
+            f", {self.strategy}, {self.layout.name}" if self.parts > 1 else ""
+        )
+
+    @property
+    def in_order(self) -> bool:
+        """Whether tokens lie as they follow one another."""
+        return self.layout_parts == 1 or self.layout == SequenceLayout()
+
+    def _insist_on_order(self) -> None:
+        if not self.in_order:
+            raise ValueError(
+                f"layout={self.layout.name!r} must be contiguous for what is handed on from token to token: `convert` "
+                "the activations and take the context `lying` so, as Transformer does"
+            )
+
+    def lying(self, layout: SequenceLayout) -> Context:
+        """The context of tokens that lie in another layout."""
+        return dataclasses.replace(self, layout=layout)
+
+    def positions(self, T: int) -> Int32[Array, "1 T"]:
+        """The positions of T tokens of one document."""
+        return jnp.asarray(self.layout.positions(T, self.layout_parts))[None]
+
+    def restore(self, ids: Any) -> Any:
+        """A tree of ids [B T] in the order of the sequence, each row whole on all devices that share it.
+
+        Ids are small, and so are the messages: an all-gather of each array.
+        """
+        if self.in_order:
+            return ids
+        return jax.tree.map(lambda x: self._whole(self.layout.restore(self._whole(x), self.layout_parts)), ids)
+
+    def permute(self, ids: Any) -> Any:
+        """The inverse of `restore`: nothing is sent, each device takes its own."""
+        if self.in_order:
+            return ids
+        take = lambda x: place(
+            self.layout.permute(self._whole(x), self.layout_parts), self.mesh, self.tokens, "the ids"
+        )
+        return jax.tree.map(take, ids)
+
+    def _whole(self, x: Array) -> Array:
+        return place(x, self.mesh, PartitionSpec(self.batch_axes), "the ids")
+
+    def convert(
+        self, x: Float[Array, "B T E"], source: SequenceLayout, target: SequenceLayout
+    ) -> Float[Array, "B T E"]:
+        """Activations in another layout: see `longattn.parallel.layout.convert`."""
+        if source == target or self.layout_parts == 1:
+            return x
+        if len(names_of(self.axis)) > 1:
+            raise NotImplementedError(
+                f"activations lie along {self.axis}, {source.name}, and a layer needs them {target.name}: parts on "
+                "several devices are not converted; choose the layout contiguous, or a strategy with one axis"
+            )
+        (batch,) = fit(PartitionSpec(self.batch_axes), self.mesh)
+        return convert(x, source, target, mesh=self.mesh, axis=self.axis, batch_axes=batch)
 
     def spread(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Activations, held to lie like the tokens."""

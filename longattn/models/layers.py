@@ -71,7 +71,7 @@ def rope_temperature(rope: config.RoPE | None) -> float:
 
 
 def rotate(
-    x: Float[Array, "B T H D"], positions: Int32[Array, "B T"] | None, frequencies: np.ndarray
+    x: Float[Array, "B T H D"], positions: Int32[Array, "#B T"] | None, frequencies: np.ndarray
 ) -> Float[Array, "B T H D"]:
     """Rotates the pairs (x[i], x[i + D/2]) by position * frequency; positions=None is arange(T).
 

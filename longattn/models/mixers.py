@@ -1,7 +1,8 @@
 """The ways to attend, as modules (x, positions, segment_ids, state) -> (y, state), and the table of them.
 
-A mixer is a class named like its config in `longattn.config`, with the fields of `Softmax` and its static methods; once
-it is in `MIXERS`, the transformer, the trainer and the study use it without a change.
+A mixer is a class named like its config in `longattn.config`, with what `Softmax` has: its fields, its static methods,
+and `in_order`, which says whether a device's tokens must follow one another and those of the device before. Once it is
+in `MIXERS`, the transformer, the trainer and the study use it without a change.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from longattn.models import linear
 from longattn.models.context import Context
 from longattn.models.layers import RMSNorm, fan_in, no_state, rope_frequencies, rope_temperature, rotate
 from longattn.ops.attention import attention
+from longattn.parallel import SequenceLayout
 
 
 class Softmax(nn.Module):
@@ -28,6 +30,8 @@ class Softmax(nn.Module):
     config: config.Softmax
     model: config.Model
     context: Context | None = None
+
+    in_order = False  # tokens may lie in any layout
 
     @nn.compact
     def __call__(
@@ -38,7 +42,7 @@ class Softmax(nn.Module):
         state: None = None,
     ) -> tuple[Float[Array, "B T E"], None]:
         no_state(state)
-        cfg, m = self.config, self.model
+        cfg, m, context = self.config, self.model, self.context or Context()
         heads = fan_in(0, (1, 2))
         wq, wk, wv = (
             self.param(n, heads, (m.E, h, m.D), jnp.float32).astype(x.dtype) for n, h in zip("qkv", (m.H, m.K, m.K))
@@ -52,9 +56,10 @@ class Softmax(nn.Module):
             q, k = RMSNorm(m.norm_eps, name="q_norm")(q), RMSNorm(m.norm_eps, name="k_norm")(k)
         if cfg.rope is not None:
             frequencies = rope_frequencies(cfg.rope, m.D)
+            at = context.positions(x.shape[1]) if positions is None else positions
             with jax.named_scope("rotary"):
-                q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
-        y = (self.context or Context()).attention(
+                q, k = rotate(q, at, frequencies), rotate(k, at, frequencies)
+        y = context.attention(
             q, k, v, mask=cfg.mask, segment_ids=segment_ids, positions=positions,
             scale=m.D**-0.5 * rope_temperature(cfg.rope), softcap=cfg.softcap,
             sinks=self.param("sinks", nn.initializers.zeros, (m.H,), jnp.float32) if cfg.sinks else None,
@@ -95,6 +100,11 @@ MIXERS: dict[str, type[nn.Module]] = {
         linear.KimiDeltaAttention,
     )
 }
+
+
+def layout_of(mixer: config.Mixer, layout: SequenceLayout) -> SequenceLayout:
+    """The layout in which a layer takes and gives its tokens: this one, or contiguous where it needs them in order."""
+    return SequenceLayout() if MIXERS[type(mixer).__name__].in_order else layout
 
 
 def state_elements(mixer: config.Mixer, model: config.Model, T: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,8 @@ from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray, UInt32
 from longattn import config as configs
 from longattn.models.context import Context
 from longattn.models.layers import RMSNorm, SwiGLU, fan_in, no_state
-from longattn.models.mixers import MIXERS
+from longattn.models.mixers import MIXERS, layout_of
+from longattn.parallel import SequenceLayout
 
 _policies = jax.checkpoint_policies
 _attention = _policies.save_only_these_names("attention_out", "attention_lse", "linear_state")
@@ -25,6 +27,10 @@ REMAT = {
         _policies.dots_with_no_batch_dims_saveable, _attention
     ),  # and all projections
 }
+
+
+Ids = dict[str, tuple[Int32[Array, "B T"] | None, Int32[Array, "B T"] | None]]
+"""Positions and segment ids in each layout that a layer needs, by its name."""
 
 
 class Block(nn.Module):
@@ -55,20 +61,44 @@ class Period(nn.Module):
     context: Context | None
 
     @nn.compact
-    def __call__(self, x: Any, positions: Any, segment_ids: Any) -> tuple[Any, None]:
-        for i, mixer in enumerate(self.mixers):
-            x = _remat(self.model, in_scan=True)(mixer, self.model, self.context, name=f"layer_{i}")(
-                x, positions, segment_ids
-            )
-        return x, None
+    def __call__(self, x: Any, ids: Ids) -> tuple[Any, None]:
+        context = self.context or Context()
+        blocks = [
+            _block(self.model, mixer, self.context, in_scan=True, name=f"layer_{i}")
+            for i, mixer in enumerate(self.mixers)
+        ]
+        first = layout_of(self.mixers[0], context.layout)
+        x, lies = _through(blocks, x, first, ids, context)
+        return context.convert(x, lies, first), None
 
 
-def _remat(model: configs.Model, *, in_scan: bool) -> type[Block]:
-    """Block under the model's remat policy."""
+def _block(
+    model: configs.Model, mixer: configs.Mixer, context: Context | None, *, in_scan: bool, name: str | None = None
+) -> Block:
+    """A block under the model's remat policy, for tokens in its mixer's layout."""
+    if context is not None:
+        context = context.lying(layout_of(mixer, context.layout))
     if model.remat == "none":
-        return Block
+        return Block(mixer, model, context, name=name)
     # In a scan the recomputation cannot be merged with the forward pass; outside, XLA must be kept from it.
-    return nn.remat(Block, policy=REMAT[model.remat], prevent_cse=not in_scan)
+    return nn.remat(Block, policy=REMAT[model.remat], prevent_cse=not in_scan)(mixer, model, context, name=name)
+
+
+def _through(
+    blocks: Sequence[Block], x: Array, lies: SequenceLayout, ids: Ids, context: Context
+) -> tuple[Array, SequenceLayout]:
+    """The activations after some blocks, and the layout in which they then lie: that of the last mixer."""
+    for block in blocks:
+        needed = layout_of(block.mixer, context.layout)
+        x, lies = block(context.convert(x, lies, needed), *ids[needed.name]), needed
+    return x, lies
+
+
+def _ids(model: configs.Model, context: Context, positions: Array | None, segment_ids: Array | None) -> Ids:
+    """Ids in the layouts that the layers need: the context's, or contiguous."""
+    ids = positions, segment_ids
+    layouts = {layout_of(mixer, context.layout) for mixer in model.layers}
+    return {layout.name: ids if layout == context.layout else context.restore(ids) for layout in layouts}
 
 
 def period(model: configs.Model) -> int:
@@ -99,7 +129,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(c.norm_eps)
         p = period(c)
         if p == c.N:
-            self.layer = [_remat(c, in_scan=False)(mixer, c, self.context) for mixer in c.layers]
+            self.layer = [_block(c, mixer, self.context, in_scan=False) for mixer in c.layers]
         else:
             scan = nn.scan(
                 Period, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=c.N // p
@@ -113,19 +143,24 @@ class Transformer(nn.Module):
         segment_ids: Int32[Array, "B T"] | None = None,
         state: None = None,
     ) -> tuple[Float[Array, "B T E"], None]:
-        """The normed input of the head, in the compute dtype. No positions: arange(T); no segment ids: one segment."""
+        """The normed input of the head, in the compute dtype. No positions: arange(T); no segment ids: one segment.
+
+        All arrays are in the context's layout. Activations are converted between layers that need another one, ids
+        once for all layers.
+        """
         no_state(state)
         # Tokens enter with RMS 1 (section 3.4 of arXiv:1706.03762), so that the blocks' outputs do not drown them, and
         # leave through rows of length 1. (Where tied, a token's own logit starts high: the loss starts above ln W.)
         context = self.context or Context()
         with jax.named_scope("embedding"):
             x = context.spread(context.rows(self.embedding, tokens, self.config.E**0.5, self.config.dtype))
+        ids = _ids(self.config, context, positions, segment_ids)
         if period(self.config) == self.config.N:
-            for layer in self.layer:
-                x = layer(x, positions, segment_ids)
+            x, lies = _through(self.layer, x, context.layout, ids, context)
         else:
-            x, _ = self.layers(x, positions, segment_ids)
-        return self.norm(x), None
+            lies = layout_of(self.config.layers[0], context.layout)
+            x, _ = self.layers(context.convert(x, context.layout, lies), ids)
+        return self.norm(context.convert(x, lies, context.layout)), None
 
     def __call__(
         self,

@@ -27,6 +27,7 @@ from longattn.ops.partial import Partial
 from longattn.parallel.balanced import BALANCED
 from longattn.parallel.exchange import ALL_GATHER, ULYSSES, USP
 from longattn.parallel.layout import Axis, SequenceLayout, names_of
+from longattn.parallel.mesh import divide_tokens
 from longattn.parallel.ring import RING
 from longattn.parallel.spec import Call, Strategy
 from longattn.shapes import Key, Out, Query, Statistic, Value, statistics_dtype, suggest
@@ -80,11 +81,7 @@ def _divide(mesh: Mesh | AbstractMesh, q: Any, k: Any, call: Call, batch: tuple[
     """Raises unless the mesh's axes divide B, T, S and the heads."""
     for name, size in (("T", q.shape[1]), ("S", k.shape[1])):
         call.layout.check(size, call.ring, name)
-        if size % call.devices:
-            longer = -(-size // call.devices) * call.devices
-            raise ValueError(
-                f"{name}={size} must be a multiple of {call.devices}, the devices on {call.axis!r}; pad it to {longer}"
-            )
+        divide_tokens(mesh, size, call.axis, name)
     divide_rows(mesh, q.shape[0], batch)
     K, heads = k.shape[2], 1 if head is None else mesh.shape[head]
     if K % heads:

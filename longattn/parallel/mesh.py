@@ -1,9 +1,10 @@
 """The device mesh, and which axis of which array lies along which of its axes.
 
 Four axes. `data`: rows of the batch. `fsdp`: rows of the batch too. `tensor`: heads and the MLP's width
-(arXiv:1909.08053). `seq`: positions. Of every matrix a device on `fsdp` and `seq` holds a slice, gathered where it is
-used (ZeRO stage 3, arXiv:1910.02054); over `data` they are replicated. All axes are Auto: the partitioner lays out what
-is outside of a shard_map.
+(arXiv:1909.08053). `seq`: positions; where there is a fifth axis, `ring`, they lie along `ring` and, within, along
+`seq`. Of every matrix a device on `fsdp`, `ring` and `seq` holds a slice, gathered where it is used (ZeRO stage 3,
+arXiv:1910.02054); over `data` they are replicated. All axes are Auto: the partitioner lays out what is outside of a
+shard_map.
 
 A parameter lies as the first rule says whose pattern is found in its path, such as "layers/layer_0/mixer/q". The
 optimiser's moments have the parameter's path as the end of their own, so the same rules hold for them.
@@ -23,8 +24,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-AXES = ("data", "fsdp", "tensor", "seq")
-SLICED = ("fsdp", "seq")  # the axes over which matrices are sliced, along E
+from longattn.parallel.layout import Axis, devices_on
+
+AXES = ("data", "fsdp", "tensor", "ring", "seq")  # all that a mesh may have; ring only where it has several devices
+SLICED = ("fsdp", "ring", "seq")  # the axes over which matrices are sliced, along E
 
 Rule = tuple[str, P]  # a regular expression for `re.search` in the path, and how the array lies
 
@@ -48,7 +51,13 @@ STACKED = r"(^|/)layers/"  # the parameters of scanned layers have an axis of la
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = 1, seq: int = 1, *, devices: Sequence[Any] | None = None
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    seq: int = 1,
+    *,
+    ring: int = 1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh of these sizes whose axes are Auto.
 
@@ -57,22 +66,25 @@ def make_mesh(
 
     Args:
       data, fsdp, tensor, seq: devices along each axis; their product must be the number of devices.
+      ring: devices along one more axis, before seq; 1: the mesh has no such axis.
       devices: any devices, those of an ahead-of-time topology too; None is all devices.
 
     Raises:
       ValueError: for sizes that do not multiply to the number of devices, or slices that no axis can cross.
     """
-    sizes = dict(zip(AXES, (data, fsdp, tensor, seq), strict=True))
+    sizes = dict(zip(AXES, (data, fsdp, tensor, ring, seq), strict=True))
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}={size!r} must be an integer of at least 1")
+    if ring == 1:
+        del sizes["ring"]
     devices = list(jax.devices() if devices is None else devices)
     product = math.prod(sizes.values())
     if product != len(devices):
         given = " * ".join(f"{name}={size}" for name, size in sizes.items())
         remedy = f", or pass {product} of them as devices" if product < len(devices) else ""
         raise ValueError(f"{given} = {product} must be the number of devices, {len(devices)}: change the sizes{remedy}")
-    return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arranged(sizes, devices), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _arranged(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
@@ -90,6 +102,14 @@ def _arranged(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
     within = tuple(size // slices if name == across else size for name, size in sizes.items())
     between = tuple(slices if name == across else 1 for name in sizes)
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+def divide_tokens(mesh: Mesh | AbstractMesh, T: int, axis: Axis, name: str = "T") -> None:
+    """Raises ValueError, naming the next length, unless the devices along the sequence divide it."""
+    devices = devices_on(mesh, axis)
+    if T % devices:
+        longer = -(-T // devices) * devices
+        raise ValueError(f"{name}={T} must be a multiple of {devices}, the devices on {axis!r}; pad it to {longer}")
 
 
 def fit(spec: P, mesh: Mesh | AbstractMesh) -> P:

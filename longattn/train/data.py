@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
 
 from longattn import config
+from longattn.parallel import SequenceLayout
 from longattn.tasks import bytelm, mqar, needle
 
 Split = Literal["train", "valid"]
@@ -342,6 +343,7 @@ def source(cfg: config.Data, *, seed: int, split: Split, groups: int = 1) -> Sou
 class Spread:
     """A source whose batches lie on a mesh: each process reads the rows that its devices hold, each row once.
 
+    Rows are put into the layout's order as they are read, so that what a device has of them is a slice.
     What a device gets depends on its place in the mesh alone, never on which process it belongs to; processes that
     share a sequence take slices of the same rows.
     """
@@ -349,6 +351,8 @@ class Spread:
     source: Source
     shape: tuple[int, int]  # [B T]
     sharding: jax.sharding.Sharding  # of each array of a batch
+    layout: SequenceLayout = SequenceLayout()  # the order in which devices have a row's tokens
+    parts: int = 1  # that the layout orders
 
     @property
     def num_batches(self) -> int:
@@ -369,7 +373,8 @@ class Spread:
 
         @functools.cache
         def read(start: int, stop: int) -> Batch:
-            return self.source.batch(step, slice(start, stop))
+            whole = self.source.batch(step, slice(start, stop))
+            return Batch(*(self.layout.permute(x, self.parts) for x in whole))
 
         def column(i: int) -> jax.Array:
             def part(index: tuple[slice, ...]) -> np.ndarray:

@@ -76,12 +76,15 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
     if context is not None:
         for split, c in (("train", config), ("valid", evaluation)):
             sharding = batch_sharding(c, context)
-            sources[split] = data.Spread(sources[split], (c.data.B, c.data.T), sharding)
+            sources[split] = data.Spread(
+                sources[split], (c.data.B, c.data.T), sharding, context.layout, context.layout_parts
+            )
     record.check_data(folder, info)
     shapes = state_shapes(config, context)
     loaded = initial_params(config, context) if config.run.init_from and not started else None
     size = sum(a.size for a in jax.tree.leaves(shapes.params))
-    console.print(f"compiling {size:,} parameters at B={config.data.B}, T={config.data.T}")
+    where = "" if context is None else f" on {context.described()}"
+    console.print(f"compiling {size:,} parameters at B={config.data.B}, T={config.data.T}{where}", highlight=False)
     step_fn = compile_step(config, shapes, context)
     eval_fn = record.compile_program(
         evaluation, eval_step(evaluation, context), shapes.params, batch_shapes(evaluation)
@@ -101,7 +104,16 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
             console.print(f"continuing {folder} after step {start}")
         ideal = ideal_seconds(config, sources["train"].lengths)
         recorder = stack.enter_context(
-            record.Recorder(folder, config, console, start=start, ideal_seconds=ideal, info=info, kernels=kernels)
+            record.Recorder(
+                folder,
+                config,
+                console,
+                start=start,
+                ideal_seconds=ideal,
+                info=info,
+                kernels=kernels,
+                mesh=None if context is None else context.described(),
+            )
         )
         bringup.insist(kernels)
         stop = stack.enter_context(_sigterm())
@@ -191,7 +203,7 @@ def compile_step(config: Config, shapes: State, context: Context | None = None) 
     itemsize = np.dtype(config.model.dtype).itemsize
     # Even full rematerialisation keeps each layer's input: refuse before tracing what would take hours to compile.
     mesh = config.mesh
-    tokens = config.data.B * config.data.T // config.optimiser.accumulate // (mesh.data * mesh.fsdp * mesh.seq)
+    tokens = config.data.B * config.data.T // config.optimiser.accumulate // (mesh.data * mesh.fsdp * mesh.sequence)
     record.refuse_beyond_memory(config, held + tokens * config.model.E * itemsize * (config.model.N + 1))
     return record.compile_program(config, train_step(config, context), shapes, batch_shapes(config))
 

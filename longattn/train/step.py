@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +21,12 @@ from jaxtyping import Array, Float, Int
 
 from longattn.config import Config, Optimiser
 from longattn.models.context import Context
+from longattn.models.mixers import layout_of
 from longattn.models.transformer import Transformer, head, init_params
 from longattn.ops import dispatch
+from longattn.parallel import SequenceLayout
 from longattn.parallel import mesh as meshes
+from longattn.parallel.layout import names_of
 from longattn.train.data import Batch
 from longattn.train.loss import cross_entropy, gathered, labels_and_weights
 
@@ -74,15 +77,27 @@ def optimiser(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(c.clip), adamw) if c.clip else adamw
 
 
-def context_of(config: Config) -> Context | None:
+def context_of(config: Config, devices: Sequence[Any] | None = None) -> Context | None:
     """Where a config's training runs: None, one device, where every axis of its mesh is 1.
 
-    Raises ValueError where this machine has another number of devices than the mesh.
+    The data of a model all of whose layers need their tokens in order lie so, whatever the layout.
+
+    Args:
+      config: whose mesh is made.
+      devices: as for `longattn.parallel.make_mesh`.
+
+    Raises ValueError where there is another number of devices than the mesh has.
     """
     c = config.mesh
     if c.size == 1:
         return None
-    return Context(mesh=meshes.make_mesh(c.data, c.fsdp, c.tensor, c.seq), strategy=c.strategy)
+    layouts = {layout_of(mixer, SequenceLayout(c.layout)) for mixer in config.model.layers}
+    return Context(
+        mesh=meshes.make_mesh(**c.sizes, devices=devices),
+        axis=("ring", "seq") if c.ring > 1 else "seq",
+        strategy=c.strategy,
+        layout=SequenceLayout(c.layout) if SequenceLayout(c.layout) in layouts else SequenceLayout(),
+    )
 
 
 def _spread(context: Context | None) -> bool:
@@ -127,6 +142,13 @@ def _hidden(params: Params, batch: Batch, config: Config, context: Context | Non
     return x
 
 
+def _labels(context: Context | None, batch: Batch) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+    """`labels_and_weights` of a batch in the context's layout: the next token is the sequence's next."""
+    context = context or Context()
+    with jax.named_scope("labels"):
+        return context.permute(labels_and_weights(*context.restore(batch)))
+
+
 def _token_sums(context: Context | None, f: Callable[..., Any], x: Array, w: Array, *rest: Array) -> Any:
     """f(sliced, x [B T E], w, *rest [B T]), sums over tokens: on a mesh over each device's own, then over all.
 
@@ -137,7 +159,7 @@ def _token_sums(context: Context | None, f: Callable[..., Any], x: Array, w: Arr
         return f((), x, w, *rest)
     tokens = meshes.fit(context.tokens, context.mesh)
     slices = meshes.fit(P(None, meshes.SLICED), context.mesh)
-    axes = (*tokens[0], tokens[1])
+    axes = (*tokens[0], *names_of(tokens[1]))
 
     @functools.partial(
         jax.shard_map,
@@ -166,14 +188,14 @@ def _sum_loss(
 
     x = _hidden(params, batch, config, context)
     with jax.named_scope("loss"):
-        return _token_sums(context, sums, x, head(params, config.model), *labels_and_weights(*batch))
+        return _token_sums(context, sums, x, head(params, config.model), *_labels(context, batch))
 
 
 def _train_step(config: Config, context: Context | None, state: State, batch: Batch) -> tuple[State, Metrics]:
     pieces = config.optimiser.accumulate
     # The mean is over all weighted tokens of the step; a mean of the micro-batches' means would weigh them unequally.
     with jax.named_scope("loss"):
-        weight_sum = labels_and_weights(*batch)[1].sum()
+        weight_sum = _labels(context, batch)[1].sum()
         scale = 1 / jnp.maximum(weight_sum, 1)
 
     def sums(params: Params, piece: Batch) -> tuple[Params, Float[Array, " 2"]]:
@@ -230,7 +252,7 @@ def train_step(config: Config, context: Context | None = None) -> Callable[[Stat
 
 
 def _eval_step(config: Config, context: Context | None, params: Params, batch: Batch) -> dict[str, Array]:
-    labels, weights = labels_and_weights(*batch)
+    labels, weights = _labels(context, batch)
     sums = functools.partial(_eval_sums, config.optimiser.loss_chunk, batch.tokens.shape[1])
     x = _hidden(params, batch, config, context)
     with jax.named_scope("loss"):

@@ -19,6 +19,7 @@ def test_sizes_and_types():
     assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 2, "seq": 2}
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert make_mesh(seq=3, devices=jax.devices()[:3]).size == 3
+    assert dict(make_mesh(seq=2, ring=4).shape) == {"data": 1, "fsdp": 1, "tensor": 1, "ring": 4, "seq": 2}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ class Device:
 
 
 def arranged(data: int, fsdp: int, tensor: int, seq: int, slices: int) -> np.ndarray:
-    sizes = dict(zip(meshes.AXES, (data, fsdp, tensor, seq)))
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "seq": seq}
     n = data * fsdp * tensor * seq
     return meshes._arranged(sizes, [Device(i, i % slices) for i in range(n)])
 
@@ -85,6 +86,7 @@ def test_rules_hold_for_stacked_layers_and_for_moments():
 
 
 def test_axes_that_the_mesh_lacks_are_left_out():
+    assert meshes.shardings(make_mesh(seq=2, ring=4), tree())["embedding"].spec == P(None, ("fsdp", "ring", "seq"))
     mesh = AbstractMesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
     assert meshes.fit(P(("data", "fsdp"), "seq", "tensor"), mesh) == P(("data",), "seq", None)
     assert meshes.shardings(mesh, tree())["embedding"].spec == P(None, ("seq",))

@@ -80,7 +80,7 @@ class PlanOptions:
         if mesh.size == 1 and where.size > 1:
             mesh = _chosen(self.model, data.T, data.B // self.optimiser.accumulate, where, mesh)
         if "strategy" in changes:
-            mesh = dataclasses.replace(mesh, strategy=changes["strategy"])
+            mesh = problem.with_strategy(mesh, changes["strategy"], self.model.K)
         return Config(model=self.model, data=data, mesh=mesh, optimiser=self.optimiser)
 
 
@@ -104,10 +104,14 @@ def _chosen(model: Model, T: int, rows: int, where: Topology, mesh: Mesh) -> Mes
         )
     hosts = where.dims[0] if where.is_gpu else 1  # the sequence stays within a host
     for fsdp in sorted((f for f in range(hosts, n + 1, hosts) if n % f == 0 and rows % f == 0), reverse=True):
-        if T % (n // fsdp) == 0:
-            return dataclasses.replace(mesh, fsdp=fsdp, seq=n // fsdp)
+        chosen = dataclasses.replace(mesh, fsdp=fsdp, seq=n // fsdp)
+        if T % chosen.unit == 0:
+            return chosen
     within = f", which {hosts} hosts must divide," if hosts > 1 else ""
-    raise ValueError(f"{n} devices cannot share {rows} rows{within} of {T=}: choose multiples of {n}, or say the mesh")
+    unit = dataclasses.replace(mesh, seq=n).unit
+    raise ValueError(
+        f"{n} devices cannot share {rows} rows{within} of {T=}: choose multiples of {unit}, or say the mesh"
+    )
 
 
 def run(options: PlanOptions, name: str, console: Console | None = None) -> dict[str, Any]:
@@ -179,16 +183,18 @@ class _Compiler:
     def __call__(self, where: Topology, **changes: Any) -> dict[str, Any]:
         """One row of the document: what was asked for, and what came out or the reason why nothing did."""
         o = self.options
-        asked = {"topology": where.name, "T": o.data.T, "B": o.data.B, "strategy": o.mesh.strategy, **changes}
+        asked = {
+            "topology": where.name, "T": o.data.T, "B": o.data.B, "strategy": o.mesh.strategy, "layout": o.mesh.layout,
+            **changes,
+        }  # fmt: skip
         try:
             config = o.config(where, **changes)
         except ValueError as error:
             return {**asked, "devices": where.size, "reason": str(error)}
-        sizes = {axis: n for axis, n in dataclasses.asdict(config.mesh).items() if isinstance(n, int)}
-        row = {**asked, "devices": where.size, "mesh": sizes}
+        row = {**asked, "layout": config.mesh.layout, "devices": where.size, "mesh": config.mesh.sizes}
         if o.analytic:
             return row | analytic.estimate(config, where)
-        said = f"{where.name}, T {config.data.T:,}, B {config.data.B:,}, {config.mesh.strategy}"
+        said = f"{where.name}, T {config.data.T:,}, B {config.data.B:,}, {config.mesh.strategy}, {config.mesh.layout}"
         task = self.progress.add_task(f"compiling for {said}")
         row |= program.facts(config, where, o.timeout, program.cache_folder() if o.cache else None)
         self.progress.remove_task(task)
@@ -226,12 +232,11 @@ def _strategies(options: PlanOptions, where: Topology, compiler: _Compiler) -> d
     By formula alone, `rows` has what is asked for.
     """
     model, mesh = options.model, options.config(where).mesh
-    P = where.size // (mesh.data * mesh.fsdp * mesh.tensor)
     rows = options.data.B // (mesh.data * mesh.fsdp * options.optimiser.accumulate)
     ways: list[dict[str, Any]] = []
-    if P > 1:
+    if mesh.sequence > 1:
         layers = problem.layers_of(model, options.data.T, rows, mesh.tensor)
-        ways = sequence.compare(layers, P, simulate.machine(where), remat=model.remat)
+        ways = sequence.compare(layers, mesh.sequence, simulate.machine(where), remat=model.remat)
     by_formula = {"sequence": ways, "recommended_by_formula": sequence.recommended(ways)}
     if options.analytic:
         return by_formula | {"rows": [compiler(where)], "recommended": by_formula["recommended_by_formula"]}
@@ -273,7 +278,7 @@ def _largest(
     def expected(n: int) -> bool:  # by formula
         return analytic.memory(compiler.options.config(where, **{key: n}), where)["total"] <= where.hbm_bytes
 
-    unit = mesh.seq * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
+    unit = mesh.sequence * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
     limit = max(unit, _LONGEST if key == "T" else _LONGEST // data.T * where.size)
     guess, _ = search.largest(expected, getattr(data, key), unit, limit)
     return search.largest(fits, guess or unit, unit, limit)

@@ -94,7 +94,7 @@ def _arguments(config: Config, devices: list[Any]) -> tuple[Context | None, Any,
         alone = SingleDeviceSharding(devices[0])
         place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone)
         return None, jax.tree.map(place, steps.state_shapes(config)), jax.tree.map(place, steps.batch_shapes(config))
-    context = Context(mesh=meshes.make_mesh(c.data, c.fsdp, c.tensor, c.seq, devices=devices), strategy=c.strategy)
+    context = steps.context_of(config, devices)
     lies = steps.batch_sharding(config, context)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), steps.batch_shapes(config))
     return context, steps.state_shapes(config, context), batch

@@ -47,7 +47,8 @@ def title(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {n}" for axis, n in row.get("mesh", {}).items() if n > 1)
     where = f"{row['topology']} ({row['devices']} devices{': ' + mesh if mesh else ''})"
     model = f"{document['model']}, {document['parameters'] / 1e9:.3g} B parameters"
-    return f"{model}, T {row['T']:,}, B {row['B']:,} on {where}{', ' + row['strategy'] if mesh else ''}"
+    how = f", {row['strategy']}, {row['layout']}" if mesh else ""
+    return f"{model}, T {row['T']:,}, B {row['B']:,} on {where}{how}"
 
 
 def verdict(row: Mapping[str, Any]) -> str:
@@ -224,14 +225,16 @@ def found(document: Mapping[str, Any]) -> str:
 
 
 def _strategies(console: Console, document: Mapping[str, Any]) -> None:
-    table = _grid("Strategies", ("strategy", "needs", "fits", "received", "waiting", "step, at least", "MFU, at most"))
+    table = _grid(
+        "Strategies", ("strategy, layout", "needs", "fits", "received", "waiting", "step, at least", "MFU, at most")
+    )
     for row in document["rows"]:
         if "reason" in row:
-            table.add_row(row["strategy"], "-", escape(row["reason"]))
+            table.add_row(f"{row['strategy']}, {row['layout']}", "-", escape(row["reason"]))
             continue
         timed = "seconds" in row
         table.add_row(
-            row["strategy"],
+            f"{row['strategy']}, {row['layout']}",
             gib(row["hbm_bytes"]),
             "yes" if row["fits"] else "no",
             gib(sum(c["bytes"] for c in row["collectives"])) if timed else "-",

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections import Counter
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -143,4 +143,30 @@ def layers_of(model: Model, T: int, rows: int, tensor: int = 1) -> dict[Problem,
 
 def way_of(mesh: Mesh) -> Way:
     """The way that a config's mesh spreads attention."""
-    return Way(mesh.strategy, "contiguous", (mesh.seq,))
+    return Way(mesh.strategy, mesh.layout, (mesh.ring, mesh.seq) if mesh.strategy == "usp" else (mesh.seq,))
+
+
+def with_strategy(mesh: Mesh, strategy: str, K: int) -> Mesh:
+    """A mesh with another strategy, of as many devices along the sequence, in its layout where the strategy takes it.
+
+    Args:
+      mesh: whose devices along the sequence usp divides as `ways` does.
+      strategy: the other.
+      K: key/value heads of all devices.
+
+    Raises:
+      ValueError: for usp on devices that cannot be divided.
+    """
+    if mesh.strategy == strategy:
+        return mesh
+    way = next((way for way in ways(mesh.sequence, K // mesh.tensor) if way.strategy == strategy), None)
+    if way is None:
+        raise ValueError(
+            f"{mesh.sequence} devices along the sequence cannot be divided into a ring and an all-to-all of at least "
+            f"two each for strategy={strategy!r}"
+        )
+    *outer, seq = way.sizes
+    changes: dict[str, Any] = {"strategy": strategy, "ring": outer[0] if outer else 1, "seq": seq}
+    if strategy == "balanced":
+        changes["layout"] = "contiguous"
+    return dataclasses.replace(mesh, **changes)

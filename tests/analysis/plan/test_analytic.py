@@ -79,6 +79,19 @@ def test_estimates_need_no_compiler(monkeypatch, tmp_path, capsys):
     assert "By formula; over" in said and "attention, forward" in said
 
 
+def test_layouts_and_strategies_divide_attention_unequally():
+    """Of 4 T tokens in order the last device has 7 of 16 triangles of a causal mask, else each a quarter."""
+    model, T = plan.MODELS["llama3_1b"], 8192
+    work = lambda **mesh: analytic.attention_flops(Config(model, ByteLM(T=T, B=1), Mesh(**mesh)))[0]
+    alone = work()
+    assert work(seq=4) == pytest.approx(alone * 7 / 16, rel=1e-3)
+    assert work(ring=2, seq=2, strategy="usp") == pytest.approx(alone * 3 / 8, rel=1e-3)  # and half of the heads
+    even = {"layout": "zigzag"}, {"layout": "striped"}, {"strategy": "balanced"}, {"strategy": "ulysses"}
+    for mesh in even:
+        assert work(seq=4, **mesh) == pytest.approx(alone / 4, rel=1e-3), mesh
+    assert work(ring=2, seq=2, strategy="usp", layout="zigzag") == pytest.approx(alone / 4, rel=1e-3)
+
+
 def test_more_tokens_need_more_and_more_devices_less():
     model = plan.MODELS["llama3_8b"]
     where = topology.parse("v5e:4x4")
@@ -106,6 +119,8 @@ def test_messages_are_the_strategys():
     near = dataclasses.replace(model, mixers=(Softmax(mask=Causal() & Window(100)),))
     assert of("ring", near)["attention, forward"] == 2 * hop
     assert of("all_gather")["their gradients"] == 3 * 4 * hop
+    striped = Config(near, ByteLM(T=8192, B=4), Mesh(fsdp=2, seq=4, layout="striped"), Optimiser(accumulate=2))
+    assert analytic.messages(striped, topology.parse("h100:8"))["attention, forward"] == 3 * 2 * hop
     both_sides = dataclasses.replace(model, mixers=(Softmax(mask=Full()),))
     with pytest.raises(NotImplementedError, match="is for causal masks"):
         of("balanced", both_sides)

@@ -1,5 +1,6 @@
 """`longattn profile --sequence`, `longattn plan --strategies all --analytic`, and the study's part."""
 
+import dataclasses
 import io
 import json
 
@@ -99,6 +100,37 @@ def test_a_plan_by_formula_compares_and_recommends(capsys, tmp_path):
     console = Console(width=200, file=io.StringIO())
     alone = plan.run(one_row_each, "tiny", console)
     assert alone["sequence"] == [] and "one device needs none" in console.file.getvalue()
+
+
+def test_a_plan_compiles_every_strategy_on_a_mesh_that_it_takes(monkeypatch):
+    """usp on two axes, balanced in the contiguous layout, the others as asked for."""
+    meshes = []
+
+    def facts(config, *rest):
+        meshes.append(config.mesh)
+        return {"fits": True, "hbm_bytes": 10, "hbm_limit": 20, "by_kind": {}, "collectives": [], "mfu_bound": 0.4,
+                "seconds": {"bound": 1.0 + len(meshes), "exposed": 0.5}}  # fmt: skip
+
+    monkeypatch.setattr(topology.Topology, "environment", lambda self: {})
+    monkeypatch.setattr(plan.command, "_compilers", lambda where: {})
+    monkeypatch.setattr(plan.command.program, "facts", facts)
+    options = plan.PlanOptions(
+        topology="h100:8", model=Model(N=2, E=512, H=8, K=4), data=ByteLM(T=1024, B=2), strategies="all",
+        mesh=Mesh(fsdp=2, seq=4, layout="zigzag"),
+    )  # fmt: skip
+    document = plan.run(options, "tiny", Console(width=200, file=io.StringIO()))
+    shared = {"fsdp": 2, "seq": 4, "layout": "zigzag"}
+    assert meshes == [
+        Mesh(**shared), Mesh(**(shared | {"layout": "contiguous"}), strategy="balanced"),
+        Mesh(**shared, strategy="all_gather"), Mesh(**shared, strategy="ulysses"),
+        Mesh(**(shared | {"seq": 2}), ring=2, strategy="usp"),
+    ]  # fmt: skip
+    assert [row["layout"] for row in document["rows"]] == ["zigzag", "contiguous", "zigzag", "zigzag", "zigzag"]
+    assert document["recommended"].startswith("ring: ")
+    three = dataclasses.replace(options, topology="h100:6", mesh=Mesh(fsdp=2, seq=3), model=Model(E=6 * 64),
+                                data=ByteLM(T=1200, B=2))  # fmt: skip
+    reasons = [row.get("reason") for row in plan.run(three, "tiny", Console(file=io.StringIO()))["rows"]]
+    assert reasons[:4] == [None] * 4 and "3 devices along the sequence cannot be divided" in reasons[4]
 
 
 def test_layers_of_several_masks_are_averaged_and_remat_runs_forward_twice():
