@@ -126,6 +126,8 @@ def _strategic_forward(
 
 def _strategic_backward(strategy: str, call: Call, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
     kept, extras, out, lse = residuals
+    # Without the barrier XLA may find that keys were sent here before, and keep them until now.
+    kept, cotangents = jax.lax.optimization_barrier((kept, cotangents))
     dq, dk, dv, dbias = STRATEGIES[strategy].backward(kept, out, lse, *cotangents, extras, call)
     return *(x.astype(kept[0].dtype) for x in (dq, dk, dv)), dbias, None
 

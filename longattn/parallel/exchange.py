@@ -80,8 +80,6 @@ def _gather_forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Ex
 def _gather_backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: Extras, call: Call) -> Any:
     """Its gradients."""
     q, k, v, bias = kept
-    # Without the barrier XLA may find that these keys were gathered before, and keep all of them until now.
-    k, v, do, dlse = lax.optimization_barrier((k, v, do, dlse))
     whole_k, whole_v = _gathered(k, v, call.axis)
     options = _own_rows(q, extras, call)
     if bias is None:
