@@ -77,11 +77,17 @@ def optimiser(config: Config) -> optax.GradientTransformation:
 def context_of(config: Config) -> Context | None:
     """Where a config's training runs: None, one device, where every axis of its mesh is 1.
 
-    Raises ValueError where this machine has another number of devices than the mesh.
+    Raises ValueError where there is another number of devices than the mesh has.
     """
-    c = config.mesh
-    if c.size == 1:
+    c, processes = config.mesh, jax.process_count()
+    if c.size == 1 and processes == 1:
         return None
+    if c.size > jax.device_count() and jax.default_backend() == "cpu" and c.size % processes == 0:
+        whose = "each of the processes" if processes > 1 else "the CPU"
+        raise ValueError(
+            f"the mesh needs {c.size} devices and there are {jax.device_count()}: JAX_NUM_CPU_DEVICES="
+            f"{c.size // processes} in the environment lets {whose} pass for as many, or change --mesh.*"
+        )
     return Context(mesh=meshes.make_mesh(c.data, c.fsdp, c.tensor, c.seq), strategy=c.strategy)
 
 
