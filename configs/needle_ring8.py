@@ -1,14 +1,15 @@
 """The passkey of configs/needle.py with its rows divided over eight devices: `Mesh(seq=8)`, 64 bytes on each.
 
-command   JAX_NUM_CPU_DEVICES=8 longattn train configs/needle_ring8.py      (a CPU that passes for eight devices)
-          on two processes, each with four: the two lines below, in two terminals or with & between them
+command   JAX_NUM_CPU_DEVICES=8 longattn train configs/needle_ring8.py      (one CPU passes for eight devices)
+          or on two processes with four devices each:
               export JAX_NUM_CPU_DEVICES=4 LONGATTN_COORDINATOR=127.0.0.1:8476 LONGATTN_PROCESSES=2
-              LONGATTN_PROCESS=0 longattn train configs/needle_ring8.py & LONGATTN_PROCESS=1 longattn train \\
-                  configs/needle_ring8.py
-          on eight chips without JAX_NUM_CPU_DEVICES, and on several hosts as configs/launch says
+              LONGATTN_PROCESS=1 longattn train configs/needle_ring8.py &
+              LONGATTN_PROCESS=0 longattn train configs/needle_ring8.py
+          or on eight chips, without JAX_NUM_CPU_DEVICES; several hosts are started as in configs/launch
 device    2 CPU cores, float32
-time      TIME
-expected  EXPECTED
+time      less than a minute, on two processes two, most of it compilation: 0.1 s a step and 0.6 s
+expected  held-out loss 2.480 (seed 0), on one process and on two: near ln 10 = 2.303, so fifty steps teach that the
+          answer is digits, and 10 % of them are right, as by guessing
 """
 
 from longattn.config import Config, Mesh, Model, Needle, Optimiser, RoPE, Run, Softmax

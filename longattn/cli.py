@@ -60,11 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not launch.supervised():
         return _run(name, rest)
     launch.die_with_the_supervisor()
+    from longattn.train import distributed
+
     try:
-        return launch.leave(_run(name, rest))
-    except Exception:  # Python's own way to print it would then wait for the other processes
+        code = _run(name, rest)
+    except Exception:
         traceback.print_exc()
-        return launch.leave(1)
+        code = 1
+    return distributed.leave(code)
 
 
 def _run(name: str, rest: list[str]) -> int:

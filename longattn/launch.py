@@ -286,15 +286,3 @@ def die_with_the_supervisor() -> None:
     """End this process when the one that started it ends, however that does."""
     with contextlib.suppress(AttributeError, OSError):  # Linux alone has it
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-def leave(code: int) -> int:
-    """The exit code of a process of several; after a mistake or a loss it ends here.
-
-    Python's way out would wait for the others to come to theirs.
-    """
-    if code in (0, STOPPED):
-        return code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

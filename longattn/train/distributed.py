@@ -78,6 +78,13 @@ def _insist_on_port(coordinator: str) -> None:
             ) from error
 
 
+def _client() -> Any:
+    """Of JAX's coordination service, which has no public way to its barriers; orbax takes this one too."""
+    from jax._src.distributed import global_state
+
+    return global_state.client
+
+
 _blocks = itertools.count()  # processes come to the same blocks in the same order
 
 
@@ -99,10 +106,7 @@ def together() -> Iterator[dict[str, Any]]:
         yield facts
     except Exception as mine:
         error = mine
-    # JAX has no public way to the store that its coordination service keeps; orbax takes this one too.
-    from jax._src.distributed import global_state
-
-    client, key, me = global_state.client, f"longattn/{next(_blocks)}", jax.process_index()
+    client, key, me = _client(), f"longattn/{next(_blocks)}", jax.process_index()
     said = {"facts": json.loads(json.dumps(facts)), "error": error and " ".join(str(error).split())}
     client.key_value_set(f"{key}/{me}", json.dumps(said))
     client.wait_at_barrier(key, _WAIT)
@@ -120,6 +124,22 @@ def together() -> Iterator[dict[str, Any]]:
                 f"the processes disagree: {path} is {ours} on process 0 and {theirs} on process {process}; start all "
                 "with the same command, the same files, and run.dir on a file system that they share"
             )
+
+
+def leave(code: int) -> int:
+    """The exit code of a process of several; after a mistake or a loss it ends here.
+
+    Python's way out would wait for the others to come to theirs. Those that end for the same reason are waited for a
+    moment: the end of process 0 would hide it.
+    """
+    if code in (0, launch.STOPPED):
+        return code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code != launch.LOST and (client := _client()) is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.wait_at_barrier("longattn/leave", 5000)
+    os._exit(code)
 
 
 class Agreed:
@@ -156,8 +176,9 @@ def others(goes_on: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, OSError) as error:
-        if jax.process_count() == 1 or not _OF_OTHERS.search(str(error)):
+        said = str(error.__cause__ or error)
+        if jax.process_count() == 1 or not _OF_OTHERS.search(said):
             raise
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = said.strip().split("\n")[0][:200]
         me = f"process {jax.process_index()} of {jax.process_count()}"
         raise Lost(f"{me} lost another one, whose own log says why ({reason}); {goes_on()}") from error

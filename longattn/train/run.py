@@ -61,7 +61,7 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
     console = console or Console(stderr=True, quiet=quiet or not distributed.first())
     folder = Path(config.run.dir, config.run.name)
     with contextlib.ExitStack() as stack:
-        # One process ends at once until it has something to save. Of several, none may leave the others.
+        # Until it has something to save one process ends at once. Of several, none may leave the others.
         stop = stack.enter_context(_sigterm()) if jax.process_count() > 1 else None
         with distributed.together() as facts:
             started = record.check_folder(folder, config, resume=resume)
