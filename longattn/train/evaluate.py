@@ -103,13 +103,14 @@ def evaluate(
     how many bytes a piece of a long file reads again, without loss, so that its first predictions have context too.
     """
     given = {"T": T, "B": B, "glob": glob, "overlap": overlap}
-    with distributed.together() as facts:
-        config, params, step, step_fn, source = _prepare(Path(run_dir), given, newest, mesh)
-        facts |= {"config": json.loads(to_json(config))["config"], "checkpoint": {"step": step}, "data": source.info}
     with distributed.others(lambda: "start again with the same command"):
+        with distributed.together() as facts:
+            config, params, step, step_fn, source = _prepare(Path(run_dir), given, newest, mesh)
+            facts |= {"config": json.loads(to_json(config))["config"], "checkpoint": {"step": step}}
+            facts["data"] = source.info
         result = run_evaluation(config, step_fn, params, source, batches)
     if isinstance(config.data, ByteLM) and not batches:
-        result["xz"] = xz_bits_per_byte(getattr(source, "source", source))
+        result["xz"] = xz_bits_per_byte(source.source if isinstance(source, data.Spread) else source)
     return {
         "version": EVALUATION_VERSION,
         "run": str(run_dir),
@@ -140,13 +141,8 @@ def _prepare(folder: Path, given: dict[str, Any], newest: bool, mesh: Mesh) -> t
         source = data.Spread(source, (config.data.B, config.data.T), batch_sharding(config, context))
     params, step = restore_params(folder, config, newest=newest, context=context)
     shapes = state_shapes(config, context).params
-    return (
-        config,
-        params,
-        step,
-        record.compile_program(config, eval_step(config, context), shapes, batch_shapes(config)),
-        source,
-    )
+    step_fn = record.compile_program(config, eval_step(config, context), shapes, batch_shapes(config))
+    return config, params, step, step_fn, source
 
 
 def xz_bits_per_byte(source: Any) -> dict[str, float]:

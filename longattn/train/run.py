@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -60,7 +61,9 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
     """
     console = console or Console(stderr=True, quiet=quiet or not distributed.first())
     folder = Path(config.run.dir, config.run.name)
+    remedy = functools.partial(goes_on, folder / "checkpoints")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(distributed.others(remedy))
         # Until it has something to save one process ends at once. Of several, none may leave the others.
         stop = stack.enter_context(_sigterm()) if jax.process_count() > 1 else None
         with distributed.together() as facts:
@@ -79,9 +82,8 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
             kernels = bringup.check(config, job.context, console)
         with distributed.together() as facts:
             facts["run folder"] = {"is there": (folder / "config.json").exists()}
-        stack.enter_context(distributed.others(lambda: goes_on(folder / "checkpoints")))
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.run.keep))
-        stack.enter_context(distributed.others(lambda: goes_on(folder / "checkpoints")))
+        stack.enter_context(distributed.others(remedy))  # once more: leaving the checkpoints depends on it
         state = checkpoints.restore(job.shapes)
         if state is None:
             state = init_state(config, config.run.seed, job.context)
@@ -256,4 +258,4 @@ def _sigterm() -> Iterator[threading.Event]:
     try:
         yield event
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not set by Python
