@@ -29,6 +29,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LOST = 75  # the exit code where other processes are gone: sysexits.h's EX_TEMPFAIL, "try again"
 STOPPED = 128 + signal.SIGTERM  # after saving
@@ -212,8 +213,13 @@ def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) ->
     package = str(Path(__file__).parents[1])
     paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     child: list[subprocess.Popen[bytes]] = []
+
+    def forward(*_: Any) -> None:
+        for process in child:
+            process.send_signal(signal.SIGTERM)
+
     # A launcher's SIGTERM may reach both processes; the other one hears it twice then, which is no more than once.
-    signal.signal(signal.SIGTERM, lambda *_: [c.send_signal(signal.SIGTERM) for c in child])
+    signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
     child.append(
         subprocess.Popen(

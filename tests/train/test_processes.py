@@ -84,7 +84,7 @@ def started(command: list[str], processes: int, devices: int, **env: str) -> Ite
             process.communicate()
 
 
-def ended(running: list[subprocess.Popen], seconds: float = 200) -> list[tuple[int, str, str]]:
+def ended(running: list[subprocess.Popen], seconds: float = 300) -> list[tuple[int, str, str]]:
     """How each process ended: exit code, standard output, standard error. Fails after so many seconds for all."""
     end = time.monotonic() + seconds
     results = []
@@ -253,7 +253,7 @@ def test_a_coordinator_out_of_reach_is_one_line_in_time(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_four_processes(tmp_path: Path) -> None:
-    c = dataclasses.replace(config(tmp_path), mesh=Mesh(seq=4))
+    c = dataclasses.replace(config(tmp_path, steps=6), mesh=Mesh(seq=4))
     c = dataclasses.replace(c, data=Needle(glob=SOURCES, T=128, B=4, digits=2))
     seen = worked(tmp_path, c, 4, 1)
     whole = [0, 1, 2, 3]
