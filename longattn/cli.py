@@ -1,8 +1,10 @@
 """The command line: `longattn train|eval|bench|compare|study|plan|profile|bringup`. The one place that knows tyro.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 1 a kernel is wrong (bringup, and train
-before step 0), 2 the caller's mistake (one line, with the remedy), 130 interrupted, 143 stopped by SIGTERM after
-saving. What is heavy is imported by the command that needs it. LONGATTN_TRACEBACK=1 shows where a refusal came from.
+before step 0), 2 the caller's mistake (one line, with the remedy), 75 another process was lost, or never came (the
+same command goes on), 130 interrupted, 143 stopped by SIGTERM after saving. `train` and `eval` run on several
+processes where the environment says so: launch.py. What is heavy is imported by the command that needs it.
+LONGATTN_TRACEBACK=1 shows where a refusal came from.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from longattn.config import Config
+from longattn import launch
+from longattn.config import Config, Mesh, from_json
 
 USAGE = """usage: longattn COMMAND ...
 
@@ -39,6 +42,10 @@ USAGE = """usage: longattn COMMAND ...
 
 CONFIG is a Python file that defines `config = longattn.config.Config(...)`, such as configs/bytelm_small.py.
 RUN is the folder that `train` wrote, such as runs/bytelm_small.
+
+train and eval run on several processes, each started with the same command and with LONGATTN_COORDINATOR=host:port of
+process 0, LONGATTN_PROCESSES and LONGATTN_PROCESS (from 0) in its environment; by srun, in a JobSet and on a Cloud TPU
+they find these out: configs/launch. A CPU passes for N devices with JAX_NUM_CPU_DEVICES=N.
 """
 
 
@@ -51,6 +58,20 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}{_suggest(name, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
+    if not launch.supervised():
+        return _run(name, rest)
+    launch.die_with_the_supervisor()
+    from longattn.train import distributed
+
+    try:
+        code = _run(name, rest)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    return distributed.leave(code)
+
+
+def _run(name: str, rest: list[str]) -> int:
     try:
         return COMMANDS[name](rest)
     except KeyboardInterrupt:
@@ -63,6 +84,25 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("LONGATTN_TRACEBACK"):
             raise
         return _fail(str(error))
+
+
+def _on_every_process(command: list[str], goes_on: Callable[[], str], work: Callable[[], int]) -> int:
+    """Do a command's work: here, or where the environment speaks of several processes in one that JAX may abort.
+
+    goes_on: what happens when the same command is started again, for the line about a process that was lost.
+    """
+    found = launch.detect(os.environ)
+    if found is None:
+        return work()
+    if not launch.supervised():
+        return launch.supervise(command, found, goes_on)
+    from longattn.train import distributed
+
+    distributed.initialize(found)
+    try:
+        return work()
+    except distributed.Lost as error:
+        return _fail(str(error), launch.LOST)
 
 
 def _fail(message: str, code: int = 2) -> int:
@@ -79,8 +119,6 @@ def _suggest(name: str, known: Any) -> str:
 
 
 def _train(arguments: list[str]) -> int:
-    from longattn.config import Config
-
     if not arguments or arguments[0].startswith("-"):
         if arguments and arguments[0] in ("-h", "--help"):
             _parse(Config, ["--help"], "train CONFIG", default=Config())
@@ -93,8 +131,19 @@ def _train(arguments: list[str]) -> int:
         "--run.init_from" + a[len("--init-from") :] if a.split("=")[0] == "--init-from" else a for a in overrides
     ]
     config = _parse(Config, overrides, f"train {path}", default=load_config(path))
+
+    def goes_on() -> str:
+        from longattn.train import checkpoint
+
+        return checkpoint.goes_on(Path(config.run.dir, config.run.name, "checkpoints"))
+
+    return _on_every_process(["train", *arguments], goes_on, lambda: _train_here(config, as_json))
+
+
+def _train_here(config: Config, as_json: bool) -> int:
     _compilation_cache(scopes=config.run.profile is not None)
     _keep_freed_memory()
+    from longattn.train import distributed
     from longattn.train.bringup import Disagreement
     from longattn.train.run import train
 
@@ -103,8 +152,13 @@ def _train(arguments: list[str]) -> int:
     except Disagreement as error:
         return _fail(str(error), 1)
     if summary.status == "stopped":
-        print(f"longattn: stopped by SIGTERM after saving step {summary.steps} of {summary.run_dir}", file=sys.stderr)
-        return 143
+        if distributed.first():
+            print(
+                f"longattn: stopped by SIGTERM after saving step {summary.steps} of {summary.run_dir}", file=sys.stderr
+            )
+        return launch.STOPPED
+    if not distributed.first():
+        return 0
     if as_json:
         print(json.dumps({"version": 1, "kind": "train", **vars(summary), "run_dir": str(summary.run_dir)}))
         return 0
@@ -126,6 +180,7 @@ class EvalOptions:
     overlap: int | None = None  # bytes of context that a piece of a long file reads again, without loss (ByteLM)
     batches: int = 0  # how many batches; 0: the whole held-out set
     newest: bool = False  # the newest checkpoint instead of the best
+    mesh: Mesh = Mesh()  # all devices, of all processes; all 1: one device
     json: bool = False  # print one JSON document
 
 
@@ -133,7 +188,13 @@ def _eval(arguments: list[str]) -> int:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--run", *arguments]
     options = _parse(EvalOptions, arguments, "eval")
+    again = "start again with the same command"
+    return _on_every_process(["eval", *arguments], lambda: again, lambda: _eval_here(options))
+
+
+def _eval_here(options: EvalOptions) -> int:
     _compilation_cache()
+    from longattn.train import distributed
     from longattn.train.evaluate import evaluate
 
     result = evaluate(
@@ -144,7 +205,10 @@ def _eval(arguments: list[str]) -> int:
         overlap=options.overlap,
         batches=options.batches,
         newest=options.newest,
+        mesh=options.mesh,
     )
+    if not distributed.first():
+        return 0
     if options.json:
         print(json.dumps(result))
         return 0
@@ -342,9 +406,6 @@ def _one_line(box: str) -> str:
 def load_config(path: str) -> Config:
     """The `config` of a Python file, or the one that a run's config.json holds. Raises ValueError for anything else."""
     import runpy
-    import traceback
-
-    from longattn.config import Config, from_json
 
     if not Path(path).is_file():
         folder = Path(path).parent

@@ -61,8 +61,10 @@ def make_mesh(
 ) -> Mesh:
     """A mesh of these sizes whose axes are Auto.
 
-    Neighbours on the later axes are neighbours in the machine. Devices of several slices (TPU pods joined by a slower
-    network) are crossed by `data` alone, or by `fsdp` where `data` is 1, whose messages are the fewest.
+    Neighbours on the later axes are neighbours in the machine: a process's devices follow one another along `seq` as
+    far as it goes. Devices of several slices (TPU pods joined by a slower network) are crossed by `data` alone, or by
+    `fsdp` where `data` is 1, whose messages are the fewest. Hosts of GPUs, each of which XLA counts as a slice, may be
+    crossed by every axis.
 
     Args:
       data, fsdp, tensor, seq: devices along each axis; their product must be the number of devices.
@@ -91,7 +93,7 @@ def _arranged(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
     """The devices in the mesh's shape; slices lie along the first axis of more than one device."""
     shape = tuple(sizes.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    if slices == 1 or getattr(devices[0], "platform", "") == "gpu":  # XLA numbers GPUs host by host
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     across = "data" if sizes["data"] > 1 else "fsdp"
     if sizes[across] % slices:

@@ -16,11 +16,24 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from longattn.train.distributed import Lost
 from longattn.train.step import Params, State
 
 # orbax logs every save, and tracebacks beside each exception that it raises and this file turns into one line.
 for _name in ("absl", "concurrent.futures"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """The steps of the whole checkpoints under a folder, ascending."""
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def goes_on(folder: Path) -> str:
+    """Where a run that lost a process goes on: the remedy, for an error's one line."""
+    whole = whole_steps(folder)
+    begins = f"it goes on from step {whole[-1]}" if whole else "it begins anew, for no checkpoint was whole yet"
+    return f"start again with the same command: {begins}"
 
 
 def _quality(metrics: dict[str, float]) -> float:
@@ -52,6 +65,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Lost):
+            return  # a save in progress waits for a process that is gone
         try:
             with self._disk_errors():
                 self._manager.close()
@@ -123,7 +138,7 @@ class Checkpoints:
         except Exception as error:
             with contextlib.suppress(Exception):  # a save that was in progress may still become whole
                 self._manager.wait_until_finished()
-            whole = sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+            whole = whole_steps(self.folder)
             good = (
                 f"the last good checkpoint, step {whole[-1]}, is untouched"
                 if whole
@@ -140,7 +155,7 @@ class Checkpoints:
 
 def _placed(tree: Any) -> Any:
     """ShapeDtypeStructs that all say where they lie: else orbax looks for the devices that saved them."""
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one), tree)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import lzma
 import math
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from longattn.config import ByteLM, Config, Mesh
+from longattn.config import ByteLM, Config, Mesh, to_json
 from longattn.models.context import Context
-from longattn.train import data, record
+from longattn.train import data, distributed, record
 from longattn.train.checkpoint import Checkpoints
-from longattn.train.step import Params, batch_shapes, eval_step, state_shapes
+from longattn.train.step import Params, batch_shapes, context_of, eval_step, on_mesh, state_shapes
 
 EVALUATION_VERSION = 1
 
@@ -90,34 +91,26 @@ def evaluate(
     overlap: int | None = None,
     batches: int = 0,
     newest: bool = False,
+    mesh: Mesh = Mesh(),
 ) -> dict[str, Any]:
     """Evaluate a run's best checkpoint on its held-out data, optionally at another length, or on other files.
 
-    It runs on one device, whatever mesh trained the model.
+    It runs on one device, or on `mesh`, whatever mesh trained the model; on several processes as `train` does. Raises
+    ValueError for options that do not apply, a run without a checkpoint, and a mesh of another number of devices;
+    distributed.Lost when another process is gone.
 
     `batches=0`: the whole held-out set; for ByteLM it comes with the bits per byte of `xz -9`. `overlap`: ByteLM only,
     how many bytes a piece of a long file reads again, without loss, so that its first predictions have context too.
     """
-    config = record.read_config(Path(run_dir))
     given = {"T": T, "B": B, "glob": glob, "overlap": overlap}
-    known = {f.name for f in dataclasses.fields(config.data)}
-    for name in given.keys() - known:
-        if given[name] is not None:
-            raise ValueError(
-                f"{name}={given[name]!r} does not apply to {type(config.data).__name__} data; leave it out"
-            )
-    changed: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    if glob is not None and isinstance(config.data, ByteLM):
-        changed["valid"] = 1.0  # other files than the run was trained on: all of them are held out
-    config = evaluation_config(config)
-    config = dataclasses.replace(config, mesh=Mesh(), data=dataclasses.replace(config.data, **changed))
-    source = data.source(config.data, seed=config.run.seed, split="valid")
-    params, step = restore_params(Path(run_dir), config, newest=newest)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-    step_fn = record.compile_program(config, eval_step(config), shapes, batch_shapes(config))
-    result = run_evaluation(config, step_fn, params, source, batches)
+    with distributed.others(lambda: "start again with the same command"):
+        with distributed.together() as facts:
+            config, params, step, step_fn, source = _prepare(Path(run_dir), given, newest, mesh)
+            facts |= {"config": json.loads(to_json(config))["config"], "checkpoint": {"step": step}}
+            facts["data"] = source.info
+        result = run_evaluation(config, step_fn, params, source, batches)
     if isinstance(config.data, ByteLM) and not batches:
-        result["xz"] = xz_bits_per_byte(source)
+        result["xz"] = xz_bits_per_byte(source.source if isinstance(source, data.Spread) else source)
     return {
         "version": EVALUATION_VERSION,
         "run": str(run_dir),
@@ -126,6 +119,30 @@ def evaluate(
         **result,
         "data": source.info,
     }
+
+
+def _prepare(folder: Path, given: dict[str, Any], newest: bool, mesh: Mesh) -> tuple[Config, Params, int, Any, Any]:
+    """The config with what is `given`, a checkpoint's parameters and step, the compiled evaluation and its source."""
+    config = record.read_config(folder)
+    known = {f.name for f in dataclasses.fields(config.data)}
+    for name in given.keys() - known:
+        if given[name] is not None:
+            raise ValueError(
+                f"{name}={given[name]!r} does not apply to {type(config.data).__name__} data; leave it out"
+            )
+    changed: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    if given["glob"] is not None and isinstance(config.data, ByteLM):
+        changed["valid"] = 1.0  # other files than the run was trained on: all of them are held out
+    config = evaluation_config(config)
+    config = dataclasses.replace(config, mesh=mesh, data=dataclasses.replace(config.data, **changed))
+    context = context_of(config)
+    source: Any = data.source(config.data, seed=config.run.seed, split="valid")
+    if context is not None:
+        source = on_mesh(source, config, context)
+    params, step = restore_params(folder, config, newest=newest, context=context)
+    shapes = state_shapes(config, context).params
+    step_fn = record.compile_program(config, eval_step(config, context), shapes, batch_shapes(config))
+    return config, params, step, step_fn, source
 
 
 def xz_bits_per_byte(source: Any) -> dict[str, float]:

@@ -93,7 +93,13 @@ def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any, Any] | N
 
 @contextlib.contextmanager
 def claim(folder: Path, config: Config) -> Iterator[None]:
-    """Hold a run folder for this process (the kernel lets go of it however the process ends) and write config.json."""
+    """Hold a run folder for this process (the kernel lets go of it however the process ends) and write config.json.
+
+    Of several processes the first does, for all.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
@@ -130,7 +136,12 @@ def environment(data: dict[str, Any] | None = None) -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": ["longattn", *sys.argv[1:]],  # no path of this machine
         "versions": versions,
-        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
         "host": {"system": platform.platform(), "cpu": _cpu_name(), "cores": os.cpu_count()},
         "commit": commit(),
         "data": data or {},
@@ -248,7 +259,10 @@ def history(folder: Path, until: float = math.inf) -> list[dict[str, Any]]:
 
 
 class Recorder:
-    """Writes metrics.jsonl and env.json and prints one line per record. Use as a context manager."""
+    """Writes metrics.jsonl and env.json and prints one line per record. Use as a context manager.
+
+    Of several processes the first writes and prints; the others keep the same history.
+    """
 
     def __init__(
         self,
@@ -268,10 +282,12 @@ class Recorder:
         """
         self.config, self.console, self.ideal_seconds = config, console, ideal_seconds
         self.history = history(folder, start)
-        write_whole(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
-        self._write_environment(folder, start, info, {"kernels": kernels, "mesh": mesh})
-        self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed in __exit__)
-        self.board = scalar_writer()(str(folder / "tensorboard")) if config.run.tensorboard else None
+        self.file = self.board = None
+        if jax.process_index() == 0:
+            write_whole(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
+            self._write_environment(folder, start, info, {"kernels": kernels, "mesh": mesh})
+            self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed in __exit__)
+            self.board = scalar_writer()(str(folder / "tensorboard")) if config.run.tensorboard else None
         self.seconds: list[float] = []  # of each step since the last record
         self.waits: list[float] = []
 
@@ -287,7 +303,8 @@ class Recorder:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.file.close()
+        if self.file:
+            self.file.close()
         if self.board:
             self.board.close()
 
@@ -314,10 +331,12 @@ class Recorder:
         record["peak_memory_bytes"] = peak_memory()
         if valid is not None:
             record["valid"] = valid
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
         self.history.append(record)
         self.seconds, self.waits = [], []
+        if self.file is None:
+            return
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
         self.console.print(line(record, self.config), soft_wrap=True, highlight=False)
         if self.board:
             for name, value in _scalars(record):

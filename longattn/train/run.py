@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import math
 import signal
 import threading
@@ -10,21 +12,20 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from rich.console import Console
 
-from longattn.config import Config
+from longattn.config import Config, to_json
 from longattn.models.context import Context
-from longattn.train import bringup, data, record
-from longattn.train.checkpoint import Checkpoints
+from longattn.train import bringup, data, distributed, record
+from longattn.train.checkpoint import Checkpoints, goes_on, whole_steps
 from longattn.train.evaluate import evaluation_config, initial_params, run_evaluation
 from longattn.train.step import (
     State,
     batch_shapes,
-    batch_sharding,
     context_of,
     eval_step,
     init_state,
@@ -49,20 +50,76 @@ class Summary:
 def train(config: Config, *, resume: bool = True, quiet: bool = False, console: Console | None = None) -> Summary:
     """Train as the config says, continuing from the run folder's newest checkpoint.
 
-    Raises ValueError for a folder that holds another run, data that cannot be read, a mesh of another number of devices
-    or a step that does not fit in memory, all before anything is written; FloatingPointError when the loss is no longer
-    finite, of the class `bringup.Disagreement` when kernels are wrong that never ran on such a chip; OSError when the
-    disk is full.
-    """
-    console = console or Console(stderr=True, quiet=quiet)
-    folder = Path(config.run.dir, config.run.name)
-    started = record.check_folder(folder, config, resume=resume)
-    if started and (folder / "checkpoints").is_dir():
-        with Checkpoints(folder / "checkpoints", read_only=True) as saved:
-            if saved.latest() is not None and saved.latest() >= config.run.steps:
-                console.print(f"{folder} is finished: {saved.latest()} steps; choose another --run.name to train again")
-                return _summary(folder, config, "already finished", saved.latest(), record.history(folder))
+    Of several processes (see distributed.py) each calls it with the same config, the first writes and speaks, and a
+    SIGTERM to any stops all; the mesh must be of all their devices, the run's folder on a file system they share.
 
+    Raises ValueError for a folder that holds another run, data that cannot be read, a mesh of another number of devices
+    or a step that does not fit in memory, all before anything is written, and on all processes where one refuses;
+    FloatingPointError when the loss is no longer finite, of the class `bringup.Disagreement` when kernels are wrong
+    that never ran on such a chip; OSError when the disk is full; distributed.Lost when another process is gone.
+    """
+    console = console or Console(stderr=True, quiet=quiet or not distributed.first())
+    folder = Path(config.run.dir, config.run.name)
+    remedy = functools.partial(goes_on, folder / "checkpoints")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(distributed.others(remedy))
+        # Until it has something to save one process ends at once. Of several, none may leave the others.
+        stop = stack.enter_context(_sigterm()) if jax.process_count() > 1 else None
+        with distributed.together() as facts:
+            started = record.check_folder(folder, config, resume=resume)
+            steps = whole_steps(folder / "checkpoints")
+            facts |= {"config": json.loads(to_json(config))["config"], "run": {"steps saved": steps}}
+            finished = started and steps and steps[-1] >= config.run.steps
+            if not finished:
+                job = _prepare(config, folder, console, started, facts)
+        if finished:
+            console.print(f"{folder} is finished: {steps[-1]} steps; choose another --run.name to train again")
+            return _summary(folder, config, "already finished", steps[-1], record.history(folder))
+
+        with distributed.together():
+            stack.enter_context(record.claim(folder, config))
+            kernels = bringup.check(config, job.context, console)
+        with distributed.together() as facts:
+            facts["run folder"] = {"is there": (folder / "config.json").exists()}
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.run.keep))
+        stack.enter_context(distributed.others(remedy))  # once more: leaving the checkpoints depends on it
+        state = checkpoints.restore(job.shapes)
+        if state is None:
+            state = init_state(config, config.run.seed, job.context)
+            if config.run.init_from:
+                state = state._replace(params=job.loaded or initial_params(config, job.context))
+        start = int(state.step)
+        if start:
+            console.print(f"continuing {folder} after step {start}")
+        ideal = ideal_seconds(config, job.sources["train"].lengths)
+        mesh = None if job.context is None else job.context.described()
+        recorder = stack.enter_context(
+            record.Recorder(
+                folder, config, console, start=start, ideal_seconds=ideal, info=job.info, kernels=kernels, mesh=mesh
+            )
+        )
+        with distributed.together():
+            bringup.insist(kernels)
+        agreed = distributed.Agreed(stop or stack.enter_context(_sigterm()))
+        done = _loop(config, state, job.step_fn, job.eval_fn, job.sources, checkpoints, recorder, agreed)
+        checkpoints.wait()
+        status = "finished" if done == config.run.steps else "stopped"
+        return _summary(folder, config, status, done, recorder.history)
+
+
+class _Job(NamedTuple):
+    """What is read and compiled before anything is written."""
+
+    context: Context | None
+    sources: dict[str, Any]  # by split
+    info: dict[str, Any]  # of the sources
+    shapes: State
+    loaded: Any  # the parameters of run.init_from, where a new run begins with them
+    step_fn: Any
+    eval_fn: Any
+
+
+def _prepare(config: Config, folder: Path, console: Console, started: bool, facts: dict[str, Any]) -> _Job:
     if config.run.tensorboard:
         record.scalar_writer()
     context = context_of(config)
@@ -72,13 +129,10 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
         "train": data.source(config.data, seed=config.run.seed, split="train", groups=groups),
         "valid": data.source(evaluation.data, seed=config.run.seed, split="valid"),
     }
-    info = {split: source.info for split, source in sources.items()}
+    facts["data"] = info = {split: source.info for split, source in sources.items()}
     if context is not None:
         for split, c in (("train", config), ("valid", evaluation)):
-            sharding = batch_sharding(c, context)
-            sources[split] = data.Spread(
-                sources[split], (c.data.B, c.data.T), sharding, context.layout, context.layout_parts
-            )
+            sources[split] = on_mesh(sources[split], c, context)
     record.check_data(folder, info)
     shapes = state_shapes(config, context)
     loaded = initial_params(config, context) if config.run.init_from and not started else None
@@ -89,38 +143,7 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
     eval_fn = record.compile_program(
         evaluation, eval_step(evaluation, context), shapes.params, batch_shapes(evaluation)
     )
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(record.claim(folder, config))
-        kernels = bringup.check(config, context, console)
-        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.run.keep))
-        state = checkpoints.restore(shapes)
-        if state is None:
-            state = init_state(config, config.run.seed, context)
-            if config.run.init_from:
-                state = state._replace(params=loaded or initial_params(config, context))
-        start = int(state.step)
-        if start:
-            console.print(f"continuing {folder} after step {start}")
-        ideal = ideal_seconds(config, sources["train"].lengths)
-        recorder = stack.enter_context(
-            record.Recorder(
-                folder,
-                config,
-                console,
-                start=start,
-                ideal_seconds=ideal,
-                info=info,
-                kernels=kernels,
-                mesh=None if context is None else context.described(),
-            )
-        )
-        bringup.insist(kernels)
-        stop = stack.enter_context(_sigterm())
-        steps = _loop(config, state, step_fn, eval_fn, sources, checkpoints, recorder, stop)
-        checkpoints.wait()
-        status = "finished" if steps == config.run.steps else "stopped"
-        return _summary(folder, config, status, steps, recorder.history)
+    return _Job(context, sources, info, shapes, loaded, step_fn, eval_fn)
 
 
 def _loop(
@@ -131,12 +154,12 @@ def _loop(
     sources: dict[str, Any],
     checkpoints: Checkpoints,
     recorder: record.Recorder,
-    stop: threading.Event,
+    stop: distributed.Agreed,
 ) -> int:
     """Trains until the last step or a SIGTERM; returns the number of steps done."""
     run = config.run
     start = step = int(state.step)
-    profiler = record.Profiler(Path(run.dir, run.name, "profile"), run.profile)
+    profiler = record.Profiler(Path(run.dir, run.name, "profile"), run.profile if distributed.first() else None)
     batches = iter(data.loader(sources["train"], start))
     pending: Any = None  # (step, its metrics on the device, seconds waited for its batch)
     clock = time.perf_counter()
@@ -175,7 +198,7 @@ def _loop(
         pending = (step, metrics, wait)
         profiler.after(step, state)
 
-        last, stopping = step == run.steps, stop.is_set()
+        last, stopping = step == run.steps, stop.poll()
         evaluate_now = last or (run.eval_every and step % run.eval_every == 0)
         if evaluate_now or step % run.save_every == 0 or stopping:
             # Only a state whose loss was seen finite is saved, and only after its line is on disk (see record.py).
@@ -239,4 +262,4 @@ def _sigterm() -> Iterator[threading.Event]:
     try:
         yield event
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not set by Python

@@ -27,7 +27,7 @@ from longattn.ops import dispatch
 from longattn.parallel import SequenceLayout
 from longattn.parallel import mesh as meshes
 from longattn.parallel.layout import names_of
-from longattn.train.data import Batch
+from longattn.train.data import Batch, Source, Spread
 from longattn.train.loss import cross_entropy, gathered, labels_and_weights
 
 Params = dict[str, Any]
@@ -88,9 +88,15 @@ def context_of(config: Config, devices: Sequence[Any] | None = None) -> Context 
 
     Raises ValueError where there is another number of devices than the mesh has.
     """
-    c = config.mesh
-    if c.size == 1:
+    c, processes = config.mesh, jax.process_count()
+    if c.size == 1 and processes == 1:
         return None
+    if c.size > jax.device_count() and devices is None and jax.default_backend() == "cpu" and c.size % processes == 0:
+        whose = "each of the processes" if processes > 1 else "the CPU"
+        raise ValueError(
+            f"the mesh needs {c.size} devices and there are {jax.device_count()}: JAX_NUM_CPU_DEVICES="
+            f"{c.size // processes} in the environment lets {whose} pass for as many, or change --mesh.*"
+        )
     layouts = {layout_of(mixer, SequenceLayout(c.layout)) for mixer in config.model.layers}
     return Context(
         mesh=meshes.make_mesh(**c.sizes, devices=devices),
@@ -133,6 +139,12 @@ def state_shapes(config: Config, context: Context | None = None) -> State:
 def batch_sharding(config: Config, context: Context) -> NamedSharding:
     """How each array of a batch lies on the context's mesh."""
     return meshes.sharding(context.mesh, context.tokens, (config.data.B, config.data.T), "the batch")
+
+
+def on_mesh(source: Source, config: Config, context: Context) -> Spread:
+    """A source of the config's data whose batches lie on the context's mesh, in its layout."""
+    shape = config.data.B, config.data.T
+    return Spread(source, shape, batch_sharding(config, context), context.layout, context.layout_parts)
 
 
 def _hidden(params: Params, batch: Batch, config: Config, context: Context | None) -> Float[Array, "B T E"]:

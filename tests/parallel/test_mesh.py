@@ -41,7 +41,7 @@ class Device:
 
     id: int
     slice_index: int
-    platform: str = "gpu"
+    platform: str = "fake"
     device_kind: str = "fake"
     process_index: int = 0
 
@@ -61,6 +61,21 @@ def test_slices_are_crossed_by_data_or_fsdp_alone():
         arranged(3, 2, 1, 1, slices=2)
     with pytest.raises(ValueError, match=r"fsdp=1 must be a multiple of 2"):
         arranged(1, 1, 1, 8, slices=2)
+
+
+def test_hosts_of_gpus_are_crossed_by_the_earliest_axes_that_have_to():
+    """XLA counts each host as a slice and numbers its devices one after the other."""
+    devices = [Device(i, i // 4, platform="gpu", process_index=i // 4) for i in range(8)]
+    process = np.vectorize(lambda device: device.process_index)
+    rng = np.random.default_rng(0)
+    for data, seq, want in (
+        (1, 8, [[0] * 4 + [1] * 4]),
+        (2, 4, [[0] * 4, [1] * 4]),
+        (4, 2, [[0] * 2] * 2 + [[1] * 2] * 2),
+    ):
+        sizes = dict(zip(meshes.AXES, (data, 1, 1, seq)))
+        found = meshes._arranged(sizes, [devices[i] for i in rng.permutation(8)])
+        np.testing.assert_array_equal(process(found)[:, 0, 0, :], want)
 
 
 def tree(E: int = 8) -> dict:
