@@ -29,6 +29,7 @@ from longattn.train.step import (
     context_of,
     eval_step,
     init_state,
+    on_mesh,
     state_shapes,
     train_step,
 )
