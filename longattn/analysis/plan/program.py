@@ -130,6 +130,7 @@ def _compiled(lowered: Any, config: Config, where: Topology, state: Any, folder:
         "refused": refused,
         "hbm_bytes": needed,
         "hbm_limit": where.hbm_bytes,
+        "instructions": sum(len(c.instructions) for c in program.computations.values()),
         "by_kind": memory.by_kind(buffers),
         "buffers": [vars(b) for b in buffers[:40]],
     }
@@ -141,6 +142,7 @@ def _compiled(lowered: Any, config: Config, where: Topology, state: Any, folder:
             "aliased_bytes": stats.alias_size_in_bytes,
             "temporary_bytes": needed - stats.argument_size_in_bytes,
             "code_bytes": stats.generated_code_size_in_bytes,
+            "host_bytes": stats.host_temp_size_in_bytes,
             **_time(program, config, where),
         }
     return answer
@@ -168,19 +170,22 @@ def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, An
     # Blockwise attention's loops run as often as the mask's blocks say: what was not counted is what the formula says.
     passes = {"transpose(" in scope for scope in totals.unknown if "attention" in scope}
     attention = sum(f for f, backward in zip(analytic.attention_flops(config), (False, True)) if backward in passes)
-    seconds = totals.seconds + attention / rates.flops
+    host = totals.host_bytes / where.host_bandwidth  # what goes there is there before any of it comes back
+    seconds = max(totals.seconds + attention / rates.flops, host)
     model = cost.step_flops(config) / where.size
     return {
         "flops": totals.flops + attention,
         "attention_flops_by_formula": attention,
         "model_flops": model,
         "hbm_traffic": totals.hbm_bytes,
+        "host_traffic": totals.host_bytes,
         "seconds": {
             "bound": seconds,
             "compute": totals.compute + attention / rates.flops,
             "exposed": totals.exposed,
             "products": (totals.flops + attention) / rates.flops,
             "hbm": totals.hbm_bytes / rates.hbm,
+            "host": host,
         },
         "mfu_bound": model / rates.flops / seconds,
         "collectives": _collectives(totals, rates),

@@ -18,7 +18,7 @@ ROW = {
     "topology", "T", "B", "strategy", "devices", "mesh", "fits", "refused", "hbm_bytes", "hbm_limit", "by_kind",
     "buffers", "argument_bytes", "output_bytes", "aliased_bytes", "temporary_bytes", "code_bytes", "flops",
     "attention_flops_by_formula", "model_flops", "hbm_traffic", "seconds", "mfu_bound", "collectives", "not_counted",
-    "compile_seconds", "cached",
+    "compile_seconds", "cached", "host_bytes", "host_traffic", "instructions",
 }  # fmt: skip
 
 
