@@ -20,6 +20,7 @@ PUBLIC = {
     "longattn.ops.conv",
     "longattn.ops.linear.api",
     "longattn.parallel.api",
+    "longattn.parallel.conv",
     "longattn.parallel.linear",
     "longattn.shapes",
     "longattn.train.loss.cross_entropy",

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from longattn import parallel
 from longattn.ops.attention import attention
+from longattn.ops.conv import short_convolution
 from longattn.ops.linear import linear_attention
 from longattn.parallel import SequenceLayout, embedding
 from longattn.parallel.layout import Axis, convert, devices_on, names_of
@@ -48,6 +49,23 @@ class Context:
             implementation=self.implementation, **options,
         )  # fmt: skip
 
+    def short_convolution(
+        self, x: Float[Array, "B T H D"], w: Float[Array, "H D C"], b: Float[Array, "H D"] | None, **options: Any
+    ) -> Float[Array, "B T H D"]:
+        """`longattn.ops.conv.short_convolution` of the heads' channels, or where the sequence lies in parts
+        `longattn.parallel.short_convolution`; no tail. Heads that `head_axis` does not divide are all on each device.
+        """
+        H, channels = x.shape[2], (*x.shape[:2], -1)
+        arrays = x.reshape(channels), w.reshape(-1, w.shape[2]), None if b is None else b.reshape(-1)
+        if self.mesh is None or self.parts == 1:
+            return short_convolution(*arrays, **options)[0].reshape(x.shape)
+        divided = H % self.mesh.shape.get(self.head_axis, 1) == 0
+        y, _ = parallel.short_convolution(
+            *arrays, mesh=self.mesh, axis=self.axis, batch_axes=self.batch_axes,
+            head_axis=self.head_axis if divided else None, **options,
+        )  # fmt: skip
+        return y.reshape(x.shape)
+
     @property
     def tokens(self) -> PartitionSpec:
         """How [B T ...] lies on the mesh: rows and tokens divided, the rest whole."""
@@ -67,6 +85,15 @@ class Context:
         if self.mesh is None:
             return 1
         return devices_on(self.mesh, names_of(self.axis)[0])
+
+    def described(self) -> str:
+        """The devices in words: "8 devices: data 2 x seq 4, ring, zigzag"."""
+        if self.mesh is None:
+            return "one device"
+        axes = " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items() if n > 1)
+        return f"{self.mesh.size} devices: {axes}" + (
+            f", {self.strategy}, {self.layout.name}" if self.parts > 1 else ""
+        )
 
     @property
     def in_order(self) -> bool:

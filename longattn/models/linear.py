@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Float32, Int32
 from longattn import config
 from longattn.models.context import Context
 from longattn.models.layers import RMSNorm, fan_in, no_state, rope_frequencies, rotate
-from longattn.ops.conv import short_convolution
 from longattn.ops.linear import xla
 
 Heads = Float[Array, "B T H D"]
@@ -52,16 +51,15 @@ def out(module: nn.Module, y: Heads, model: config.Model) -> Float[Array, "B T E
 
 
 def convolved(
-    module: nn.Module, name: str, x: Heads, taps: int, segment_ids: Int32[Array, "B T"] | None, *, bias: bool = False
+    module: Linear, name: str, x: Heads, taps: int, segment_ids: Int32[Array, "B T"] | None, *, bias: bool = False
 ) -> Heads:
     """silu of a short causal convolution with the parameter `name`_conv [H D C], drawn from +-1/sqrt(C)."""
     H, D = x.shape[2:]
     bound = taps**-0.5
     uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
-    w = module.param(f"{name}_conv", uniform, (H, D, taps), jnp.float32).reshape(H * D, taps)
-    b = module.param(f"{name}_conv_bias", uniform, (H, D), jnp.float32).reshape(H * D) if bias else None
-    y, _ = short_convolution(x.reshape(*x.shape[:2], -1), w, b, segment_ids=segment_ids, activation="silu")
-    return y.reshape(x.shape)
+    w = module.param(f"{name}_conv", uniform, (H, D, taps), jnp.float32)
+    b = module.param(f"{name}_conv_bias", uniform, (H, D), jnp.float32) if bias else None
+    return (module.context or Context()).short_convolution(x, w, b, segment_ids=segment_ids, activation="silu")
 
 
 def unit(x: Heads) -> Heads:

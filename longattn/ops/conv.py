@@ -54,6 +54,32 @@ def _short(x, weight, bias, segment_ids, tail, activation):
     return ACTIVATIONS[activation](y).astype(x.dtype), tail
 
 
+def validate_short(
+    x: Any, weight: Any, bias: Any, *, segment_ids: Any, tail: Any, activation: Any
+) -> Float[Array, "B C-1 E"]:
+    """Raises every ValueError of a call of `short_convolution`. Returns its tail, zeros for None."""
+    B, T, E = _channels("x", x)
+    shapes.check_rank("weight", weight, "E C")
+    C = weight.shape[1]
+    if C == 0:
+        raise ValueError(f"weight.shape={tuple(weight.shape)} must have at least one tap: [E C]")
+    shapes.check_shape("weight", weight, (E, C), "E C")
+    shapes.check_dtype("weight", weight, shapes.FLOATS)
+    if bias is not None:
+        shapes.check_shape("bias", bias, (E,), "E")
+        shapes.check_dtype("bias", bias, shapes.FLOATS)
+    if segment_ids is not None:
+        shapes.check_shape("segment_ids", segment_ids, (B, T), "B T")
+        shapes.check_dtype("segment_ids", segment_ids, ("int32",))
+    if tail is None:
+        tail = jnp.zeros((B, C - 1, E), x.dtype)
+    shapes.check_shape("tail", tail, (B, C - 1, E), "B C-1 E")
+    shapes.check_dtype("tail", tail, (jnp.dtype(x.dtype).name,))
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{activation=} must be None or 'silu'; {suggest(str(activation), ['silu'])}")
+    return tail
+
+
 def short_convolution(
     x: Float[Array, "B T E"],
     weight: Float[Array, "E C"],
@@ -82,25 +108,7 @@ def short_convolution(
     Raises:
       ValueError: for invalid arguments, before any compute.
     """
-    B, T, E = _channels("x", x)
-    shapes.check_rank("weight", weight, "E C")
-    C = weight.shape[1]
-    if C == 0:
-        raise ValueError(f"weight.shape={tuple(weight.shape)} must have at least one tap: [E C]")
-    shapes.check_shape("weight", weight, (E, C), "E C")
-    shapes.check_dtype("weight", weight, shapes.FLOATS)
-    if bias is not None:
-        shapes.check_shape("bias", bias, (E,), "E")
-        shapes.check_dtype("bias", bias, shapes.FLOATS)
-    if segment_ids is not None:
-        shapes.check_shape("segment_ids", segment_ids, (B, T), "B T")
-        shapes.check_dtype("segment_ids", segment_ids, ("int32",))
-    if tail is None:
-        tail = jnp.zeros((B, C - 1, E), x.dtype)
-    shapes.check_shape("tail", tail, (B, C - 1, E), "B C-1 E")
-    shapes.check_dtype("tail", tail, (jnp.dtype(x.dtype).name,))
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{activation=} must be None or 'silu'; {suggest(str(activation), ['silu'])}")
+    tail = validate_short(x, weight, bias, segment_ids=segment_ids, tail=tail, activation=activation)
     with jax.named_scope("short_convolution"):
         return _short(x, weight, bias, segment_ids, tail, activation)
 

@@ -1,10 +1,20 @@
-"""The algebra of partial softmax attention: results over disjoint sets of keys merge into the result over their union.
+"""The two algebras of parts of a sequence: of softmax attention, and of states.
+
+Partial results of attention over disjoint sets of keys merge into the result over their union:
 
     lse = logaddexp(lse_a, lse_b);   out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 
 (section 3.1 of arXiv:2205.14135, normalised at every step). `merge` is associative and commutative up to rounding, with
 `EMPTY = (0, -inf)` as its unit, so rings, split-key decoding and sparse branches are orders of merges. Everything is
 differentiable in both fields, and at lse = -inf values and gradients are exact zeros, never NaN.
+
+What consecutive tokens do to the state of linear attention is an affine map, and those of consecutive parts `chain`:
+
+    S -> M S + N;   later . earlier = (M_l M_e, M_l N_e + N_l)
+
+M is a product of decays, a number per channel; with the delta rule a matrix, and matrices do not commute: the order of
+the parts matters (section 3.2 of arXiv:2406.06484), the order of chaining does not, up to rounding. A part that begins
+with a new segment has M = 0.
 """
 
 from __future__ import annotations
@@ -13,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import Precision
 from jaxtyping import Array, Float
 
 from longattn.shapes import Out, Statistic
@@ -63,3 +74,27 @@ def finish(p: Partial, sinks: Float[Array, "H"] | None = None, dtype: Any = None
         total = logaddexp(lse, sinks)
         out, lse = jnp.exp(lse - _finite(total))[..., None] * out, total
     return Partial(out if dtype is None else out.astype(dtype), lse)
+
+
+class Affine(NamedTuple):
+    """What consecutive tokens do to a state S [B H D V], which becomes transition S + state. float32, or float64."""
+
+    transition: Float[Array, "B H #D"] | Float[Array, "B H D D"]  # decays of rows of S, 1 for all of them, or a matrix
+    state: Float[Array, "B H D V"]  # what they make of a state of zeros
+
+
+def _times(transition: Array, x: Array) -> Array:
+    """The transition times a state or a transition of its own kind, in full products."""
+    if transition.ndim == 4:
+        return jnp.einsum("BHCD,BHDV->BHCV", transition, x, precision=Precision.HIGHEST)
+    return (transition if x.ndim == 3 else transition[..., None]) * x
+
+
+def advance(S: Float[Array, "B H D V"], tokens: Affine) -> Float[Array, "B H D V"]:
+    """The state after the tokens, from the one before them."""
+    return _times(tokens.transition, S) + tokens.state
+
+
+def chain(earlier: Affine, later: Affine) -> Affine:
+    """What earlier tokens and then later ones do."""
+    return Affine(_times(later.transition, earlier.transition), advance(earlier.state, later))

@@ -89,9 +89,9 @@ class SequenceLayout:
         """The positions of the T tokens in the layout's order."""
         return self.permute(np.arange(T, dtype=np.int32)[None], P)[0]
 
-    def local_positions(self, device: Any, T: int, P: int) -> Int32[Array, " T/P"]:
+    def local_positions(self, device: Any, T: int, P: int) -> Int32[Array, " t"]:
         """The positions of a device's tokens, of T in all; `device` may be traced."""
-        n = T // P
+        n, device = T // P, jnp.asarray(device, jnp.int32)
         at = jnp.arange(n, dtype=jnp.int32)
         if self.name == "striped":
             return at * P + device

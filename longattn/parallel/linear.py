@@ -1,4 +1,7 @@
-"""Linear attention over a mesh: sequences and heads divided among devices, each sequence whole on its device."""
+"""Linear attention over a mesh: sequences, their tokens and heads divided among devices.
+
+Where tokens are, in parts along the sequence, devices hand on states: see `longattn.parallel.linear_state`.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +17,35 @@ from jaxtyping import Array, Float
 from longattn.ops.linear.api import linear_attention as local_linear_attention
 from longattn.ops.linear.api import validate
 from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, State, Value
+from longattn.parallel import linear_state
 from longattn.parallel.api import axes, divide_rows
+from longattn.parallel.layout import Axis, devices_on
+from longattn.parallel.mesh import divide_tokens
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "batch", "head", "scale", "implementation", "tuning"))
-def _linear_attention(arrays, *, mesh, batch, head, scale, implementation, tuning):
+@functools.partial(jax.jit, static_argnames=("mesh", "batch", "axis", "head", "spec", "names"))
+def _linear_attention(arrays, *, mesh, batch, axis, head, spec, names):
     heads = 1 if head is None else mesh.shape[head]
-    lies = lambda x, axis: P(batch, *(None,) * (axis - 1), head if x.shape[axis] % heads == 0 else None)
+    along = axis if devices_on(mesh, axis) > 1 and 0 not in arrays[0].shape[:2] else None
+    tokens = lambda x: None if x is None else P(batch, along, head if x.shape[2] % heads == 0 else None)
     q, k, v, log_decay, beta, state, ids = arrays
-    tokens = lambda x: None if x is None else lies(x, 2)
     decays = P(head) if log_decay is not None and log_decay.ndim == 1 else tokens(log_decay)
     states = P(batch, head)
-    specs = (lies(q, 2), lies(k, 2), lies(v, 2), decays, tokens(beta), None if state is None else states)
+    specs = (tokens(q), tokens(k), tokens(v), decays, tokens(beta), None if state is None else states)
 
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(*specs, None if ids is None else P(batch)),
-        out_specs=(P(batch, None, head), states),
+        in_specs=(*specs, None if ids is None else P(batch, along)),
+        out_specs=(P(batch, along, head), states),
         check_vma=True,
     )
     def local(q, k, v, log_decay, beta, state, ids):
+        if along is not None:
+            return linear_state.attend(q, k, v, log_decay, beta, state, ids, axis, spec, names)
         return local_linear_attention(
-            q, k, v, log_decay=log_decay, beta=beta, initial_state=state, segment_ids=ids, scale=scale,
-            implementation=implementation, tuning=tuning,
+            q, k, v, log_decay=log_decay, beta=beta, initial_state=state, segment_ids=ids, scale=spec.scale,
+            implementation=names, tuning=spec.tuning,
         )  # fmt: skip
 
     return local(*arrays)
@@ -49,7 +57,7 @@ def linear_attention(
     v: Value,
     *,
     mesh: Mesh | AbstractMesh | None = None,
-    axis: str = "seq",
+    axis: Axis = "seq",
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
     head_axis: str = "tensor",
     log_decay: Float[Array, "H"] | Decay | None = None,
@@ -60,36 +68,35 @@ def linear_attention(
     implementation: str | Sequence[str] | None = None,
     tuning: Any = None,
 ) -> tuple[Out, State]:
-    """`longattn.linear_attention` of global arrays: B along `batch_axes`, H along `head_axis`, T whole on each device.
+    """`longattn.linear_attention` of global arrays: B along `batch_axes`, T along `axis`, H along `head_axis`.
+
+    Where T lies in parts, the devices exchange states, in numbers that do not depend on T, and compute at most twice of
+    what one device would (`longattn.parallel.linear_state`); reverse mode only.
 
     Args:
       q, k, v: global arrays; arrays that lie otherwise are moved. One head for all others to read is replicated.
       mesh: a Mesh (its axes Auto), or an AbstractMesh; None is the current one (`jax.set_mesh`).
-      axis: the mesh axis along which sequences are spread, of one device.
+      axis: the mesh axis, or several, along which the sequence is spread, in order: device i holds the i-th part.
       batch_axes: mesh axes along which sequences are spread; those that the mesh has.
       head_axis: the mesh axis along which heads are spread, if the mesh has it.
       log_decay, beta, initial_state, segment_ids, scale, implementation, tuning: as for `longattn.linear_attention`.
 
     Returns:
-      out and the final state, spread likewise.
+      out and the final state, spread likewise; along `axis` each device has the final state.
 
     Raises:
-      ValueError: for invalid arguments: an axis that the mesh lacks or that is not Auto; B that its devices do not
+      ValueError: for invalid arguments: an axis that the mesh lacks or that is not Auto; B or T that its devices do not
         divide.
-      NotImplementedError: with the reason, for a sequence in parts, for heads that `head_axis` does not divide, and
-        where no back end asked for serves the call.
+      NotImplementedError: with the reason, for heads that `head_axis` does not divide, and where no back end asked for
+        serves the call.
     """
     mesh, batch, head = axes(mesh, axis, batch_axes, head_axis)
-    if mesh.shape[axis] > 1:
-        raise NotImplementedError(
-            f"the sequence lies in {mesh.shape[axis]} parts along {axis!r}, and no device hands its state on to the "
-            "next; use a mesh with one device there, and divide the batch (data, fsdp) and the heads (tensor)"
-        )
-    arrays, spec, _ = validate(
+    arrays, spec, names = validate(
         q, k, v, log_decay=log_decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids, scale=scale,
         implementation=implementation, tuning=tuning,
     )  # fmt: skip
     divide_rows(mesh, arrays[0].shape[0], batch)
+    divide_tokens(mesh, arrays[0].shape[1], axis)
     heads = 1 if head is None else mesh.shape[head]
     for name, x in zip("qkv", arrays):
         if x.shape[2] % heads and x.shape[2] > 1:
@@ -99,9 +106,4 @@ def linear_attention(
             )
     if max(x.shape[2] for x in arrays[:3]) % heads:
         raise NotImplementedError(f"one head does not divide over the {heads} devices on {head!r}; use a mesh with one")
-    names = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
-    return tuple(
-        _linear_attention(
-            arrays, mesh=mesh, batch=batch, head=head, scale=spec.scale, implementation=names, tuning=tuning
-        )
-    )
+    return tuple(_linear_attention(arrays, mesh=mesh, batch=batch, axis=axis, head=head, spec=spec, names=names))

@@ -24,6 +24,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from longattn.parallel.layout import Axis, devices_on
+
 AXES = ("data", "fsdp", "tensor", "ring", "seq")  # all that a mesh may have; ring only where it has several devices
 SLICED = ("fsdp", "ring", "seq")  # the axes over which matrices are sliced, along E
 
@@ -100,6 +102,14 @@ def _arranged(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
     within = tuple(size // slices if name == across else size for name, size in sizes.items())
     between = tuple(slices if name == across else 1 for name in sizes)
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+def divide_tokens(mesh: Mesh | AbstractMesh, T: int, axis: Axis) -> None:
+    """Raises ValueError, naming the next length, unless the devices along the sequence divide T."""
+    devices = devices_on(mesh, axis)
+    if T % devices:
+        longer = -(-T // devices) * devices
+        raise ValueError(f"{T=} must be a multiple of {devices}, the devices on {axis!r}; pad it to {longer}")
 
 
 def fit(spec: P, mesh: Mesh | AbstractMesh) -> P:

@@ -260,28 +260,27 @@ class Recorder:
         ideal_seconds: float | None,
         info: dict[str, Any],
         kernels: dict[str, Any] | None = None,
+        mesh: str | None = None,
     ):
         """Continues after step `start`. `ideal_seconds`: a step at the device's peak, for the MFU; None if unknown.
 
-        `info` is of the data, `kernels` what `bringup.check` said before this start.
+        `info` is of the data, `kernels` what `bringup.check` said before this start, `mesh` the devices in words.
         """
         self.config, self.console, self.ideal_seconds = config, console, ideal_seconds
         self.history = history(folder, start)
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
-        self._write_environment(folder, start, info, kernels)
+        self._write_environment(folder, start, info, {"kernels": kernels, "mesh": mesh})
         self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed in __exit__)
         self.board = scalar_writer()(str(folder / "tensorboard")) if config.run.tensorboard else None
         self.seconds: list[float] = []  # of each step since the last record
         self.waits: list[float] = []
 
-    def _write_environment(
-        self, folder: Path, start: int, info: dict[str, Any], kernels: dict[str, Any] | None
-    ) -> None:
+    def _write_environment(self, folder: Path, start: int, info: dict[str, Any], more: dict[str, Any]) -> None:
         path = folder / "env.json"
         starts = json.loads(path.read_text())["starts"] if path.exists() else []
         now = environment(info)
-        compared = {} if kernels is None else {"kernels": kernels}
-        starts.append({"step": start, **{k: now[k] for k in ("time", "command", "commit", "device")}, **compared})
+        more = {name: what for name, what in more.items() if what is not None}
+        starts.append({"step": start, **{k: now[k] for k in ("time", "command", "commit", "device")}, **more})
         write_whole(path, json.dumps({**now, "starts": starts}, indent=2) + "\n")
 
     def __enter__(self) -> Recorder:

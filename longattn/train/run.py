@@ -82,7 +82,8 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
     shapes = state_shapes(config, context)
     loaded = initial_params(config, context) if config.run.init_from and not started else None
     size = sum(a.size for a in jax.tree.leaves(shapes.params))
-    console.print(f"compiling {size:,} parameters at B={config.data.B}, T={config.data.T}")
+    where = "" if context is None else f" on {context.described()}"
+    console.print(f"compiling {size:,} parameters at B={config.data.B}, T={config.data.T}{where}", highlight=False)
     step_fn = compile_step(config, shapes, context)
     eval_fn = record.compile_program(
         evaluation, eval_step(evaluation, context), shapes.params, batch_shapes(evaluation)
@@ -102,7 +103,16 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
             console.print(f"continuing {folder} after step {start}")
         ideal = ideal_seconds(config, sources["train"].lengths)
         recorder = stack.enter_context(
-            record.Recorder(folder, config, console, start=start, ideal_seconds=ideal, info=info, kernels=kernels)
+            record.Recorder(
+                folder,
+                config,
+                console,
+                start=start,
+                ideal_seconds=ideal,
+                info=info,
+                kernels=kernels,
+                mesh=None if context is None else context.described(),
+            )  # fmt: skip
         )
         bringup.insist(kernels)
         stop = stack.enter_context(_sigterm())

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longattn.ops.partial import Partial, finish, logaddexp, merge
+from longattn.ops.partial import Affine, Partial, advance, chain, finish, logaddexp, merge
 
 SHAPE, V, KEYS = (2, 3, 5), 7, 11
 EMPTY = Partial(jnp.zeros((*SHAPE, V)), jnp.full(SHAPE, -jnp.inf))
@@ -127,3 +127,17 @@ def test_finish():
 def test_logaddexp_far_apart():
     a, b = jnp.array([1e30, -1e30, -jnp.inf, 0.0]), jnp.array([-1e30, -1e30, 5.0, jnp.inf * -1])
     np.testing.assert_array_equal(logaddexp(a, b), jnp.array([1e30, -1e30, 5.0, 0.0]))
+
+
+@pytest.mark.parametrize("transition", [(1,), (5,), (5, 5)], ids=["a number", "a number per row", "a matrix"])
+def test_chained_maps_are_maps_one_after_the_other(transition):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal((2, 3, *shape)), jnp.float32)
+    a, b, c = (Affine(normal(*transition), normal(5, 7)) for _ in range(3))
+    S = normal(5, 7)
+    after = advance(advance(advance(S, a), b), c)
+    for order in (chain(chain(a, b), c), chain(a, chain(b, c))):
+        np.testing.assert_allclose(advance(S, order), after, rtol=1e-4, atol=1e-4)
+    M = np.asarray(a.transition)
+    matrix = M if len(transition) == 2 else np.eye(5) * M[..., None]
+    np.testing.assert_allclose(advance(S, a), matrix @ np.asarray(S) + a.state, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,7 @@
-"""Linear attention over a mesh against one device: rows and heads divided, every gradient, and what is refused."""
+"""Linear attention over a mesh against one device: rows and heads divided, every gradient, and what is refused.
+
+Of sequences in parts `test_linear_state` is.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ def test_equals_one_device(mesh, heads, decay, beta):
 
 def test_refusals():
     call, _ = inputs((4, 2, 4), None, False)
-    with pytest.raises(NotImplementedError, match="in 2 parts along 'seq'.*divide the batch"):
+    with pytest.raises(ValueError, match="T=9 must be a multiple of 2, the devices on 'seq'; pad it to 10"):
         parallel.linear_attention(**call, mesh=mesh_of(1, 1, 1, 2))
     with pytest.raises(NotImplementedError, match="the 2 heads of k do not divide over the 4 devices on 'tensor'"):
         parallel.linear_attention(**call, mesh=mesh_of(1, 1, 4, 1))

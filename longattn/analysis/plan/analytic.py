@@ -1,8 +1,8 @@
 """A training step's memory and messages by formula, at once: what `longattn plan --analytic` prints.
 
-Bytes of one device, for n = B T / (data fsdp seq accumulate) tokens of a micro-batch on it, t = tensor, c bytes of the
-compute dtype, and p parameters that it holds. XLA needs most memory at one of three moments, each with the state (12 p:
-parameters and AdamW's moments, float32) and with what all N layers have kept of the forward pass:
+Bytes of one device, for n = B T / (data fsdp ring seq accumulate) tokens of a micro-batch on it, t = tensor, c bytes of
+the compute dtype, and p parameters that it holds. XLA needs most memory at one of three moments, each with the state
+(12 p: parameters and AdamW's moments, float32) and with what all N layers have kept of the forward pass:
 
     the loss        the head gathered, its gradient in float32 (4 W E), and one chunk's logits
     an MLP          backward: the layers' gradients, the head's, cast parameters (c p), one layer's gathered, and
@@ -32,7 +32,8 @@ from jax.sharding import AbstractMesh, AxisType
 from longattn.analysis import cost
 from longattn.analysis.plan.memory import KINDS
 from longattn.analysis.plan.topology import Topology
-from longattn.config import Config, Model, Softmax
+from longattn.config import Config, Mesh, Model, Softmax
+from longattn.mask import Mask
 from longattn.models.transformer import init_params
 from longattn.ops.attention.pallas_tpu.tiles import LANES
 from longattn.parallel import mesh as meshes
@@ -50,7 +51,7 @@ def _parameters(model: Model) -> Any:
 def _held(config: Config) -> tuple[int, int]:
     """(all parameters that one device holds, those of the layers)."""
     c, shapes = config.mesh, _parameters(config.model)
-    mesh = AbstractMesh((c.data, c.fsdp, c.tensor, c.seq), meshes.AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = AbstractMesh(tuple(c.sizes.values()), tuple(c.sizes), axis_types=(AxisType.Auto,) * len(c.sizes))
     lies = jax.tree.leaves(meshes.shardings(mesh, shapes))
     sizes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(sharding.shard_shape(x.shape))
@@ -62,7 +63,7 @@ def _held(config: Config) -> tuple[int, int]:
 def tokens(config: Config) -> float:
     """Tokens of a micro-batch on one device."""
     c = config.mesh
-    return config.data.B * config.data.T / (c.data * c.fsdp * c.seq * config.optimiser.accumulate)
+    return config.data.B * config.data.T / (c.data * c.fsdp * c.sequence * config.optimiser.accumulate)
 
 
 def _filled(D: int, where: Topology) -> int:
@@ -77,7 +78,7 @@ def kept(config: Config, where: Topology) -> float:
     where it has more; where q, k and v are kept too, all stay as the kernels want them.
     """
     m, t, n, c = config.model, config.mesh.tensor, tokens(config), np.dtype(config.model.dtype).itemsize
-    minor = m.remat in ("dots", "none") or n * config.mesh.seq == config.data.T
+    minor = m.remat in ("dots", "none") or n * config.mesh.sequence == config.data.T
     D = _filled(m.D, where) if minor else m.D
     E, F, q, k = m.E, m.F / t, m.H * D / t, m.K * D / t
     attention = c * q + _F32 * m.H / t  # out and lse
@@ -97,10 +98,10 @@ def memory(config: Config, where: Topology) -> dict[str, float]:
     F, q = m.F / t, m.H * m.D / t
     q_filled, k_filled = (heads * _filled(m.D, where) / t for heads in (m.H, m.K))
     p, layers = _held(config)
-    sequence = n * mesh.seq  # keys of the device's rows, those of other devices too
+    sequence = n * mesh.sequence  # keys of the device's rows, those of other devices too
     head = m.W * E
     sums = _F32 * p if config.optimiser.accumulate > 1 else 0.0
-    spread = mesh.fsdp * mesh.seq > 1
+    spread = mesh.fsdp * mesh.sequence > 1
     always = {
         "parameters": _F32 * p,
         "moments": 2 * _F32 * p,
@@ -137,18 +138,30 @@ def memory(config: Config, where: Topology) -> dict[str, float]:
     return {**parts, "total": sum(parts.values())}
 
 
+def _pairs(mask: Mask, T: int, mesh: Mesh) -> float:
+    """Visible pairs that the device with most of them computes, of all heads before `tensor` divides them."""
+    if mesh.strategy in ("balanced", "ulysses") or mesh.layout == "striped":  # striped: up to the diagonal
+        return cost.visible_pairs(mask, T) / mesh.sequence
+    if mesh.layout == "zigzag" and mesh.parts > 1:
+        halves = cost.pairs_by_part(mask, T, 2 * mesh.parts)
+        most = max(early + late for early, late in zip(halves, reversed(halves), strict=True))
+    else:
+        most = max(cost.pairs_by_part(mask, T, mesh.parts))
+    return most * mesh.parts / mesh.sequence  # the devices of a part divide the heads
+
+
 def attention_flops(config: Config) -> tuple[float, float]:
     """FLOPs of one step's attention, (forward, backward), on the device that has most of it.
 
-    The backward pass includes what it recomputes. Under a causal mask the last part of the sequence sees most keys;
-    with a contiguous layout one device has it.
+    The backward pass includes what it recomputes. Under a causal mask the last part of the sequence sees most keys:
+    in a contiguous layout one device has it, and balanced and ulysses divide the pairs all the same.
     """
     model, c = config.model, config.mesh
     rows = config.data.B / (c.data * c.fsdp)
     forward = backward = 0.0
     for mixer in model.layers:
         assert isinstance(mixer, Softmax)  # longattn plan refuses others
-        pairs = max(cost.pairs_by_part(mixer.mask, config.data.T, c.seq))
+        pairs = _pairs(mixer.mask, config.data.T, c)
         flops = cost.attention_flops(pairs, model.H // c.tensor, model.D)
         forward += rows * flops.forward
         backward += rows * (flops.backward + flops.recompute + flops.forward * (model.remat == "full"))
@@ -158,7 +171,7 @@ def attention_flops(config: Config) -> tuple[float, float]:
 def flops(config: Config) -> float:
     """FLOPs of one device's step as the program computes them, recomputation included."""
     m, mesh = config.model, config.mesh
-    share = config.data.B / (mesh.data * mesh.fsdp * mesh.seq)  # of the batch's rows, heads and width apart
+    share = config.data.B / (mesh.data * mesh.fsdp * mesh.sequence)  # of the batch's rows, heads and width apart
     forward = cost.forward_flops(m, config.data.T)
     layers = (forward.projections + forward.mlp) * share / mesh.tensor
     # A rematerialised block runs forward again, without its last product, which no gradient asks for.
@@ -179,7 +192,7 @@ def messages(config: Config, where: Topology) -> dict[str, float]:
     """
     m, mesh, n = config.model, config.mesh, tokens(config)
     c, pieces = np.dtype(m.dtype).itemsize, config.optimiser.accumulate
-    P, slices = mesh.seq, mesh.fsdp * mesh.seq
+    P, slices = mesh.sequence, mesh.fsdp * mesh.sequence
     k = m.K * m.D / mesh.tensor
     others = lambda devices: (devices - 1) / devices
     held, layers = _held(config)

@@ -104,8 +104,9 @@ def _chosen(model: Model, T: int, rows: int, where: Topology, mesh: Mesh) -> Mes
         )
     hosts = where.dims[0] if where.is_gpu else 1  # the sequence stays within a host
     for fsdp in sorted((f for f in range(hosts, n + 1, hosts) if n % f == 0 and rows % f == 0), reverse=True):
-        if T % (n // fsdp) == 0:
-            return dataclasses.replace(mesh, fsdp=fsdp, seq=n // fsdp)
+        chosen = dataclasses.replace(mesh, fsdp=fsdp, seq=n // fsdp)
+        if T % chosen.unit == 0:
+            return chosen
     within = f", which {hosts} hosts must divide," if hosts > 1 else ""
     raise ValueError(f"{n} devices cannot share {rows} rows{within} of {T=}: choose multiples of {n}, or say the mesh")
 
@@ -180,16 +181,18 @@ class _Compiler:
     def __call__(self, where: Topology, **changes: Any) -> dict[str, Any]:
         """One row of the document: what was asked for, and what came out or the reason why nothing did."""
         o = self.options
-        asked = {"topology": where.name, "T": o.data.T, "B": o.data.B, "strategy": o.mesh.strategy, **changes}
+        asked = {
+            "topology": where.name, "T": o.data.T, "B": o.data.B, "strategy": o.mesh.strategy, "layout": o.mesh.layout,
+            **changes,
+        }  # fmt: skip
         try:
             config = o.config(where, **changes)
         except ValueError as error:
             return {**asked, "devices": where.size, "reason": str(error)}
-        sizes = {axis: n for axis, n in dataclasses.asdict(config.mesh).items() if isinstance(n, int)}
-        row = {**asked, "devices": where.size, "mesh": sizes}
+        row = {**asked, "devices": where.size, "mesh": config.mesh.sizes}
         if o.analytic:
             return row | analytic.estimate(config, where)
-        said = f"{where.name}, T {config.data.T:,}, B {config.data.B:,}, {config.mesh.strategy}"
+        said = f"{where.name}, T {config.data.T:,}, B {config.data.B:,}, {config.mesh.strategy}, {config.mesh.layout}"
         task = self.progress.add_task(f"compiling for {said}")
         row |= program.facts(config, where, o.timeout, program.cache_folder() if o.cache else None)
         self.progress.remove_task(task)
@@ -255,7 +258,7 @@ def _largest(
     def expected(n: int) -> bool:  # by formula
         return analytic.estimate(compiler.options.config(where, **{key: n}), where)["fits"]
 
-    unit = mesh.seq * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
+    unit = mesh.sequence * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
     limit = max(unit, _LONGEST if key == "T" else _LONGEST // data.T * where.size)
     guess, _ = search.largest(expected, getattr(data, key), unit, limit)
     return search.largest(fits, guess or unit, unit, limit)

@@ -46,7 +46,8 @@ def title(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {n}" for axis, n in row.get("mesh", {}).items() if n > 1)
     where = f"{row['topology']} ({row['devices']} devices{': ' + mesh if mesh else ''})"
     model = f"{document['model']}, {document['parameters'] / 1e9:.3g} B parameters"
-    return f"{model}, T {row['T']:,}, B {row['B']:,} on {where}{', ' + row['strategy'] if mesh else ''}"
+    how = f", {row['strategy']}, {row['layout']}" if mesh else ""
+    return f"{model}, T {row['T']:,}, B {row['B']:,} on {where}{how}"
 
 
 def verdict(row: Mapping[str, Any]) -> str:

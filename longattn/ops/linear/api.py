@@ -93,7 +93,7 @@ def validate(
     return (q, k, v, log_decay, beta, initial_state, segment_ids), spec, names
 
 
-def _prepared(arrays: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
+def prepared(arrays: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
     """The arrays as a back end takes them: a decay [H] is given to every token."""
     q, k, v, log_decay, *rest = dispatch.vary_together(arrays)
     if log_decay is not None and log_decay.ndim == 1:
@@ -104,7 +104,7 @@ def _prepared(arrays: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
 @functools.partial(jax.jit, static_argnames=("spec", "name"))
 def _linear_attention(arrays, *, spec, name):
     with jax.named_scope("linear_attention"), jax.named_scope(name):
-        return BACK_ENDS[name].attend(*_prepared(arrays), spec)
+        return BACK_ENDS[name].attend(*prepared(arrays), spec)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -167,7 +167,7 @@ def linear_attention(
     )  # fmt: skip
     if 0 in arrays[0].shape[:2]:
         return tuple(_nothing(arrays, spec=spec))
-    name = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(*jax.eval_shape(_prepared, arrays), spec))
+    name = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(*jax.eval_shape(prepared, arrays), spec))
     return tuple(_linear_attention(arrays, spec=spec, name=name))
 
 

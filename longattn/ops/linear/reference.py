@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.lax import Precision
 
-from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, Spec, State, Value
+from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, Spec, State, Value, WideState
 
 
 def check(*call: object) -> None:
@@ -54,3 +54,22 @@ def attend(
     tokens = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, log_decay, beta, starts))
     S, out = lax.scan(step, S, tokens)
     return out.swapaxes(0, 1).astype(spec.out_dtype), S
+
+
+def fold(
+    k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, initial_state: WideState, segment_ids: Ids | None,
+    spec: Spec,
+) -> WideState:  # fmt: skip
+    """The state after the last token; into columns of it beyond v's zeros are written."""
+    q = jnp.repeat(k, initial_state.shape[1] // k.shape[2], axis=2)  # any will do
+    v = jnp.pad(v, [(0, 0)] * 3 + [(0, initial_state.shape[3] - v.shape[3])])
+    return attend(q, k, v, log_decay, beta, initial_state, segment_ids, spec)[1]
+
+
+def pull(
+    q: Query, k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, segment_ids: Ids | None, do: Out,
+    dfinal_state: State, spec: Spec,
+) -> State:  # fmt: skip
+    """The gradient of the state before the first token, which is the same whatever that is."""
+    _, pull = jax.vjp(lambda S: attend(q, k, v, log_decay, beta, S, segment_ids, spec), dfinal_state)
+    return pull((do, dfinal_state))[0]

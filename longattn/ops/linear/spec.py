@@ -6,6 +6,12 @@ A back end is a module with
     check(q, k, v, log_decay, beta, initial_state, segment_ids, spec)
                               raises NotImplementedError(reason); ShapeDtypeStructs will do
     attend(... as check ...)  -> (out in spec.out_dtype, final_state); reverse mode goes through both, once at least
+    fold(k, v, log_decay, beta, initial_state, segment_ids, spec)
+                              -> final_state, without the work for outputs. `initial_state` is an array [B H D X] with
+                              X >= V: into the columns after V zeros are written. It need not be differentiable
+    pull(q, k, v, log_decay, beta, segment_ids, do, dfinal_state, spec)
+                              -> the gradient of the initial state alone. `attend` is affine in it, so that this is one
+                              transposed pass, which depends on no state; it need not be differentiable
 
 `B` and `T` are positive. H is the largest of Hq, Hk and Hv, each divides it, and head h reads q's head h // (H // Hq),
 likewise k and v. Decay, beta and states are float32, float64 for float64 inputs. A token whose segment id differs from
@@ -25,6 +31,7 @@ Value = Float[Array, "B T Hv V"]
 Decay = Float[Array, "B T H"] | Float[Array, "B T H D"]  # its logarithm, <= 0: one per head, or one per channel of k
 Beta = Float[Array, "B T H"]
 State = Float[Array, "B H D V"]
+WideState = Float[Array, "B H D X"]  # with columns beyond v's
 Ids = Int32[Array, "B T"]
 Out = Float[Array, "B T H V"]
 

@@ -32,7 +32,7 @@ from jaxtyping import Array
 from longattn import shapes
 from longattn.ops import dispatch
 from longattn.ops.linear.chunk import Sizes, Tokens, chunk
-from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, Spec, State, Value
+from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, Spec, State, Value, WideState
 
 SPAN = 256  # tokens: with D = V = 128 the saved states of a head are half as large as its q, k and v in bfloat16
 
@@ -64,16 +64,18 @@ class _Layout(NamedTuple):
     sizes: Sizes
 
 
-def _layout(arrays: _Arrays, spec: Spec) -> _Layout:
+def _layout(arrays: _Arrays, spec: Spec, H: int | None = None) -> _Layout:
+    """`H` is for calls without q, whose heads may be more than those of k and v."""
     q, k, v, log_decay = arrays[:4]
-    T, H = q.shape[1], max(x.shape[2] for x in (q, k, v))
+    heads = [x.shape[2] for x in (q, k) if x is not None]
+    T, H = k.shape[1], H or max(*heads, v.shape[2])
     by_channel = log_decay is not None and log_decay.ndim == 4
-    K = H if by_channel else math.lcm(q.shape[2], k.shape[2])
+    K = H if by_channel else math.lcm(*heads)
     C = min((spec.tuning or Tuning()).chunk, 1 << (T - 1).bit_length())
     J = -(-T // max(SPAN, C))
-    full = q.dtype in (jnp.float32, jnp.float64)
+    full = k.dtype in (jnp.float32, jnp.float64)
     precision = Precision.HIGHEST if full else Precision.DEFAULT
-    sizes = Sizes(K, H // K, C, spec.scale, shapes.statistics_dtype(q.dtype), precision)
+    sizes = Sizes(K, H // K, C, spec.scale, shapes.statistics_dtype(k.dtype), precision)
     return _Layout(T, J, -(-T // (J * C)), sizes)
 
 
@@ -150,16 +152,58 @@ def _attend(arrays: _Arrays, initial_state: Array | None, spec: Spec) -> tuple[A
 
 def _attend_forward(arrays: _Arrays, initial_state: Array | None, spec: Spec) -> Any:
     out, final_state, states = _forward(arrays, initial_state, spec)
-    return (out, final_state), (arrays, initial_state, checkpoint_name(states, "linear_state"))
+    return (out, final_state), (arrays, initial_state is not None, checkpoint_name(states, "linear_state"))
 
 
 def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
-    arrays, initial_state, states = residuals
+    arrays, given, states = residuals
     gradients, dS = dispatch.once(functools.partial(_backward, spec=spec), arrays, states, *cotangents)
-    return (*gradients, None), None if initial_state is None else dS
+    return (*gradients, None), dS if given else None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def fold(
+    k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, initial_state: WideState, segment_ids: Ids | None,
+    spec: Spec,
+) -> WideState:  # fmt: skip
+    """The state after the last token; into columns of it beyond v's zeros are written."""
+    arrays, S = (None, k, v, log_decay, beta, segment_ids), initial_state
+    n = _layout(arrays, spec, S.shape[1])
+
+    def one(S: Array, x: Tokens) -> tuple[Array, None]:
+        v = jnp.pad(x.v, [(0, 0)] * 3 + [(0, S.shape[-1] - x.v.shape[-1])])
+        return chunk(S, x._replace(v=v), n.sizes)[0], None
+
+    def span(S: Array, x: Tokens) -> tuple[Array, None]:
+        return lax.scan(one, S, x)
+
+    with jax.named_scope("fold"):
+        after, _ = lax.scan(span, S.reshape(S.shape[0], *n.sizes[:2], *S.shape[2:]), _tokens(arrays, n))
+    return after.reshape(S.shape)
+
+
+def pull(
+    q: Query, k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, segment_ids: Ids | None, do: Out,
+    dfinal_state: State, spec: Spec,
+) -> State:  # fmt: skip
+    """The gradient of the state before the first token."""
+    arrays, dS = (q, k, v, log_decay, beta, segment_ids), dfinal_state
+    n = _layout(arrays, spec)
+
+    def one(dS: Array, given: tuple[Tokens, Array]) -> tuple[Array, None]:
+        x, do = given
+        _, pull = jax.vjp(lambda S: chunk(S, x, n.sizes), dS)  # a chunk is affine in S: any state in its place will do
+        return pull((dS, do.astype(dS.dtype)))[0], None
+
+    def span(dS: Array, given: tuple[Tokens, Array]) -> tuple[Array, None]:
+        return lax.scan(one, dS, given, reverse=True)
+
+    given = _tokens(arrays, n), _cut(do, n)
+    with jax.named_scope("pull"):
+        before, _ = lax.scan(span, dS.reshape(dS.shape[0], *n.sizes[:2], *dS.shape[2:]), given, reverse=True)
+    return before.reshape(dS.shape)
 
 
 def attend(

@@ -15,8 +15,8 @@ from tests.analysis.compilers import needs_cuda, needs_libtpu
 TINY = Model(N=2, E=512, F=1024, H=4, K=2, D=64, W=512, remat="attention")
 DATA = ByteLM(T=1024, B=4)
 ROW = {
-    "topology", "T", "B", "strategy", "devices", "mesh", "fits", "refused", "hbm_bytes", "hbm_limit", "by_kind",
-    "buffers", "argument_bytes", "output_bytes", "aliased_bytes", "temporary_bytes", "code_bytes", "flops",
+    "topology", "T", "B", "strategy", "layout", "devices", "mesh", "fits", "refused", "hbm_bytes", "hbm_limit",
+    "by_kind", "buffers", "argument_bytes", "output_bytes", "aliased_bytes", "temporary_bytes", "code_bytes", "flops",
     "attention_flops_by_formula", "model_flops", "hbm_traffic", "seconds", "mfu_bound", "collectives", "not_counted",
     "compile_seconds", "cached", "host_bytes", "host_traffic", "instructions",
 }  # fmt: skip

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import longattn
-from longattn.ops.linear import pallas_tpu, xla
+from longattn.ops.linear import api, pallas_tpu, xla
 from tests.ops import linear_oracle, oracle
 from tests.ops.contract import back_ends
 from tests.ops.interpreter import as_on_tpu
@@ -50,7 +50,7 @@ def _on_its_device(request):
 
 
 B, D, V, H = 4, 5, 7, 6
-LENGTHS = {"T=29": 29, "T=1": 1, "T=8": 8, "T=601": 601}
+LENGTHS = {f"T={T}": T for T in (29, 1, 8, 601, 24, 21, 36)}  # the last three are multiples, for meshes
 KINDS = {  # log_decay's axes, and whether with beta
     "plain": ("", False),
     "constant decay": ("H", False),
@@ -308,6 +308,44 @@ def test_the_state_carries_a_sequence_on(back_end, kind):
 
     results = jax.jit(functools.partial(with_gradients, attend))(arrays, cotangents)
     oracle.assert_accurate(results, *expected(case), np.float32)
+
+
+@every_back_end
+@pytest.mark.parametrize(
+    ("kind", "heads", "dtype"),
+    [
+        ("scalar decay, delta", "fewer q and k", "float32"), ("vector decay", "all equal", "float32"),
+        ("vector decay, delta", "fewer v", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_parts_of_a_pass(back_end, kind, heads, dtype):
+    """The states alone, into whose further columns zeros are written, and the gradient of the initial state alone."""
+    case = back_end.nearest(Case(kind, heads, state="from a state", ids="segments", dtype=dtype))
+    arrays, options, cotangents = inputs(case)
+    (q, k, v, g, beta, S, ids), spec, _ = api.validate(
+        **{"log_decay": None, "beta": None, "segment_ids": None} | arrays | options,
+        implementation=back_end.name, tuning=back_end.tunings[0],
+    )  # fmt: skip
+    module, further = api.BACK_ENDS[back_end.name], np.flip(S, (0, 3))
+
+    @jax.jit
+    def f(q, k, v, g, beta, S, do, dS):
+        wide = jnp.concatenate([S, further], 3)
+        return module.fold(k, v, g, beta, wide, ids, spec), module.pull(q, k, v, g, beta, ids, do, dS, spec)
+
+    after, dS = f(q, k, v, g, beta, S, *cotangents.values())
+    got = {"final_state": after[..., :V], "dinitial_state": dS}
+    oracle.assert_accurate(got, *expected(case, back_end.rounds), np.float32)
+    given = arrays | options | {"v": np.zeros_like(arrays["v"]), "initial_state": further}
+    do, dS = cotangents.values()
+    beyond = (
+        linear_oracle.linear_attention(**given, do=do, dS=dS, dtype=exact, factors=factors)
+        for exact, factors in (
+            (np.float64, None),
+            (q.dtype, q.dtype if back_end.rounds and dtype == "bfloat16" else None),
+        )
+    )
+    oracle.assert_accurate({"final_state": after[..., V:]}, *beyond, np.float32)
 
 
 @every_back_end

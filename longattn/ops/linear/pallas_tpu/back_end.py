@@ -19,10 +19,11 @@ from jaxtyping import Array
 
 from longattn.ops import dispatch
 from longattn.ops.linear.pallas_tpu.backward import backward
+from longattn.ops.linear.pallas_tpu.backward import pull as pull_kernel
 from longattn.ops.linear.pallas_tpu.call import Call
 from longattn.ops.linear.pallas_tpu.forward import forward
 from longattn.ops.linear.pallas_tpu.tuning import choose
-from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, Spec, State, Value
+from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, Spec, State, Value, WideState
 
 
 def check(q: Any, k: Any, v: Any, log_decay: Any, beta: Any, initial_state: Any, segment_ids: Any, spec: Spec) -> None:
@@ -64,10 +65,10 @@ def _starts(n: Call, ids: Array) -> Array:
 
 
 def _arrays(
-    n: Call, q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, ids: Array | None
+    n: Call, q: Array | None, k: Array, v: Array, log_decay: Array | None, beta: Array | None, ids: Array | None
 ) -> Any:
-    """What both kernels read, by name."""
-    found = {name: x.swapaxes(1, 2) for name, x in (("q", q), ("k", k), ("v", v))}
+    """What all kernels read, by name."""
+    found = {name: x.swapaxes(1, 2) for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
     if log_decay is not None:
         found["g"] = _numbers(n, log_decay) if n.decay == "scalar" else log_decay.swapaxes(1, 2)
     if beta is not None:
@@ -112,6 +113,25 @@ def _backward(
     return dq, dk, dv, dg, dbeta, found["dinitial_state"]
 
 
+def _fold(
+    k: Array, v: Array, log_decay: Array | None, beta: Array | None, state: Array, ids: Array | None, spec: Spec
+) -> Array:
+    q = jax.ShapeDtypeStruct((*k.shape[:2], state.shape[1], k.shape[3]), k.dtype)  # for its heads
+    v = jnp.pad(v, [(0, 0)] * 3 + [(0, state.shape[3] - v.shape[3])])
+    n = _call(q, k, v, log_decay, beta, spec)
+    arrays = _arrays(n, None, k, v, log_decay, beta, ids) | {"initial_state": state}
+    return forward(n, dispatch.vary_together(arrays), save=False)["final_state"]
+
+
+def _pull(
+    q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, ids: Array | None, do: Array,
+    dstate: Array, spec: Spec,
+) -> Array:  # fmt: skip
+    n = _call(q, k, v, log_decay, beta, spec)
+    arrays = _arrays(n, q, k, v, log_decay, beta, ids) | {"do": do.swapaxes(1, 2), "dfinal_state": dstate}
+    return pull_kernel(n, dispatch.vary_together(arrays))
+
+
 # ---- the rules
 
 
@@ -148,3 +168,21 @@ def attend(
 ) -> tuple[Out, State]:  # fmt: skip
     """out [B T H V] and the state after the last token [B H D V]."""
     return _attend(q, k, v, log_decay, beta, initial_state, segment_ids, spec)
+
+
+def fold(
+    k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, initial_state: WideState, segment_ids: Ids | None,
+    spec: Spec,
+) -> WideState:  # fmt: skip
+    """The state after the last token; into columns of it beyond v's zeros are written."""
+    f = functools.partial(_fold, spec=spec)
+    return dispatch.fold_vmap(f, k, v, log_decay, beta, initial_state, segment_ids)
+
+
+def pull(
+    q: Query, k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, segment_ids: Ids | None, do: Out,
+    dfinal_state: State, spec: Spec,
+) -> State:  # fmt: skip
+    """The gradient of the state before the first token."""
+    f = functools.partial(_pull, spec=spec)
+    return dispatch.fold_vmap(f, q, k, v, log_decay, beta, segment_ids, do, dfinal_state)

@@ -3,6 +3,8 @@
 Of each span the states before its chunks are computed again from the one before it, with the inverses of the delta
 rule; then each chunk, the last first, is differentiated (`jax.vjp` of `chunk`, whose products and inverse have rules
 of their own). Each gradient is summed in one order: it is the same bit for bit every time.
+
+`pull` is the part of it that gives the gradient of the initial state alone: one walk, which reads no states.
 """
 
 from __future__ import annotations
@@ -83,3 +85,37 @@ def backward(n: Call, arrays: Mapping[str, Array]) -> dict[str, Array]:
     if n.delta:
         scratch["inverses"] = pltpu.VMEM((n.span, n.block_h, n.chunk, n.chunk), jnp.float32)
     return run(n, "longattn_linear_backward", _kernel, given, made, scratch)
+
+
+def _pull_kernel(n: Call, refs: Mapping[str, Any]) -> None:
+    step, dS = pl.program_id(1), refs["dinitial_state"]
+    span = n.spans - 1 - step
+
+    @pl.when(step == 0)
+    def _start() -> None:
+        dS[...] = refs["dfinal_state"][...]
+
+    def transpose(i: Array, _: None) -> None:
+        c = n.span - 1 - i
+        f = lambda S: chunk(n.statics, tokens(n, refs, c, span), S, starts(refs, c))[:2]
+        _, pull = jax.vjp(f, dS[...])  # a chunk is affine in S: any state in its place will do
+        (do,) = read(n, refs, c, span, "do")
+        (dS[...],) = pull((do, dS[...]))
+
+    lax.fori_loop(0, n.span, transpose, None)
+
+
+def pull(n: Call, arrays: Mapping[str, Array]) -> Array:
+    """dinitial_state [B H D V].
+
+    Args:
+      arrays: as of `forward.inputs`, and do [B H T V], dfinal_state [B H D V].
+    """
+    parts = Parts(n, reverse=True)
+    given = inputs(n, parts, arrays)
+    given |= {
+        "do": (arrays["do"], parts.tokens(n.H, n.V)),
+        "dfinal_state": (arrays["dfinal_state"], parts.state()),
+    }
+    made: dict[str, Part] = {"dinitial_state": (float32((n.B, n.H, n.D, n.V)), parts.state())}
+    return run(n, "longattn_linear_pull", _pull_kernel, given, made, {})["dinitial_state"]

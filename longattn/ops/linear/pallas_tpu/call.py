@@ -117,7 +117,8 @@ def read(n: Call, refs: Mapping[str, Any], c: Array, span: Array, *names: str) -
 
 
 def tokens(n: Call, refs: Mapping[str, Any], c: Array, span: Array, queries: bool = True) -> Tokens:
-    """Chunk c of the inputs."""
+    """Chunk c of the inputs; without q where there is none, or where it is not asked for."""
+    queries = queries and "q" in refs
     k, v, *q = read(n, refs, c, span, "k", "v", *(["q"] if queries else []))
     g = None
     if n.decay != "none":
@@ -136,7 +137,7 @@ def run(
 ) -> dict[str, Array]:  # fmt: skip
     """The kernel, called with its refs by name, over (sequences and groups of heads) x spans: its outputs by name."""
     names = (*inputs, *outputs, *scratch)
-    kind = jax.typeof(inputs["q"][0]).manual_axis_type
+    kind = jax.typeof(inputs["k"][0]).manual_axis_type
     shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=kind)
     found = pl.pallas_call(
         lambda *refs: kernel(n, dict(zip(names, refs))),

@@ -1,7 +1,7 @@
 """The forward kernel: chunk after chunk (`chunk`), the state in fast memory from the first to the last.
 
 The state lies where the final state leaves from. For the backward pass, the one before each span of chunks is written
-too: one per 512 tokens.
+too: one per 512 tokens. Without q only states are computed.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ def _kernel(n: Call, refs: Mapping[str, Any]) -> None:
 
     def advance(c: Array, _: None) -> None:
         out, S, _ = chunk(n.statics, tokens(n, refs, c, span), state[...], starts(refs, c))
-        refs["out"][:, pl.ds(pl.multiple_of(c * n.chunk, n.chunk), n.chunk)] = out.astype(n.dtype)
+        if out is not None:
+            refs["out"][:, pl.ds(pl.multiple_of(c * n.chunk, n.chunk), n.chunk)] = out.astype(n.dtype)
         state[...] = S
 
     lax.fori_loop(0, n.span, advance, None)
 
 
 def inputs(n: Call, parts: Parts, arrays: Mapping[str, Array]) -> dict[str, Part]:
-    """What both kernels read: q, k, v [B heads T size], and where given g [B H T D] or [B H chunks 1 C], beta
+    """What all kernels read: q, k, v [B heads T size], and where given g [B H T D] or [B H chunks 1 C], beta
     [B H chunks 1 C], starts [B chunks 1 C].
     """
     numbers = parts.numbers()
@@ -50,7 +51,7 @@ def inputs(n: Call, parts: Parts, arrays: Mapping[str, Array]) -> dict[str, Part
 
 
 def forward(n: Call, arrays: Mapping[str, Array], save: bool) -> dict[str, Array]:
-    """out [B H T V], final_state [B H D V] and, to `save`, states [B H spans D V]: those before each span.
+    """out [B H T V] where there is q, final_state [B H D V] and, to `save`, states [B H spans D V]: before each span.
 
     Args:
       arrays: as of `inputs`, and initial_state [B H D V] where there is one.
@@ -59,10 +60,9 @@ def forward(n: Call, arrays: Mapping[str, Array], save: bool) -> dict[str, Array
     given = inputs(n, parts, arrays)
     if "initial_state" in arrays:
         given["initial_state"] = arrays["initial_state"], parts.state()
-    made = {
-        "out": (jax.ShapeDtypeStruct((n.B, n.H, n.T, n.V), n.dtype), parts.tokens(n.H, n.V)),
-        "final_state": (float32((n.B, n.H, n.D, n.V)), parts.state()),
-    }
+    made: dict[str, Part] = {"final_state": (float32((n.B, n.H, n.D, n.V)), parts.state())}
+    if "q" in arrays:
+        made["out"] = jax.ShapeDtypeStruct((n.B, n.H, n.T, n.V), n.dtype), parts.tokens(n.H, n.V)
     if save:
         made["states"] = float32((n.B, n.H, n.spans, n.D, n.V)), parts.states()
-    return run(n, "longattn_linear_forward", _kernel, given, made, {})
+    return run(n, f"longattn_linear_{'forward' if 'q' in arrays else 'fold'}", _kernel, given, made, {})

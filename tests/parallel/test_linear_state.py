@@ -1,0 +1,224 @@
+"""Linear attention of a sequence in parts along a mesh axis, against NumPy in float64, and what the devices send."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longattn import parallel
+from longattn.models.transformer import REMAT
+from longattn.ops.linear import pallas_tpu, xla
+from longattn.ops.linear.api import validate
+from longattn.parallel import linear_state
+from tests.ops import linear_oracle, oracle
+from tests.ops.contract.test_linear import HEADS, KINDS, Case, equations, expected, inputs, with_gradients, work
+from tests.ops.interpreter import as_on_tpu
+
+
+@dataclass(frozen=True)
+class Parts:
+    mesh: tuple[int, int, int, int]  # data, fsdp, tensor, seq
+    case: Case
+    implementation: str | None = None
+
+    def __str__(self) -> str:
+        return f"{'-'.join(map(str, self.mesh))}-{self.case}"
+
+
+def mesh_of(*sizes):
+    return parallel.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+
+
+# Documents that cross several devices, begin with one, or within; decays that forget all, nothing, or some.
+hard = functools.partial(Case, ids="segments", state="from a state", decays="from e^-30 to 1")
+whole = functools.partial(Case, state="from a state")  # what the first tokens write reaches the last device
+CASES = [
+    Parts((1, 1, 1, 2), hard("scalar decay, delta", "fewer q and k", "T=24")),
+    Parts((2, 1, 1, 3), hard("vector decay, delta", length="T=21")),
+    Parts((1, 1, 1, 8), whole("scalar decay, delta", "one q and k", "T=24")),
+    Parts((1, 2, 1, 4), hard("vector decay", length="T=36")),
+    Parts((1, 1, 3, 2), hard("scalar decay", "one q and k", "T=24", dtype="bfloat16")),
+    Parts((2, 1, 1, 4), whole("vector decay, delta", "fewer v", "T=36", dtype="bfloat16")),
+    Parts((1, 1, 2, 4), hard("delta", "all equal", "T=24", dtype="float64")),
+    Parts((1, 1, 3, 2), hard("plain", "fewer v", "T=24", state="from zero")),
+    Parts((2, 1, 1, 4), whole("constant decay", "fewer q and k", "T=36")),
+    Parts((1, 1, 1, 3), Case("constant decay, delta", length="T=24"), "reference"),
+]
+
+
+def check(parts: Parts) -> None:
+    case, mesh = parts.case, mesh_of(*parts.mesh)
+    arrays, options, cotangents = inputs(case)
+    attend = functools.partial(
+        parallel.linear_attention, mesh=mesh, scale=options["scale"], implementation=parts.implementation or "xla",
+        tuning={None: xla.Tuning(4), "pallas_tpu": pallas_tpu.Tuning(16, 3)}.get(parts.implementation),
+    )  # fmt: skip
+
+    @jax.jit
+    def f(arrays, cotangents, ids):
+        return with_gradients(functools.partial(attend, segment_ids=ids), arrays, cotangents)
+
+    with jax.enable_x64(case.dtype == "float64"):
+        results = f(arrays, cotangents, options.get("segment_ids"))
+    assert results["out"].sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), "seq", "tensor")), 4)
+    assert results["out"].dtype == case.dtype and results["final_state"].dtype == work(case)
+    oracle.assert_accurate(jax.device_get(results), *expected(case), work(case))
+
+
+@pytest.mark.parametrize("parts", CASES, ids=str)
+def test_forward_and_gradients(parts):
+    check(parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "parts",
+    [
+        Parts((1, 1, 1, row["devices"]), Case(**{name: x for name, x in row.items() if name != "devices"}))
+        for row in oracle.pairwise(
+            {
+                "kind": list(KINDS), "heads": list(HEADS), "ids": ["one segment", "segments"],
+                "state": ["from zero", "from a state"], "decays": ["usual", "from e^-30 to 1", "beyond exp"],
+                "dtype": ["float32", "bfloat16", "float64"], "length": ["T=24"], "devices": [2, 3, 4, 8],
+            }
+        )
+    ],
+    ids=str,
+)  # fmt: skip
+def test_forward_and_gradients_of_the_rest(parts):
+    check(parts)
+
+
+def over(mesh, f, in_specs, out_specs):
+    return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("names", "sizes"), [("seq", (n,)) for n in (1, 2, 3, 5, 8)] + [(("a", "b"), (2, 3))])
+def test_the_scan_is_the_maps_of_all_devices_before_in_their_order(names, sizes, reverse):
+    devices, rng = int(np.prod(sizes)), np.random.default_rng(0)
+    M, N = rng.standard_normal((devices, 2, 4, 4)), rng.standard_normal((devices, 2, 4, 3))
+    mesh = jax.make_mesh(
+        sizes, (names,) if isinstance(names, str) else names, axis_types=(AxisType.Auto,) * len(sizes),
+        devices=jax.devices()[:devices],
+    )  # fmt: skip
+    scan = lambda N, M: linear_state.scan(N, M, names, reverse=reverse)
+    got = over(mesh, scan, P(names), P(names))(N.astype(np.float32), M.astype(np.float32))
+    S, order = np.zeros((2, 4, 3)), range(devices)
+    for i in reversed(order) if reverse else order:
+        np.testing.assert_allclose(got[i], S, rtol=1e-4, atol=1e-4)
+        S = M[i] @ S + N[i]
+
+
+def test_several_axes_are_one():
+    """As `linear_attention` within a shard_map, along two axes of the mesh."""
+    arrays, options, cotangents = inputs(case := whole("scalar decay, delta", "one q and k", "T=24", ids="segments"))
+    mesh = jax.make_mesh((2, 3), ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:6])
+
+    def local(ids, arrays, cotangents):
+        def attend(**arrays):
+            given, spec, names = validate(**arrays, **options | {"segment_ids": ids}, implementation=None, tuning=None)
+            return linear_state.attend(*given, ("a", "b"), spec, names)
+
+        return with_gradients(attend, arrays, cotangents)
+
+    tokens = P(None, ("a", "b"))
+    specs = {name: P() if name == "initial_state" else tokens for name in arrays}
+    outs = {"out": tokens, "final_state": P()}
+    f = over(mesh, local, (tokens, specs, outs), outs | {f"d{name}": spec for name, spec in specs.items()})
+    oracle.assert_accurate(f(options["segment_ids"], arrays, cotangents), *expected(case), np.float32)
+
+
+def test_packed_documents_are_separate_ones():
+    """Which begin with a device, within one, and are longer than one."""
+    lengths, mesh = (9, 9, 2, 13, 3), mesh_of(1, 1, 1, 4)
+    arrays, _, _ = inputs(Case("vector decay, delta", length="T=36"))
+    ids = np.tile(np.repeat(np.array([1, 0, 1, 0, 7], np.int32), lengths), (arrays["q"].shape[0], 1))
+    out, S = parallel.linear_attention(**arrays, segment_ids=ids, mesh=mesh)
+    for start, n in zip(np.cumsum((0, *lengths)), lengths):
+        document = {name: x[:, start : start + n] for name, x in arrays.items()}
+        alone = linear_oracle.linear_attention(**document, do=0 * document["v"], dS=np.zeros(S.shape))
+        np.testing.assert_allclose(out[:, start : start + n], alone["out"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(S, alone["final_state"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_tpu_kernels_in_parts():
+    """Interpreted: the same three passes, whose states are handed on."""
+    with as_on_tpu():
+        parts = Parts((1, 1, 1, 3), hard("scalar decay, delta", "fewer q and k", "T=21"), "pallas_tpu")
+        check(parts)
+
+
+def gradient_over(mesh, kind, T, packed=True):
+    """Traced: outputs and all gradients of a call over four devices, from shapes."""
+    H, D, V, B = 4, 16, 24, 2
+    spread = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("data", "seq")))
+    x, v, number = (spread(jnp.bfloat16, B, T, H, D), spread(jnp.bfloat16, B, T, H, V), spread(jnp.float32, B, T, H))
+    given = {"q": x, "k": x, "v": v, "log_decay": spread(jnp.float32, B, T, H, D) if kind == "vector" else number}
+    given |= {"beta": number} if "delta" in kind else {}
+
+    def f(given, ids):
+        results, pull = jax.vjp(lambda given: parallel.linear_attention(**given, segment_ids=ids, mesh=mesh), given)
+        return results, pull(results)
+
+    return jax.jit(f).trace(given, spread(jnp.int32, B, T) if packed else None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "transition"), [("scalar, delta", (1, 4, 16, 16)), ("scalar", (1, 4, 1)), ("vector", (1, 4, 16))]
+)
+def test_what_the_devices_send(kind, transition):
+    """Of 2 rounds over 4 devices the first sends a state and a transition, the second a state; forward and backward."""
+    mesh, state = parallel.make_mesh(2, 1, 1, 4), (1, 4, 16, 24)
+    sent = []
+    for T in (64, 1024):
+        traced = gradient_over(mesh, kind, T)
+        found = [e for e in equations(traced.jaxpr.jaxpr) if "perm" in e.params or e.primitive.name.startswith("psum")]
+        sent.append([(e.primitive.name, e.invars[0].aval.shape) for e in found])
+    once = [("ppermute", transition), ("ppermute", state), ("ppermute", state)]
+    assert sent[0] == [("ppermute", (1,)), *once, ("psum_invariant", state), *once]
+    assert sent[1] == sent[0]
+    if kind != "scalar, delta":
+        return
+    text = traced.lower().compile().as_text()
+    found = re.findall(
+        r" = .*?\b(all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)(?:-start)?\(", text
+    )
+    assert {name: found.count(name) for name in set(found)} == {"collective-permute": 7, "all-reduce": 1}
+
+
+def test_two_devices_send_no_transition_and_an_unused_final_state_is_not_summed():
+    mesh = mesh_of(1, 1, 1, 2)
+    x = jnp.ones((1, 16, 2, 8))
+    loss = lambda x: jnp.sum(parallel.linear_attention(x, x, x, beta=x[..., 0], mesh=mesh)[0])
+    traced = jax.jit(jax.grad(loss)).trace(x)
+    sent = [e.invars[0].aval.shape for e in equations(traced.jaxpr.jaxpr) if e.primitive.name == "ppermute"]
+    assert sent == [(1, 2, 8, 8)] * 2
+    assert "all-reduce" not in traced.lower().compile().as_text()
+
+
+@pytest.mark.parametrize("policy", ["none", "attention"])
+def test_nothing_runs_twice_under_remat_by_name(policy):
+    x, mesh = jnp.ones((1, 64, 2, 8)), mesh_of(1, 1, 1, 4)
+
+    def loss(x):
+        y, _ = parallel.linear_attention(
+            jnp.sin(x), x, x, beta=x[..., 0], segment_ids=jnp.zeros((1, 64), int), mesh=mesh
+        )
+        return jnp.sum(checkpoint_name(y, "linear_state") ** 2)
+
+    if policy == "attention":
+        loss = jax.checkpoint(loss, policy=REMAT["attention"])
+    found = [e.primitive.name for e in equations(jax.make_jaxpr(jax.grad(loss))(x).jaxpr)]
+    assert found.count("ppermute") == 7
+    assert found.count("scan") == 9  # spans and chunks: fold, forward, pull; backward: spans, states again, gradients

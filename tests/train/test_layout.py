@@ -1,0 +1,229 @@
+"""One layout for a whole training step: data, labels, positions, layers, loss. And what converting costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longattn.config import ByteLM, Config, GatedDeltaNet, Mesh, Model, Optimiser, RetNet, Run, Softmax
+from longattn.mask import Causal, Window
+from longattn.models import Context, Transformer, init_params
+from longattn.parallel import SequenceLayout, make_mesh
+from longattn.train import data
+from longattn.train.loss import labels_and_weights
+from longattn.train.step import _labels, batch_sharding, context_of, eval_step, init_state, train_step
+
+LAYOUTS = ("contiguous", "zigzag", "striped")
+B1 = 0.9
+CONFIG = Config(
+    model=Model(
+        N=1, E=16, F=24, H=4, K=2, D=8, dtype="float32", mlp_chunk=5,  # pieces that do not divide a device's part
+        mixers=(Softmax(mask=Causal() & Window(20), sinks=True),),
+    ),
+    data=ByteLM(T=32, B=4),
+    optimiser=Optimiser(lr=1e-2, loss_chunk=14, clip=0, b1=B1),
+    run=Run(steps=10),
+)  # fmt: skip
+
+
+def packed(B: int, T: int, seed: int = 0) -> data.Batch:
+    """Documents of many lengths, most across the border of a shard, uneven weights, and a padded tail."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(B):
+        edges = np.sort(rng.choice(np.arange(1, T - 2), 4, replace=False))
+        ids = np.searchsorted(edges, np.arange(T), side="right") + 1
+        ids[-2:] = 0
+        starts = np.flatnonzero(np.diff(ids, prepend=-1))
+        rows.append((ids, np.arange(T) - starts[np.searchsorted(starts, np.arange(T), side="right") - 1]))
+    ids, positions = (np.stack(x).astype(np.int32) for x in zip(*rows))
+    weights = (rng.uniform(0.1, 1, (B, T)) * (ids > 0)).astype(np.float32)
+    return data.Batch(rng.integers(0, 257, (B, T)).astype(np.int32), positions, ids, weights)
+
+
+HYBRID = dataclasses.replace(CONFIG.model, N=2, mixers=(GatedDeltaNet(V=6), CONFIG.model.mixers[0]))
+
+
+def results(config: Config) -> tuple[dict[str, float], list[np.ndarray], dict[str, np.ndarray]]:
+    """(metrics and gradients of one step, an evaluation), of one batch that the mesh's devices read."""
+    context, batch = context_of(config), packed(config.data.B, config.data.T)
+    if context is not None:
+        source = SimpleNamespace(
+            batch=lambda step, rows: data.Batch(*(x[rows] for x in batch)), num_batches=1, info={}, lengths={}
+        )
+        sharding, shape = batch_sharding(config, context), (config.data.B, config.data.T)
+        batch = data.Spread(source, shape, sharding, context.layout, context.layout_parts).batch(0)
+    state = init_state(config, 0, context)
+    sums = jax.device_get(eval_step(config, context)(state.params, batch))
+    state, metrics = train_step(config, context)(state, batch)
+    (adam,) = (s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+    gradients = [np.asarray(m) / (1 - B1) for m in jax.tree.leaves(adam.mu)]
+    return {name: float(x) for name, x in metrics.items()}, gradients, sums
+
+
+@functools.cache
+def on_one_device(model: Model) -> tuple[dict[str, float], list[np.ndarray], dict[str, np.ndarray]]:
+    return results(dataclasses.replace(CONFIG, model=model))
+
+
+def agree(config: Config) -> None:
+    """A step on the mesh is that of one device: sums have other orders, sqrt(n) roundings for n terms."""
+    metrics, gradients, sums = results(config)
+    expected, expected_gradients, expected_sums = on_one_device(config.model)
+    rtol = np.finfo(np.float32).eps * np.sqrt(config.data.B * config.data.T * config.model.E)
+    for name, want in expected.items():
+        np.testing.assert_allclose(metrics[name], want, rtol=rtol, err_msg=name)
+    for name, want in expected_sums.items():
+        np.testing.assert_allclose(sums[name], want, rtol=4 * rtol, atol=1e-5, err_msg=name)
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        assert np.linalg.norm(got - want) <= 10 * rtol * np.linalg.norm(want)  # errors of a gradient's factors multiply
+
+
+@pytest.mark.parametrize(
+    ("mesh", "accumulate"),
+    [
+        (Mesh(seq=4, data=2, layout="zigzag"), 1),
+        (Mesh(seq=4, fsdp=2, layout="striped"), 2),
+        (Mesh(seq=2, ring=2, data=2, strategy="usp", layout="zigzag"), 1),
+        pytest.param(Mesh(seq=4, tensor=2, layout="zigzag", strategy="all_gather"), 2, marks=pytest.mark.slow),
+        pytest.param(Mesh(seq=8, layout="striped", strategy="ulysses"), 1, marks=pytest.mark.slow),
+        pytest.param(Mesh(seq=2, ring=4, strategy="usp", layout="striped"), 1, marks=pytest.mark.slow),
+        pytest.param(Mesh(seq=4, data=2), 2, marks=pytest.mark.slow),
+    ],
+    ids=lambda x: f"{x.layout}-{x.strategy}" if isinstance(x, Mesh) else "",
+)
+def test_a_step_of_softmax_layers_in_a_layout_is_that_of_one_device(mesh: Mesh, accumulate: int) -> None:
+    agree(
+        dataclasses.replace(CONFIG, mesh=mesh, optimiser=dataclasses.replace(CONFIG.optimiser, accumulate=accumulate))
+    )
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        Mesh(seq=4, data=2, layout="zigzag", strategy="all_gather"),
+        pytest.param(Mesh(seq=2, tensor=2, fsdp=2, layout="striped"), marks=pytest.mark.slow),
+        pytest.param(Mesh(seq=2, ring=2, strategy="usp", data=2), marks=pytest.mark.slow),
+    ],
+    ids=lambda mesh: f"{mesh.layout}-{mesh.strategy}",
+)
+def test_a_step_of_a_hybrid_in_a_layout_is_that_of_one_device(mesh: Mesh) -> None:
+    agree(dataclasses.replace(CONFIG, mesh=mesh, model=HYBRID))
+
+
+# ---- labels
+
+
+def lying(layout: str, P: int) -> Context:
+    return Context(mesh=make_mesh(seq=P, devices=jax.devices()[:P]), layout=SequenceLayout(layout))
+
+
+@pytest.mark.parametrize("P", [2, 3, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_next_token_is_the_sequence_s_in_every_layout(layout: str, P: int) -> None:
+    context, batch = lying(layout, P), packed(2, 24)
+    permuted = data.Batch(*(jnp.asarray(context.layout.permute(x, P)) for x in batch))
+    got = jax.jit(functools.partial(_labels, context))(permuted)
+    for x, want in zip(got, labels_and_weights(*map(jnp.asarray, batch)), strict=True):
+        np.testing.assert_array_equal(context.layout.restore(np.asarray(x), P), want)
+
+
+def test_labels_send_ids_alone() -> None:
+    """One all-gather of each of the four arrays of a batch, and nothing else: not one activation."""
+    config = dataclasses.replace(CONFIG, mesh=Mesh(seq=4, data=2, layout="zigzag"))
+    context = context_of(config)
+    sharding = batch_sharding(config, context)
+    shapes = [jax.ShapeDtypeStruct((4, 32), d, sharding=sharding) for d in (np.int32, np.int32, np.int32, np.float32)]
+    text = jax.jit(functools.partial(_labels, context)).lower(data.Batch(*shapes)).compile().as_text()
+    sent = re.findall(
+        r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text
+    )
+    assert Counter(kind for _, kind in sent) == {"all-gather": 4}, sent
+    assert all(re.match(r"[sf]32\[2,32\]", shape) for shape, _ in sent), sent
+
+
+# ---- layers that need their tokens in order
+
+
+@dataclasses.dataclass(frozen=True)
+class Short(Context):
+    """Linear attention costs nothing here: of messages, those of the conversions are left."""
+
+    def linear_attention(self, q, k, v, **options):
+        return v, None
+
+
+def conversions(jaxpr, runs: int = 1) -> Counter:
+    """How often tokens are converted, from what to what, as a jaxpr runs: zigzag sends two halves each time."""
+    found: Counter = Counter()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "ppermute":
+            found[re.search(r"\w+_to_\w+", str(equation.source_info.name_stack))[0]] += runs
+        times = runs * equation.params.get("length", 1) if equation.primitive.name == "scan" else runs
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found += conversions(inner, times)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "scan", "there", "back"),
+    [
+        ("SS", True, 0, 0),
+        ("SR", True, 2, 2),  # in each of two periods
+        ("RS", True, 1 + 2, 2 + 1),  # before and after the scan too
+        ("RSSR", False, 2, 2),
+        ("RR", True, 1, 1),
+    ],
+)
+def test_activations_are_converted_once_for_each_change_of_the_layers_kind(monkeypatch, pattern, scan, there, back):
+    mixers = tuple({"S": Softmax(), "R": RetNet()}[x] for x in pattern)
+    model = dataclasses.replace(CONFIG.model, N=4, mixers=mixers, scan=scan, remat="attention", mlp_chunk=None)
+    context = Short(mesh=make_mesh(seq=4, data=2), layout=SequenceLayout("zigzag"), strategy="all_gather")
+    restored, restore = [], Context.restore
+    monkeypatch.setattr(Context, "restore", lambda self, ids: restored.append(ids) or restore(self, ids))
+    batch = data.Batch(*map(jnp.asarray, packed(4, 32)))
+
+    def loss(params):
+        apply = Transformer(model, context).apply
+        return apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids, method="hidden")[0].sum()
+
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    forward = conversions(jax.make_jaxpr(loss)(shapes).jaxpr)
+    assert forward == +Counter({"zigzag_to_contiguous": 2 * there, "contiguous_to_zigzag": 2 * back})
+    assert len(restored) == (1 if there else 0)  # ids, for all layers at once
+    both = conversions(jax.make_jaxpr(jax.grad(loss))(shapes).jaxpr)
+    assert both.total() == 2 * forward.total()  # each once more, backward: none is recomputed
+
+
+def test_where_no_layer_wants_another_layout_nothing_is_converted() -> None:
+    """Data of recurrent models lie in order, whatever the mesh says."""
+    mesh = Mesh(seq=4, data=2, layout="zigzag")
+    layout = lambda *mixers: (
+        context_of(
+            dataclasses.replace(CONFIG, mesh=mesh, model=dataclasses.replace(CONFIG.model, N=2, mixers=mixers))
+        ).layout
+    )
+    assert layout(RetNet()) == SequenceLayout("contiguous")
+    assert layout(RetNet(), Softmax()) == SequenceLayout("zigzag")
+
+
+def test_what_cannot_be_converted_is_refused() -> None:
+    model = dataclasses.replace(CONFIG.model, N=2, mixers=(Softmax(), RetNet()))
+    tokens = jnp.zeros((2, 24), jnp.int32)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    run = lambda context: jax.eval_shape(lambda p: Transformer(model, context).apply({"params": p}, tokens), shapes)
+    with pytest.raises(ValueError, match=r"T=24 must be a multiple of 16.* pad it to 32"):
+        run(lying("striped", 4))
+    mesh = make_mesh(seq=2, ring=2, data=2)
+    with pytest.raises(NotImplementedError, match=r"parts on several devices are not converted; choose the layout"):
+        run(Context(mesh=mesh, axis=("ring", "seq"), strategy="usp", layout=SequenceLayout("zigzag")))
