@@ -159,13 +159,17 @@ def _weights(state: Any) -> Iterator[tuple[int, ...]]:
             yield local[1:]
 
 
+def published(where: Topology) -> Rates:
+    """What a device can do at most."""
+    return Rates(
+        where.peak_flops, where.hbm_bandwidth, where.link_bandwidth,
+        _NETWORK.get(where.chip.name, where.link_bandwidth), where.dims[1] if where.is_gpu else where.size,
+    )  # fmt: skip
+
+
 def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, Any]:
     """FLOPs, bytes, collectives and the bound on the step's time."""
-    name = where.chip.name
-    rates = Rates(
-        where.peak_flops, where.hbm_bandwidth, where.link_bandwidth,
-        _NETWORK.get(name, where.link_bandwidth), where.dims[1] if where.is_gpu else where.size,
-    )  # fmt: skip
+    rates = published(where)
     totals = walk(program, rates)
     # Blockwise attention's loops run as often as the mask's blocks say: what was not counted is what the formula says.
     passes = {"transpose(" in scope for scope in totals.unknown if "attention" in scope}
@@ -188,12 +192,12 @@ def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, An
             "host": host,
         },
         "mfu_bound": model / rates.flops / seconds,
-        "collectives": _collectives(totals, rates),
+        "collectives": collectives(totals, rates),
         "not_counted": sorted(scope for scope in totals.unknown if "attention" not in scope),
     }
 
 
-def _collectives(totals: Totals, rates: Rates) -> list[dict[str, Any]]:
+def collectives(totals: Totals, rates: Rates) -> list[dict[str, Any]]:
     """One row for each kind of collective in each scope, with the most bytes first."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for (what, asynchronous), runs in totals.collectives.items():
@@ -202,10 +206,12 @@ def _collectives(totals: Totals, rates: Rates) -> list[dict[str, Any]]:
             key,
             {
                 "kind": what.kind, "devices": len(what.group), "axes": what.axes, "scope": key[3],
-                "asynchronous": asynchronous, "runs": 0.0, "bytes": 0.0, "exposed_seconds": 0.0, "seconds": 0.0,
+                "asynchronous": asynchronous, "runs": 0.0, "beside_attention": 0.0, "bytes": 0.0,
+                "exposed_seconds": 0.0, "seconds": 0.0,
             },
         )  # fmt: skip
         row["runs"] += runs
+        row["beside_attention"] += totals.beside[what, asynchronous]
         row["bytes"] += runs * what.bytes
         row["seconds"] += runs * rates.seconds(what)
         row["exposed_seconds"] += totals.waits[what, asynchronous]

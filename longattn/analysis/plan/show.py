@@ -137,8 +137,10 @@ def _offloaded(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What lies in the host's memory between the passes, where something does."""
     if not row["host_traffic"]:
         return []
-    way = f"{gib(row['host_traffic'] / 2)} to the host, and back"
-    return [("offloaded", f"{gib(row['host_bytes'])}: {way}"), ("host's link at its bandwidth", seconds(row["seconds"]["host"]))]
+    return [
+        ("offloaded", f"{gib(row['host_traffic'] / 2)} to the host and back, {gib(row['host_bytes'])} there at once"),
+        ("the host's link at its bandwidth", seconds(row["seconds"]["host"])),
+    ]
 
 
 def _grid(heading: str, columns: Iterable[str], left: Iterable[int] = (0,)) -> Table:

@@ -65,6 +65,7 @@ class Totals:
     exposed: float = 0.0  # seconds in which the chip only waits for others
     collectives: Sums = field(default_factory=Sums)  # runs of (which Collective, whether asynchronous)
     waits: Sums = field(default_factory=Sums)  # seconds of `exposed` due to each
+    beside: Sums = field(default_factory=Sums)  # runs of each that were under way while attention was computed
     unknown: Sums = field(default_factory=Sums)  # runs of loops and kernels whose bound is data, by scope: not counted
 
     def add(self, other: Totals, times: float = 1.0) -> None:
@@ -75,6 +76,7 @@ class Totals:
         self.exposed += times * other.exposed
         self.collectives.add(other.collectives, times)
         self.waits.add(other.waits, times)
+        self.beside.add(other.beside, times)
         self.unknown.add(other.unknown, times)
 
     @property
@@ -95,6 +97,7 @@ class _Sent:
     channel: str | None
     what: Collective
     left: float  # seconds of the links' time
+    beside: bool = False  # whether attention was computed meanwhile
 
 
 class _Walk:
@@ -169,8 +172,9 @@ class _Walk:
 
     @staticmethod
     def _hide(sent: deque[_Sent], seconds: float) -> None:
-        """The links work while something runs."""
+        """The links work while something runs: attention, where it is not known how long."""
         for collective in sent:
+            collective.beside |= seconds == math.inf
             used = min(collective.left, seconds)
             collective.left -= used
             seconds -= used
@@ -185,6 +189,7 @@ class _Walk:
             totals.exposed += collective.left
             totals.waits[collective.what, True] += collective.left
             collective.left = 0.0
+        totals.beside[sent[at].what, True] += sent[at].beside
         del sent[at]
 
     def _channel(self, instruction: Instruction) -> str | None:

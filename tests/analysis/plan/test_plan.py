@@ -1,5 +1,6 @@
 """Plans of programs that are really compiled: memory against a count by hand, what does not fit, refusals."""
 
+import dataclasses
 import io
 import json
 
@@ -205,3 +206,19 @@ def test_only_softmax_is_planned():
     model = Model(mixers=(Softmax(), RetNet(), GLA()))
     with pytest.raises(ValueError, match=r"\['GLA', 'RetNet'\]: the formulas are those of softmax attention"):
         plan.PlanOptions(model=model)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_is_offloaded_lies_on_the_host():
+    """Of each layer and token its input and attention's out, in bfloat16, and lse; there once, and back once."""
+    model = dataclasses.replace(TINY, H=8, D=128, remat="offload")  # which TPUs need not fill up
+    options = plan.PlanOptions(topology="v5e:2x2", model=model, data=DATA, cache=False)
+    console = Console(width=200, file=io.StringIO())
+    (row,) = plan.run(options, "tiny", console)["rows"]
+    tokens = DATA.B * DATA.T / 4
+    assert row["host_bytes"] == model.N * tokens * (2 * (model.E + model.H * model.D) + 4 * model.H)
+    assert row["host_traffic"] == 2 * row["host_bytes"]
+    assert row["seconds"]["host"] == pytest.approx(row["host_traffic"] / 16e9)
+    assert row["seconds"]["bound"] >= row["seconds"]["host"]
+    assert "offloaded" in console.file.getvalue()
