@@ -80,7 +80,7 @@ def compiled(one: Case) -> dict[str, Any]:
     found = recorded()
     if one.name not in found:
         print(one.name, file=sys.stderr, flush=True)
-        answer = program.facts(one.config, topology.parse(one.topology), TIMEOUT, program.cache_folder())
+        answer = program.accounts(one.config, topology.parse(one.topology), TIMEOUT)
         row = {"group": one.group, "topology": one.topology, "config": json.loads(to_json(one.config))["config"]}
         found[one.name] = row | {key: answer[key] for key in KEPT if key in answer}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")

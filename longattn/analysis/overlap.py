@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,15 +59,17 @@ def layer(request: Mapping[str, Any]) -> dict[str, Any]:
 
     attend = jax.checkpoint(attend, policy=REMAT["attention"])  # as in a training step: the passes share no transfer
 
-    def both(q: Any, k: Any, v: Any, do: Any) -> Any:
+    def both(q: Any, k: Any, v: Any, do: Any, fill: Any) -> Any:
         out, pull = jax.vjp(attend, q, k, v)
         return out, pull(do)
 
     array = lambda heads: jax.ShapeDtypeStruct((1, request["T"], heads, request["D"]), jnp.bfloat16, sharding=lies)
     q, k = array(request["H"]), array(request["K"])
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(both, out_shardings=lies).trace(q, k, k, q).lower()
-    text = lowered.compile().as_text()
+        step = jax.jit(both, out_shardings=lies, keep_unused=True)
+        lowered = step.trace(q, k, k, q, program.filling(where, mesh)).lower()  # kernels need not be compiled
+    with tempfile.TemporaryDirectory(prefix="longattn_overlap_") as folder:
+        _, text, _ = program.compiled_text(lowered, Path(folder), filled=True)
     found, rates = hlo.parse(text), program.published(where)
     totals = walk(found, rates)
     return {
