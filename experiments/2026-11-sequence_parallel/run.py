@@ -1,7 +1,8 @@
-"""Training steps of long sequences on TPU slices that are not there, compiled: what fits, what is sent, what hides it.
+"""Training steps of long sequences on TPU slices that are not there: what fits, what is sent, what hides it.
 
-`python experiments/2026-11-sequence_parallel/run.py [GROUP ...]` compiles the cases that `results.json` lacks, one at a
-time, and writes it after each; it prints the tables of the README.
+`python experiments/2026-11-sequence_parallel/run.py [GROUP ...]` asks the compiler for its account of the cases that
+`results.json` lacks (`longattn.analysis.plan.program.accounts`), one at a time, writes it after each, and prints the
+README's table.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _SMALL = Model(
 # Ways to spread a sequence over P devices; usp's all-to-all is over 4, which divide the key/value heads of all models.
 WAYS: dict[str, dict[str, Any]] = {
     "ring zigzag": {"strategy": "ring", "layout": "zigzag"},
-    "all_gather": {"strategy": "all_gather"},
+    "all_gather zigzag": {"strategy": "all_gather", "layout": "zigzag"},
     "usp zigzag": {"strategy": "usp", "layout": "zigzag"},
     "ulysses": {"strategy": "ulysses"},
     "ring": {"strategy": "ring"},
@@ -87,24 +88,46 @@ def compiled(one: Case) -> dict[str, Any]:
     return found[one.name]
 
 
-def longest(way: str, where: str) -> None:
-    """The longest sequence of stock Llama 3 8B there, within a sixteenth."""
+def longest(way: str, where: str) -> tuple[int | None, int | None]:
+    """The longest sequence of stock Llama 3 8B there, within a sixteenth, and one that does not fit."""
     devices, guess = SEARCHES[where]
-
-    def fits(T: int) -> bool:
-        return compiled(case("longest", way, where, _8B, T, devices)).get("fits", False)
-
     unit = devices * 8192
-    search.largest(fits, guess * devices, unit, 2**27)
+
+    def at(T: int) -> dict[str, Any]:
+        return compiled(case("longest", way, where, _8B, T, devices))
+
+    first = at(guess * devices)
+    start = round(guess * devices * first["hbm_limit"] / first["hbm_bytes"])  # nearly proportional
+    return search.largest(lambda T: at(T)["fits"], start, unit, 2**27)
 
 
 def main(groups: list[str]) -> None:
     for one in CASES:
         if not groups or one.group in groups:
             compiled(one)
-    for where in SEARCHES:
-        if not groups or "longest" in groups:
-            longest("ring zigzag", where)
+    for where in SEARCHES if not groups or "longest" in groups else ():
+        print(where, *longest("ring zigzag", where))
+    table(recorded())
+
+
+def table(rows: dict[str, dict[str, Any]]) -> None:
+    """The README's, in Markdown."""
+    print(
+        "| program | fits | GiB of a device | TFLOP | received, GiB | of it beside attention | bound, s | MFU at most |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        if "reason" in row:
+            print(f"| {name} | {row['reason'].splitlines()[0]} | | | | | | |")
+            continue
+        sent = [c for c in row["collectives"] if "mixer" in c["scope"]]
+        total = sum(c["bytes"] for c in sent)
+        beside = sum(c["bytes"] * c["beside_attention"] / c["runs"] for c in sent)
+        print(
+            f"| {name} | {'yes' if row['fits'] else 'no'} | {row['hbm_bytes'] / 2**30:.2f} of "
+            f"{row['hbm_limit'] / 2**30:.2f} | {row['flops'] / 1e12:,.0f} | {total / 2**30:,.1f} | "
+            f"{beside / total if total else 0:.0%} | {row['seconds']['bound']:,.2f} | {row['mfu_bound']:.1%} |"
+        )
 
 
 if __name__ == "__main__":

@@ -156,15 +156,18 @@ def attention_flops(config: Config) -> tuple[float, float]:
     """FLOPs of one step's attention, (forward, backward), on the device that has most of it.
 
     The backward pass includes what it recomputes. Under a causal mask the last part of the sequence sees most keys:
-    in a contiguous layout one device has it, and balanced and ulysses divide the pairs all the same.
+    in a contiguous layout one device has it, and balanced and ulysses divide the pairs all the same. Heads that ulysses
+    fills up count.
     """
     model, c = config.model, config.mesh
     rows = config.data.B / (c.data * c.fsdp)
     forward = backward = 0.0
     for mixer in model.layers:
         assert isinstance(mixer, Softmax)  # longattn plan refuses others
-        pairs = _pairs(mixer.mask, config.data.T, c)
-        flops = cost.attention_flops(pairs, model.H // c.tensor, model.D)
+        heads = model.H // c.tensor
+        if c.strategy in ("ulysses", "usp"):  # filled up
+            heads = -(-heads // c.seq) * c.seq
+        flops = cost.attention_flops(_pairs(mixer.mask, config.data.T, c), heads, model.D)
         forward += rows * flops.forward
         backward += rows * (flops.backward + flops.recompute + flops.forward * (model.remat == "full"))
     return forward, backward

@@ -169,7 +169,7 @@ def _compiled(lowered: Any, config: Config, where: Topology, state: Any, folder:
     program = hlo.parse(text)
     needed, buffers = memory.account(folder, program, _weights(state))
     if filled:
-        needed, buffers, refused = needed - filled, [b for b in buffers if b.bytes != filled], None
+        needed, buffers, refused = needed - filled, [b for b in buffers if b.bytes < filled], None
     answer: dict[str, Any] = {
         "fits": refused is None and needed <= where.hbm_bytes,
         "refused": refused,

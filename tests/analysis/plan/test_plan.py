@@ -10,7 +10,7 @@ from rich.console import Console
 from longattn import cli
 from longattn.analysis import cost, plan
 from longattn.analysis.plan import command, program, show
-from longattn.config import GLA, ByteLM, Mesh, Model, RetNet, Softmax
+from longattn.config import GLA, ByteLM, Config, Mesh, Model, RetNet, Softmax
 from tests.analysis.compilers import needs_cuda, needs_libtpu
 
 TINY = Model(N=2, E=512, F=1024, H=4, K=2, D=64, W=512, remat="attention")
@@ -222,3 +222,23 @@ def test_what_is_offloaded_lies_on_the_host():
     assert row["seconds"]["host"] == pytest.approx(row["host_traffic"] / 16e9)
     assert row["seconds"]["bound"] >= row["seconds"]["host"]
     assert "offloaded" in console.file.getvalue()
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_accounts_are_those_of_the_compiled_program(on_tpu):
+    """Work, messages and what is waited for; memory about, as the compiler is told that there is little."""
+    where = command.topology.parse("v5e:2x2")
+    config = plan.PlanOptions(topology=where.name, model=TINY, data=DATA).config(where)
+    row, found = on_tpu[0]["rows"][0], program.accounts(config, where, 600.0)
+    assert found["fits"] and found["flops"] == row["flops"]
+    sent = lambda row: sorted((c["kind"], c["scope"], c["runs"], c["bytes"]) for c in row["collectives"])
+    assert sent(found) == sent(row)
+    assert found["seconds"]["bound"] == pytest.approx(row["seconds"]["bound"], rel=0.02)
+    assert found["hbm_bytes"] == pytest.approx(row["hbm_bytes"], rel=0.1)
+
+
+def test_accounts_are_of_several_tpus():
+    for name, mesh in (("h100:8", Mesh(fsdp=8)), ("v5e:1x1", Mesh())):
+        with pytest.raises(ValueError, match="compile for"):
+            program.accounts(Config(TINY, ByteLM(T=1024, B=8), mesh), command.topology.parse(name), 1.0)
