@@ -120,7 +120,8 @@ def table(rows: dict[str, dict[str, Any]]) -> None:
         if "reason" in row:
             print(f"| {name} | {row['reason'].splitlines()[0]} | | | | | | |")
             continue
-        sent = [c for c in row["collectives"] if "mixer" in c["scope"]]
+        strategy = row["config"]["mesh"]["strategy"]
+        sent = [c for c in row["collectives"] if f"mixer/{strategy}" in c["scope"]]
         total = sum(c["bytes"] for c in sent)
         beside = sum(c["bytes"] * c["beside_attention"] / c["runs"] for c in sent)
         print(

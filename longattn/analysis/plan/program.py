@@ -59,8 +59,8 @@ def accounts(config: Config, where: Topology, timeout: float, cache: Path | None
     """`facts` but for what the code itself tells, in a fraction of the time: kernels are not compiled. For TPUs.
 
     The step has one more argument, which fills the device's memory, so that the compiler refuses it once it has
-    scheduled it and laid out its memory. The argument is taken off again. Schedule and products are those of `facts`;
-    as memory is short, XLA takes less of it, of the programs compared by up to a tenth. XLA does not recompute.
+    scheduled it and laid out its memory. The argument is taken off again. Products and messages are those of `facts`;
+    schedule and memory nearly, for the compiler still knows that memory is short.
 
     Raises:
       ValueError: for a mesh of one device, for GPUs, and where the machine's compiler is not installed.
@@ -83,7 +83,8 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
     context, state, batch = _arguments(config, devices)
     began = time.perf_counter()
     step: Any = steps.train_step(config, context)
-    arguments, filled = (state, batch), 0
+    arguments: tuple[Any, ...] = state, batch
+    filled = 0
     if request.get("fill"):
         fill = filling(where, context.mesh)
         plain, arguments, filled = step, (state, batch, fill), fill.shape[1] * fill.dtype.itemsize
