@@ -75,11 +75,11 @@ def test_typed_overrides() -> None:
     config = parse(
         "--model.D", "128", "--model.mlp_chunk", "64", "--run.profile", "3", "4", "--model.tie", "False",
         "--model.mixers.0.mask", "Causal() & Window(512)", "--model.mixers.0.rope.base", "500", "--run.init_from", "x",
-        "--mesh.data", "2", "--mesh.seq", "4",
+        "--mesh.data", "2", "--mesh.seq", "4", "--mesh.layout", "zigzag",
     )  # fmt: skip
     assert (config.model.D, config.model.mlp_chunk, config.model.tie) == (128, 64, False)
     assert config.run.profile == (3, 4)
-    assert config.mesh == Mesh(data=2, seq=4)
+    assert config.mesh == Mesh(data=2, seq=4, layout="zigzag")
     assert config.model.mixers[0].mask == Causal() & Window(512)
     assert config.model.mixers[0].rope == RoPE(base=500.0)
 

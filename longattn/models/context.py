@@ -42,6 +42,7 @@ class Context:
 
     def linear_attention(self, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array]:
         """`longattn.linear_attention`, or where there is a mesh `longattn.parallel.linear_attention`."""
+        self._insist_on_order()
         if self.mesh is None:
             return linear_attention(q, k, v, implementation=self.implementation, **options)
         return parallel.linear_attention(
@@ -51,20 +52,23 @@ class Context:
 
     def short_convolution(
         self, x: Float[Array, "B T H D"], w: Float[Array, "H D C"], b: Float[Array, "H D"] | None, **options: Any
-    ) -> Float[Array, "B T H D"]:
-        """`longattn.ops.conv.short_convolution` of the heads' channels, or where the sequence lies in parts
-        `longattn.parallel.short_convolution`; no tail. Heads that `head_axis` does not divide are all on each device.
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B C-1 E"]]:
+        """`longattn.ops.conv.short_convolution`, or of a sequence in parts `longattn.parallel.short_convolution`.
+
+        Heads that `head_axis` does not divide are all on each of its devices.
         """
-        H, channels = x.shape[2], (*x.shape[:2], -1)
+        self._insist_on_order()
+        channels = (*x.shape[:2], -1)
         arrays = x.reshape(channels), w.reshape(-1, w.shape[2]), None if b is None else b.reshape(-1)
         if self.mesh is None or self.parts == 1:
-            return short_convolution(*arrays, **options)[0].reshape(x.shape)
-        divided = H % self.mesh.shape.get(self.head_axis, 1) == 0
-        y, _ = parallel.short_convolution(
-            *arrays, mesh=self.mesh, axis=self.axis, batch_axes=self.batch_axes,
-            head_axis=self.head_axis if divided else None, **options,
-        )  # fmt: skip
-        return y.reshape(x.shape)
+            y, tail = short_convolution(*arrays, **options)
+        else:
+            divided = x.shape[2] % self.mesh.shape.get(self.head_axis, 1) == 0
+            y, tail = parallel.short_convolution(
+                *arrays, mesh=self.mesh, axis=self.axis, batch_axes=self.batch_axes,
+                head_axis=self.head_axis if divided else None, **options,
+            )  # fmt: skip
+        return y.reshape(x.shape), tail
 
     @property
     def tokens(self) -> PartitionSpec:
@@ -99,6 +103,13 @@ class Context:
     def in_order(self) -> bool:
         """Whether tokens lie as they follow one another."""
         return self.layout_parts == 1 or self.layout == SequenceLayout()
+
+    def _insist_on_order(self) -> None:
+        if not self.in_order:
+            raise ValueError(
+                f"layout={self.layout.name!r} must be contiguous for what is handed on from token to token: `convert` "
+                "the activations and take the context `lying` so, as Transformer does"
+            )
 
     def lying(self, layout: SequenceLayout) -> Context:
         """The context of tokens that lie in another layout."""

@@ -59,7 +59,7 @@ def convolved(
     uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
     w = module.param(f"{name}_conv", uniform, (H, D, taps), jnp.float32)
     b = module.param(f"{name}_conv_bias", uniform, (H, D), jnp.float32) if bias else None
-    return (module.context or Context()).short_convolution(x, w, b, segment_ids=segment_ids, activation="silu")
+    return (module.context or Context()).short_convolution(x, w, b, segment_ids=segment_ids, activation="silu")[0]
 
 
 def unit(x: Heads) -> Heads:

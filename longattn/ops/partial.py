@@ -12,9 +12,8 @@ What consecutive tokens do to the state of linear attention is an affine map, an
 
     S -> M S + N;   later . earlier = (M_l M_e, M_l N_e + N_l)
 
-M is a product of decays, a number per channel; with the delta rule a matrix, and matrices do not commute: the order of
-the parts matters (section 3.2 of arXiv:2406.06484), the order of chaining does not, up to rounding. A part that begins
-with a new segment has M = 0.
+M is a product of decays, a number per channel; with the delta rule (arXiv:2406.06484) a matrix. As matrices do not
+commute the order of the parts matters; that of chaining does not, up to rounding. Where a segment begins M is 0.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ def linear_attention(
 ) -> tuple[Out, State]:
     """`longattn.linear_attention` of global arrays: B along `batch_axes`, T along `axis`, H along `head_axis`.
 
-    Where T lies in parts, the devices exchange states, in numbers that do not depend on T, and compute at most twice of
-    what one device would (`longattn.parallel.linear_state`); reverse mode only.
+    Where T lies in parts, devices send each other states, whose size does not depend on T, and a training step has at
+    most 1.6 times the products of one device with as many tokens (`longattn.parallel.linear_state`). Reverse mode only.
 
     Args:
       q, k, v: global arrays; arrays that lie otherwise are moved. One head for all others to read is replicated.

@@ -11,7 +11,7 @@ positions say; of other masks nothing is known beforehand.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,24 +81,30 @@ def pairs(mask: Mask, call: Call, T: int, S: int) -> Pairs:
 @functools.lru_cache(maxsize=256)
 def _pairs(mask: Mask, call: Call, T: int, S: int) -> Pairs:
     layout, P = call.layout, call.devices
-    found: dict[Case, int] = {}
+    q, k = (np.array([layout.runs(i, n, P) for i in range(P)], np.int32) for n in (T, S))  # [P pieces (first, last)]
+    q, k = q[:, None, :, None], k[None, :, None, :]
+    kinds = mask.kind(q[..., 0], q[..., 1], k[..., 0], k[..., 1])  # [P P pieces pieces]
+    cases: dict[Case, int] = {}
+    known: dict[Any, int] = {}  # by what a case depends on
     table = np.zeros((P, P), np.int32)
-    for i in range(P):
-        for j in range(P):
-            case = _case(mask, layout.name, i, j, layout.runs(i, T, P), layout.runs(j, S, P), T // P, S // P)
-            table[i, j] = found.setdefault(case, len(found))
-    return Pairs(tuple(found), table)
+    for i, j in np.ndindex(P, P):
+        key = kinds[i, j].tobytes(), np.sign(i - j)
+        if key not in known:
+            case = _case(mask, layout.name, i, j, kinds[i, j], T // P, S // P)
+            known[key] = cases.setdefault(case, len(cases))
+        table[i, j] = known[key]
+    return Pairs(tuple(cases), table)
 
 
-def _case(mask: Mask, layout: str, i: int, j: int, queries: Sequence[Any], keys: Sequence[Any], t: int, s: int) -> Case:
-    q, k = (np.asarray(x, np.int32) for x in (queries, keys))  # [pieces, (first, last)]
-    kinds = mask.kind(q[:, None, 0], q[:, None, 1], k[None, :, 0], k[None, :, 1])
+def _case(mask: Mask, layout: str, i: int, j: int, kinds: np.ndarray, t: int, s: int) -> Case:
+    """Of device i's t queries and j's s keys, from the kinds of their pieces."""
     rows, columns = (np.flatnonzero((kinds != EMPTY).any(axis)) for axis in (1, 0))
     if not rows.size:
         return Case()
     rectangle = kinds[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     q_slice, k_slice = (
-        (int(at[0]) * (n // len(x)), int(at[-1] + 1) * (n // len(x))) for at, n, x in ((rows, t, q), (columns, s, k))
+        (int(at[0]) * (n // pieces), int(at[-1] + 1) * (n // pieces))
+        for at, n, pieces in zip((rows, columns), (t, s), kinds.shape)
     )
     if (rectangle == FULL).all():
         return Case(q_slice, k_slice, Full())
@@ -143,10 +149,10 @@ class Local:
 
         sides = ("q", i, self.T, case.q), ("k", j, self.S, case.k)
         positions = None
-        if case.mask is None and call.in_order:
+        if case.mask is None and call.in_order and P > 1:
             rows = [call.layout.local_positions(device, n, P)[None, slice(*at)] for _, device, n, at in sides]
             positions = tuple(jnp.broadcast_to(x, (B, x.shape[1])) for x in rows)
-        elif case.mask is None:
+        elif case.mask is None and not call.in_order:
             positions = tuple(part(getattr(extras, f"{side}_positions"), *rest) for side, *rest in sides)
         segments = None
         if extras.q_segments is not None:

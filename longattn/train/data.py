@@ -357,8 +357,8 @@ class Spread:
 
         @functools.cache
         def read(start: int, stop: int) -> Batch:
-            rows = self.source.batch(step, slice(start, stop))
-            return Batch(*(self.layout.permute(x, self.parts) for x in rows))
+            whole = self.source.batch(step, slice(start, stop))
+            return Batch(*(self.layout.permute(x, self.parts) for x in whole))
 
         def column(i: int) -> jax.Array:
             def part(index: tuple[slice, ...]) -> np.ndarray:

@@ -112,7 +112,7 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
                 info=info,
                 kernels=kernels,
                 mesh=None if context is None else context.described(),
-            )  # fmt: skip
+            )
         )
         bringup.insist(kernels)
         stop = stack.enter_context(_sigterm())

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import longattn
 from longattn import config as c
 from longattn import parallel
-from longattn.models import Transformer, init_params
+from longattn.models import Context, Transformer, init_params
 from longattn.parallel import mesh as meshes
 from longattn.train.step import context_of, state_shapes
 
@@ -99,6 +99,45 @@ def test_models_on_a_mesh_equal_those_on_one_device():
     f = lambda context: jax.jit(lambda p, t: Transformer(MODEL, context).apply({"params": p}, t)[0])
     spread = jax.device_put(params, meshes.shardings(context.mesh, params))
     np.testing.assert_allclose(f(context)(spread, tokens), f(None)(params, tokens), rtol=1e-4, atol=1e-5)
+
+
+FAMILY = (
+    c.LinearAttention(), c.Performer(), c.Based(features=3), c.RetNet(), c.GLA(), c.Mamba2(state=8), c.GatedDeltaNet(),
+    c.KimiDeltaAttention(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mixers", "mesh"),
+    [
+        ((c.GatedDeltaNet(), c.Softmax()), c.Mesh(tensor=2, seq=2)),
+        pytest.param((c.GatedDeltaNet(), c.Softmax()), c.Mesh(data=2, tensor=2, seq=2), marks=pytest.mark.slow),
+        pytest.param((*FAMILY, c.Softmax()), c.Mesh(data=2, seq=2), marks=pytest.mark.slow),
+    ],
+    ids=["hybrid", "hybrid-data", "all"],
+)
+def test_loss_and_gradients_of_sequences_in_parts_are_those_of_one_device(mixers, mesh):
+    """Of packed documents that cross the parts; the short convolutions of Gated DeltaNet too."""
+    model, T = dataclasses.replace(MODEL, N=len(mixers), mixers=mixers, remat="none"), 8
+    context = Context(mesh=mesh_of(*dataclasses.astuple(mesh)[:4]))
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    params = jax.tree.map(lambda p: 0.3 * rng.standard_normal(p.shape).astype(p.dtype), shapes)
+    tokens, labels = jnp.asarray(rng.integers(0, 17, (2, B, T)), jnp.int32)
+    lengths = (3, 4, 1)
+    ids = jnp.tile(jnp.repeat(jnp.array([2, 1, 2], jnp.int32), jnp.array(lengths)), (B, 1))
+    positions = jnp.tile(jnp.concatenate([jnp.arange(n, dtype=jnp.int32) for n in lengths]), (B, 1))
+
+    def loss(params, context):
+        logits, _ = Transformer(model, context).apply({"params": params}, tokens, positions, ids)
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], 2))
+
+    f = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    (expected, gradients), (got, spread) = f(params, None), f(params, context)
+    rtol = np.finfo(np.float32).eps * np.sqrt(B * T * model.E)
+    np.testing.assert_allclose(got, expected, rtol=rtol)
+    for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves(gradients), strict=True):
+        assert np.linalg.norm(a - b) <= 10 * rtol * np.linalg.norm(b)  # errors of a gradient's factors multiply
 
 
 def test_every_parameter_has_a_rule():

@@ -11,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longattn import parallel
+from longattn.analysis import aot
 from longattn.models.transformer import REMAT
 from longattn.ops.linear import pallas_tpu, xla
 from longattn.ops.linear.api import validate
 from longattn.parallel import linear_state
+from tests.analysis.compilers import needs_libtpu
 from tests.ops import linear_oracle, oracle
 from tests.ops.contract.test_linear import HEADS, KINDS, Case, equations, expected, inputs, with_gradients, work
 from tests.ops.interpreter import as_on_tpu
@@ -79,21 +82,23 @@ def test_forward_and_gradients(parts):
     check(parts)
 
 
+DOMAINS = {
+    "kind": list(KINDS),
+    "heads": list(HEADS),
+    "ids": ["one segment", "segments"],
+    "state": ["from zero", "from a state"],
+    "decays": ["usual", "from e^-30 to 1", "beyond exp"],
+    "dtype": ["float32", "bfloat16", "float64"],
+    "mesh": [(1, 1, 1, 2), (2, 1, 1, 3), (1, 2, 1, 4), (1, 1, 1, 8)],
+}
+REST = [Parts(row.pop("mesh"), Case(**row, length="T=24")) for row in oracle.pairwise(DOMAINS)] + [
+    Parts((1, 1, 3, 2), hard("plain", "fewer v", "T=24", state="from zero")),
+    Parts((2, 1, 1, 4), whole("constant decay", "all equal", "T=36")),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "parts",
-    [
-        Parts((1, 1, 1, row["devices"]), Case(**{name: x for name, x in row.items() if name != "devices"}))
-        for row in oracle.pairwise(
-            {
-                "kind": list(KINDS), "heads": list(HEADS), "ids": ["one segment", "segments"],
-                "state": ["from zero", "from a state"], "decays": ["usual", "from e^-30 to 1", "beyond exp"],
-                "dtype": ["float32", "bfloat16", "float64"], "length": ["T=24"], "devices": [2, 3, 4, 8],
-            }
-        )
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("parts", REST, ids=str)
 def test_forward_and_gradients_of_the_rest(parts):
     check(parts)
 
@@ -159,9 +164,9 @@ def test_the_tpu_kernels_in_parts():
         check(parts)
 
 
-def gradient_over(mesh, kind, T, packed=True):
-    """Traced: outputs and all gradients of a call over four devices, from shapes."""
-    H, D, V, B = 4, 16, 24, 2
+def gradient_over(mesh, kind, T, sizes=(2, 4, 16, 24)):
+    """Traced: outputs and all gradients of a packed call over a mesh, from shapes; sizes are B, H, D and V."""
+    B, H, D, V = sizes
     spread = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("data", "seq")))
     x, v, number = (spread(jnp.bfloat16, B, T, H, D), spread(jnp.bfloat16, B, T, H, V), spread(jnp.float32, B, T, H))
     given = {"q": x, "k": x, "v": v, "log_decay": spread(jnp.float32, B, T, H, D) if kind == "vector" else number}
@@ -171,7 +176,15 @@ def gradient_over(mesh, kind, T, packed=True):
         results, pull = jax.vjp(lambda given: parallel.linear_attention(**given, segment_ids=ids, mesh=mesh), given)
         return results, pull(results)
 
-    return jax.jit(f).trace(given, spread(jnp.int32, B, T) if packed else None)
+    return jax.jit(f).trace(given, spread(jnp.int32, B, T))
+
+
+def collectives(text):
+    """How many of each kind a compiled program has."""
+    found = re.findall(
+        r" = .*?\b(all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)(?:-start)?\(", text
+    )
+    return {name: found.count(name) for name in set(found)}
 
 
 @pytest.mark.parametrize(
@@ -188,13 +201,8 @@ def test_what_the_devices_send(kind, transition):
     once = [("ppermute", transition), ("ppermute", state), ("ppermute", state)]
     assert sent[0] == [("ppermute", (1,)), *once, ("psum_invariant", state), *once]
     assert sent[1] == sent[0]
-    if kind != "scalar, delta":
-        return
-    text = traced.lower().compile().as_text()
-    found = re.findall(
-        r" = .*?\b(all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)(?:-start)?\(", text
-    )
-    assert {name: found.count(name) for name in set(found)} == {"collective-permute": 7, "all-reduce": 1}
+    if "delta" in kind:
+        assert collectives(traced.lower().compile().as_text()) == {"collective-permute": 7, "all-reduce": 1}
 
 
 def test_two_devices_send_no_transition_and_an_unused_final_state_is_not_summed():
@@ -222,3 +230,27 @@ def test_nothing_runs_twice_under_remat_by_name(policy):
     found = [e.primitive.name for e in equations(jax.make_jaxpr(jax.grad(loss))(x).jaxpr)]
     assert found.count("ppermute") == 7
     assert found.count("scan") == 9  # spans and chunks: fold, forward, pull; backward: spans, states again, gradients
+
+
+def compile_for_tpu(request: dict[str, str]) -> dict[str, dict[str, int]]:
+    """Kernels and collectives of a packed call and its gradients over four chips of v5p."""
+    devices = topologies.get_topology_desc("v5p:2x2x1", platform="tpu").devices
+    mesh = parallel.make_mesh(seq=4, devices=devices)
+    T, H, D, V = 4 * 2048, 8, 128, 256 if request["kind"] == "scalar, delta" else 128
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = gradient_over(mesh, request["kind"], T, (1, H, D, V)).lower().compile().as_text()
+    kernels = {name: len(re.findall(rf"%longattn_linear_{name}[.\d]* =", text)) for name in KERNELS}
+    return {"kernels": kernels, "collectives": collectives(text)}
+
+
+KERNELS = ("fold", "forward", "pull", "backward")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("kind", ["scalar, delta", pytest.param("vector", marks=pytest.mark.slow)])
+def test_compiles_for_tpus(kind):
+    """Gated DeltaNet and GLA: one kernel for each pass, and what is sent on a CPU."""
+    answer = aot.call(f"{__name__}:compile_for_tpu", {"kind": kind}, aot.tpu_environment(), 600)
+    assert answer == {
+        "kernels": dict.fromkeys(KERNELS, 1), "collectives": {"collective-permute": 7, "all-reduce": 1},
+    }  # fmt: skip

@@ -30,7 +30,9 @@ def call(case: Case):
         def one(name: str, x: Any) -> Any:
             if name in on_tokens:
                 return way(x, ring)
-            return jnp.moveaxis(way(jnp.moveaxis(x, 2, 1), ring), 1, 2) if name.endswith("bias") else x
+            for axis in (2, 3) if name.endswith("bias") else ():
+                x = jnp.moveaxis(way(jnp.moveaxis(x, axis, 1), ring), 1, axis)
+            return x
 
         return {name: one(name, x) for name, x in tree.items()}
 

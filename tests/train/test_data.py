@@ -7,13 +7,14 @@ import lzma
 import os
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from longattn import config
-from longattn.parallel import make_mesh
+from longattn.parallel import SequenceLayout, make_mesh
 from longattn.tasks.bytelm import BOS
 from longattn.train import data
 
@@ -265,3 +266,16 @@ def test_batches_on_a_mesh_are_the_source_s_and_each_row_is_read_once(
     assert all(x.sharding == sharding for x in got)
     assert_equal(data.Batch(*map(np.asarray, got)), batch(source, 3))
     assert (spread.num_batches, spread.info) == (source.num_batches, source.info)
+
+
+@pytest.mark.parametrize("name", ["zigzag", "striped"])
+def test_devices_have_slices_of_rows_in_the_layout_s_order(corpus: Path, name: Any) -> None:
+    source = data.source(bytelm(corpus), seed=1, split="train")
+    layout, mesh = SequenceLayout(name), make_mesh(data=2, seq=4)
+    sharding = jax.sharding.NamedSharding(mesh, jax.P("data", "seq"))
+    got = data.Spread(source, (source.cfg.B, source.cfg.T), sharding, layout, 4).batch(0)
+    whole = source.batch(0)
+    assert_equal(data.Batch(*(layout.restore(np.asarray(x), 4) for x in got)), whole)
+    first = got.tokens.addressable_shards[0]  # of the first device: rows that begin at 0, and its own tokens
+    mine = layout.local_positions(0, source.cfg.T, 4)
+    np.testing.assert_array_equal(first.data, whole.tokens[: first.data.shape[0], mine])

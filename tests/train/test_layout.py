@@ -7,6 +7,7 @@ import functools
 import re
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,16 @@ from longattn.models import Context, Transformer, init_params
 from longattn.parallel import SequenceLayout, make_mesh
 from longattn.train import data
 from longattn.train.loss import labels_and_weights
-from longattn.train.step import _labels, batch_sharding, context_of, eval_step, init_state, train_step
+from longattn.train.step import (
+    State,
+    _labels,
+    batch_sharding,
+    context_of,
+    eval_step,
+    init_state,
+    state_shapes,
+    train_step,
+)
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 B1 = 0.9
@@ -49,74 +59,89 @@ def packed(B: int, T: int, seed: int = 0) -> data.Batch:
     return data.Batch(rng.integers(0, 257, (B, T)).astype(np.int32), positions, ids, weights)
 
 
-HYBRID = dataclasses.replace(CONFIG.model, N=2, mixers=(GatedDeltaNet(V=6), CONFIG.model.mixers[0]))
+HYBRID = dataclasses.replace(CONFIG.model, N=4, remat="attention", mixers=(RetNet(V=6), *CONFIG.model.mixers))
+CONVOLVED = dataclasses.replace(HYBRID, N=2, mixers=(*CONFIG.model.mixers, GatedDeltaNet(V=6)))
 
 
-def results(config: Config) -> tuple[dict[str, float], list[np.ndarray], dict[str, np.ndarray]]:
-    """(metrics and gradients of one step, an evaluation), of one batch that the mesh's devices read."""
+@functools.cache
+def fresh(model: Model) -> State:
+    return init_state(dataclasses.replace(CONFIG, model=model), 0)
+
+
+def stepped(config: Config) -> tuple[dict[str, float], list[np.ndarray], Any]:
+    """Metrics and gradients of one step, and f such that f() are the sums of an evaluation, of one batch.
+
+    Where there is a mesh its devices read the batch.
+    """
     context, batch = context_of(config), packed(config.data.B, config.data.T)
+    state = jax.tree.map(jnp.copy, fresh(config.model))
     if context is not None:
+        state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, state_shapes(config, context)))
         source = SimpleNamespace(
             batch=lambda step, rows: data.Batch(*(x[rows] for x in batch)), num_batches=1, info={}, lengths={}
         )
         sharding, shape = batch_sharding(config, context), (config.data.B, config.data.T)
         batch = data.Spread(source, shape, sharding, context.layout, context.layout_parts).batch(0)
-    state = init_state(config, 0, context)
-    sums = jax.device_get(eval_step(config, context)(state.params, batch))
     state, metrics = train_step(config, context)(state, batch)
     (adam,) = (s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
     gradients = [np.asarray(m) / (1 - B1) for m in jax.tree.leaves(adam.mu)]
-    return {name: float(x) for name, x in metrics.items()}, gradients, sums
+    evaluated = lambda: jax.device_get(eval_step(config, context)(state.params, batch))
+    return {name: float(x) for name, x in metrics.items()}, gradients, evaluated
 
 
 @functools.cache
-def on_one_device(model: Model) -> tuple[dict[str, float], list[np.ndarray], dict[str, np.ndarray]]:
-    return results(dataclasses.replace(CONFIG, model=model))
+def on_one_device(model: Model) -> tuple[dict[str, float], list[np.ndarray], Any]:
+    return stepped(dataclasses.replace(CONFIG, model=model))
 
 
-def agree(config: Config) -> None:
+def agree(config: Config, *, evaluation: bool = False) -> None:
     """A step on the mesh is that of one device: sums have other orders, sqrt(n) roundings for n terms."""
-    metrics, gradients, sums = results(config)
-    expected, expected_gradients, expected_sums = on_one_device(config.model)
+    metrics, gradients, evaluated = stepped(config)
+    expected, expected_gradients, expected_evaluated = on_one_device(config.model)
     rtol = np.finfo(np.float32).eps * np.sqrt(config.data.B * config.data.T * config.model.E)
     for name, want in expected.items():
         np.testing.assert_allclose(metrics[name], want, rtol=rtol, err_msg=name)
-    for name, want in expected_sums.items():
-        np.testing.assert_allclose(sums[name], want, rtol=4 * rtol, atol=1e-5, err_msg=name)
     for got, want in zip(gradients, expected_gradients, strict=True):
         assert np.linalg.norm(got - want) <= 10 * rtol * np.linalg.norm(want)  # errors of a gradient's factors multiply
+    if evaluation:
+        sums = evaluated()
+        for name, want in expected_evaluated().items():
+            np.testing.assert_allclose(sums[name], want, rtol=4 * rtol, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "accumulate"),
-    [
-        (Mesh(seq=4, data=2, layout="zigzag"), 1),
-        (Mesh(seq=4, fsdp=2, layout="striped"), 2),
-        (Mesh(seq=2, ring=2, data=2, strategy="usp", layout="zigzag"), 1),
-        pytest.param(Mesh(seq=4, tensor=2, layout="zigzag", strategy="all_gather"), 2, marks=pytest.mark.slow),
-        pytest.param(Mesh(seq=8, layout="striped", strategy="ulysses"), 1, marks=pytest.mark.slow),
-        pytest.param(Mesh(seq=2, ring=4, strategy="usp", layout="striped"), 1, marks=pytest.mark.slow),
-        pytest.param(Mesh(seq=4, data=2), 2, marks=pytest.mark.slow),
-    ],
-    ids=lambda x: f"{x.layout}-{x.strategy}" if isinstance(x, Mesh) else "",
-)
-def test_a_step_of_softmax_layers_in_a_layout_is_that_of_one_device(mesh: Mesh, accumulate: int) -> None:
-    agree(
-        dataclasses.replace(CONFIG, mesh=mesh, optimiser=dataclasses.replace(CONFIG.optimiser, accumulate=accumulate))
-    )
+ACCUMULATED = dataclasses.replace(CONFIG.optimiser, accumulate=2)
+SPREAD = {
+    "zigzag ring": dataclasses.replace(CONFIG, mesh=Mesh(seq=4, data=2, layout="zigzag")),
+    "zigzag usp": dataclasses.replace(CONFIG, mesh=Mesh(seq=2, ring=2, data=2, strategy="usp", layout="zigzag")),
+    "hybrid": dataclasses.replace(
+        CONFIG, model=HYBRID, mesh=Mesh(seq=4, fsdp=2, layout="zigzag", strategy="all_gather")
+    ),
+}
+SLOW = {
+    "contiguous balanced": dataclasses.replace(CONFIG, mesh=Mesh(seq=4, data=2, strategy="balanced")),
+    "zigzag all_gather": dataclasses.replace(
+        CONFIG, mesh=Mesh(seq=4, tensor=2, layout="zigzag", strategy="all_gather"), optimiser=ACCUMULATED
+    ),
+    "striped ring": dataclasses.replace(CONFIG, mesh=Mesh(seq=4, fsdp=2, layout="striped")),
+    "striped ulysses": dataclasses.replace(CONFIG, mesh=Mesh(seq=8, layout="striped", strategy="ulysses")),
+    "striped usp": dataclasses.replace(CONFIG, mesh=Mesh(seq=2, ring=4, strategy="usp", layout="striped")),
+    "hybrid striped": dataclasses.replace(
+        CONFIG, model=CONVOLVED, mesh=Mesh(seq=2, tensor=2, fsdp=2, layout="striped"), optimiser=ACCUMULATED
+    ),
+    "hybrid zigzag": dataclasses.replace(CONFIG, model=CONVOLVED, mesh=Mesh(seq=4, data=2, layout="zigzag")),
+    "hybrid usp": dataclasses.replace(CONFIG, model=CONVOLVED, mesh=Mesh(seq=2, ring=2, strategy="usp", data=2)),
+}
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        Mesh(seq=4, data=2, layout="zigzag", strategy="all_gather"),
-        pytest.param(Mesh(seq=2, tensor=2, fsdp=2, layout="striped"), marks=pytest.mark.slow),
-        pytest.param(Mesh(seq=2, ring=2, strategy="usp", data=2), marks=pytest.mark.slow),
-    ],
-    ids=lambda mesh: f"{mesh.layout}-{mesh.strategy}",
-)
-def test_a_step_of_a_hybrid_in_a_layout_is_that_of_one_device(mesh: Mesh) -> None:
-    agree(dataclasses.replace(CONFIG, mesh=mesh, model=HYBRID))
+@pytest.mark.parametrize("name", [*SPREAD, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_a_step_in_a_layout_is_that_of_one_device(name: str) -> None:
+    agree({**SPREAD, **SLOW}[name])
+
+
+def test_an_evaluation_in_a_layout_is_that_of_one_device() -> None:
+    """By position too; and micro-batches have their own rows on all devices."""
+    mesh = Mesh(seq=4, data=2, layout="striped", strategy="all_gather")
+    agree(dataclasses.replace(CONFIG, mesh=mesh, optimiser=ACCUMULATED), evaluation=True)
 
 
 # ---- labels
@@ -215,6 +240,14 @@ def test_where_no_layer_wants_another_layout_nothing_is_converted() -> None:
     )
     assert layout(RetNet()) == SequenceLayout("contiguous")
     assert layout(RetNet(), Softmax()) == SequenceLayout("zigzag")
+
+
+def test_a_recurrence_refuses_tokens_out_of_order() -> None:
+    context, x = lying("zigzag", 4), jnp.zeros((1, 24, 2, 3))
+    with pytest.raises(ValueError, match=r"layout='zigzag' must be contiguous"):
+        context.linear_attention(x, x, x)
+    with pytest.raises(ValueError, match=r"layout='zigzag' must be contiguous"):
+        context.short_convolution(x, jnp.zeros((2, 3, 4)), None)
 
 
 def test_what_cannot_be_converted_is_refused() -> None:

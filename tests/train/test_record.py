@@ -93,7 +93,7 @@ def test_folders_of_other_runs_are_refused(tmp_path: Path) -> None:
         record.check_folder(folder, config, resume=False)
     moved = dataclasses.replace(config, run=Run(dir="elsewhere", name="b", log_every=3, profile=(2, 2)))
     assert record.check_folder(folder, moved, resume=True) is True
-    (folder / "config.json").write_text(to_json(config).replace('"version": 2', '"version": 0'))
+    (folder / "config.json").write_text(to_json(config).replace('"version": 3', '"version": 0'))
     with pytest.raises(ValueError, match="another version"):
         record.check_folder(folder, config, resume=True)
     (folder / "config.json").write_text("{torn")

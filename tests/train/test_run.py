@@ -176,13 +176,15 @@ def test_evaluation_takes_a_micro_batch_at_a_time(finished: Config, tmp_path: Pa
 
 def test_on_a_mesh_stopped_and_continued_bitwise(finished: Config, tmp_path: Path, monkeypatch) -> None:
     """Eight devices see the losses of one; a checkpoint returns to the mesh, and to one device for an evaluation."""
-    whole = dataclasses.replace(config(tmp_path, name="whole"), mesh=Mesh(data=2, seq=4))
+    whole = dataclasses.replace(config(tmp_path, name="whole"), mesh=Mesh(data=2, seq=4, layout="zigzag"))
     assert quiet(whole).status == "finished"
+    (began,) = json.loads((folder(whole) / "env.json").read_text())["starts"]
+    assert began["mesh"] == "8 devices: data 2 x seq 4, ring, zigzag"
     for step, loss in losses(folder(finished)).items():
         # Twelve steps of Adam, whose updates at first are signs of gradients, however small.
         assert losses(folder(whole))[step] == pytest.approx(loss, rel=1e-4)
 
-    c = dataclasses.replace(config(tmp_path), mesh=Mesh(data=2, seq=4))
+    c = dataclasses.replace(config(tmp_path), mesh=Mesh(data=2, seq=4, layout="zigzag"))
     lose_power(c, monkeypatch)
     assert quiet(c).status == "finished"
     assert losses(folder(c)) == losses(folder(whole))

@@ -21,7 +21,7 @@ CONFIG = Config(
     optimiser=Optimiser(loss_chunk=32),
     run=Run(steps=10),
 )
-ON_MESH = dataclasses.replace(CONFIG, mesh=Mesh(data=2, tensor=2, seq=2))
+ON_MESH = dataclasses.replace(CONFIG, mesh=Mesh(data=2, tensor=2, seq=2, strategy="all_gather"))
 LAYER = "Transformer.hidden/layers/layer_0"
 SCOPES = {
     ("Transformer.hidden/embedding", "forward"),

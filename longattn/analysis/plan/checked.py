@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 
 def _case(name: str, where: str, model: Model, T: int, B: int, accumulate: int = 1, **mesh: Any) -> Case:
-    config = Config(model, ByteLM(T=T, B=B), Mesh(**mesh), Optimiser(accumulate=accumulate))
+    config = Config(model, ByteLM(T=T, B=B), Mesh(**mesh, strategy="all_gather"), Optimiser(accumulate=accumulate))
     sizes = " ".join(f"{axis} {n}" for axis, n in mesh.items())
     return Case(f"{name} {where} T{T} B{B} {sizes or 'alone'}", where, config)
 

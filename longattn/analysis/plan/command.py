@@ -108,7 +108,10 @@ def _chosen(model: Model, T: int, rows: int, where: Topology, mesh: Mesh) -> Mes
         if T % chosen.unit == 0:
             return chosen
     within = f", which {hosts} hosts must divide," if hosts > 1 else ""
-    raise ValueError(f"{n} devices cannot share {rows} rows{within} of {T=}: choose multiples of {n}, or say the mesh")
+    unit = dataclasses.replace(mesh, seq=n).unit
+    raise ValueError(
+        f"{n} devices cannot share {rows} rows{within} of {T=}: choose multiples of {unit}, or say the mesh"
+    )
 
 
 def run(options: PlanOptions, name: str, console: Console | None = None) -> dict[str, Any]:

@@ -76,6 +76,19 @@ def test_estimates_need_no_compiler(monkeypatch, tmp_path, capsys):
     assert "By formula; over" in said and "keys and values" in said
 
 
+def test_layouts_and_strategies_divide_attention_unequally():
+    """Of 4 T tokens in order the last device has 7 of 16 triangles of a causal mask, else each a quarter."""
+    model, T = plan.MODELS["llama3_1b"], 8192
+    work = lambda **mesh: analytic.attention_flops(Config(model, ByteLM(T=T, B=1), Mesh(**mesh)))[0]
+    alone = work()
+    assert work(seq=4) == pytest.approx(alone * 7 / 16, rel=1e-3)
+    assert work(ring=2, seq=2, strategy="usp") == pytest.approx(alone * 3 / 8, rel=1e-3)  # and half of the heads
+    even = {"layout": "zigzag"}, {"layout": "striped"}, {"strategy": "balanced"}, {"strategy": "ulysses"}
+    for mesh in even:
+        assert work(seq=4, **mesh) == pytest.approx(alone / 4, rel=1e-3), mesh
+    assert work(ring=2, seq=2, strategy="usp", layout="zigzag") == pytest.approx(alone / 4, rel=1e-3)
+
+
 def test_more_tokens_need_more_and_more_devices_less():
     model = plan.MODELS["llama3_8b"]
     where = topology.parse("v5e:4x4")

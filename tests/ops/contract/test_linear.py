@@ -313,11 +313,8 @@ def test_the_state_carries_a_sequence_on(back_end, kind):
 @every_back_end
 @pytest.mark.parametrize(
     ("kind", "heads", "dtype"),
-    [
-        ("scalar decay, delta", "fewer q and k", "float32"), ("vector decay", "all equal", "float32"),
-        ("vector decay, delta", "fewer v", "bfloat16"),
-    ],
-)  # fmt: skip
+    [("scalar decay, delta", "fewer q and k", "float32"), ("vector decay, delta", "fewer v", "bfloat16")],
+)
 def test_parts_of_a_pass(back_end, kind, heads, dtype):
     """The states alone, into whose further columns zeros are written, and the gradient of the initial state alone."""
     case = back_end.nearest(Case(kind, heads, state="from a state", ids="segments", dtype=dtype))

@@ -65,7 +65,7 @@ def _starts(n: Call, ids: Array) -> Array:
 
 
 def _arrays(
-    n: Call, q: Array | None, k: Array, v: Array, log_decay: Array | None, beta: Array | None, ids: Array | None
+    n: Call, q: Array | None, k: Array, v: Array | None, log_decay: Array | None, beta: Array | None, ids: Array | None
 ) -> Any:
     """What all kernels read, by name."""
     found = {name: x.swapaxes(1, 2) for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
@@ -128,7 +128,7 @@ def _pull(
     dstate: Array, spec: Spec,
 ) -> Array:  # fmt: skip
     n = _call(q, k, v, log_decay, beta, spec)
-    arrays = _arrays(n, q, k, v, log_decay, beta, ids) | {"do": do.swapaxes(1, 2), "dfinal_state": dstate}
+    arrays = _arrays(n, q, k, None, log_decay, beta, ids) | {"do": do.swapaxes(1, 2), "dfinal_state": dstate}
     return pull_kernel(n, dispatch.vary_together(arrays))
 
 

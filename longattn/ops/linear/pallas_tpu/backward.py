@@ -4,7 +4,8 @@ Of each span the states before its chunks are computed again from the one before
 rule; then each chunk, the last first, is differentiated (`jax.vjp` of `chunk`, whose products and inverse have rules
 of their own). Each gradient is summed in one order: it is the same bit for bit every time.
 
-`pull` is the part of it that gives the gradient of the initial state alone: one walk, which reads no states.
+`pull` is the part that gives the gradient of the initial state alone, in one walk that reads neither states nor v:
+a chunk is affine in its state.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def backward(n: Call, arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _pull_kernel(n: Call, refs: Mapping[str, Any]) -> None:
+    refs = {**refs, "v": refs["do"]}  # neither v nor S matters to the gradient of S: anything will do
     step, dS = pl.program_id(1), refs["dinitial_state"]
     span = n.spans - 1 - step
 
@@ -98,7 +100,7 @@ def _pull_kernel(n: Call, refs: Mapping[str, Any]) -> None:
     def transpose(i: Array, _: None) -> None:
         c = n.span - 1 - i
         f = lambda S: chunk(n.statics, tokens(n, refs, c, span), S, starts(refs, c))[:2]
-        _, pull = jax.vjp(f, dS[...])  # a chunk is affine in S: any state in its place will do
+        _, pull = jax.vjp(f, dS[...])
         (do,) = read(n, refs, c, span, "do")
         (dS[...],) = pull((do, dS[...]))
 
@@ -109,7 +111,7 @@ def pull(n: Call, arrays: Mapping[str, Array]) -> Array:
     """dinitial_state [B H D V].
 
     Args:
-      arrays: as of `forward.inputs`, and do [B H T V], dfinal_state [B H D V].
+      arrays: as of `forward.inputs` without v, and do [B H T V], dfinal_state [B H D V].
     """
     parts = Parts(n, reverse=True)
     given = inputs(n, parts, arrays)
