@@ -116,7 +116,7 @@ def table(rows: dict[str, dict[str, Any]]) -> None:
         "| program | fits | GiB of a device | TFLOP | received, GiB | of it beside attention | bound, s | MFU at most |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for name, row in rows.items():
+    for name, row in sorted(rows.items()):
         if "reason" in row:
             print(f"| {name} | {row['reason'].splitlines()[0]} | | | | | | |")
             continue
