@@ -218,7 +218,7 @@ class Model:
     norm_eps: float = 1e-6  # of every RMSNorm
     mlp_chunk: int | None = None  # the MLP runs over the sequence in pieces of this many tokens
     scan: bool = True  # scan over the layers where all mixers are equal
-    remat: Literal["none", "full", "attention", "dots"] = (
+    remat: Literal["none", "full", "attention", "dots", "offload"] = (
         "none"  # what the backward pass recomputes; see models/transformer.py
     )
 

@@ -2,6 +2,10 @@
 
 Every figure is per chip and comes from the vendor's page named in `Chip.source`; GPU peaks are dense, without the
 doubling for 2:4 sparsity, and for the SXM or HGX board. None of them was measured here.
+
+Google publishes no bandwidth between a TPU and its host: `host_bandwidth` is what the TPU chapter of "How to Scale Your
+Model" (jax-ml.github.io/scaling-book/tpus) says of TPU v4, 16 GB/s each way, and computes with, 15 GB/s, for v6e. Of
+GPUs it is half of the PCIe bandwidth that their data sheets give for both directions.
 """
 
 from __future__ import annotations
@@ -31,23 +35,24 @@ class Chip:
     hbm_bandwidth: float  # bytes/s between device memory and the chip
     link_bandwidth: float  # bytes/s to other chips, both directions added: ICI, NVLink, or PCIe where there is neither
     links: int  # to neighbours, among which that bandwidth is divided; 1: a switch, or the host, leads to every chip
+    host_bandwidth: float  # bytes/s to the host's memory, and as many back at the same time: PCIe
     devices: int  # JAX devices that one chip shows up as
     kinds: str  # regular expression of the `device_kind` that JAX reports
     source: str  # where the figures are published
 
 
 _TABLE = (
-    Chip("v5e", 197e12, 16 * _GiB, 819e9, 400e9, 4, 1, r"TPU v5( lite|e)", _TPU + "v5e"),
-    Chip("v5p", 459e12, 95 * _GiB, 2765e9, 1200e9, 6, 1, r"TPU v5p?", _TPU + "v5p"),
-    Chip("v6e", 918e12, 32 * _GiB, 1638e9, 800e9, 4, 1, r"TPU v6( lite|e)", _TPU + "v6e"),
-    Chip("tpu7x", 2307e12, 192 * _GiB, 7380e9, 1200e9, 6, 2, r"TPU ?v?7x?", _TPU + "tpu7x"),
-    Chip("a100-40", 312e12, 40 * _GB, 1555e9, 600e9, 1, 1, r"NVIDIA A100-SXM4-40GB", _NVIDIA + "a100/"),
-    Chip("a100-80", 312e12, 80 * _GB, 2039e9, 600e9, 1, 1, r"NVIDIA A100-SXM4-80GB", _NVIDIA + "a100/"),
-    Chip("h100", 989.4e12, 80 * _GB, 3350e9, 900e9, 1, 1, r"NVIDIA H100 80GB HBM3", _NVIDIA + "h100/"),
-    Chip("h200", 989.4e12, 141 * _GB, 4800e9, 900e9, 1, 1, r"NVIDIA H200", _NVIDIA + "h200/"),
-    Chip("b200", 2250e12, 180 * _GB, 8000e9, 1800e9, 1, 1, r"NVIDIA B200", _NVIDIA + "dgx-b200/"),
-    Chip("t4", 65e12, 16 * _GB, 320e9, 32e9, 1, 1, r"(Tesla|NVIDIA) T4", _NVIDIA + "tesla-t4/"),
-    Chip("l4", 121e12, 24 * _GB, 300e9, 64e9, 1, 1, r"NVIDIA L4", _NVIDIA + "l4/"),
+    Chip("v5e", 197e12, 16 * _GiB, 819e9, 400e9, 4, 16e9, 1, r"TPU v5( lite|e)", _TPU + "v5e"),
+    Chip("v5p", 459e12, 95 * _GiB, 2765e9, 1200e9, 6, 16e9, 1, r"TPU v5p?", _TPU + "v5p"),
+    Chip("v6e", 918e12, 32 * _GiB, 1638e9, 800e9, 4, 16e9, 1, r"TPU v6( lite|e)", _TPU + "v6e"),
+    Chip("tpu7x", 2307e12, 192 * _GiB, 7380e9, 1200e9, 6, 16e9, 2, r"TPU ?v?7x?", _TPU + "tpu7x"),
+    Chip("a100-40", 312e12, 40 * _GB, 1555e9, 600e9, 1, 32e9, 1, r"NVIDIA A100-SXM4-40GB", _NVIDIA + "a100/"),
+    Chip("a100-80", 312e12, 80 * _GB, 2039e9, 600e9, 1, 32e9, 1, r"NVIDIA A100-SXM4-80GB", _NVIDIA + "a100/"),
+    Chip("h100", 989.4e12, 80 * _GB, 3350e9, 900e9, 1, 64e9, 1, r"NVIDIA H100 80GB HBM3", _NVIDIA + "h100/"),
+    Chip("h200", 989.4e12, 141 * _GB, 4800e9, 900e9, 1, 64e9, 1, r"NVIDIA H200", _NVIDIA + "h200/"),
+    Chip("b200", 2250e12, 180 * _GB, 8000e9, 1800e9, 1, 64e9, 1, r"NVIDIA B200", _NVIDIA + "dgx-b200/"),
+    Chip("t4", 65e12, 16 * _GB, 320e9, 32e9, 1, 16e9, 1, r"(Tesla|NVIDIA) T4", _NVIDIA + "tesla-t4/"),
+    Chip("l4", 121e12, 24 * _GB, 300e9, 64e9, 1, 32e9, 1, r"NVIDIA L4", _NVIDIA + "l4/"),
 )
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in _TABLE}
 

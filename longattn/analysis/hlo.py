@@ -348,6 +348,20 @@ _MOVES_NOTHING = {
 }  # fmt: skip
 
 
+_HOST = 5  # the memory space of the host, seen from a device
+
+
+def host_bytes(computation: Computation, instruction: Instruction) -> int:
+    """Bytes between device and host memory in one run of an instruction of a schedule; a loop counts 0 here."""
+    opcode = instruction.opcode
+    if opcode in _MOVES_NOTHING or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
+        return 0
+    arrays = [a for kind in (*computation.operands(instruction), instruction.type) for a in leaves(kind)]
+    if not any(a.space == _HOST for a in arrays):
+        return 0
+    return max((a.bytes for a in arrays if a.space != _HOST), default=0)  # of a larger array on the host, a slice
+
+
 def hbm_bytes(program: Program, computation: Computation, instruction: Instruction) -> int:
     """Bytes between device memory and the chip in one run of an instruction of a schedule; a loop counts 0 here.
 
@@ -359,6 +373,8 @@ def hbm_bytes(program: Program, computation: Computation, instruction: Instructi
     if opcode == "async-start":
         inner = program.called(instruction)
         return sum(hbm_bytes(program, inner, i) for i in inner.instructions)
+    if moved := host_bytes(computation, instruction):
+        return moved
     operands = computation.operands(instruction)
     if opcode in ("dynamic-slice", "slice", "gather"):
         return (size(instruction.type) if size(operands[0], space=0) else 0) + size(instruction.type, space=0)

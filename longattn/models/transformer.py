@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray, UInt32
 
 from longattn import config as configs
@@ -17,12 +18,19 @@ from longattn.models.mixers import MIXERS, layout_of
 from longattn.parallel import SequenceLayout
 
 _policies = jax.checkpoint_policies
-_attention = _policies.save_only_these_names("attention_out", "attention_lse", "linear_state")
+_KEPT = ("attention_out", "attention_lse", "linear_state")
+_attention = _policies.save_only_these_names(*_KEPT)
 
 # What a block keeps for the backward pass besides its input; the rest is recomputed there. "none", not here, keeps all.
 REMAT = {
     "full": _policies.nothing_saveable,
     "attention": _attention,  # out and lse of attention, out and states of scans: their forward does not run twice
+    "offload": _policies.save_and_offload_only_these_names(  # the same and the block's input, in the host's memory
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input", *_KEPT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable, _attention
     ),  # and all projections
@@ -45,6 +53,7 @@ class Block(nn.Module):
         self, x: Float[Array, "B T E"], positions: Int32[Array, "B T"] | None, segment_ids: Int32[Array, "B T"] | None
     ) -> Float[Array, "B T E"]:
         name = type(self.mixer).__name__
+        x = checkpoint_name(x, "block_input")
         mixer = MIXERS[name](self.mixer, self.model, self.context, name="mixer")
         y, _ = mixer(RMSNorm(self.model.norm_eps, name="mixer_norm")(x), positions, segment_ids, None)
         context = self.context or Context()

@@ -7,7 +7,7 @@ once, in P // 2 + 1 steps; for even P half of the devices idle in the last one. 
 helpers at the last step for odd P, too, which loses (P - 1) / 2 pairs; here they go on.)
 
 In the backward pass keys, or queries with the cotangent and its statistics, go the same ways, and the gradients of what
-was lent go back. What step t + 1 needs is sent while step t is computed, not before: one step's keys wait at a time.
+was lent go back. While step t is computed, what step t + 1 needs and what step t - 1 found for others are on their way.
 
 Per device and layer on average, in units of S K D elements of k and as many of v, T H D of q and T H V of out:
 
@@ -21,8 +21,9 @@ The steps differ in who sends to whom, so the program grows with P / 2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,20 +101,34 @@ class _Roles:
         return lent, _sent(keys, self.axis, self.step.keys, "keys")
 
 
-def _walk(queries: Any, keys: Any, call: Call, needed: np.ndarray, computed: Any, state: Any) -> Any:
-    """`computed(state, roles, queries, keys)` of every step; what the next one needs is on its way meanwhile."""
+class _Work(NamedTuple):
+    """What is done with the pair of a step."""
+
+    compute: Callable[..., Any]  # (roles, queries, keys) -> found
+    keep: Callable[..., Any]  # (sums, roles, found) -> sums, with what was found of this device's own
+    give: Callable[..., Any]  # (roles, found) -> what others found of this device's own, sent here
+    take: Callable[..., Any]  # (sums, roles, given) -> sums, with that
+
+
+def _walk(queries: Any, keys: Any, call: Call, needed: np.ndarray, work: _Work, sums: Any) -> Any:
+    """All steps; what the next one needs is on its way while one computes, and so is what the last one gives back.
+
+    XLA ends a transfer as soon as it thinks that enough has run since its start, and it thinks so of sums. The barriers
+    leave it nothing to run in between but what is computed, and keep it from sending what later steps need as well.
+    """
     todo = [_Roles(step, call) for step in steps(needed)]
     lent = todo[0].lend(queries, keys) if todo else None
+    given = None
+    lent, sums = lax.optimization_barrier((lent, sums))
     for n, roles in enumerate(todo):
-        coming = None
-        if n + 1 < len(todo):  # the barrier keeps XLA from sending what later steps need as well
-            (queries, keys), state = lax.optimization_barrier(((queries, keys), state))
-            coming = todo[n + 1].lend(queries, keys)
+        coming = todo[n + 1].lend(queries, keys) if n + 1 < len(todo) else None
         given_queries, given_keys = lent
-        at = roles.choose(queries, given_queries), roles.choose(given_keys, keys)
-        state = computed(state, roles, *at)
-        lent = coming
-    return state
+        found = work.compute(roles, roles.choose(queries, given_queries), roles.choose(given_keys, keys))
+        found, queries, keys, lent, given = lax.optimization_barrier((found, queries, keys, coming, given))
+        sums = work.take(sums, todo[n - 1], given) if n else sums
+        sums = work.keep(sums, roles, found)
+        given = work.give(roles, found)
+    return work.take(sums, todo[-1], given) if todo else sums
 
 
 def forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call) -> Any:
@@ -122,17 +137,24 @@ def forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call
     own = local.attend(pairs.at_distance(call.devices, [0]), device, device, q, (k, v), None)
     hidden = dispatch.vary_together((jnp.full(own.lse.shape, -jnp.inf, own.lse.dtype), q))[0]
 
-    def computed(so_far: Partial, roles: _Roles, q: Array, kv: Any) -> Partial:
-        found = local.attend(roles.step.which, *roles.pair, q, kv, None)
-        if not roles.step.queries:
-            return partials.merge(so_far, found)
-        returned = Partial(*_sent(tuple(found), call.axis, _back(roles.step.queries), "results"))
-        helped = np.isin(np.arange(call.devices), [owner for owner, _ in roles.step.queries])
-        lse = jnp.where(jnp.asarray(helped)[roles.device], returned.lse, -jnp.inf)
-        so_far = partials.merge(so_far, found._replace(lse=roles.choose(found.lse, hidden)))
-        return partials.merge(so_far, returned._replace(lse=lse))
+    def compute(roles: _Roles, q: Array, kv: Any) -> Partial:
+        return local.attend(roles.step.which, *roles.pair, q, kv, None)
 
-    out, lse = _walk(q, (k, v), call, local.pairs.needed, computed, own)
+    def keep(so_far: Partial, roles: _Roles, found: Partial) -> Partial:
+        return partials.merge(so_far, found._replace(lse=roles.choose(found.lse, hidden)))
+
+    def give(roles: _Roles, found: Partial) -> Partial | None:
+        if not roles.step.queries:
+            return None
+        return Partial(*_sent(tuple(found), call.axis, _back(roles.step.queries), "results"))
+
+    def take(so_far: Partial, roles: _Roles, given: Partial | None) -> Partial:
+        if given is None:
+            return so_far
+        helped = np.isin(np.arange(call.devices), [owner for owner, _ in roles.step.queries])
+        return partials.merge(so_far, given._replace(lse=jnp.where(jnp.asarray(helped)[device], given.lse, -jnp.inf)))
+
+    out, lse = _walk(q, (k, v), call, local.pairs.needed, _Work(compute, keep, give, take), own)
     return out.astype(call.out_dtype), lse, (q, k, v)
 
 
@@ -147,21 +169,27 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: 
         q, lse, do, dlse = queries
         return local.backward(which, *pair, q, kv, zeros, lse, do, dlse)
 
-    def computed(sums: Any, roles: _Roles, queries: Any, kv: Any) -> Any:
-        dq, *dkv = gradients(roles.step.which, roles.pair, queries, kv)
-        own_dq, *own_dkv = sums
+    def compute(roles: _Roles, queries: Any, kv: Any) -> Any:
+        return gradients(roles.step.which, roles.pair, queries, kv)
+
+    def keep(sums: Any, roles: _Roles, found: Any) -> Any:
+        (dq, *dkv), (own_dq, *own_dkv) = found, sums
+        if not roles.step.queries:
+            return own_dq + dq, *own_dkv
         nothing = jax.tree.map(jnp.zeros_like, (dq, dkv))
-        added = [roles.choose(dq, nothing[0]), *roles.choose(nothing[1], dkv)] if roles.step.queries else [dq]
-        sums = [a + b for a, b in zip((own_dq, *own_dkv), added)] + own_dkv[len(added) - 1 :]
+        return jax.tree.map(jnp.add, sums, (roles.choose(dq, nothing[0]), *roles.choose(nothing[1], dkv)))
+
+    def give(roles: _Roles, found: Any) -> Any:
+        dq, *dkv = found
         home = _sent(dkv, call.axis, _back(roles.step.keys), "gradients")
-        sums = [sums[0], *(a + b for a, b in zip(sums[1:], home))]
-        if roles.step.queries:
-            sums[0] = sums[0] + _sent(dq, call.axis, _back(roles.step.queries), "gradients")
-        return sums
+        return (_sent(dq, call.axis, _back(roles.step.queries), "gradients") if roles.step.queries else None), *home
+
+    def take(sums: Any, roles: _Roles, given: Any) -> Any:
+        return tuple(a if b is None else a + b for a, b in zip(sums, given))
 
     queries = q, lse, do, dlse
     own = gradients(pairs.at_distance(call.devices, [0]), (device, device), queries, (k, v))
-    return *_walk(queries, (k, v), call, local.pairs.needed, computed, list(own)), None
+    return *_walk(queries, (k, v), call, local.pairs.needed, _Work(compute, keep, give, take), own), None
 
 
 def _check(mask: Mask, bias: bool, T: int, S: int, H: int, K: int, call: Call) -> None:

@@ -2,7 +2,8 @@
 
 At hop t device i holds the keys of device i - t and merges what its queries see of them. In the backward pass the
 gradients of keys and values follow one hop behind, and in the end go home at once. A hop is sent before the one at hand
-is computed, so that one hides the other; loops over hops make a program whose size does not depend on P.
+is computed, so that one hides the other; loops over hops make a program whose size does not depend on P. Outside of the
+loops barriers keep XLA from ending a transfer as soon as some sum has run since its start, before what is to hide it.
 
 The mask says beforehand (`pairs`) at which hops there is something to compute. Hops beyond the last are not sent; where
 near keys on both sides are seen (windows), keys travel both ways, as far as each needs them. Over a zigzag or striped
@@ -86,6 +87,7 @@ def forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call
     ways = routes(needed)
     arriving = [_sent((k, v), call.axis, way.edges(needed), "hop") for way in ways]
     so_far = local.attend(at_distance(P, [0]), mine, mine, q, (k, v), None)
+    arriving, so_far = lax.optimization_barrier((arriving, so_far))
     for way, held in zip(ways, arriving):
         edges = way.edges(needed)
 
@@ -115,6 +117,7 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: 
         return local.backward(which, mine, (mine - way.shift * t) % P, q, held, out, lse, do, dlse)
 
     dq, *own = local.backward(at_distance(P, [0]), mine, mine, q, (k, v), out, lse, do, dlse)
+    arriving, dq, own = lax.optimization_barrier((arriving, dq, own))
     for way, held in zip(ways, arriving):
         edges, all_edges, n = way.edges(needed), _all(P, way.shift), way.hops
 
@@ -127,6 +130,7 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: 
 
         coming = _sent(held, call.axis, edges, "hop") if n > 1 else held
         more, *behind = computed(way, range(1, 2), 1, held)
+        coming, more, behind = lax.optimization_barrier((coming, more, behind))
         dq = dq + more
         if n > 2:
             (coming, behind, dq), _ = lax.scan(hop, (coming, behind, dq), jnp.arange(2, n))

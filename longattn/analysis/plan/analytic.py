@@ -76,7 +76,8 @@ def kept(config: Config, where: Topology) -> float:
     """Bytes that one device keeps of the forward pass of all layers, by the remat policy.
 
     XLA keeps out as TPU kernels give it, heads filled up, where the device has one row of the batch, and tokens minor
-    where it has more; where q, k and v are kept too, all stay as the kernels want them.
+    where it has more; where q, k and v are kept too, all stay as the kernels want them. Of what is offloaded, two
+    layers' part is there, on its way to the host's memory or back.
     """
     m, t, n, c = config.model, config.mesh.tensor, tokens(config), np.dtype(config.model.dtype).itemsize
     minor = m.remat in ("dots", "none") or n * config.mesh.sequence == config.data.T
@@ -88,8 +89,9 @@ def kept(config: Config, where: Topology) -> float:
         "attention": c * E + attention,
         "dots": 2 * c * E + c * (q + 2 * k) + attention + 2 * c * F,
         "none": (2 * c + 6 * _F32) * E + c * (q + 2 * k) + attention + 6 * c * F,  # norms are computed in float32
-    }[m.remat]
-    return m.N * n * per_token
+    }
+    per_token["offload"] = per_token["attention"] * 2 / m.N
+    return m.N * n * per_token[m.remat]
 
 
 def memory(config: Config, where: Topology) -> dict[str, float]:
@@ -113,7 +115,7 @@ def memory(config: Config, where: Topology) -> dict[str, float]:
     rows = sequence / config.data.T
     piece = n if m.mlp_chunk is None else min(n, m.mlp_chunk * rows)  # tokens that the MLP sees at once
     full = m.remat == "full"  # attention's forward pass runs again, and what it gives is alive beside the rest
-    wide, narrow = {"full": (4, 3), "attention": (4, 5)}.get(m.remat, (2, 6))
+    wide, narrow = {"full": (4, 3), "attention": (4, 5), "offload": (4, 5)}.get(m.remat, (2, 6))
     gradients = sums + _F32 * layers + _F32 * head
     casts = c * layers * (c < _F32) + 2 * c * E * F * spread  # two of a layer's largest matrices, gathered
     peaks = {
@@ -155,15 +157,18 @@ def attention_flops(config: Config) -> tuple[float, float]:
     """FLOPs of one step's attention, (forward, backward), on the device that has most of it.
 
     The backward pass includes what it recomputes. Under a causal mask the last part of the sequence sees most keys:
-    in a contiguous layout one device has it, and balanced and ulysses divide the pairs all the same.
+    in a contiguous layout one device has it, and balanced and ulysses divide the pairs all the same. Heads that ulysses
+    fills up count.
     """
     model, c = config.model, config.mesh
     rows = config.data.B / (c.data * c.fsdp)
     forward = backward = 0.0
     for mixer in model.layers:
         assert isinstance(mixer, Softmax)  # longattn plan refuses others
-        pairs = _pairs(mixer.mask, config.data.T, c)
-        flops = cost.attention_flops(pairs, model.H // c.tensor, model.D)
+        heads = model.H // c.tensor
+        if c.strategy in ("ulysses", "usp"):  # filled up
+            heads = -(-heads // c.seq) * c.seq
+        flops = cost.attention_flops(_pairs(mixer.mask, config.data.T, c), heads, model.D)
         forward += rows * flops.forward
         backward += rows * (flops.backward + flops.recompute + flops.forward * (model.remat == "full"))
     return forward, backward
@@ -176,7 +181,7 @@ def flops(config: Config) -> float:
     forward = cost.forward_flops(m, config.data.T)
     layers = (forward.projections + forward.mlp) * share / mesh.tensor
     # A rematerialised block runs forward again, without its last product, which no gradient asks for.
-    again = (forward.projections + 2 / 3 * forward.mlp) * share / mesh.tensor * (m.remat in ("full", "attention"))
+    again = (forward.projections + 2 / 3 * forward.mlp) * share / mesh.tensor * (m.remat not in ("none", "dots"))
     return 3 * layers + again + 3 * forward.head * share + sum(attention_flops(config))
 
 

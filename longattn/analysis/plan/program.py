@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import SingleDeviceSharding
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from longattn.analysis import aot, cost, hlo
 from longattn.analysis import cache as caches
@@ -50,6 +51,24 @@ def facts(config: Config, where: Topology, timeout: float, cache: Path | None = 
     return aot.call("longattn.analysis.plan.program:compile_step", request, where.environment(), timeout)
 
 
+def accounts(config: Config, where: Topology, timeout: float, cache: Path | None = None) -> dict[str, Any]:
+    """`facts` but for what the code itself tells, in a fraction of the time: kernels are not compiled. For TPUs.
+
+    The step has one more argument, which fills the device's memory, so that the compiler refuses it once it has
+    scheduled it and laid out its memory. The argument is taken off again. Products and messages are those of `facts`;
+    schedule and memory nearly, for the compiler still knows that memory is short.
+
+    Raises:
+      ValueError: for a mesh of one device, for GPUs, and where the machine's compiler is not installed.
+    """
+    if where.is_gpu or config.mesh.size == 1:
+        raise ValueError(f"accounts are of TPUs, several of them: compile for {where.name} as a whole")
+    request = {
+        "config": to_json(config), "topology": where.name, "cache": None if cache is None else str(cache), "fill": True,
+    }  # fmt: skip
+    return aot.call("longattn.analysis.plan.program:compile_step", request, where.environment(), timeout)
+
+
 def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
     """One train step compiled: memory, collectives, FLOPs and a bound on its time, of one device.
 
@@ -60,12 +79,18 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
     context, state, batch = _arguments(config, devices)
     began = time.perf_counter()
     step: Any = steps.train_step(config, context)
+    arguments: tuple[Any, ...] = state, batch
+    filled = 0
+    if request.get("fill"):
+        fill = filling(where, context.mesh)
+        plain, arguments, filled = step, (state, batch, fill), fill.shape[1] * fill.dtype.itemsize
+        step = jax.jit(lambda state, batch, fill: plain(state, batch), donate_argnums=0, keep_unused=True)
     with _target(where, context, devices):
-        lowered = step.trace(state, batch).lower()
+        lowered = step.trace(*arguments).lower()
 
     def compiled() -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="longattn_plan_") as name:
-            answer = _compiled(lowered, config, where, state, Path(name))
+            answer = _compiled(lowered, config, where, state, Path(name), filled)
         return answer | {"compile_seconds": time.perf_counter() - began}
 
     if not request["cache"]:
@@ -111,24 +136,48 @@ def _target(where: Topology, context: Context | None, devices: list[Any]) -> Ite
         yield
 
 
-def _compiled(lowered: Any, config: Config, where: Topology, state: Any, folder: Path) -> dict[str, Any]:
+def filling(where: Topology, mesh: Any) -> jax.ShapeDtypeStruct:
+    """An argument that fills the memory of every device: no program with it fits."""
+    lies = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.ShapeDtypeStruct((where.size, where.hbm_bytes // 4), np.float32, sharding=lies)
+
+
+def compiled_text(lowered: Any, folder: Path, *, filled: bool) -> tuple[Any, str, str | None]:
+    """(the compiled program or None, its text as scheduled, why it is refused or None); XLA writes into `folder`.
+
+    A program that is too large for its machine is refused after it has been scheduled. One that is only because it is
+    `filled` is not changed to need less.
+    """
+    options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    if filled:  # neither is anything so large that it is computed twice instead of kept, nor are transfers held back
+        options["xla_tpu_rematerialization_min_size_in_bytes"] = str(2**60)
+        options["xla_tpu_scheduler_percent_shared_memory_limit"] = "1000"
     try:
-        compiled = lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
-        text, refused = compiled.as_text(), None
+        compiled = lowered.compile(compiler_options=options)
+        return compiled, compiled.as_text(), None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
             raise
-        text, refused = memory.read(folder, ".txt"), " ".join(str(error).split("\n")[0].split())
+        return None, memory.read(folder, ".txt"), " ".join(str(error).split("\n")[0].split())
+
+
+def _compiled(lowered: Any, config: Config, where: Topology, state: Any, folder: Path, filled: int) -> dict[str, Any]:
+    compiled, text, refused = compiled_text(lowered, folder, filled=filled > 0)
     program = hlo.parse(text)
     needed, buffers = memory.account(folder, program, _weights(state))
+    if filled:
+        needed, buffers, refused = needed - filled, [b for b in buffers if b.bytes < filled], None
     answer: dict[str, Any] = {
         "fits": refused is None and needed <= where.hbm_bytes,
         "refused": refused,
         "hbm_bytes": needed,
         "hbm_limit": where.hbm_bytes,
+        "instructions": sum(len(c.instructions) for c in program.computations.values()),
         "by_kind": memory.by_kind(buffers),
         "buffers": [vars(b) for b in buffers[:40]],
     }
+    if filled:
+        return answer | _time(program, config, where)
     if refused is None:
         stats = compiled.memory_analysis()
         answer |= {
@@ -137,6 +186,7 @@ def _compiled(lowered: Any, config: Config, where: Topology, state: Any, folder:
             "aliased_bytes": stats.alias_size_in_bytes,
             "temporary_bytes": needed - stats.argument_size_in_bytes,
             "code_bytes": stats.generated_code_size_in_bytes,
+            "host_bytes": stats.host_temp_size_in_bytes,
             **_time(program, config, where),
         }
     return answer
@@ -153,36 +203,42 @@ def _weights(state: Any) -> Iterator[tuple[int, ...]]:
             yield local[1:]
 
 
+def published(where: Topology) -> Rates:
+    """What a device can do at most."""
+    return Rates(where.peak_flops, where.hbm_bandwidth, where.link_bandwidth, where.network_bandwidth, where.node)
+
+
 def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, Any]:
     """FLOPs, bytes, collectives and the bound on the step's time."""
-    rates = Rates(
-        where.peak_flops, where.hbm_bandwidth, where.link_bandwidth, where.network_bandwidth, where.node
-    )  # fmt: skip
+    rates = published(where)
     totals = walk(program, rates)
     # Blockwise attention's loops run as often as the mask's blocks say: what was not counted is what the formula says.
     passes = {"transpose(" in scope for scope in totals.unknown if "attention" in scope}
     attention = sum(f for f, backward in zip(analytic.attention_flops(config), (False, True)) if backward in passes)
-    seconds = totals.seconds + attention / rates.flops
+    host = totals.host_bytes / where.host_bandwidth  # what goes there is there before any of it comes back
+    seconds = max(totals.seconds + attention / rates.flops, host)
     model = cost.step_flops(config) / where.size
     return {
         "flops": totals.flops + attention,
         "attention_flops_by_formula": attention,
         "model_flops": model,
         "hbm_traffic": totals.hbm_bytes,
+        "host_traffic": totals.host_bytes,
         "seconds": {
             "bound": seconds,
             "compute": totals.compute + attention / rates.flops,
             "exposed": totals.exposed,
             "products": (totals.flops + attention) / rates.flops,
             "hbm": totals.hbm_bytes / rates.hbm,
+            "host": host,
         },
         "mfu_bound": model / rates.flops / seconds,
-        "collectives": _collectives(totals, rates),
+        "collectives": collectives(totals, rates),
         "not_counted": sorted(scope for scope in totals.unknown if "attention" not in scope),
     }
 
 
-def _collectives(totals: Totals, rates: Rates) -> list[dict[str, Any]]:
+def collectives(totals: Totals, rates: Rates) -> list[dict[str, Any]]:
     """One row for each kind of collective in each scope, with the most bytes first."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for (what, asynchronous), runs in totals.collectives.items():
@@ -191,10 +247,12 @@ def _collectives(totals: Totals, rates: Rates) -> list[dict[str, Any]]:
             key,
             {
                 "kind": what.kind, "devices": len(what.group), "axes": what.axes, "scope": key[3],
-                "asynchronous": asynchronous, "runs": 0.0, "bytes": 0.0, "exposed_seconds": 0.0, "seconds": 0.0,
+                "asynchronous": asynchronous, "runs": 0.0, "beside_attention": 0.0, "bytes": 0.0,
+                "exposed_seconds": 0.0, "seconds": 0.0,
             },
         )  # fmt: skip
         row["runs"] += runs
+        row["beside_attention"] += totals.beside[what, asynchronous]
         row["bytes"] += runs * what.bytes
         row["seconds"] += runs * rates.seconds(what)
         row["exposed_seconds"] += totals.waits[what, asynchronous]

@@ -126,10 +126,21 @@ def time_rows(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("HBM traffic", gib(row["hbm_traffic"]) + (", without attention's loops" if by_formula else "")),
         ("products at peak", seconds(s["products"])),
         ("HBM at its bandwidth", seconds(s["hbm"])),
+        *_offloaded(row),
         ("waiting for others", seconds(s["exposed"])),
         ("step, at least", f"{seconds(s['bound'])}: at most {row['T'] * row['B'] / s['bound']:,.0f} tokens/s"),
         ("MFU, at most", f"{row['mfu_bound']:.1%}"),
         ("compiled in", seconds(row["compile_seconds"]) + (", earlier" if row["cached"] else "")),
+    ]
+
+
+def _offloaded(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What lies in the host's memory between the passes, where something does."""
+    if not row["host_traffic"]:
+        return []
+    return [
+        ("offloaded", f"{gib(row['host_traffic'] / 2)} to the host and back, {gib(row['host_bytes'])} there at once"),
+        ("the host's link at its bandwidth", seconds(row["seconds"]["host"])),
     ]
 
 

@@ -3,8 +3,9 @@
 Each instruction takes the longer of its products at the chip's peak and its bytes at the memory's bandwidth; what a
 device receives takes its bytes at the bandwidth of all its links. A synchronous collective stops the chip. One that is
 started and awaited later is hidden behind what runs between: links work through what has been started in order, and
-where the wait comes too early the chip stands still for the rest. Copies that are started ahead, and what loops of
-unknown length take or leave of the transfers under way, cost nothing here, so that it stays a bound.
+where the wait comes too early the chip stands still for the rest. Copies that are started ahead, those to and from the
+host's memory, and what loops of unknown length take or leave of the transfers under way, cost nothing here, so that it
+stays a bound.
 
 Everything real is slower: nothing reaches its peak, links of a torus are rarely all in use, latencies are left out.
 """
@@ -59,19 +60,23 @@ class Totals:
 
     flops: float = 0.0  # of matrix products
     hbm_bytes: float = 0.0
+    host_bytes: float = 0.0  # to the host's memory and back
     compute: float = 0.0  # seconds in which instructions run
     exposed: float = 0.0  # seconds in which the chip only waits for others
     collectives: Sums = field(default_factory=Sums)  # runs of (which Collective, whether asynchronous)
     waits: Sums = field(default_factory=Sums)  # seconds of `exposed` due to each
+    beside: Sums = field(default_factory=Sums)  # runs of each that were under way while attention was computed
     unknown: Sums = field(default_factory=Sums)  # runs of loops and kernels whose bound is data, by scope: not counted
 
     def add(self, other: Totals, times: float = 1.0) -> None:
         self.flops += times * other.flops
         self.hbm_bytes += times * other.hbm_bytes
+        self.host_bytes += times * other.host_bytes
         self.compute += times * other.compute
         self.exposed += times * other.exposed
         self.collectives.add(other.collectives, times)
         self.waits.add(other.waits, times)
+        self.beside.add(other.beside, times)
         self.unknown.add(other.unknown, times)
 
     @property
@@ -92,6 +97,7 @@ class _Sent:
     channel: str | None
     what: Collective
     left: float  # seconds of the links' time
+    beside: bool = False  # whether attention was computed meanwhile
 
 
 class _Walk:
@@ -122,9 +128,12 @@ class _Walk:
                 totals.hbm_bytes += hlo.hbm_bytes(self.program, computation, instruction)
                 self._hide(sent, math.inf)
             elif opcode == "conditional":
-                shortest = min(map(self.computation, self.program.branches(instruction)), key=lambda t: t.seconds)
+                branches = list(map(self.computation, self.program.branches(instruction)))
+                # Attention is charged by formula, that of the device which has most of it: it is at its kernel here.
+                attending = [branch for branch in branches if branch.unknown]
+                shortest = min(attending or branches, key=lambda t: t.seconds)
                 totals.add(shortest)
-                self._hide(sent, shortest.compute)
+                self._hide(sent, math.inf if attending else shortest.compute)
             elif opcode == "call":
                 inner = self.computation(self.program.computations[instruction.attribute("to_apply")])
                 totals.add(inner)
@@ -152,17 +161,20 @@ class _Walk:
             return
         flops = hlo.flops(self.program, computation, instruction)
         moved = hlo.hbm_bytes(self.program, computation, instruction)
-        ahead = instruction.opcode in ("copy-start", "async-start")
+        offloaded = hlo.host_bytes(computation, instruction)
+        ahead = offloaded or instruction.opcode in ("copy-start", "async-start")
         seconds = 0.0 if ahead else max(flops / self.rates.flops, moved / self.rates.hbm)
         totals.flops += flops
         totals.hbm_bytes += moved
+        totals.host_bytes += offloaded
         totals.compute += seconds
         self._hide(sent, seconds)
 
     @staticmethod
     def _hide(sent: deque[_Sent], seconds: float) -> None:
-        """The links work while something runs."""
+        """The links work while something runs: attention, where it is not known how long."""
         for collective in sent:
+            collective.beside |= seconds == math.inf
             used = min(collective.left, seconds)
             collective.left -= used
             seconds -= used
@@ -177,6 +189,7 @@ class _Walk:
             totals.exposed += collective.left
             totals.waits[collective.what, True] += collective.left
             collective.left = 0.0
+        totals.beside[sent[at].what, True] += sent[at].beside
         del sent[at]
 
     def _channel(self, instruction: Instruction) -> str | None:

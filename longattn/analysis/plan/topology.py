@@ -71,6 +71,11 @@ class Topology:
         """Devices that need no other network to reach each other."""
         return self.dims[1] if self.is_gpu else self.size
 
+    @property
+    def host_bandwidth(self) -> float:
+        """Bytes/s that one device sends to the host's memory, and as many back at the same time."""
+        return self.chip.host_bandwidth / self.chip.devices
+
     def environment(self) -> dict[str, str]:
         """The variables of a process that compiles for it. Raises ValueError where its compiler is not installed."""
         return aot.cuda_environment() if self.is_gpu else aot.tpu_environment()

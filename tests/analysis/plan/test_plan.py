@@ -1,5 +1,6 @@
 """Plans of programs that are really compiled: memory against a count by hand, what does not fit, refusals."""
 
+import dataclasses
 import io
 import json
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from longattn import cli
 from longattn.analysis import cost, plan
 from longattn.analysis.plan import command, program, show
-from longattn.config import GLA, ByteLM, Mesh, Model, RetNet, Softmax
+from longattn.config import GLA, ByteLM, Config, Mesh, Model, RetNet, Softmax
 from tests.analysis.compilers import needs_cuda, needs_libtpu
 
 TINY = Model(N=2, E=512, F=1024, H=4, K=2, D=64, W=512, remat="attention")
@@ -18,7 +19,7 @@ ROW = {
     "topology", "T", "B", "strategy", "layout", "devices", "mesh", "fits", "refused", "hbm_bytes", "hbm_limit",
     "by_kind", "buffers", "argument_bytes", "output_bytes", "aliased_bytes", "temporary_bytes", "code_bytes", "flops",
     "attention_flops_by_formula", "model_flops", "hbm_traffic", "seconds", "mfu_bound", "collectives", "not_counted",
-    "compile_seconds", "cached",
+    "compile_seconds", "cached", "host_bytes", "host_traffic", "instructions",
 }  # fmt: skip
 
 
@@ -202,3 +203,40 @@ def test_only_softmax_is_planned():
     model = Model(mixers=(Softmax(), RetNet(), GLA()))
     with pytest.raises(ValueError, match=r"\['GLA', 'RetNet'\]: the formulas are those of softmax attention"):
         plan.PlanOptions(model=model)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_is_offloaded_lies_on_the_host():
+    """Of each layer and token its input and attention's out, in bfloat16, and lse; there once, and back once."""
+    model = dataclasses.replace(TINY, N=4, H=8, D=128, remat="offload")  # heads that TPUs need not fill up
+    options = plan.PlanOptions(topology="v5e:2x2", model=model, data=DATA, cache=False)
+    console = Console(width=200, file=io.StringIO())
+    (row,) = plan.run(options, "tiny", console)["rows"]
+    layers = model.N * DATA.B * DATA.T / 4 * (2 * (model.E + model.H * model.D) + 4 * model.H)
+    # Of so few layers XLA leaves some on the device, and keeps two copies of others; of 32 it does neither.
+    assert layers / 2 < row["host_traffic"] <= 2 * layers
+    assert layers / 2 < row["host_bytes"] <= 2 * layers + 2**20
+    assert row["seconds"]["host"] == pytest.approx(row["host_traffic"] / 16e9)
+    assert row["seconds"]["bound"] >= row["seconds"]["host"]
+    assert "offloaded" in console.file.getvalue()
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_accounts_are_those_of_the_compiled_program(on_tpu):
+    """Work and messages; memory about, as the compiler knows that there is little."""
+    where = command.topology.parse("v5e:2x2")
+    config = plan.PlanOptions(topology=where.name, model=TINY, data=DATA).config(where)
+    row, found = on_tpu[0]["rows"][0], program.accounts(config, where, 600.0)
+    assert found["fits"] and found["flops"] == row["flops"]
+    sent = lambda row: sorted((c["kind"], c["scope"], c["runs"], c["bytes"]) for c in row["collectives"])
+    assert sent(found) == sent(row)
+    assert found["seconds"]["products"] == row["seconds"]["products"]
+    assert found["hbm_bytes"] == pytest.approx(row["hbm_bytes"], rel=0.1)
+
+
+def test_accounts_are_of_several_tpus():
+    for name, mesh in (("h100:8", Mesh(fsdp=8)), ("v5e:1x1", Mesh())):
+        with pytest.raises(ValueError, match="compile for"):
+            program.accounts(Config(TINY, ByteLM(T=1024, B=8), mesh), command.topology.parse(name), 1.0)

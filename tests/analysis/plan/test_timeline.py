@@ -212,3 +212,50 @@ def test_a_tpu_carries_a_collective_through_fusions():
     assert found == {("all-gather", 256, True): 1, ("reduce-scatter", 128, False): 1}
     assert totals.compute == pytest.approx(1, abs=1e-5)
     assert totals.exposed == pytest.approx(3 + 2, abs=1e-5)
+
+
+def test_what_goes_to_the_host_and_back_is_counted_and_takes_no_time_of_the_chip():
+    """One slice of a stack there, and back: 256 bytes each way, beside a product."""
+    stack = "f32[4,8,8]{2,1,0:S(5)}"
+    totals = walk(
+        times(
+            "%zero = s32[] constant(0)",
+            f'%stack = {stack} custom-call(), custom_call_target="AllocateBuffer"',
+            "%new = f32[1,8,8]{2,1,0} bitcast(%x)",
+            f"%out = (({stack}, f32[1,8,8]{{2,1,0}}, s32[], s32[], s32[]), {stack}, u32[]) "
+            "dynamic-update-slice-start(%stack, %new, %zero, %zero, %zero)",
+            f"%there = {stack} dynamic-update-slice-done(%out)",
+            f"%in = (({stack}, s32[], s32[], s32[]), f32[1,8,8]{{2,1,0}}, u32[]) "
+            "dynamic-slice-start(%there, %zero, %zero, %zero)",
+            "%back = f32[1,8,8]{2,1,0} dynamic-slice-done(%in)",
+            f"ROOT %p = {PRODUCT}",
+        ),
+        RATES,
+    )
+    assert totals.host_bytes == 2 * 256
+    assert totals.compute == pytest.approx(1) and totals.exposed == 0
+
+
+KERNEL = """
+%pair (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  ROOT %k = f32[8,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="longattn_attention"}
+}
+
+%nothing (x: f32[8,8]) -> f32[8,8] {
+  ROOT %x = f32[8,8]{1,0} parameter(0)
+}
+"""
+CHOICE = "f32[8,8]{1,0} conditional(%n, %x, %x), branch_computations={%nothing, %pair}"
+
+
+@pytest.mark.parametrize(("where", "beside", "exposed"), [("between", 1, 0), ("after", 0, 4)])
+def test_a_transfer_beside_attention_is_hidden(where, beside, exposed):
+    """A device without work at a hop takes the other branch; the one that the formula charges is at its kernel."""
+    start = "%s = (f32[8,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), channel_id=1, replica_groups={{0,1}}"
+    done, choice = "%d = f32[16,8]{1,0} all-gather-done(%s)", f"%c = {CHOICE}"
+    order = (choice, done) if where == "between" else (done, choice)
+    totals = walk(times("%n = s32[] constant(1)", start, *order, f"ROOT %p = {PRODUCT}", others=KERNEL), RATES)
+    assert sum(totals.beside.values()) == beside
+    assert totals.exposed == pytest.approx(exposed, abs=1e-5)
+    assert list(totals.unknown) == ["longattn_attention"]

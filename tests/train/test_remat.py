@@ -1,0 +1,68 @@
+"""What a step over a mesh runs and sends twice under a remat policy, in its compiled program; and offload."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from longattn import parallel
+from longattn.analysis import hlo
+from longattn.config import ByteLM, Config, Mesh, Model
+from longattn.train.data import Batch
+from longattn.train.step import _sum_loss, batch_sharding, context_of, state_shapes
+
+MODEL = Model(N=2, E=16, F=24, H=4, K=4, D=8, dtype="float32", remat="attention")
+MESHES = {strategy: {"strategy": strategy, "seq": 4} for strategy in parallel.STRATEGIES} | {
+    "usp": {"strategy": "usp", "ring": 2, "seq": 2}
+}
+
+
+def gradient(config: Config):
+    """(the jitted loss and gradient of one batch over the config's mesh, parameters' shapes, the batch's)."""
+    context = context_of(config, jax.devices()[: config.mesh.size])
+    lies, shape = batch_sharding(config, context), (config.data.B, config.data.T)
+    ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=lies)
+    batch = Batch(ids, ids, ids, jax.ShapeDtypeStruct(shape, np.float32, sharding=lies))
+    f = jax.jit(jax.value_and_grad(lambda params, batch: _sum_loss(params, batch, config, context)[0]))
+    return f, state_shapes(config, context).params, batch
+
+
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(name, marks=[] if name == "ring" else pytest.mark.slow) for name in parallel.STRATEGIES]
+)
+def test_what_a_layer_s_recomputation_sends_and_runs(strategy):
+    """Nothing of attention: no loop over its tiles, no hop. But ulysses exchanges q, k and v again: it keeps only out.
+
+    Of the rest of the layer matrices are gathered again, and projections run again: that is what the policy is.
+    """
+    f, params, batch = gradient(Config(model=MODEL, data=ByteLM(T=32, B=1), mesh=Mesh(**MESHES[strategy])))
+    program = hlo.parse(f.trace(params, batch).lower().compile().as_text())
+    again, once = Counter(), Counter()
+    for computation in program.computations.values():
+        for i in computation.instructions:
+            if f"/{strategy}/" in i.scope and (i.opcode == "while" or i.opcode.removesuffix("-start") in hlo.KINDS):
+                (again if "rematted" in i.scope else once)[i.opcode] += 1
+    assert once["while"] >= 2  # over tiles of queries, forward and backward: the names are there to be seen
+    exchanged = sum(n for opcode, n in again.items() if opcode.startswith("all-to-all"))
+    assert exchanged == (3 if strategy in ("ulysses", "usp") else 0)
+    assert sum(again.values()) == exchanged
+
+
+def test_offload_changes_nothing_over_a_mesh():
+    """On a CPU, whose memory is the host's, nothing moves: the same program."""
+    rng, found, values = np.random.default_rng(0), [], None
+    tokens = rng.integers(0, 257, (1, 32)).astype(np.int32)
+    ids = Batch(tokens, np.arange(32, dtype=np.int32)[None], np.ones_like(tokens), np.ones((1, 32), np.float32))
+    for remat in ("attention", "offload"):
+        model = dataclasses.replace(MODEL, remat=remat)
+        f, params, batch = gradient(Config(model=model, data=ByteLM(T=32, B=1), mesh=Mesh(seq=4, layout="zigzag")))
+        if values is None:
+            draw = lambda x: jax.device_put(rng.standard_normal(x.shape).astype(np.float32) / 4, x.sharding)
+            values = jax.tree.map(draw, params)
+        found.append(jax.device_get(f(values, Batch(*(jax.device_put(x, b.sharding) for x, b in zip(ids, batch))))))
+    assert found[0][0] > 0
+    jax.tree.map(np.testing.assert_array_equal, *found)
