@@ -36,7 +36,8 @@ config = Config(
     ),
     mesh=Mesh(
         seq=8,  # devices along the row; all other axes are 1
-        strategy="all_gather",  # how queries meet the keys of other devices
+        strategy="ring",  # keys and values travel from device to device
+        layout="zigzag",  # each device holds an early and a late part of a row: all have the same work
     ),
     optimiser=Optimiser(
         lr=2e-3,  # peak learning rate
