@@ -231,7 +231,7 @@ def test_killed_one_of_two_and_finished_by_one(two, tmp_path: Path) -> None:
     with started(command(c, tmp_path), 1, 4, **programs) as running:
         ((code, out, err),) = ended(running)
     assert code == 0, err
-    assert f"after step {at}" in err.replace("\n", " ")
+    assert f"after step {at}" in " ".join(err.split())
     assert "finished, 80 steps" in out
     whole, records = two[1][0]["history"], record.history(Path(c.run.dir, c.run.name))
     assert [r["step"] for r in records] == list(range(1, 81))

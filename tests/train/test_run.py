@@ -202,7 +202,7 @@ def start(c: Config, cache: str, tmp_path: Path) -> subprocess.Popen:
 
 
 def wait_for_step(c: Config, step: int) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     while time.monotonic() < end:
         if max((r["step"] for r in record.history(folder(c))), default=0) >= step:
             return
