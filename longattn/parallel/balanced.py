@@ -37,9 +37,7 @@ from longattn.ops import partial as partials
 from longattn.ops.attention.spec import Extras
 from longattn.ops.partial import Partial
 from longattn.parallel import pairs
-from longattn.parallel.spec import Call, Strategy, refuse_bias, without_out
-
-Edges = list[tuple[int, int]]  # (from, to)
+from longattn.parallel.spec import Call, Edges, Strategy, refuse_bias, sent, without_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +75,6 @@ def _back(edges: Edges) -> Edges:
     return [(b, a) for a, b in edges]
 
 
-def _sent(arrays: Any, axis: Any, edges: Edges, scope: str) -> Any:
-    with jax.named_scope(scope):
-        return jax.tree.map(lambda x: lax.ppermute(x, axis, edges), arrays)
-
-
 class _Roles:
     """What this device does at a step."""
 
@@ -97,8 +90,8 @@ class _Roles:
 
     def lend(self, queries: Any, keys: Any) -> tuple[Any, Any]:
         """What arrives here: queries to help with (None where nobody helps), and keys."""
-        lent = _sent(queries, self.axis, self.step.queries, "queries") if self.step.queries else None
-        return lent, _sent(keys, self.axis, self.step.keys, "keys")
+        lent = sent(queries, self.axis, self.step.queries, "queries") if self.step.queries else None
+        return lent, sent(keys, self.axis, self.step.keys, "keys")
 
 
 class _Work(NamedTuple):
@@ -146,7 +139,7 @@ def forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call
     def give(roles: _Roles, found: Partial) -> Partial | None:
         if not roles.step.queries:
             return None
-        return Partial(*_sent(tuple(found), call.axis, _back(roles.step.queries), "results"))
+        return Partial(*sent(tuple(found), call.axis, _back(roles.step.queries), "results"))
 
     def take(so_far: Partial, roles: _Roles, given: Partial | None) -> Partial:
         if given is None:
@@ -181,8 +174,8 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: 
 
     def give(roles: _Roles, found: Any) -> Any:
         dq, *dkv = found
-        home = _sent(dkv, call.axis, _back(roles.step.keys), "gradients")
-        return (_sent(dq, call.axis, _back(roles.step.queries), "gradients") if roles.step.queries else None), *home
+        home = sent(dkv, call.axis, _back(roles.step.keys), "gradients")
+        return (sent(dq, call.axis, _back(roles.step.queries), "gradients") if roles.step.queries else None), *home
 
     def take(sums: Any, roles: _Roles, given: Any) -> Any:
         return tuple(a if b is None else a + b for a, b in zip(sums, given))

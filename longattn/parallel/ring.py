@@ -30,7 +30,7 @@ from longattn.mask import Mask
 from longattn.ops.attention.spec import Extras
 from longattn.parallel import pairs
 from longattn.parallel.pairs import at_distance
-from longattn.parallel.spec import Call, Strategy, refuse_bias
+from longattn.parallel.spec import Call, Strategy, refuse_bias, sent
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,12 @@ def _all(P: int, shift: int) -> list[tuple[int, int]]:
     return [(i, (i + shift) % P) for i in range(P)]
 
 
-def _sent(arrays: Any, axis: Any, edges: list[tuple[int, int]], scope: str) -> Any:
-    with jax.named_scope(scope):
-        return jax.tree.map(lambda x: lax.ppermute(x, axis, edges), arrays)
-
-
 def forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call) -> Any:
     """Attention of this device's queries over the keys of all devices on `call.axis`."""
     mine, P, local = lax.axis_index(call.axis), call.devices, pairs.local(q, k, extras, call)
     needed = local.pairs.needed
     ways = routes(needed)
-    arriving = [_sent((k, v), call.axis, way.edges(needed), "hop") for way in ways]
+    arriving = [sent((k, v), call.axis, way.edges(needed), "hop") for way in ways]
     so_far = local.attend(at_distance(P, [0]), mine, mine, q, (k, v), None)
     arriving, so_far = lax.optimization_barrier((arriving, so_far))
     for way, held in zip(ways, arriving):
@@ -93,7 +88,7 @@ def forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call
 
         def hop(carry: Any, t: Array, way: Route = way, edges: Any = edges) -> tuple[Any, None]:
             held, so_far = carry
-            coming = _sent(held, call.axis, edges, "hop")
+            coming = sent(held, call.axis, edges, "hop")
             which = at_distance(P, (way.distance(n, P) for n in range(1, way.hops)))
             return (coming, local.attend(which, mine, (mine - way.shift * t) % P, q, held, so_far)), None
 
@@ -110,7 +105,7 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: 
     mine, P, local = lax.axis_index(call.axis), call.devices, pairs.local(q, k, extras, call)
     needed = local.pairs.needed
     ways = routes(needed)
-    arriving = [_sent((k, v), call.axis, way.edges(needed), "hop") for way in ways]
+    arriving = [sent((k, v), call.axis, way.edges(needed), "hop") for way in ways]
 
     def computed(way: Route, hops: range, t: Any, held: Any) -> Any:
         which = at_distance(P, (way.distance(n, P) for n in hops))
@@ -123,22 +118,22 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: 
 
         def hop(carry: Any, t: Array, way: Route = way, edges: Any = edges, all_edges: Any = all_edges) -> Any:
             held, behind, dq = carry
-            coming = _sent(held, call.axis, edges, "hop")
-            behind = _sent(behind, call.axis, all_edges, "behind")
+            coming = sent(held, call.axis, edges, "hop")
+            behind = sent(behind, call.axis, all_edges, "behind")
             more, *new = computed(way, range(2, way.hops), t, held)
             return (coming, jax.tree.map(jnp.add, behind, new), dq + more), None
 
-        coming = _sent(held, call.axis, edges, "hop") if n > 1 else held
+        coming = sent(held, call.axis, edges, "hop") if n > 1 else held
         more, *behind = computed(way, range(1, 2), 1, held)
         coming, more, behind = lax.optimization_barrier((coming, more, behind))
         dq = dq + more
         if n > 2:
             (coming, behind, dq), _ = lax.scan(hop, (coming, behind, dq), jnp.arange(2, n))
         if n > 1:
-            behind = _sent(behind, call.axis, all_edges, "behind")
+            behind = sent(behind, call.axis, all_edges, "behind")
             more, *new = computed(way, range(n, n + 1), n, coming)
             behind, dq = jax.tree.map(jnp.add, behind, new), dq + more
-        home = _sent(behind, call.axis, _all(P, -way.shift * n), "home")
+        home = sent(behind, call.axis, _all(P, -way.shift * n), "home")
         own = jax.tree.map(jnp.add, own, home)
     return dq, *own, None
 

@@ -18,10 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
+from jax import lax
 from jaxtyping import Array
 
 from longattn.mask import Mask
 from longattn.parallel.layout import Axis, SequenceLayout
+
+Edges = list[tuple[int, int]]  # (from, to), devices along the axis
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,12 @@ class Strategy(NamedTuple):
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     check: Callable[[Mask, bool, int, int, int, int, Call], None]  # of (mask, whether with a bias, T, S, H, K, call)
+
+
+def sent(arrays: Any, axis: Axis, edges: Edges, scope: str) -> Any:
+    """What arrives here of a tree of arrays that go along the edges; zeros where nothing does."""
+    with jax.named_scope(scope):
+        return jax.tree.map(lambda x: lax.ppermute(x, axis, edges), arrays)
 
 
 def refuse_bias(bias: bool, strategy: str) -> None:
