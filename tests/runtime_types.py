@@ -21,6 +21,7 @@ PUBLIC = {
     "longattn.ops.linear.api",
     "longattn.parallel.api",
     "longattn.parallel.conv",
+    "longattn.parallel.layout",
     "longattn.parallel.linear",
     "longattn.shapes",
     "longattn.train.loss.cross_entropy",

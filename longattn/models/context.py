@@ -146,11 +146,6 @@ class Context:
         """Activations in another layout: see `longattn.parallel.layout.convert`."""
         if source == target or self.layout_parts == 1:
             return x
-        if len(names_of(self.axis)) > 1:
-            raise NotImplementedError(
-                f"activations lie along {self.axis}, {source.name}, and a layer needs them {target.name}: parts on "
-                "several devices are not converted; choose the layout contiguous, or a strategy with one axis"
-            )
         (batch,) = fit(PartitionSpec(self.batch_axes), self.mesh)
         return convert(x, source, target, mesh=self.mesh, axis=self.axis, batch_axes=batch)
 

@@ -123,7 +123,8 @@ def convert(
     """A global array [B T ...] in another layout: each device sends its tokens to where they belong, once.
 
     Between zigzag and contiguous by two permutations of half shards, of striped by an all-to-all of whole shards: at
-    most B T / P elements of each trailing index leave a device.
+    most B T / P elements of each trailing index leave a device. Along two axes the layouts order the parts of the
+    first, and a device holds a piece of one, which is sent whole.
 
     Args:
       x: in the order of `source`, T along `axis`.
@@ -134,12 +135,20 @@ def convert(
 
     Raises:
       ValueError: for a length that a layout does not divide; with striped, T must be a multiple of the devices' square.
+      NotImplementedError: along two axes for striped, and for zigzag where the second has an odd number of devices:
+        what a device holds is then no piece of the sequence.
     """
-    P = devices_on(mesh, axis)
+    P, parts = devices_on(mesh, axis), mesh.shape[names_of(axis)[0]]
     for layout in (source, target):
-        layout.check(x.shape[1], P)
-    if source == target or P == 1:
+        layout.check(x.shape[1], parts)
+    if source == target or parts == 1:
         return x
+    if parts < P and ("striped" in (source.name, target.name) or P // parts % 2):
+        raise NotImplementedError(
+            f"a sequence along {axis}, {parts} parts of {P // parts} devices each, is not converted from {source.name} "
+            f"to {target.name}; choose the layout contiguous, zigzag with an even number of devices to a part, or a "
+            "strategy with one axis"
+        )
     if "striped" in (source.name, target.name) and x.shape[1] % P**2:
         raise ValueError(
             f"T={x.shape[1]} must be a multiple of {P**2}, the square of the devices along the sequence, to convert "
@@ -149,6 +158,9 @@ def convert(
 
     def local(x: Array) -> Array:
         with jax.named_scope(f"{source.name}_to_{target.name}"):
+            if parts < P:
+                pieces, places = source.positions(P, parts), np.argsort(target.positions(P, parts))
+                return lax.ppermute(x, axis, [(i, int(places[piece])) for i, piece in enumerate(pieces)])
             if source.name != "contiguous":
                 x = _gather(x, source, axis, P)
             return x if target.name == "contiguous" else _scatter(x, target, axis, P)
