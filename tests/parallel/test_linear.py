@@ -125,7 +125,7 @@ def test_loss_and_gradients_of_sequences_in_parts_are_those_of_one_device(mixers
     params = jax.tree.map(lambda p: 0.3 * rng.standard_normal(p.shape).astype(p.dtype), shapes)
     tokens, labels = jnp.asarray(rng.integers(0, 17, (2, B, T)), jnp.int32)
     lengths = (3, 4, 1)
-    ids = jnp.tile(jnp.repeat(jnp.array([2, 1, 2], jnp.int32), jnp.array(lengths)), (B, 1))
+    ids = jnp.tile(jnp.repeat(jnp.array([2, 1, 3], jnp.int32), jnp.array(lengths)), (B, 1))
     positions = jnp.tile(jnp.concatenate([jnp.arange(n, dtype=jnp.int32) for n in lengths]), (B, 1))
 
     def loss(params, context):

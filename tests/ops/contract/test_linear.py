@@ -290,7 +290,7 @@ def test_packed_documents_are_separate_ones(back_end):
 
 
 @every_back_end
-@pytest.mark.parametrize("kind", ["scalar decay", "vector decay, delta"])
+@pytest.mark.parametrize("kind", ["scalar decay", pytest.param("vector decay, delta", marks=pytest.mark.slow)])
 def test_the_state_carries_a_sequence_on(back_end, kind):
     """Two calls, the second from the first's final state, have the results and the gradients of one."""
     case = back_end.nearest(Case(kind=kind, state="from a state", heads="fewer q and k"))

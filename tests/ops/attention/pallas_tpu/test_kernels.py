@@ -133,8 +133,16 @@ def test_several_blocks_of_the_rest(case):
     several(case)
 
 
-@pytest.mark.parametrize("scale", [None, 30.0], ids=["bounded", "online"])
-@pytest.mark.parametrize("heads", [1, 4], ids=["shared", "per head"])
+@pytest.mark.parametrize(
+    ("heads", "scale"),
+    [
+        pytest.param(1, None, marks=pytest.mark.slow),
+        pytest.param(4, None, marks=pytest.mark.slow),
+        pytest.param(1, 30.0, marks=pytest.mark.slow),
+        (4, 30.0),
+    ],
+    ids=["shared-bounded", "per head-bounded", "shared-online", "per head-online"],
+)
 def test_block_sparse(heads, scale):
     """Alone it needs no mask within a tile; with others, each tile is told what it shows. Some rows are empty."""
     B, T, H, K, D = 2, 700, 4, 2, 32
