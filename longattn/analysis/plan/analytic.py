@@ -7,8 +7,9 @@ the compute dtype, and p parameters that it holds. XLA needs most memory at one 
     the loss        the head gathered, its gradient in float32 (4 W E), and one chunk's logits
     an MLP          backward: the layers' gradients, the head's, cast parameters (c p), one layer's gathered, and
                     activations of width F and E
-    attention       backward: the same parameters, q, out's gradient, q's in float32, keys and values of the whole
-                    sequence gathered, and their gradients in float32
+    attention       backward: the same parameters, q, out's gradient, q's in float32, and what the strategy exchanges:
+                    keys and values of the whole sequence gathered, and their gradients in float32; or those of two
+                    hops, with sums of all gradients; or whole sequences of some heads
 
 On TPUs the minor axis of an array in device memory is filled up to 128 lanes. Attention's kernels read and write
 [B H T D], keys' gradients too, so heads narrower than that cost as much as heads of 128. So does what layers keep in
@@ -37,6 +38,7 @@ from longattn.config import Config, Mesh, Model, Softmax
 from longattn.mask import Mask
 from longattn.models.transformer import init_params
 from longattn.ops.attention.pallas_tpu.tiles import LANES
+from longattn.parallel import exchange
 from longattn.parallel import mesh as meshes
 
 _F32 = 4
@@ -76,11 +78,14 @@ def kept(config: Config, where: Topology) -> float:
     """Bytes that one device keeps of the forward pass of all layers, by the remat policy.
 
     XLA keeps out as TPU kernels give it, heads filled up, where the device has one row of the batch, and tokens minor
-    where it has more; where q, k and v are kept too, all stay as the kernels want them. Of what is offloaded, two
-    layers' part is there, on its way to the host's memory or back.
+    where it has more, or where ulysses exchanges out; where q, k and v are kept too, all stay as the kernels want them.
+    (In two recorded programs of 16 devices along the sequence it keeps one row's out tokens minor, too, and needs a
+    quarter less than this says.) Of what is offloaded, two layers' part is there, on its way to the host's memory or
+    back.
     """
     m, t, n, c = config.model, config.mesh.tensor, tokens(config), np.dtype(config.model.dtype).itemsize
-    minor = m.remat in ("dots", "none") or n * config.mesh.sequence == config.data.T
+    one_row = n * config.mesh.sequence == config.data.T and config.mesh.strategy != "ulysses"  # which exchanges out
+    minor = m.remat in ("dots", "none") or one_row
     D = _filled(m.D, where) if minor else m.D
     E, F, q, k = m.E, m.F / t, m.H * D / t, m.K * D / t
     attention = c * q + _F32 * m.H / t  # out and lse
@@ -132,13 +137,25 @@ def memory(config: Config, where: Topology) -> dict[str, float]:
         "attention": {
             "gradients": gradients,
             "gathered or cast parameters": casts,
-            "backward pass": (2 * c * q_filled + _F32 * q + 2 * c * E + full * c * (q + E)) * n
-            + 2 * (c + _F32) * k_filled * sequence,
+            "backward pass": (2 * c * E + full * c * (q + E)) * n + _exchanged(config, q, q_filled, k_filled) * n,
         },
     }
     largest = max(peaks.values(), key=lambda parts: sum(parts.values()))
     parts = always | largest
     return {**parts, "total": sum(parts.values())}
+
+
+def _exchanged(config: Config, q: float, q_filled: float, k_filled: float) -> float:
+    """Bytes per token of a device in attention's backward pass: q, out's gradient, q's, keys, values and theirs."""
+    m, mesh, c = config.model, config.mesh, np.dtype(config.model.dtype).itemsize
+    own, P = 2 * c * q_filled + _F32 * q, mesh.sequence
+    if P == 1 or mesh.strategy == "all_gather":
+        return own + 2 * (c + _F32) * k_filled * P
+    if mesh.strategy == "ulysses":
+        given = exchange.heads(m.H // mesh.tensor, m.K // mesh.tensor, P)
+        more_q, more_k = given.each * P / given.H, len(given.keys) * mesh.tensor / m.K
+        return own * more_q + 2 * (c + _F32) * k_filled * more_k
+    return own + 36 * k_filled + 28 * q  # of bfloat16; float32 has a few more
 
 
 def _pairs(mask: Mask, T: int, mesh: Mesh) -> float:

@@ -34,7 +34,8 @@ class Case(NamedTuple):
 
 
 def _case(name: str, where: str, model: Model, T: int, B: int, accumulate: int = 1, **mesh: Any) -> Case:
-    config = Config(model, ByteLM(T=T, B=B), Mesh(**mesh, strategy="all_gather"), Optimiser(accumulate=accumulate))
+    mesh_of = Mesh(**{"strategy": "all_gather", **mesh})
+    config = Config(model, ByteLM(T=T, B=B), mesh_of, Optimiser(accumulate=accumulate))
     sizes = " ".join(f"{axis} {n}" for axis, n in mesh.items())
     return Case(f"{name} {where} T{T} B{B} {sizes or 'alone'}", where, config)
 
@@ -68,6 +69,16 @@ CASES = (
     _case("1b", "h100:8", _1B, 8192, 16, fsdp=8),
     _case("8b", "h100:8", _8B, 8192, 8, fsdp=8),
     _case("8b remat full", "h100:8", replace(_8B, remat="full"), 65_536, 1, seq=8),
+    _case("small", "v5e:2x2", _SMALL, 1_048_576, 1, seq=4, strategy="ring", layout="zigzag"),
+    _case("1b", "v5e:4x4", _1B, 4_194_304, 1, seq=16, strategy="ring", layout="zigzag"),
+    _case("8b", "v6e:4x4", _8B, 524_288, 4, fsdp=4, seq=4, strategy="ring"),
+    _case("8b", "v5p:2x2x2", _8B, 2_097_152, 1, seq=8, strategy="ring", layout="zigzag"),
+    _case("small", "v5e:2x2", _SMALL, 1_048_576, 1, seq=4, strategy="balanced"),
+    _case("small", "v5e:2x2", _SMALL, 1_048_576, 1, seq=4, strategy="ulysses"),
+    _case("1b", "v5e:4x4", _1B, 4_194_304, 1, ring=4, seq=4, strategy="usp", layout="zigzag"),
+    _case(
+        "1b remat full", "v5e:4x4", replace(_1B, remat="full"), 4_194_304, 1, seq=16, strategy="ring", layout="zigzag"
+    ),
 )
 
 KEPT = (
