@@ -23,7 +23,8 @@ from longattn.config import ByteLM, Config, Mesh
 
 
 def _case(model: str, machine: str, T: int, B: int, **mesh: Any) -> Case:
-    return Case(f"{model} {machine} T={T} B={B}", machine, Config(MODELS[model], ByteLM(T=T, B=B), Mesh(**mesh)))
+    config = Config(MODELS[model], ByteLM(T=T, B=B), Mesh(**mesh, strategy="all_gather"))
+    return Case(f"{model} {machine} T={T} B={B}", machine, config)
 
 
 CASES = (
@@ -55,7 +56,7 @@ def _numbers(case: Case, clock: Clock) -> Iterable[Number]:
     found = found or recorded()[case.name]
     model, machine, *_ = case.name.split(" ")
     at = {"model": model, "machine": machine, "T": case.config.data.T, "B": case.config.data.B}
-    command = f"longattn plan {model} --topology {machine} --T {at['T']} --B {at['B']}"
+    command = f"longattn plan {model} --topology {machine} --T {at['T']} --B {at['B']} --mesh.strategy all_gather"
     figures = [("needs", found["hbm_bytes"], "B"), ("has", found["hbm_limit"], "B")]
     if found["fits"]:
         figures += [("step_bound", found["seconds"]["bound"], "s"), ("mfu_bound", found["mfu_bound"], "share")]
