@@ -242,6 +242,9 @@ def trips(program: Program, computation: Computation, loop: Instruction) -> int 
     return max(0, -(-(bound - start + (test.attribute("direction") == "LE")) // step))
 
 
+_COPIES = ("copy", "bitcast", "copy-done", "copy-start")
+
+
 def _initial(computation: Computation, loop: Instruction, element: int) -> int | None:
     """The constant that an element of the loop's tuple starts from."""
     carried = computation.by_name[loop.operands[0][0]]
@@ -251,6 +254,8 @@ def _initial(computation: Computation, loop: Instruction, element: int) -> int |
 def _step(body: Computation, element: int) -> int | None:
     """The constant that the body adds to an element."""
     added = body.by_name[_source(body, body.root, element)[0]]
+    while added.opcode in _COPIES:
+        added = body.by_name[added.operands[0][0]]
     if added.opcode != "add":
         return None
     for counter, other in (added.operands, added.operands[::-1]):
@@ -285,7 +290,7 @@ def _constant(computation: Computation, operand: tuple[str, int | None]) -> int 
     instruction = computation.by_name[name]
     if instruction.opcode == "constant" and element is None and re.fullmatch(r"-?\d+", instruction.literal):
         return int(instruction.literal)
-    if instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+    if instruction.opcode in _COPIES:
         return _constant(computation, instruction.operands[0])
     return None
 
