@@ -25,7 +25,6 @@ import re
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +180,8 @@ def _workers_of_cloud_tpu(env: Mapping[str, str]) -> int:
     """What the metadata server of a Cloud TPU says; 1 where there is none."""
     if env.get("TPU_SKIP_MDS_QUERY") or not _has_tpu(env):
         return 1
+
+    import urllib.request  # on a TPU alone: every command imports this module
 
     def attribute(name: str) -> str:
         host = env.get("GCE_METADATA_IP", "metadata.google.internal")
