@@ -67,23 +67,21 @@ class SequenceLayout:
 
     def permute(self, x: Any, P: int) -> Any:
         """An array [B T ...] of sequences in order, in the layout's order; NumPy stays NumPy."""
-        self.check(x.shape[1], P)
-        if P == 1 or self.name == "contiguous":
-            return x
-        B, T, *rest = x.shape
-        if self.name == "zigzag":
-            return x.reshape(B, 2 * P, T // (2 * P), *rest)[:, self._halves(P)].reshape(x.shape)
-        return x.reshape(B, T // P, P, *rest).swapaxes(1, 2).reshape(x.shape)
+        return self._reordered(x, P, back=False)
 
     def restore(self, x: Any, P: int) -> Any:
         """The inverse of `permute`."""
+        return self._reordered(x, P, back=True)
+
+    def _reordered(self, x: Any, P: int, *, back: bool) -> Any:
         self.check(x.shape[1], P)
         if P == 1 or self.name == "contiguous":
             return x
         B, T, *rest = x.shape
         if self.name == "zigzag":
-            return x.reshape(B, 2 * P, T // (2 * P), *rest)[:, np.argsort(self._halves(P))].reshape(x.shape)
-        return x.reshape(B, P, T // P, *rest).swapaxes(1, 2).reshape(x.shape)
+            order = self._halves(P)
+            return x.reshape(B, 2 * P, T // (2 * P), *rest)[:, np.argsort(order) if back else order].reshape(x.shape)
+        return x.reshape(B, *((P, T // P) if back else (T // P, P)), *rest).swapaxes(1, 2).reshape(x.shape)
 
     def positions(self, T: int, P: int) -> Int32[np.ndarray, " T"]:
         """The positions of the T tokens in the layout's order."""
