@@ -204,7 +204,12 @@ def attention_with_lse(
     if spec.in_order:
         q_positions, k_positions = (layout.permute(x, call.ring) for x in (extras.q_positions, extras.k_positions))
         extras = extras._replace(q_positions=q_positions, k_positions=k_positions)
-    STRATEGIES[strategy].check(extras.mask, bias is not None, T, S, q.shape[2] // heads, K // heads, call)
+    if bias is not None and not STRATEGIES[strategy].bias:
+        raise NotImplementedError(
+            f"{strategy=} takes no bias: its columns would have to travel with the keys, and their gradient back; use "
+            "strategy='all_gather'"
+        )
+    STRATEGIES[strategy].check(extras.mask, T, S, call)
     return _attention(
         q, k, v, sinks, extras, mesh=mesh, batch=batch, head=head, strategy=strategy, call=call, dtype=q.dtype.name
     )

@@ -37,7 +37,7 @@ from longattn.ops import partial as partials
 from longattn.ops.attention.spec import Extras
 from longattn.ops.partial import Partial
 from longattn.parallel import pairs
-from longattn.parallel.spec import Call, Edges, Strategy, refuse_bias, sent, without_out
+from longattn.parallel.spec import Call, Edges, Strategy, sent, without_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,19 +109,19 @@ def _walk(queries: Any, keys: Any, call: Call, needed: np.ndarray, work: _Work, 
     XLA ends a transfer as soon as it thinks that enough has run since its start, and it thinks so of sums. The barriers
     leave it nothing to run in between but what is computed, and keep it from sending what later steps need as well.
     """
-    todo = [_Roles(step, call) for step in steps(needed)]
-    lent = todo[0].lend(queries, keys) if todo else None
+    planned = [_Roles(step, call) for step in steps(needed)]
+    lent = planned[0].lend(queries, keys) if planned else None
     given = None
     lent, sums = lax.optimization_barrier((lent, sums))
-    for n, roles in enumerate(todo):
-        coming = todo[n + 1].lend(queries, keys) if n + 1 < len(todo) else None
+    for n, roles in enumerate(planned):
+        coming = planned[n + 1].lend(queries, keys) if n + 1 < len(planned) else None
         given_queries, given_keys = lent
         found = work.compute(roles, roles.choose(queries, given_queries), roles.choose(given_keys, keys))
         found, queries, keys, lent, given = lax.optimization_barrier((found, queries, keys, coming, given))
-        sums = work.take(sums, todo[n - 1], given) if n else sums
+        sums = work.take(sums, planned[n - 1], given) if n else sums
         sums = work.keep(sums, roles, found)
         given = work.give(roles, found)
-    return work.take(sums, todo[-1], given) if todo else sums
+    return work.take(sums, planned[-1], given) if planned else sums
 
 
 def forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call) -> Any:
@@ -185,8 +185,7 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: 
     return *_walk(queries, (k, v), call, local.pairs.needed, _Work(compute, keep, give, take), own), None
 
 
-def _check(mask: Mask, bias: bool, T: int, S: int, H: int, K: int, call: Call) -> None:
-    refuse_bias(bias, "balanced")
+def _check(mask: Mask, T: int, S: int, call: Call) -> None:
     if call.layout.name != "contiguous":
         raise NotImplementedError(
             f"strategy='balanced' balances the contiguous layout, not {call.layout.name}, which is balanced by itself; "
@@ -200,4 +199,4 @@ def _check(mask: Mask, bias: bool, T: int, S: int, H: int, K: int, call: Call) -
         )
 
 
-BALANCED = Strategy(forward, backward, _check)
+BALANCED = Strategy(forward, backward, check=_check)

@@ -42,7 +42,7 @@ from longattn.ops.attention import attend_partial, attention_with_lse, backward_
 from longattn.ops.attention.spec import Extras
 from longattn.parallel import ring
 from longattn.parallel.layout import SequenceLayout, names_of
-from longattn.parallel.spec import Call, Strategy, refuse_bias, without_out
+from longattn.parallel.spec import Call, Strategy, without_out
 
 
 def _attended(q: Array, k: Array, v: Array, call: Call, **options: Any) -> tuple[Array, Array]:
@@ -96,11 +96,7 @@ def _gather_backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, 
     return dq, dk, dv, dbias
 
 
-def _gather_check(mask: Mask, bias: bool, T: int, S: int, H: int, K: int, call: Call) -> None:
-    """Accepts every valid call."""
-
-
-ALL_GATHER = Strategy(_gather_forward, _gather_backward, _gather_check)
+ALL_GATHER = Strategy(_gather_forward, _gather_backward, bias=True)
 
 
 # ---- heads exchanged for tokens
@@ -114,11 +110,6 @@ class Heads:
     P: int
     each: int  # query heads of a device, those filled in too
     keys: tuple[int, ...]  # the key/value heads that are sent, as many to each device
-
-    @property
-    def copied(self) -> bool:
-        """Whether a key/value head is sent more than once."""
-        return len(set(self.keys)) < len(self.keys)
 
 
 def heads(H: int, K: int, P: int) -> Heads:
@@ -182,10 +173,8 @@ class _Exchange:
 
 def _axes(call: Call) -> tuple[Call, str, int]:
     """The call of the ring, or of one device where there is none; the axis of the all-to-all and its size."""
-    if len(call.sizes) == 1:
-        return dataclasses.replace(call, sizes=(1,), layout=SequenceLayout()), names_of(call.axis)[0], call.sizes[0]
-    ring_axis, inner = names_of(call.axis)
-    return dataclasses.replace(call, axis=ring_axis, sizes=call.sizes[:1]), inner, call.sizes[1]
+    alone = dataclasses.replace(call, sizes=(1,), layout=SequenceLayout())
+    return alone if len(call.sizes) == 1 else call.outer, names_of(call.axis)[-1], call.sizes[-1]
 
 
 def _exchange(H: int, K: int, extras: Extras, call: Call) -> tuple[_Exchange, Extras, Call]:
@@ -233,13 +222,4 @@ def _heads_backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, e
     return x.from_queries(dq.astype(q.dtype)), *(x.from_keys(y, call.K, q.dtype) for y in (dk, dv)), None
 
 
-def _ulysses_check(mask: Mask, bias: bool, T: int, S: int, H: int, K: int, call: Call) -> None:
-    refuse_bias(bias, "ulysses")
-
-
-def _usp_check(mask: Mask, bias: bool, T: int, S: int, H: int, K: int, call: Call) -> None:
-    refuse_bias(bias, "usp")
-
-
-ULYSSES = Strategy(_heads_forward, _heads_backward, _ulysses_check)
-USP = Strategy(_heads_forward, _heads_backward, _usp_check)
+ULYSSES = USP = Strategy(_heads_forward, _heads_backward)

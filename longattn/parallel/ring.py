@@ -26,11 +26,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from longattn.mask import Mask
 from longattn.ops.attention.spec import Extras
 from longattn.parallel import pairs
 from longattn.parallel.pairs import at_distance
-from longattn.parallel.spec import Call, Strategy, refuse_bias, sent
+from longattn.parallel.spec import Call, Strategy, sent
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,11 @@ def forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call
     """Attention of this device's queries over the keys of all devices on `call.axis`."""
     mine, P, local = lax.axis_index(call.axis), call.devices, pairs.local(q, k, extras, call)
     needed = local.pairs.needed
-    ways = routes(needed)
-    arriving = [sent((k, v), call.axis, way.edges(needed), "hop") for way in ways]
+    ways = [(way, way.edges(needed)) for way in routes(needed)]
+    arriving = [sent((k, v), call.axis, edges, "hop") for _, edges in ways]
     so_far = local.attend(at_distance(P, [0]), mine, mine, q, (k, v), None)
     arriving, so_far = lax.optimization_barrier((arriving, so_far))
-    for way, held in zip(ways, arriving):
-        edges = way.edges(needed)
+    for (way, edges), held in zip(ways, arriving):
 
         def hop(carry: Any, t: Array, way: Route = way, edges: Any = edges) -> tuple[Any, None]:
             held, so_far = carry
@@ -104,8 +102,8 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: 
     q, k, v = kept
     mine, P, local = lax.axis_index(call.axis), call.devices, pairs.local(q, k, extras, call)
     needed = local.pairs.needed
-    ways = routes(needed)
-    arriving = [sent((k, v), call.axis, way.edges(needed), "hop") for way in ways]
+    ways = [(way, way.edges(needed)) for way in routes(needed)]
+    arriving = [sent((k, v), call.axis, edges, "hop") for _, edges in ways]
 
     def computed(way: Route, hops: range, t: Any, held: Any) -> Any:
         which = at_distance(P, (way.distance(n, P) for n in hops))
@@ -113,8 +111,8 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: 
 
     dq, *own = local.backward(at_distance(P, [0]), mine, mine, q, (k, v), out, lse, do, dlse)
     arriving, dq, own = lax.optimization_barrier((arriving, dq, own))
-    for way, held in zip(ways, arriving):
-        edges, all_edges, n = way.edges(needed), _all(P, way.shift), way.hops
+    for (way, edges), held in zip(ways, arriving):
+        all_edges, n = _all(P, way.shift), way.hops
 
         def hop(carry: Any, t: Array, way: Route = way, edges: Any = edges, all_edges: Any = all_edges) -> Any:
             held, behind, dq = carry
@@ -138,8 +136,4 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: 
     return dq, *own, None
 
 
-def _check(mask: Mask, bias: bool, T: int, S: int, H: int, K: int, call: Call) -> None:
-    refuse_bias(bias, "ring")
-
-
-RING = Strategy(forward, backward, _check)
+RING = Strategy(forward, backward)

@@ -13,6 +13,7 @@ T and is not in `extras`. There are no sinks. All arrays vary over the same mesh
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +54,13 @@ class Call:
         """The devices, or groups of them, that the layout orders."""
         return self.sizes[0]
 
+    @property
+    def outer(self) -> Call:
+        """Of usp, the call of its ring; else this one."""
+        if len(self.sizes) == 1:
+            return self
+        return dataclasses.replace(self, axis=self.axis[0], sizes=self.sizes[:1])
+
     def options(self, mask: Mask, positions: Any, segment_ids: Any) -> dict[str, Any]:
         """The keyword arguments of `attend_partial` and its like, without the bias."""
         return {
@@ -66,27 +74,23 @@ class Call:
         }
 
 
+def _serves(mask: Mask, T: int, S: int, call: Call) -> None:
+    """Refuses no mask."""
+
+
 class Strategy(NamedTuple):
     """How devices along the sequence share the work of exact attention."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-    check: Callable[[Mask, bool, int, int, int, int, Call], None]  # of (mask, whether with a bias, T, S, H, K, call)
+    bias: bool = False  # whether it takes one
+    check: Callable[[Mask, int, int, Call], None] = _serves  # raises NotImplementedError(reason) for (mask, T, S, call)
 
 
 def sent(arrays: Any, axis: Axis, edges: Edges, scope: str) -> Any:
     """What arrives here of a tree of arrays that go along the edges; zeros where nothing does."""
     with jax.named_scope(scope):
         return jax.tree.map(lambda x: lax.ppermute(x, axis, edges), arrays)
-
-
-def refuse_bias(bias: bool, strategy: str) -> None:
-    """Raises NotImplementedError for a call with a bias."""
-    if bias:
-        raise NotImplementedError(
-            f"strategy={strategy!r} takes no bias: its columns would have to travel with the keys, and their gradient "
-            "back; use strategy='all_gather'"
-        )
 
 
 def without_out(out: Array, do: Array, dlse: Array) -> Array:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longattn.analysis import cost
-from longattn.analysis.sequence.problem import Problem, Way, check, ring_call
+from longattn.analysis.sequence.problem import Problem, Way, check
 from longattn.mask import EMPTY, Mask
 from longattn.parallel import balanced, ring
 from longattn.parallel.exchange import heads
@@ -96,7 +96,7 @@ def load(problem: Problem, way: Way) -> Load:
       ValueError, NotImplementedError: as `problem.check` and `cost.pairs_between`.
     """
     call = check(problem, way)
-    outer = ring_call(call)
+    outer = call.outer
     where = problem.mask, call.layout, problem.T, outer.devices
     seen = visible(*where) if problem.block == 1 else computed(*where, problem.block)
     if way.strategy == "all_gather":

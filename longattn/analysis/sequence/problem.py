@@ -104,13 +104,6 @@ def call(problem: Problem, way: Way) -> Call:
     )  # fmt: skip
 
 
-def ring_call(call: Call) -> Call:
-    """Of usp, the call of its ring."""
-    if len(call.sizes) == 1:
-        return call
-    return dataclasses.replace(call, axis=call.axis[0], sizes=call.sizes[:1])
-
-
 def check(problem: Problem, way: Way) -> Call:
     """The call.
 
@@ -122,7 +115,7 @@ def check(problem: Problem, way: Way) -> Call:
     made.layout.check(problem.T, made.ring)
     if problem.T % made.devices:
         raise ValueError(f"T={problem.T} must be a multiple of {made.devices}, the devices along the sequence")
-    STRATEGIES[way.strategy].check(problem.mask, False, problem.T, problem.T, problem.H, problem.K, made)
+    STRATEGIES[way.strategy].check(problem.mask, problem.T, problem.T, made)
     return made
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from longattn.analysis.sequence.problem import Problem, Way, check, ring_call
+from longattn.analysis.sequence.problem import Problem, Way, check
 from longattn.parallel import balanced, ring
 from longattn.parallel.exchange import heads
 from longattn.parallel.pairs import pairs
@@ -170,7 +170,7 @@ def _all_gather(problem: Problem, call: Call) -> tuple[list[Message], list[Messa
 
 def _heads(problem: Problem, call: Call) -> tuple[list[Message], list[Message]]:
     c, f, D, V = problem.itemsize, STATISTICS, problem.D, problem.value
-    P, outer = call.sizes[-1], ring_call(call)
+    P, outer = call.sizes[-1], call.outer
     which = heads(problem.H, problem.K, P)
     rings = call.devices // P
     edges = everyone([range(r * P, r * P + P) for r in range(rings)])
