@@ -32,7 +32,8 @@ from typing import Any
 
 LOST = 75  # the exit code where other processes are gone: sysexits.h's EX_TEMPFAIL, "try again"
 STOPPED = 128 + signal.SIGTERM  # after saving
-_SUPERVISED = "LONGATTN_SUPERVISED"  # the supervisor's process id, for the process that it starts
+# For the process that the supervisor starts: the supervisor's process id, and where to write the exit code.
+_SUPERVISED, _VERDICT = "LONGATTN_SUPERVISED", "LONGATTN_VERDICT"
 _EXPLICIT = ("LONGATTN_COORDINATOR", "LONGATTN_PROCESSES", "LONGATTN_PROCESS")
 _PORT = 8476
 # Google's PCI devices that are TPUs, as the Makefile has them.
@@ -206,6 +207,11 @@ def supervised() -> bool:
     return os.environ.get(_SUPERVISED) == str(os.getppid())
 
 
+def settle(code: int) -> None:
+    """Tell the supervisor how this process ends, should JAX abort it before it has."""
+    os.write(int(os.environ[_VERDICT]), bytes([code]))
+
+
 def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) -> int:
     """Run `longattn COMMAND` in a process of its own and return its exit code: `LOST` where others were lost.
 
@@ -222,22 +228,27 @@ def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) ->
     # A launcher's SIGTERM may reach both processes; the other one hears it twice then, which is no more than once.
     signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
+    settled, verdict = os.pipe()
+    os.set_blocking(settled, False)
+    own = {"PYTHONPATH": paths, _SUPERVISED: str(os.getpid()), _VERDICT: str(verdict)}
     child.append(
         subprocess.Popen(
             [sys.executable, "-P", "-m", "longattn", *command],
-            env={**os.environ, "PYTHONPATH": paths, _SUPERVISED: str(os.getpid())},
+            env={**os.environ, **own},
+            pass_fds=[verdict],
             stderr=subprocess.PIPE,
         )
     )
-    report, told = _pass_on(child[0], f"longattn: {launch}".encode())
+    report = _pass_on(child[0])
     code = child[0].wait()
+    with contextlib.suppress(BlockingIOError):  # nothing was settled
+        if code == -signal.SIGABRT:
+            return os.read(settled, 1)[0]
     if code >= 0:
         return code
     if code == -signal.SIGTERM:
         print("longattn: stopped by SIGTERM before the first step; nothing was to be saved", file=sys.stderr)
         return STOPPED
-    if told and code == -signal.SIGABRT:  # the abort came after its own line
-        return LOST
     if report and code == -signal.SIGABRT:
         what = meaning(report, launch)
         remedy = f"; {goes_on()}" if what.startswith("lost") else ""
@@ -248,25 +259,22 @@ def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) ->
     return 128 - code
 
 
-def _pass_on(child: subprocess.Popen[bytes], greeting: bytes) -> tuple[str, bool]:
-    """Pass on what the process says. Returns what the coordination service reported, and whether a line of ours came.
+def _pass_on(child: subprocess.Popen[bytes]) -> str:
+    """Pass on what the process says, and return what the coordination service reported.
 
-    The greeting is none. That report stays untold, unless LONGATTN_TRACEBACK asks for it, and so do Gloo's lines about
-    connections.
+    That report stays untold, unless LONGATTN_TRACEBACK asks for it, and so do Gloo's lines about connections.
     """
-    everything, report, told = bool(os.environ.get("LONGATTN_TRACEBACK")), b"", False
+    everything, report = bool(os.environ.get("LONGATTN_TRACEBACK")), b""
     for line in child.stderr:
-        ours = line.startswith(b"longattn: ")
-        if re.match(rb"F\d{4} |E\d{4} .*coordination_service", line) or (report and not ours):
+        if re.match(rb"F\d{4} |E\d{4} .*coordination_service", line) or (report and not line.startswith(b"longattn: ")):
             report += line
             hidden = True
         else:
-            told |= ours and not line.startswith(greeting)
             hidden = b"connected peer ranks" in line  # several threads write them, so lines may be torn
         if everything or not hidden:
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
-    return report.decode(errors="replace"), told
+    return report.decode(errors="replace")
 
 
 def meaning(report: str, launch: Launch) -> str:

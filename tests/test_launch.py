@@ -166,6 +166,26 @@ def test_meaning_of_what_the_coordination_service_reports(report: str, process: 
     assert "\n" not in launch.meaning(report, found)
 
 
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        ("echo 'longattn: a mistake' >&2; printf '\\002' >&$LONGATTN_VERDICT; kill -ABRT $$", 2, "longattn: a mistake"),
+        ("echo 'longattn: a warning' >&2; kill -ABRT $$", 128 + 6, "ended by SIGABRT: start again"),
+        ("echo 'F1125 c.h:8] Terminating. RPC to coordination service' >&2; kill -ABRT $$", 75, "lost process 0"),
+        ("printf '\\002' >&$LONGATTN_VERDICT; exit 3", 3, ""),
+    ],
+)  # fmt: skip
+def test_an_abort_does_not_change_what_was_settled(script, code, said, tmp_path, monkeypatch, capfd) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/bash\n{script}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(launch.sys, "executable", str(fake))
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    assert launch.supervise(["train"], detect(EXPLICIT), lambda: "start again") == code
+    err = capfd.readouterr().err.splitlines()
+    assert said in (err[-1] if err else "") and len(err) <= 2
+
+
 def test_launchers_parse_and_name_what_is_read() -> None:
     import yaml
 

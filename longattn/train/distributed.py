@@ -134,6 +134,7 @@ def leave(code: int) -> int:
     """
     if code in (0, launch.STOPPED):
         return code
+    launch.settle(code)
     sys.stdout.flush()
     sys.stderr.flush()
     if code != launch.LOST and (client := _client()) is not None:
