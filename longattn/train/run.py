@@ -49,7 +49,7 @@ class Summary:
 
 
 def train(config: Config, *, resume: bool = True, quiet: bool = False, console: Console | None = None) -> Summary:
-    """Train as the config says, continuing from the run folder's newest checkpoint.
+    """Train as the config says, continuing from the run folder's newest checkpoint, whatever mesh saved it.
 
     Of several processes (see distributed.py) each calls it with the same config, the first writes and speaks, and a
     SIGTERM to any stops all; the mesh must be of all their devices, the run's folder on a file system they share.
@@ -91,7 +91,10 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
                 state = state._replace(params=job.loaded or initial_params(config, job.context))
         start = int(state.step)
         if start:
-            console.print(f"continuing {folder} after step {start}")
+            here = "one device" if job.context is None else job.context.described()
+            moved = record.read_config(folder).mesh != config.mesh
+            what = f" on {here}; it began on another mesh, whose sums round otherwise" if moved else ""
+            console.print(f"continuing {folder} after step {start}{what}", highlight=False)
         ideal = ideal_seconds(config, job.sources["train"].lengths)
         mesh = None if job.context is None else job.context.described()
         recorder = stack.enter_context(

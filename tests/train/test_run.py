@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
 import signal
@@ -116,15 +117,15 @@ def test_finished_again_says_so_and_changes_nothing(finished: Config) -> None:
     assert (folder(finished) / "metrics.jsonl").read_bytes() == before
 
 
-def lose_power(c: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train until the data of step 7 fail to come."""
+def lose_power(c: Config, monkeypatch: pytest.MonkeyPatch, step: int = 7) -> None:
+    """Train until the data of one step fail to come."""
     loader = data.loader
 
     def failing(source, start):
-        for step, batch in loader(source, start):
-            if step == 7:
+        for i, batch in loader(source, start):
+            if i == step:
                 raise RuntimeError("the power went")
-            yield step, batch
+            yield i, batch
 
     with monkeypatch.context() as patch:
         patch.setattr(data, "loader", failing)
@@ -190,8 +191,26 @@ def test_on_a_mesh_stopped_and_continued_bitwise(finished: Config, tmp_path: Pat
     assert losses(folder(c)) == losses(folder(whole))
     result = evaluate(folder(c), batches=2, newest=True)
     assert result["nll"] == pytest.approx(record.history(folder(c))[-1]["valid"]["nll"], rel=1e-5)
-    with pytest.raises(ValueError, match=r"mesh\.data=2, now 1; choose another --run.name"):
-        quiet(dataclasses.replace(c, mesh=Mesh()))
+
+
+def test_continued_on_other_meshes(finished: Config, tmp_path: Path, monkeypatch) -> None:
+    """From one device, by power cuts, to eight, and on to eight that share otherwise."""
+    alone = config(tmp_path, log_every=1, save_every=1)
+    lose_power(alone, monkeypatch)
+    on = lambda **mesh: dataclasses.replace(alone, mesh=Mesh(**mesh))
+    eight = on(data=2, seq=4, layout="zigzag")
+    other = on(fsdp=2, seq=4, strategy="ulysses")
+    lose_power(eight, monkeypatch, step=10)
+    console = Console(file=io.StringIO(), width=1000)
+    assert train(other, console=console).status == "finished"
+    starts = json.loads((folder(other) / "env.json").read_text())["starts"]
+    (_, first, second), meshes = zip(*((s["step"], s.get("mesh")) for s in starts))
+    assert 0 < first < second < 12
+    assert meshes == (None, "8 devices: data 2 x seq 4, ring, zigzag", "8 devices: fsdp 2 x seq 4, ulysses, contiguous")
+    assert f"after step {second} on {meshes[-1]}; it began on another mesh" in console.file.getvalue()
+    for step, loss in losses(folder(finished)).items():
+        # As in the test before.
+        assert losses(folder(other))[step] == pytest.approx(loss, rel=1e-4)
 
 
 def start(c: Config, cache: str, tmp_path: Path) -> subprocess.Popen:
