@@ -202,8 +202,8 @@ def _exp(exponent: Array) -> Array:
 _exp.defvjp(lambda exponent: (jnp.exp2(exponent),) * 2, lambda decay, ct: (ct * decay,))
 
 
-def _levels(g: Array) -> tuple[list[tuple[int, Array]], Array, Array]:
-    """The exponents of vector decays [H C D]: per level, of blocks of 2 h tokens, of a token in the right half the sum
+def _levels(g: Array) -> tuple[list[Array], Array, Array]:
+    """The exponents of vector decays [H C D]: per level, of blocks of 2 h tokens (h = 1, 2, 4, ...), of a token in the right half the sum
     from the half's begin to it, of one in the left half the sum after it to the half's end; then both for the chunk.
     """
     H, C, D = g.shape
@@ -214,7 +214,7 @@ def _levels(g: Array) -> tuple[list[tuple[int, Array]], Array, Array]:
     row = lax.broadcasted_iota(jnp.int32, (1, SUBLANES, D), 1)
     while h < SUBLANES:
         right = row & h != 0
-        levels.append((h, jnp.where(right, before, after).reshape(H, C, D)))
+        levels.append(jnp.where(right, before, after).reshape(H, C, D))
         total, bit = before, 1
         while bit < h:  # of the half, in each of its rows: what its last row has
             total = jnp.where(row & bit != 0, total, _roll(total, -bit))
@@ -226,7 +226,7 @@ def _levels(g: Array) -> tuple[list[tuple[int, Array]], Array, Array]:
     totals = [jnp.sum(x, axis=1, keepdims=True) for x in _blocks(g, h)]
     while h < C:
         pairs = range(0, len(totals), 2)
-        levels.append((h, jnp.concatenate([x for p in pairs for x in (after[p], before[p + 1])], axis=1)))
+        levels.append(jnp.concatenate([x for p in pairs for x in (after[p], before[p + 1])], axis=1))
         before = [jnp.concatenate([before[p], before[p + 1] + totals[p]], axis=1) for p in pairs]
         after = [jnp.concatenate([after[p] + totals[p + 1], after[p + 1]], axis=1) for p in pairs]
         totals = [totals[p] + totals[p + 1] for p in pairs]
@@ -234,53 +234,122 @@ def _levels(g: Array) -> tuple[list[tuple[int, Array]], Array, Array]:
     return levels, before[0], after[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _placed(x: Array, rows: Array, mask: Array, h: int) -> Array:
-    """x with `rows` where the mask shows; they are all rows, or those of the right halves of blocks of 2 h.
-
-    Masks show each pair once, so that what the gradient of x holds of `rows` is left to the next mask to throw away.
-    """
-    if rows.shape == x.shape:
-        return jnp.where(mask, rows, x)
-    kept, shown, new = _blocks(x, h), _blocks(mask, h), _blocks(rows, h)
-    for r in range(1, len(kept), 2):
-        kept[r] = jnp.where(shown[r], new[r // 2], kept[r])
-    return jnp.concatenate(kept, axis=1)
+def _halves(left: Array, right: Array, h: int) -> Array:
+    """[H C columns]: of blocks of 2 h rows the first half of `left`, the second half of `right`."""
+    if h < SUBLANES:
+        return jnp.where(lax.broadcasted_iota(jnp.int32, (1, left.shape[1], 1), 1) & h != 0, right, left)
+    blocks = _blocks(left, h)
+    blocks[1::2] = _blocks(right, h)[1::2]
+    return jnp.concatenate(blocks, axis=1)
 
 
-def _placed_backward(h: int, residuals: tuple[Array, bool], ct: Array) -> Any:
-    mask, whole = residuals
-    if whole:
-        return ct, jnp.where(mask, ct, 0.0), None
-    right = zip(_blocks(mask, h)[1::2], _blocks(ct, h)[1::2])
-    return ct, jnp.concatenate([jnp.where(shown, x, 0.0) for shown, x in right], axis=1), None
+def _right(x: Array, h: int) -> Array:
+    """The second halves of blocks of 2 h rows; below 8, all rows."""
+    return x if h < SUBLANES else jnp.concatenate(_blocks(x, h)[1::2], axis=1)
 
 
-_placed.defvjp(lambda x, rows, mask, h: (_placed(x, rows, mask, h), (mask, rows.shape == x.shape)), _placed_backward)
+def _add_right(x: Array, rows: Array, h: int) -> Array:
+    """x with `rows`, which are as `_right` gives them, added to the second halves of blocks of 2 h."""
+    if h < SUBLANES:
+        return x + rows
+    blocks = _blocks(x, h)
+    blocks[1::2] = [y + z for y, z in zip(blocks[1::2], _blocks(rows, h))]
+    return jnp.concatenate(blocks, axis=1)
 
 
-def _pairs(n: Statics, q: Array | None, k: Array, levels: list[tuple[int, Array]]) -> tuple[Array | None, Array | None]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pairs(n: Statics, q: Array | None, k: Array, exponents: list[Array]) -> tuple[Array | None, Array | None]:
     """q k^T with vector decays, lower with the diagonal, and for the delta rule k k^T strictly lower, [H C C].
 
-    By the highest bit in which two tokens differ: section 4.3 of arXiv:2312.06635, carried to the end.
+    By the highest bit in which two tokens differ, section 4.3 of arXiv:2312.06635 carried to the end: of a block of 2 h
+    tokens those of the right half meet those of the left, each with its own exponent, so that without the delta rule
+    one array has the queries of the one and the keys of the other.
     """
+    return _pairs_forward(n, q, k, exponents)[0]
+
+
+def _pairs_forward(n: Statics, q: Array | None, k: Array, exponents: list[Array]) -> Any:
     if q is None and not n.delta:
-        return None, None
+        return (None, None), None
     i, j = _indices(n.C)
     bit = jnp.where(i > j, _highest_bit(n.C), 0)
     qk = None if q is None else jnp.where(i == j, dot(q, k, "NT", n.dtype), 0.0)
-    found = {"q": qk, "k": jnp.zeros((k.shape[0], n.C, n.C), jnp.float32) if n.delta else None}
-    for h, exponent in levels:
-        decay, mask = _exp(exponent), bit == h
-        scaled = k * decay
-        sides = {} if q is None else {"q": q * decay}
-        sides |= {"k": scaled} if n.delta else {}
-        if h >= SUBLANES:
-            sides = {name: jnp.concatenate(_blocks(x, h)[1::2], axis=1) for name, x in sides.items()}
-        products = dot(jnp.concatenate(list(sides.values()), axis=1), scaled, "NT", n.dtype)
-        for name, rows in zip(sides, _blocks(products, products.shape[1] // len(sides))):
-            found[name] = _placed(found[name], rows, mask, h)
-    return found["q"], found["k"]
+    found = [qk] * (q is not None) + [jnp.zeros((k.shape[0], n.C, n.C), jnp.float32)] * n.delta
+    decays = [jnp.exp2(x) for x in exponents]
+    for level, decay in enumerate(decays):
+        h = 1 << level
+        own, sides = _sides(n, q, k, decay, h)
+        products = _product(sides, own, "NT", n.dtype)
+        mask = _right(bit, h) == h
+        for m, rows in enumerate(_blocks(products, products.shape[1] // len(found))):
+            if h < SUBLANES:
+                found[m] = jnp.where(mask, rows, found[m])
+                continue
+            blocks, shown, new = _blocks(found[m], h), _blocks(mask, h), _blocks(rows, h)
+            blocks[1::2] = [jnp.where(x, y, z) for x, y, z in zip(shown, new, blocks[1::2])]
+            found[m] = jnp.concatenate(blocks, axis=1)
+    return (None if q is None else found[0], found[-1] if n.delta else None), (q, k, decays)
+
+
+def _sides(n: Statics, q: Array | None, k: Array, decay: Array, h: int) -> tuple[Array, Array]:
+    """The left tokens' rows with their decays, [H C D], and those of the right ones that they meet: q's, then k's."""
+    own = (k if n.delta else _halves(k, q, h)) * decay
+    if 2 * SUBLANES <= h:
+        own = own.astype(n.dtype)
+    if not n.delta:
+        return own, _right(own, h)
+    sides = [_right(own, h)]
+    if q is not None:
+        sides.insert(0, (_right(q, h) * _right(decay, h)).astype(own.dtype))
+    return own, jnp.concatenate(sides, axis=1)
+
+
+def _pairs_backward(n: Statics, residuals: Any, cts: tuple[Array | None, Array | None]) -> Any:
+    q, k, decays = residuals
+    dqk, dkk = cts
+    i, j = _indices(n.C)
+    bit = _highest_bit(n.C)
+    dq, dk, dexponents = None, 0.0, []
+    if q is not None:
+        diagonal = jnp.where(i == j, dqk, 0.0)
+        dq, dk = _product(diagonal, k, "NN", n.dtype), _product(diagonal, q, "TN", n.dtype)
+    if not n.delta:
+        both = (dqk + dqk.swapaxes(1, 2)).astype(n.dtype)
+    for level, decay in enumerate(decays):
+        h = 1 << level
+        own, sides = _sides(n, q, k, decay, h)
+        if not n.delta:
+            d = _product(jnp.where(bit == h, both, 0), own, "NN", n.dtype) * decay
+            dexponents.append(d * _halves(k, q, h))
+            if h < SUBLANES:
+                of_q = _halves(jnp.zeros_like(d), d, h)
+                dq, dk = dq + of_q, dk + (d - of_q)
+            else:
+                dq, of_k = _add_right(dq, _right(d, h), h), _blocks(dk, h)
+                of_k[::2] = [x + y for x, y in zip(of_k[::2], _blocks(d, h)[::2])]
+                dk = jnp.concatenate(of_k, axis=1)
+            continue
+        mask = _right(jnp.where(i > j, bit, 0), h) == h
+        masked = [jnp.where(mask, _right(x, h), 0.0) for x in cts if x is not None]
+        masked = jnp.concatenate(masked, axis=1).astype(n.dtype)
+        *of_q, of_k = _blocks(_product(masked, own, "NN", n.dtype), mask.shape[1])
+        d = _product(masked, sides, "TN", n.dtype)
+        if h < SUBLANES:
+            d = d + of_k
+        else:
+            d = _blocks(d, h)
+            d[1::2] = _blocks(of_k, h)
+            d = jnp.concatenate(d, axis=1)
+        d = d * decay
+        dk, dexponent = dk + d, d * k
+        for x in of_q:
+            x = x * _right(decay, h)
+            dq, dexponent = _add_right(dq, x, h), _add_right(dexponent, x * _right(q, h), h)
+        dexponents.append(dexponent)
+    return dq, dk, dexponents
+
+
+_pairs.defvjp(_pairs_forward, _pairs_backward)
 
 
 # ---- the chunk
@@ -331,11 +400,11 @@ def chunk(
     i, j = _indices(n.C)
     q_in, k_in, k_out, kept = q, k, k, None
     if n.decay == "vector":
-        levels, before, after = _levels(g)
+        exponents, before, after = _levels(g)
         into, out_of = _exp(before), _exp(after)
         a, b = _indices(g.shape[2])
         kept = jnp.exp(_column(jnp.sum(g, axis=1, keepdims=True), a == b))
-        qk, kk = _pairs(n, q, k, levels)
+        qk, kk = _pairs(n, q, k, exponents)
     else:
         qk = None if q is None else dot(q, k, "NT", n.dtype, (of_q, 1))
         kk = dot(k, k, "NT", n.dtype) if n.delta else None
