@@ -130,15 +130,6 @@ inverse.defvjp(lambda a, known, dtype: (inverse(a, known, dtype),) * 2, _inverse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _roll(x: Array, shift: int) -> Array:
-    """Within the 8 rows of registers [... 8 D]."""
-    return pltpu.roll(x, shift % SUBLANES, x.ndim - 2)
-
-
-_roll.defvjp(lambda x, shift: (_roll(x, shift), None), lambda shift, _, ct: (_roll(ct, -shift),))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _between(g: Array, dtype: Any) -> Array:
     """Of a row [H 1 C] the sums over (j, i], [H C C]; 0 where j >= i."""
     i, j = _indices(g.shape[-1])
@@ -202,27 +193,55 @@ def _exp(exponent: Array) -> Array:
 _exp.defvjp(lambda exponent: (jnp.exp2(exponent),) * 2, lambda decay, ct: (ct * decay,))
 
 
-def _levels(g: Array) -> tuple[list[Array], Array, Array]:
-    """The exponents of vector decays [H C D]: per level, of blocks of 2 h tokens (h = 1, 2, 4, ...), of a token in the right half the sum
-    from the half's begin to it, of one in the left half the sum after it to the half's end; then both for the chunk.
-    """
-    H, C, D = g.shape
-    g = _base_2(g)
-    levels, h = [], 1
-    before = g.reshape(H * C // SUBLANES, SUBLANES, D)
+def _spans(C: int) -> Array:
+    """Ones [1 5C C] where a token sums another of its eight: for the levels of 1, 2 and 4, up to itself, after it."""
+    i, j = _indices(C)
+    up, near = i >= j, i ^ j
+    chosen = [(near < h) & (up == (i & h != 0)) for h in (1, 2, 4)]
+    chosen += [(near < SUBLANES) & up, (near < SUBLANES) & ~up]
+    return jnp.concatenate([jnp.where(x, 1.0, 0.0) for x in chosen], axis=1).astype(jnp.bfloat16)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _within_eight(g: Array, dtype: Any) -> list[Array]:
+    """The sums of `_spans` over g [H C D], each as g."""
+    roll = lambda x, shift: pltpu.roll(x, shift % SUBLANES, 1)
+    before = g.reshape(-1, SUBLANES, g.shape[2])
     after = jnp.zeros_like(before)
-    row = lax.broadcasted_iota(jnp.int32, (1, SUBLANES, D), 1)
+    row = lax.broadcasted_iota(jnp.int32, (1, SUBLANES, 1), 1)
+    levels, h = [], 1
     while h < SUBLANES:
         right = row & h != 0
-        levels.append(jnp.where(right, before, after).reshape(H, C, D))
+        levels.append(jnp.where(right, before, after))
         total, bit = before, 1
         while bit < h:  # of the half, in each of its rows: what its last row has
-            total = jnp.where(row & bit != 0, total, _roll(total, -bit))
+            total = jnp.where(row & bit != 0, total, roll(total, -bit))
             bit *= 2
-        other = _roll(total, h) if 2 * h == SUBLANES else jnp.where(right, _roll(total, h), _roll(total, -h))
+        other = roll(total, h) if 2 * h == SUBLANES else jnp.where(right, roll(total, h), roll(total, -h))
         before, after = before + jnp.where(right, other, 0.0), after + jnp.where(right, 0.0, other)
         h *= 2
-    before, after = (_blocks(x.reshape(H, C, D), h) for x in (before, after))
+    return [x.reshape(g.shape) for x in (*levels, before, after)]
+
+
+def _within_eight_backward(dtype: Any, _: Any, cts: list[Array]) -> tuple[Array]:
+    """One product with the ones of all heads side by side, for which the matrix units have the time in this pass."""
+    H, C, D = cts[0].shape
+    found = _product(_spans(C), jnp.concatenate(list(jnp.concatenate(cts, axis=1)), axis=1)[None], "TN", dtype)[0]
+    return (jnp.stack([found[:, h * D : (h + 1) * D] for h in range(H)]),)
+
+
+_within_eight.defvjp(lambda g, dtype: (_within_eight(g, dtype), None), _within_eight_backward)
+
+
+def _levels(g: Array, dtype: Any) -> tuple[list[Array], Array, Array]:
+    """The exponents of vector decays [H C D]: per level, of blocks of 2 h tokens (h = 1, 2, 4, ...), of a token in the
+    right half the sum from the half's begin to it, of one in the left half the sum after it to the half's end; then
+    both for the chunk.
+    """
+    C, h = g.shape[1], SUBLANES
+    g = _base_2(g)
+    *levels, before, after = _within_eight(g, dtype)
+    before, after = _blocks(before, h), _blocks(after, h)
     totals = [jnp.sum(x, axis=1, keepdims=True) for x in _blocks(g, h)]
     while h < C:
         pairs = range(0, len(totals), 2)
@@ -235,11 +254,11 @@ def _levels(g: Array) -> tuple[list[Array], Array, Array]:
 
 
 def _halves(left: Array, right: Array, h: int) -> Array:
-    """[H C columns]: of blocks of 2 h rows the first half of `left`, the second half of `right`."""
+    """[H C columns]: of blocks of 2 h rows the first half of `left`, the second of `right`, whole or as `_right` is."""
     if h < SUBLANES:
         return jnp.where(lax.broadcasted_iota(jnp.int32, (1, left.shape[1], 1), 1) & h != 0, right, left)
-    blocks = _blocks(left, h)
-    blocks[1::2] = _blocks(right, h)[1::2]
+    blocks, others = _blocks(left, h), _blocks(right, h)
+    blocks[1::2] = others[1::2] if len(others) == len(blocks) else others
     return jnp.concatenate(blocks, axis=1)
 
 
@@ -249,11 +268,18 @@ def _right(x: Array, h: int) -> Array:
 
 
 def _add_right(x: Array, rows: Array, h: int) -> Array:
-    """x with `rows`, which are as `_right` gives them, added to the second halves of blocks of 2 h."""
+    """x with `rows`, which are as `_right` gives them, added at their places."""
     if h < SUBLANES:
         return x + rows
     blocks = _blocks(x, h)
     blocks[1::2] = [y + z for y, z in zip(blocks[1::2], _blocks(rows, h))]
+    return jnp.concatenate(blocks, axis=1)
+
+
+def _add_left(x: Array, rows: Array, h: int) -> Array:
+    """x with the first halves of blocks of 2 h rows added; h is at least 8."""
+    blocks = _blocks(x, h)
+    blocks[::2] = [y + z for y, z in zip(blocks[::2], _blocks(rows, h)[::2])]
     return jnp.concatenate(blocks, axis=1)
 
 
@@ -294,7 +320,7 @@ def _pairs_forward(n: Statics, q: Array | None, k: Array, exponents: list[Array]
 def _sides(n: Statics, q: Array | None, k: Array, decay: Array, h: int) -> tuple[Array, Array]:
     """The left tokens' rows with their decays, [H C D], and those of the right ones that they meet: q's, then k's."""
     own = (k if n.delta else _halves(k, q, h)) * decay
-    if 2 * SUBLANES <= h:
+    if h >= 2 * SUBLANES:
         own = own.astype(n.dtype)
     if not n.delta:
         return own, _right(own, h)
@@ -306,15 +332,14 @@ def _sides(n: Statics, q: Array | None, k: Array, decay: Array, h: int) -> tuple
 
 def _pairs_backward(n: Statics, residuals: Any, cts: tuple[Array | None, Array | None]) -> Any:
     q, k, decays = residuals
-    dqk, dkk = cts
     i, j = _indices(n.C)
     bit = _highest_bit(n.C)
     dq, dk, dexponents = None, 0.0, []
     if q is not None:
-        diagonal = jnp.where(i == j, dqk, 0.0)
+        diagonal = jnp.where(i == j, cts[0], 0.0)
         dq, dk = _product(diagonal, k, "NN", n.dtype), _product(diagonal, q, "TN", n.dtype)
-    if not n.delta:
-        both = (dqk + dqk.swapaxes(1, 2)).astype(n.dtype)
+    if not n.delta:  # a level's rows of queries and of keys from one product with the pairs and their transpose
+        both = (cts[0] + cts[0].swapaxes(1, 2)).astype(n.dtype)
     for level, decay in enumerate(decays):
         h = 1 << level
         own, sides = _sides(n, q, k, decay, h)
@@ -325,22 +350,14 @@ def _pairs_backward(n: Statics, residuals: Any, cts: tuple[Array | None, Array |
                 of_q = _halves(jnp.zeros_like(d), d, h)
                 dq, dk = dq + of_q, dk + (d - of_q)
             else:
-                dq, of_k = _add_right(dq, _right(d, h), h), _blocks(dk, h)
-                of_k[::2] = [x + y for x, y in zip(of_k[::2], _blocks(d, h)[::2])]
-                dk = jnp.concatenate(of_k, axis=1)
+                dq, dk = _add_right(dq, _right(d, h), h), _add_left(dk, d, h)
             continue
         mask = _right(jnp.where(i > j, bit, 0), h) == h
         masked = [jnp.where(mask, _right(x, h), 0.0) for x in cts if x is not None]
         masked = jnp.concatenate(masked, axis=1).astype(n.dtype)
         *of_q, of_k = _blocks(_product(masked, own, "NN", n.dtype), mask.shape[1])
-        d = _product(masked, sides, "TN", n.dtype)
-        if h < SUBLANES:
-            d = d + of_k
-        else:
-            d = _blocks(d, h)
-            d[1::2] = _blocks(of_k, h)
-            d = jnp.concatenate(d, axis=1)
-        d = d * decay
+        d = _product(masked, sides, "TN", n.dtype)  # zeros in the right halves, as of_k has them in the left ones
+        d = (d + of_k if h < SUBLANES else _halves(d, of_k, h)) * decay
         dk, dexponent = dk + d, d * k
         for x in of_q:
             x = x * _right(decay, h)
@@ -400,7 +417,7 @@ def chunk(
     i, j = _indices(n.C)
     q_in, k_in, k_out, kept = q, k, k, None
     if n.decay == "vector":
-        exponents, before, after = _levels(g)
+        exponents, before, after = _levels(g, n.dtype)
         into, out_of = _exp(before), _exp(after)
         a, b = _indices(g.shape[2])
         kept = jnp.exp(_column(jnp.sum(g, axis=1, keepdims=True), a == b))
