@@ -503,7 +503,7 @@ def _group(text: str) -> tuple[tuple[int, ...], str, tuple[tuple[int, int], ...]
 
 def axes_of(pairs: Iterable[tuple[int, int]], sizes: Mapping[str, int]) -> str:
     """The axes of a mesh along which pairs of its devices, by their place in it, lie apart, with commas."""
-    ends = np.unravel_index(np.array([*pairs]).T, tuple(sizes.values()))
+    ends = np.unravel_index(np.array([*pairs], dtype=int).reshape(-1, 2).T, tuple(sizes.values()))
     return ",".join(name for name, (a, b) in zip(sizes, ends, strict=True) if (a != b).any())
 
 
