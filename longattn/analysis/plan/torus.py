@@ -14,8 +14,8 @@ allow; without them, messages over detours could be a little faster:
     all-reduce       both, one after the other or at once: a chip sends and receives the array once at least, and all
                      together what a reduce-scatter and an all-gather send
 
-Devices of one chip share its links, and reach each other over all that the chip has (Google: six times as fast as one
-link).
+Devices of one chip share its links, and are taken to reach each other at what all of them carry together. Slices are
+no twisted tori, which have to be asked for.
 """
 
 from __future__ import annotations
