@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -443,7 +443,7 @@ class Collective:
     kind: str  # one of KINDS
     bytes: int  # that each device receives in one run
     group: tuple[int, ...]  # the devices of the first group, by their place in the program's order
-    axes: str  # of the mesh, where the program names them
+    axes: str  # of the mesh, where the program names them: not of a collective-permute, see `axes_of`
     scope: str
     pairs: tuple[tuple[int, int], ...] = ()  # of a collective-permute: who sends to whom
 
@@ -499,6 +499,12 @@ def _group(text: str) -> tuple[tuple[int, ...], str, tuple[tuple[int, int], ...]
             ring.append(receivers[ring[-1]])
         return tuple(sorted(ring)), "", pairs
     raise ValueError(f"{text[:80]!r}: this form of a collective's groups is not known")
+
+
+def axes_of(pairs: Iterable[tuple[int, int]], sizes: Mapping[str, int]) -> str:
+    """The axes of a mesh along which pairs of its devices, by their place in it, lie apart, with commas."""
+    ends = np.unravel_index(np.array([*pairs], dtype=int).reshape(-1, 2).T, tuple(sizes.values()))
+    return ",".join(name for name, (a, b) in zip(sizes, ends, strict=True) if (a != b).any())
 
 
 def _of_mesh(axes: str, ids: str | None, used: str) -> tuple[tuple[int, ...], str]:

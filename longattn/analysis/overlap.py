@@ -70,10 +70,10 @@ def layer(request: Mapping[str, Any]) -> dict[str, Any]:
         lowered = step.trace(q, k, k, q, program.filling(where, mesh)).lower()  # kernels need not be compiled
     with tempfile.TemporaryDirectory(prefix="longattn_overlap_") as folder:
         _, text, _ = program.compiled_text(lowered, Path(folder), filled=True)
-    found, rates = hlo.parse(text), program.published(where)
+    found, rates = hlo.parse(text), program.published(where, mesh)
     totals = walk(found, rates)
     return {
-        "collectives": program.collectives(totals, rates),
+        "collectives": program.collectives(totals, rates, mesh),
         "exposed": totals.exposed,
         "instructions": sum(len(c.instructions) for c in found.computations.values()),
         "kernels": sum("longattn_attention" in i.scope for c in found.computations.values() for i in c.instructions

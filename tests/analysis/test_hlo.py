@@ -238,3 +238,17 @@ def test_instructions_over_several_lines_are_one():
 
 def program_text() -> str:
     return textwrap.dedent(PROGRAM).replace("GROUPS", "{{0,1}}")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "axes"),
+    [
+        ([(0, 1), (1, 2), (2, 3), (3, 0)], "seq"),
+        ([(0, 4), (4, 0), (1, 5), (5, 1)], "fsdp"),
+        ([(i, (i + 1) % 8) for i in range(8)], "fsdp,seq"),
+        ([(2, 2)], ""),
+        ([], ""),
+    ],
+)
+def test_axes_along_which_pairs_lie_apart(pairs, axes):
+    assert hlo.axes_of(pairs, {"data": 1, "fsdp": 2, "seq": 4}) == axes

@@ -30,6 +30,7 @@ def test_every_hop_is_beside_attention(layout):
     """But the gradients' way home, when nothing is left to compute, and backward the first: sums hide that one."""
     rows = compiled("ring", layout)["collectives"]
     assert rows and all(row["kind"] == "collective-permute" and row["asynchronous"] for row in rows)
+    assert {row["axes"] for row in rows} == {"seq"}
     alone = {row["scope"].removesuffix("/ppermute"): row["runs"] - row["beside_attention"] for row in rows}
     assert {scope: n for scope, n in alone.items() if n} == {"backward ring/hop": 2, "backward ring/home": 2}  # k and v
 
@@ -37,12 +38,13 @@ def test_every_hop_is_beside_attention(layout):
 @needs_libtpu
 @pytest.mark.slow
 def test_balanced_waits_for_little():
-    """Forward only what the last step gives back is alone; all told less than a tenth is waited for."""
+    """Forward only what the last step gives back is alone, of all a third; a sixth of the time is waited for."""
     rows = compiled("balanced", "contiguous")["collectives"]
     assert rows and all(row["kind"] == "collective-permute" and row["asynchronous"] for row in rows)
     alone = {row["scope"]: row["runs"] - row["beside_attention"] for row in rows if "backward" not in row["scope"]}
     assert {scope: n for scope, n in alone.items() if n} == {"balanced/results/ppermute": 2}  # out and lse
-    assert sum(row["exposed_seconds"] for row in rows) < 0.1 * sum(row["seconds"] for row in rows)
+    total = lambda key: sum(row[key] for row in rows)
+    assert total("beside_attention") >= 2 / 3 * total("runs") and total("exposed_seconds") < total("seconds") / 6
 
 
 @needs_libtpu

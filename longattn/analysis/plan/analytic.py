@@ -22,8 +22,10 @@ strategies' formulas say (`analysis/sequence/traffic.py`).
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -237,29 +239,44 @@ def _attention_messages(config: Config, where: Topology) -> dict[str, float]:
     Raises:
       NotImplementedError: with the strategy's reason, where it does not serve a mask of the model.
     """
-    m, mesh, pieces = config.model, config.mesh, config.optimiser.accumulate
-    rows = config.data.B // (mesh.data * mesh.fsdp * pieces)
-    layers = problem.layers_of(m, config.data.T, rows, mesh.tensor)
     most = dict.fromkeys(("forward", "backward", "gradients"), 0.0)
-    for layer, times in layers.items():
-        forward, backward = traffic.traffic(layer, problem.way_of(mesh))
-        both = (*backward.messages, *traffic.again(forward, m.remat).messages)
-        most["forward"] += pieces * times * forward.most
-        most["backward"] += pieces * times * traffic.Traffic(forward.P, both).most
-        most["gradients"] += pieces * times * backward.received("scatter").max()
-    if mesh.strategy == "all_gather":
+    for times, forward, backward in _passes(config):
+        most["forward"] += times * forward.most
+        most["backward"] += times * backward.most
+        most["gradients"] += times * backward.received("scatter").max()
+    if config.mesh.strategy == "all_gather":
         values = most["forward"] + most["backward"] - most["gradients"]
         return {"keys and values": values, "their gradients": most["gradients"] * (1 if where.is_gpu else 2)}
     return {"attention, forward": most["forward"], "attention, backward": most["backward"]}
 
 
+def _passes(config: Config) -> Iterator[tuple[int, traffic.Traffic, traffic.Traffic]]:
+    """For layers that are alike: how often a step runs them, and what their passes send along the sequence."""
+    mesh, pieces = config.mesh, config.optimiser.accumulate
+    rows = config.data.B // (mesh.data * mesh.fsdp * pieces)
+    for layer, times in problem.layers_of(config.model, config.data.T, rows, mesh.tensor).items():
+        forward, backward = traffic.traffic(layer, problem.way_of(mesh))
+        again = traffic.again(forward, config.model.remat).messages
+        yield pieces * times, forward, traffic.Traffic(forward.P, (*backward.messages, *again))
+
+
+def _hops(config: Config) -> float:
+    """Bytes that a ring sends to its neighbours in a step, in the busier of its directions: over one link."""
+    sent = collections.defaultdict[int, float](float)
+    for times, *passes in _passes(config):
+        for message in (m for one in passes for m in one.messages if m.scope in ("hop", "behind")):
+            sent[message.step] += times * message.bytes
+    return max(sent.values(), default=0.0)
+
+
 def estimate(config: Config, where: Topology) -> dict[str, Any]:
-    """What `program.facts` says of a compiled program, by formula."""
+    """What `program.facts` says of a compiled program, by formula; messages take all links, a ring's hops one."""
     parts = memory(config, where)
     total = parts.pop("total")
     work, sent = flops(config), messages(config, where)
     model = cost.step_flops(config) / where.size
-    products, link = work / where.peak_flops, sum(sent.values()) / where.link_bandwidth
+    products = work / where.peak_flops
+    link = max(sum(sent.values()) / where.link_bandwidth, _hops(config) / where.one_link)
     return {
         "fits": total <= where.hbm_bytes,
         "hbm_bytes": round(total),

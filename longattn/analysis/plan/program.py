@@ -17,12 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from longattn.analysis import aot, cost, hlo
 from longattn.analysis import cache as caches
 from longattn.analysis.plan import analytic, memory, topology
-from longattn.analysis.plan.timeline import Rates, Totals, walk
+from longattn.analysis.plan.timeline import Rates, Totals, backward, bound, walk
 from longattn.analysis.plan.topology import Topology
 from longattn.config import Config, from_json, to_json
 from longattn.models.context import Context
@@ -90,7 +90,7 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
 
     def compiled() -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="longattn_plan_") as name:
-            answer = _compiled(lowered, config, where, state, Path(name), filled)
+            answer = _compiled(lowered, config, where, context and context.mesh, state, Path(name), filled)
         return answer | {"compile_seconds": time.perf_counter() - began}
 
     if not request["cache"]:
@@ -161,7 +161,9 @@ def compiled_text(lowered: Any, folder: Path, *, filled: bool) -> tuple[Any, str
         return None, memory.read(folder, ".txt"), " ".join(str(error).split("\n")[0].split())
 
 
-def _compiled(lowered: Any, config: Config, where: Topology, state: Any, folder: Path, filled: int) -> dict[str, Any]:
+def _compiled(
+    lowered: Any, config: Config, where: Topology, mesh: Mesh | None, state: Any, folder: Path, filled: int
+) -> dict[str, Any]:
     compiled, text, refused = compiled_text(lowered, folder, filled=filled > 0)
     program = hlo.parse(text)
     needed, buffers = memory.account(folder, program, _weights(state))
@@ -177,7 +179,7 @@ def _compiled(lowered: Any, config: Config, where: Topology, state: Any, folder:
         "buffers": [vars(b) for b in buffers[:40]],
     }
     if filled:
-        return answer | _time(program, config, where)
+        return answer | _time(program, config, where, mesh)
     if refused is None:
         stats = compiled.memory_analysis()
         answer |= {
@@ -187,7 +189,7 @@ def _compiled(lowered: Any, config: Config, where: Topology, state: Any, folder:
             "temporary_bytes": needed - stats.argument_size_in_bytes,
             "code_bytes": stats.generated_code_size_in_bytes,
             "host_bytes": stats.host_temp_size_in_bytes,
-            **_time(program, config, where),
+            **_time(program, config, where, mesh),
         }
     return answer
 
@@ -203,18 +205,23 @@ def _weights(state: Any) -> Iterator[tuple[int, ...]]:
             yield local[1:]
 
 
-def published(where: Topology) -> Rates:
-    """What a device can do at most."""
-    return Rates(where.peak_flops, where.hbm_bandwidth, where.link_bandwidth, where.network_bandwidth, where.node)
+def published(where: Topology, mesh: Mesh | None) -> Rates:
+    """What a device can do at most; `mesh`: of the program's devices, None where it has one."""
+    torus = None if mesh is None else where.torus(mesh.devices.flat)
+    return Rates(
+        where.peak_flops, where.hbm_bandwidth, where.link_bandwidth, where.network_bandwidth, where.node, torus
+    )
 
 
-def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, Any]:
+def _time(program: hlo.Program, config: Config, where: Topology, mesh: Mesh | None) -> dict[str, Any]:
     """FLOPs, bytes, collectives and the bound on the step's time."""
-    rates = published(where)
-    totals = walk(program, rates)
+    rates = published(where, mesh)
     # Blockwise attention's loops run as often as the mask's blocks say: what was not counted is what the formula says.
-    passes = {"transpose(" in scope for scope in totals.unknown if "attention" in scope}
-    attention = sum(f for f, backward in zip(analytic.attention_flops(config), (False, True)) if backward in passes)
+    totals = walk(program, rates)
+    passes = {backward(scope) for scope in totals.unknown if "attention" in scope}
+    by_formula = {p: f for p, f in zip((False, True), analytic.attention_flops(config)) if p in passes}
+    attention = sum(by_formula.values())
+    totals = bound(program, rates, totals, {p: f / rates.flops for p, f in by_formula.items()})
     host = totals.host_bytes / where.host_bandwidth  # what goes there is there before any of it comes back
     seconds = max(totals.seconds + attention / rates.flops, host)
     model = cost.step_flops(config) / where.size
@@ -233,20 +240,22 @@ def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, An
             "host": host,
         },
         "mfu_bound": model / rates.flops / seconds,
-        "collectives": collectives(totals, rates),
+        "collectives": collectives(totals, rates, mesh),
         "not_counted": sorted(scope for scope in totals.unknown if "attention" not in scope),
     }
 
 
-def collectives(totals: Totals, rates: Rates) -> list[dict[str, Any]]:
+def collectives(totals: Totals, rates: Rates, mesh: Mesh | None) -> list[dict[str, Any]]:
     """One row for each kind of collective in each scope, with the most bytes first."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    times = rates.times(what for what, _ in totals.collectives)
     for (what, asynchronous), runs in totals.collectives.items():
-        key = (what.kind, len(what.group), what.axes, memory.short(what.scope), asynchronous)
+        axes = hlo.axes_of(what.pairs, mesh.shape) if mesh is not None and what.pairs else what.axes
+        key = (what.kind, len(what.group), axes, memory.short(what.scope), asynchronous)
         row = rows.setdefault(
             key,
             {
-                "kind": what.kind, "devices": len(what.group), "axes": what.axes, "scope": key[3],
+                "kind": what.kind, "devices": len(what.group), "axes": axes, "scope": key[3],
                 "asynchronous": asynchronous, "runs": 0.0, "beside_attention": 0.0, "bytes": 0.0,
                 "exposed_seconds": 0.0, "seconds": 0.0,
             },
@@ -254,6 +263,6 @@ def collectives(totals: Totals, rates: Rates) -> list[dict[str, Any]]:
         row["runs"] += runs
         row["beside_attention"] += totals.beside[what, asynchronous]
         row["bytes"] += runs * what.bytes
-        row["seconds"] += runs * rates.seconds(what)
+        row["seconds"] += runs * float(times[what].max())
         row["exposed_seconds"] += totals.waits[what, asynchronous]
     return sorted(rows.values(), key=lambda row: -row["bytes"])

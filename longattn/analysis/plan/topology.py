@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,11 @@ from jax.experimental import topologies
 
 from longattn.analysis import aot, hardware
 from longattn.analysis.hardware import Chip
+from longattn.analysis.plan.torus import Torus
 from longattn.shapes import suggest
 
+_POD = 16  # chips along each axis of a pod of those that have two
+_CUBE = 4  # chips along each axis of the cubes of which larger slices of those with three axes are made
 _NODE = 8  # GPUs of one host of those that CHIPS lists
 # Bytes per second that a GPU receives from other hosts: it has one adapter of 400 Gbit/s in NVIDIA's DGX H100, H200 and
 # B200, of 200 Gbit/s in its DGX A100.
@@ -62,9 +66,32 @@ class Topology:
         return self.chip.link_bandwidth / 2 / self.chip.devices
 
     @property
+    def one_link(self) -> float:
+        """Bytes/s of a single link between chips, in one direction; GPUs: all of NVLink, for a switch is at its end."""
+        return self.chip.link_bandwidth / 2 / self.chip.links
+
+    @property
     def network_bandwidth(self) -> float:
         """Bytes/s that one device receives from other hosts; of TPUs, whose slice is one network, as over its links."""
         return _NETWORK.get(self.chip.name, self.link_bandwidth)
+
+    @property
+    def rings(self) -> tuple[bool, ...]:
+        """Of a TPU slice, which axes have wrap-around links: with three axes all, from whole cubes on, or none.
+
+        So says docs.cloud.google.com/tpu/docs/v5p; of pods with two axes jax-ml.github.io/scaling-book/tpus says that
+        only an axis as long as the pod's has them.
+        """
+        if len(self.dims) == 3:
+            return (all(n % _CUBE == 0 for n in self.dims),) * 3
+        return tuple(n >= _POD for n in self.dims)
+
+    def torus(self, devices: Iterable[Any]) -> Torus | None:
+        """Its links, where these are its devices in a program's order; None for GPUs, which hang on switches."""
+        if self.is_gpu:
+            return None
+        places = tuple(tuple(device.coords[: len(self.dims)]) for device in devices)
+        return Torus(self.dims, self.rings, self.one_link, self.one_link * self.chip.links, places)
 
     @property
     def node(self) -> int:

@@ -28,6 +28,7 @@ import numpy as np
 
 from longattn.analysis import cost
 from longattn.analysis.plan.topology import Topology
+from longattn.analysis.plan.torus import ways
 from longattn.analysis.sequence.load import load
 from longattn.analysis.sequence.problem import Problem, Way
 from longattn.analysis.sequence.traffic import Message, Traffic, traffic
@@ -93,12 +94,11 @@ def _through_links(messages: tuple[Message, ...], sizes: tuple[int, ...], machin
         for a, b in m.edges:
             (at, inner), (to, other) = divmod(a, sizes[-1]), divmod(b, sizes[-1])
             axis, start, end, n, beside = (1, inner, other, sizes[-1], at) if at == to else (0, at, to, sizes[0], inner)
-            onwards = (end - start) % n
-            ways = [(d, way) for d, way in ((onwards, 1), (n - onwards, -1)) if d <= n / 2]  # both, where equally far
-            for distance, way in ways:
-                furthest = max(furthest, distance)
-                for passed in range(distance):
-                    links[axis, beside, (start + way * passed) % n, way] += m.bytes / len(ways)
+            found = ways(start, end, n)
+            for way, entered in found:
+                furthest = max(furthest, len(entered))
+                for place in entered:
+                    links[axis, beside, place, way] += m.bytes / len(found)
     return machine.latency * furthest + max(links.values()) / machine.link
 
 

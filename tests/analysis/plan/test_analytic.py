@@ -130,3 +130,21 @@ def test_messages_are_the_strategys():
     both_sides = dataclasses.replace(model, mixers=(Softmax(mask=Full()),))
     with pytest.raises(NotImplementedError, match="is for causal masks"):
         of("balanced", both_sides)
+
+
+def test_a_rings_hops_take_one_link():
+    """Keys and values in both passes, and in float32 their gradients one hop behind; a gather takes all links."""
+    model = Model(N=3, E=512, H=8, K=2, D=64, mixers=(Softmax(),), remat="attention")
+    where = topology.parse("v5e:4x4")
+    of = lambda strategy, model=model: analytic.estimate(
+        Config(model, ByteLM(T=2**16, B=1), Mesh(seq=16, strategy=strategy)), where
+    )
+    shard = 3 * 2 * 2**12 * 2 * 64  # layers, k and v, tokens, heads, elements
+    assert of("ring")["seconds"]["link"] == pytest.approx((2 * 15 * 2 + 14 * 4) * shard / 50e9)
+    gather = of("all_gather")
+    assert gather["seconds"]["link"] == pytest.approx(sum(gather["messages"].values()) / 200e9)
+    ring = Config(model, ByteLM(T=2**16, B=1), Mesh(seq=8, strategy="ring"))
+    found = analytic.estimate(ring, topology.parse("h100:8"))  # a switch has no ways
+    assert found["seconds"]["link"] == pytest.approx(sum(found["messages"].values()) / 450e9)
+    both_ways = dataclasses.replace(model, mixers=(Softmax(mask=Full() & Window(3 * 4096, 3 * 4096)),))  # 3 hops each
+    assert of("ring", both_ways)["seconds"]["link"] == pytest.approx((2 * 3 * 2 + 2 * 4) * shard / 50e9)

@@ -5,7 +5,8 @@ import textwrap
 import pytest
 
 from longattn.analysis import hlo
-from longattn.analysis.plan.timeline import Rates, walk
+from longattn.analysis.plan.timeline import Rates, bound, walk
+from longattn.analysis.plan.torus import Torus
 
 # A product of [8 8] x [8 8] takes 1024 FLOP; copies of its result move 512 bytes each.
 RATES = Rates(flops=1024.0, hbm=1e9, link=64.0, network=16.0, node=4)
@@ -57,6 +58,66 @@ def test_transfers_share_the_links():
         RATES,
     )
     assert totals.exposed == pytest.approx(3, abs=1e-5) and totals.compute == pytest.approx(6)
+
+
+def test_what_is_awaited_first_has_the_links_first():
+    """Two transfers of 4 s; the later one is awaited at once, the other after 5 s of work."""
+    totals = walk(
+        times(
+            "%s1 = (f32[8,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), channel_id=1, replica_groups={{0,1}}",
+            "%s2 = (f32[8,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), channel_id=2, replica_groups={{0,1}}",
+            "%d2 = f32[16,8]{1,0} all-gather-done(%s2)",
+            *(f"%p{i} = {PRODUCT}" for i in range(5)),
+            "%d1 = f32[16,8]{1,0} all-gather-done(%s1)",
+            f"ROOT %last = {PRODUCT}",
+        ),
+        RATES,
+    )
+    assert totals.exposed == pytest.approx(4, abs=1e-5)
+
+
+# Eight chips in a ring, each link of which takes 4 s for the 256 bytes of %x.
+ONWARDS, BACK = (",".join(f"{{{i},{(i + way) % 8}}}" for i in range(8)) for way in (1, -1))
+RING = Rates(1024.0, 1e9, 128.0, 128.0, 8, Torus((8,), (True,), 64.0, 128.0, tuple((i,) for i in range(8))))
+
+
+def hops(*pairs: str, work: int) -> hlo.Program:
+    """Permutes that are started together, and awaited after so many products."""
+    sends = [
+        f"%s{i} = (f32[8,8]{{1,0}}, f32[8,8]{{1,0}}) collective-permute-start(%x), channel_id={i + 1}, "
+        f"source_target_pairs={{{p}}}"
+        for i, p in enumerate(pairs)
+    ]
+    ends = [f"%d{i} = f32[8,8]{{1,0}} collective-permute-done(%s{i})" for i in range(len(pairs))]
+    return times(*sends, *(f"%p{i} = {PRODUCT}" for i in range(work)), *ends, f"ROOT %last = {PRODUCT}")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "work", "exposed"),
+    [
+        ((ONWARDS,), 0, 4),  # by one link: all links of a chip together would take 2 s
+        ((ONWARDS,), 3, 1),
+        ((ONWARDS, ONWARDS), 3, 5),  # over the same links
+        ((ONWARDS, BACK), 3, 1),  # each over its own
+        (("{0,1},{1,2}", "{2,3},{3,4}"), 3, 1),
+        (("{0,1},{1,2}", "{1,3}"), 3, 5),  # they meet between 1 and 2
+        (("{0,4}",), 1, 1),  # a half each way
+    ],
+)
+def test_permutes_wait_for_each_other_where_they_need_the_same_links(pairs, work, exposed):
+    totals = walk(hops(*pairs, work=work), RING)
+    assert totals.exposed == pytest.approx(exposed, abs=1e-5) and totals.compute == pytest.approx(work + 1)
+    assert sum(totals.waits.values()) == pytest.approx(totals.exposed)
+
+
+def test_while_one_transfer_is_awaited_others_go_on():
+    """A hop of 4 s is awaited at once; one the other way, started with it, is then there; one behind it is not."""
+    start = "%s = (f32[8,8]{1,0}, f32[8,8]{1,0}) collective-permute-start(%x), channel_id=1, source_target_pairs="
+    whole = f"%h = f32[8,8]{{1,0}} collective-permute(%x), channel_id=2, source_target_pairs={{{ONWARDS}}}"
+    end = "%d = f32[8,8]{1,0} collective-permute-done(%s)"
+    for pairs, exposed in ((BACK, 4), (ONWARDS, 8)):
+        program = times(f"{start}{{{pairs}}}", whole, end, f"ROOT %last = {PRODUCT}")
+        assert walk(program, RING).exposed == pytest.approx(exposed)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +202,27 @@ def test_loops_count_as_often_as_they_run():
     )
     assert (totals.flops, totals.exposed) == (4 * 1024, pytest.approx(12))
     assert list(totals.collectives.values()) == [3]
+
+
+@pytest.mark.parametrize(("way", "exposed"), [(BACK, 12), (ONWARDS, 12 + 1)])
+def test_a_loop_hides_what_its_own_transfers_leave_of_the_links(way, exposed):
+    """Three times 4 s of hops and 1 s of work; a hop of 4 s beside it goes the other way, or waits for 1 s of links."""
+    permute = f"collective-permute(%c.1#1), channel_id=7, source_target_pairs={{{ONWARDS}}}"
+    loop = LOOP.replace("f32[16,8]{1,0} all-gather(%c.1#1), channel_id=7, replica_groups={{0,1}}, dimensions={0}",
+                        f"f32[8,8]{{1,0}} {permute}")  # fmt: skip
+    totals = walk(
+        times(
+            "%s = (f32[8,8]{1,0}, f32[8,8]{1,0}) collective-permute-start(%x), channel_id=1, "
+            f"source_target_pairs={{{way}}}",
+            *CARRIED,
+            "%w = (s32[], f32[8,8]{1,0}) while(%t), condition=%less, body=%step",
+            "%d = f32[8,8]{1,0} collective-permute-done(%s)",
+            f"ROOT %p = {PRODUCT}",
+            others=loop,
+        ),
+        RING,
+    )
+    assert totals.exposed == pytest.approx(exposed, abs=1e-5) and totals.compute == pytest.approx(4)
 
 
 def test_loops_whose_bound_is_data_are_named_and_not_counted():
@@ -259,3 +341,54 @@ def test_a_transfer_beside_attention_is_hidden(where, beside, exposed):
     assert sum(totals.beside.values()) == beside
     assert totals.exposed == pytest.approx(exposed, abs=1e-5)
     assert list(totals.unknown) == ["longattn_attention"]
+
+
+SENT = "%s = (f32[8,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), channel_id=1, replica_groups={{0,1}}"
+AWAITED = "%d = f32[16,8]{1,0} all-gather-done(%s)"
+KERNELS = [
+    f'%k{i} = f32[8,8]{{1,0}} custom-call(%x), custom_call_target="tpu_custom_call", metadata={{op_name="{scope}"}}'
+    for i, scope in enumerate(("longattn_attention", "transpose(longattn_attention)"))
+]
+
+
+def passes(*kernels: int) -> hlo.Program:
+    """Transfers of 4 s, one after the other, each beside a kernel of the forward (0) or backward (1) pass."""
+    pairs = (
+        line.replace("%s", f"%s{i}").replace("%d", f"%d{i}").replace("%k0", f"%k{i}").replace("%k1", f"%k{i}")
+        for i, kernel in enumerate(kernels)
+        for line in (SENT, KERNELS[kernel], AWAITED)
+    )
+    return times(*pairs, f"ROOT %last = {PRODUCT}")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "attention", "exposed"),
+    [
+        ((0,), {False: 1.0}, 3),
+        ((0,), {False: 4.0}, 0),
+        ((0,), {False: 9.0}, 0),
+        ((0, 0), {False: 1.0}, 7),  # it is not known which of the two runs longer
+        ((0, 0), {False: 6.0}, 2),
+        ((0, 1), {False: 1.0, True: 9.0}, 3),  # but which pass does
+        ((0, 1), {False: 9.0, True: 3.0}, 1),
+        ((0, 1), {False: 1.0, True: 3.0}, 4),
+        ((), {}, 0),
+    ],
+)
+def test_attention_hides_no_more_than_it_takes(kernels, attention, exposed):
+    program = passes(*kernels)
+    free = walk(program, RATES)
+    totals = bound(program, RATES, free, attention)
+    assert (free.exposed, totals.exposed) == (0, pytest.approx(exposed, abs=1e-5))
+    assert sum(totals.waits.values()) == pytest.approx(totals.exposed)
+    assert totals.compute == free.compute and totals.beside == free.beside
+
+
+def test_what_else_runs_beside_a_transfer_hides_it_too():
+    """4 s, beside a kernel of 1 s and a product of 1 s; and 4 s beside no kernel."""
+    lone = (line.replace("%s", "%t").replace("%d", "%u") for line in (SENT, AWAITED))
+    program = times(*lone, SENT, KERNELS[0], f"%p = {PRODUCT}", AWAITED, f"ROOT %last = {PRODUCT}")
+    free = walk(program, RATES)
+    totals = bound(program, RATES, free, {False: 1.0})
+    assert (free.exposed, totals.exposed) == (pytest.approx(4), pytest.approx(6, abs=1e-5))
+    assert sum(totals.waits.values()) == pytest.approx(totals.exposed)
