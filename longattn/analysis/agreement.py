@@ -21,6 +21,7 @@ from jax.lax import Precision
 
 from longattn import shapes
 from longattn.mask import Causal, Mask, Prefix
+from longattn.ops import partial as partials
 from longattn.ops.attention import api
 
 _ENOUGH = 64
@@ -34,7 +35,7 @@ class Drawn:
 
     arrays: dict[str, Any]  # what has a gradient
     ids: dict[str, Any]  # what has none, int32
-    cotangents: dict[str, Any]  # of what the operation returns
+    cotangents: dict[str, Any]  # of what the operation returns; none: it has no gradient
 
 
 @runtime_checkable
@@ -196,6 +197,55 @@ class Problem:
         return replace(self, T=min(self.T, T))
 
 
+@dataclass(frozen=True)
+class PartsProblem(Problem):
+    """The keys in two parts, as the devices of a ring hold them: partial results are merged, partial gradients summed.
+
+    The reference attends to all keys at once.
+    """
+
+    op: ClassVar[str] = "attention in parts"
+
+    def __post_init__(self) -> None:
+        if self.sinks or self.bias is not None:
+            raise ValueError(f"{self.sinks=} and {self.bias=} must be off: partial gradients are of q, k and v alone")
+
+    def call(self, arrays: Any, ids: Any, implementation: str) -> dict[str, Any]:
+        if implementation == "reference":
+            return super().call(arrays, ids, implementation)
+        p, half = self, self.keys // 2
+        positions = ids.get("positions", jnp.tile(jnp.arange(max(p.T, p.keys), dtype=jnp.int32)[None], (p.B, 1)))
+        segments = ids.get("segment_ids")
+        parts: list[tuple[slice, dict[str, Any]]] = []
+        for keys in (slice(0, half), slice(half, p.keys)):
+            pair = lambda x, keys=keys: (x[:, : p.T], x[:, keys])
+            parts.append((keys, {
+                "mask": p._mask(ids), "positions": pair(positions), "scale": p.scale, "softcap": p.softcap,
+                "segment_ids": None if segments is None else pair(segments), "implementation": implementation,
+            }))  # fmt: skip
+
+        @jax.custom_vjp
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            return forward(q, k, v)[0]
+
+        def forward(q: Any, k: Any, v: Any) -> Any:
+            found = (api.attend_partial(q, k[:, keys], v[:, keys], **options) for keys, options in parts)
+            out, lse = partials.finish(functools.reduce(partials.merge, found), dtype=q.dtype)
+            return (out, lse), (q, k, v, out, lse)
+
+        def backward(kept: Any, cotangents: Any) -> Any:
+            q, k, v, *results = kept
+            given = *results, *cotangents
+            found = [api.backward_partial(q, k[:, keys], v[:, keys], *given, **options) for keys, options in parts]
+            (dq, *first), (more, *second) = found
+            gradients = dq + more, *(jnp.concatenate(both, 1) for both in zip(first, second))
+            return tuple(d.astype(q.dtype) for d in gradients)
+
+        attend.defvjp(forward, backward)
+        out, lse = attend(**arrays)
+        return {"out": out, "lse": lse}
+
+
 def packed(B: int, T: int, documents: int, rng: np.random.Generator) -> tuple[Any, Any]:
     """segment_ids and positions [B T] of so many documents in each sequence, cut at random."""
     starts = np.zeros((B, T), bool)
@@ -229,11 +279,13 @@ def draws(problem: AnyProblem) -> tuple[Drawn, ...]:
 
 @functools.partial(jax.jit, static_argnames=("problem", "implementation"))
 def _results(arrays: Any, ids: Any, cotangents: Any, *, problem: AnyProblem, implementation: str | None) -> Any:
-    """Of a back end, or of the plain implementation, with the gradients."""
+    """Of a back end, or of the plain implementation, with the gradients, if there are any."""
 
     def call(arrays: Any) -> Any:
         return problem.plain(arrays, ids) if implementation is None else problem.call(arrays, ids, implementation)
 
+    if not cotangents:
+        return call(arrays)
     found, pull = jax.vjp(call, arrays)
     (gradients,) = pull({name: cotangents[name].astype(x.dtype) for name, x in found.items()})
     return {**found, **{f"d{name}": x for name, x in gradients.items()}}

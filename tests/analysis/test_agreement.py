@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from longattn.analysis import agreement
-from longattn.analysis.agreement import Problem
+from longattn.analysis.agreement import PartsProblem, Problem
 from longattn.mask import Causal, Window
 from longattn.ops.attention import api, xla
 from tests.ops import oracle
@@ -186,3 +186,40 @@ def test_logits_can_rise() -> None:
     drawn = agreement.draw(Problem(T=64, H=2, D=8, rise=100.0))
     first, last = (np.std(drawn.arrays["k"][:, part]) for part in (slice(0, 1), slice(-1, None)))
     assert 50 < last / first < 200
+
+
+PARTS = PartsProblem(T=45, H=4, K=2, D=8, V=6, B=2, mask=Causal() & Window(20), documents=4)
+
+
+def test_keys_in_parts_are_attention_to_all() -> None:
+    """The truth is that of all keys at once, and what is computed of the parts agrees with it."""
+    whole = Problem(**{f.name: getattr(PARTS, f.name) for f in dataclasses.fields(PARTS)})
+    for name, x in solved(whole)[1].items():
+        np.testing.assert_array_equal(solved(PARTS)[1][name], x)
+    row = tried(PARTS, "xla")
+    assert row["outcome"] == "passed", row
+    assert set(row["results"]) == {"out", "lse", "dq", "dk", "dv"}
+
+
+def test_queries_and_keys_in_parts_may_be_of_two_lengths() -> None:
+    assert tried(PartsProblem(T=40, S=60, H=2, D=8, prefix=30, dtype="bfloat16"), "xla")["outcome"] == "passed"
+
+
+def test_wrong_partials_fail(monkeypatch) -> None:
+    def light(q, k, v, extras, spec):
+        out, lse = xla.attend(q, k, v, extras, spec)
+        return out, lse + 1e-3 * (extras.k_positions[0, 0] > 0)  # the second part weighs more
+
+    def steep(*arguments):
+        dq, dk, dv = xla.backward_partial(*arguments)
+        return dq, dk, dv * 1.001
+
+    row = tried(PARTS, back_end(monkeypatch, attend=light))
+    assert {"out", "lse"} <= {name for name, r in row["results"].items() if not r["agrees"]}
+    row = tried(PARTS, back_end(monkeypatch, backward_partial=steep))
+    assert [name for name, r in row["results"].items() if not r["agrees"]] == ["dv"]
+
+
+def test_parts_have_gradients_of_q_k_and_v_alone() -> None:
+    with pytest.raises(ValueError, match="must be off"):
+        dataclasses.replace(PARTS, sinks=True)

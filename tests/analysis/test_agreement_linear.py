@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from longattn.analysis import agreement
-from longattn.analysis.agreement_linear import LinearProblem
+from longattn.analysis.agreement_linear import LinearProblem, StateProblem
 from longattn.ops.linear import api, xla
 from tests.ops import linear_oracle
 
@@ -55,9 +55,9 @@ def test_the_yardstick_is_that_of_a_textbook(dtype, decay, delta) -> None:
         assert ours < 2 * other + floor and other < 2 * ours + floor, (name, ours, other)
 
 
-def back_end(monkeypatch: pytest.MonkeyPatch, name: str, attend) -> str:
-    """xla's but for `attend`, in the table under a name of its own: jitted functions remember by name."""
-    monkeypatch.setitem(api.BACK_ENDS, name, types.SimpleNamespace(**{**vars(xla), "attend": attend}))
+def back_end(monkeypatch: pytest.MonkeyPatch, name: str, **changes) -> str:
+    """xla's but for `changes`, in the table under a name of its own: jitted functions remember by name."""
+    monkeypatch.setitem(api.BACK_ENDS, name, types.SimpleNamespace(**{**vars(xla), **changes}))
     return name
 
 
@@ -77,11 +77,64 @@ def test_a_wrong_state_and_a_wrong_gradient_fail(monkeypatch) -> None:
 
     for name, wrong in (
         ("xla", []),
-        (back_end(monkeypatch, "forgetful", forgetful), {"final_state"}),
-        (back_end(monkeypatch, "steep", steep), {"dlog_decay"}),
+        (back_end(monkeypatch, "forgetful", attend=forgetful), {"final_state"}),
+        (back_end(monkeypatch, "steep", attend=steep), {"dlog_decay"}),
     ):
         row = agreement.tried(PROBLEM, name, *solved(PROBLEM))
         assert row["outcome"] == ("failed" if wrong else "passed"), row
         assert set(row["results"]) == RESULTS
         assert {n for n, r in row["results"].items() if not r["agrees"]} >= set(wrong)
         assert row["results"]["out"]["agrees"]
+
+
+STATE = StateProblem(T=61, H=4, D=16, V=9, B=2, heads=(1, 2, 4), documents=3, rate=0.05)
+
+
+@pytest.mark.parametrize(("decay", "delta", "dtype"), [("vector", True, "bfloat16"), ("scalar", False, "float32")])
+def test_states_alone_are_a_textbooks(decay, delta, dtype) -> None:
+    """NumPy's recurrence gives the truth; the yardstick is near it, and the blockwise form within what is allowed."""
+    problem = dataclasses.replace(STATE, dtype=dtype, decay=decay, delta=delta)
+    (drawn,), truth, plain = solved(problem)
+    given = dict(drawn.arrays)
+    do, dS = given.pop("dout"), given.pop("dfinal_state")
+    textbook = functools.partial(linear_oracle.linear_attention, **drawn.ids, do=do, dS=dS)
+    exact = textbook(**given)
+    expected = {name: exact[name] for name in ("final_state", "dinitial_state")}
+    if delta:
+        identity = np.broadcast_to(np.eye(16), (2, 4, 16, 16))
+        one = given | {"v": np.zeros((2, 61, 4, 16)), "initial_state": identity}
+        expected["transition"] = textbook(**(one | {"dS": identity, "do": one["v"]}))["final_state"]
+        assert not expected["transition"][0].any() and expected["transition"][1].any()  # the last is one document
+    assert set(truth) == set(plain) == set(expected)
+    for name, x in expected.items():
+        np.testing.assert_allclose(truth[name][0], x, rtol=1e-9, atol=1e-9)
+        assert np.linalg.norm(plain[name][0] - x) < (1e-6 if dtype == "float32" else 1e-2) * np.linalg.norm(x)
+    row = agreement.tried(problem, "xla", *solved(problem))
+    assert row["outcome"] == "passed", row
+
+
+def test_a_wrong_fold_and_a_wrong_pull_fail(monkeypatch) -> None:
+    def no_columns(k, v, log_decay, beta, S, ids, spec):
+        state = xla.fold(k, v, log_decay, beta, S, ids, spec)
+        return state.at[..., v.shape[3] :].multiply(1.001)
+
+    def refuse(q, k, v, *_):
+        if v.shape[3] > STATE.V:
+            raise NotImplementedError("too wide")
+
+    problem = dataclasses.replace(STATE, decay="scalar", delta=True)
+    for name, changes, wrong in (
+        ("wide", {"fold": no_columns}, "transition"),
+        ("heavy", {"fold": lambda *x: xla.fold(*x) * 1.001}, "final_state"),
+        ("pulled", {"pull": lambda *x: xla.pull(*x) * 1.001}, "dinitial_state"),
+    ):
+        row = agreement.tried(problem, back_end(monkeypatch, name, **changes), *solved(problem))
+        assert row["outcome"] == "failed"
+        assert not row["results"][wrong]["agrees"]
+    row = agreement.tried(problem, back_end(monkeypatch, "narrow", check=refuse), *solved(problem))
+    assert row["outcome"] == "refused" and row["reason"].endswith("too wide")
+
+
+def test_a_fold_starts_from_a_state() -> None:
+    with pytest.raises(ValueError, match="state=False must be True"):
+        dataclasses.replace(STATE, state=False)
