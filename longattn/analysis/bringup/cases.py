@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from longattn.analysis.agreement import AnyProblem, PartsProblem, Problem
-from longattn.analysis.agreement_linear import LinearProblem, StateProblem
+from longattn.analysis.agreement import AnyProblem, LinearProblem, PartsProblem, Problem, StateProblem
 from longattn.mask import Causal, Full, Window
 
 

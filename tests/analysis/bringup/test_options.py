@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from longattn.analysis import agreement
-from longattn.analysis.agreement import PartsProblem
-from longattn.analysis.agreement_linear import LinearProblem, StateProblem
+from longattn.analysis.agreement import LinearProblem, PartsProblem, StateProblem
 from longattn.analysis.bringup import BringupOptions, cases
 from longattn.mask import Causal, Full, Window
 from longattn.train.bringup import CHECKOUT

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longattn.analysis import agreement
-from longattn.analysis.agreement_linear import LinearProblem, StateProblem
-from longattn.ops.linear import api, xla
+from longattn.analysis.agreement import LinearProblem, StateProblem
+from longattn.ops.linear import xla
+from tests.analysis.agreement.solving import back_end, solved, tried
 from tests.ops import linear_oracle
 
 PROBLEM = LinearProblem(
     T=61, H=4, D=16, V=9, B=2, heads=(1, 2, 4), decay="scalar", delta=True, state=True, documents=3, scale=0.7
 )
 RESULTS = {"out", "final_state", "dq", "dk", "dv", "dlog_decay", "dbeta", "dinitial_state"}
-
-
-@functools.cache
-def solved(problem: LinearProblem) -> tuple:
-    """(drawn, truth, plain) of a problem."""
-    drawn = agreement.draws(problem)
-    with jax.enable_x64(True):
-        truth = agreement.truth(problem, "reference", drawn, np.float64)
-    return drawn, truth, agreement.plain(problem, drawn)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -55,12 +45,6 @@ def test_the_yardstick_is_that_of_a_textbook(dtype, decay, delta) -> None:
         assert ours < 2 * other + floor and other < 2 * ours + floor, (name, ours, other)
 
 
-def back_end(monkeypatch: pytest.MonkeyPatch, name: str, **changes) -> str:
-    """xla's but for `changes`, in the table under a name of its own: jitted functions remember by name."""
-    monkeypatch.setitem(api.BACK_ENDS, name, types.SimpleNamespace(**{**vars(xla), **changes}))
-    return name
-
-
 def test_a_wrong_state_and_a_wrong_gradient_fail(monkeypatch) -> None:
     @jax.custom_vjp
     def heavier(x):
@@ -77,10 +61,10 @@ def test_a_wrong_state_and_a_wrong_gradient_fail(monkeypatch) -> None:
 
     for name, wrong in (
         ("xla", []),
-        (back_end(monkeypatch, "forgetful", attend=forgetful), {"final_state"}),
-        (back_end(monkeypatch, "steep", attend=steep), {"dlog_decay"}),
+        (back_end(monkeypatch, PROBLEM, attend=forgetful), {"final_state"}),
+        (back_end(monkeypatch, PROBLEM, attend=steep), {"dlog_decay"}),
     ):
-        row = agreement.tried(PROBLEM, name, *solved(PROBLEM))
+        row = tried(PROBLEM, name)
         assert row["outcome"] == ("failed" if wrong else "passed"), row
         assert set(row["results"]) == RESULTS
         assert {n for n, r in row["results"].items() if not r["agrees"]} >= set(wrong)
@@ -109,7 +93,7 @@ def test_states_alone_are_a_textbooks(decay, delta, dtype) -> None:
     for name, x in expected.items():
         np.testing.assert_allclose(truth[name][0], x, rtol=1e-9, atol=1e-9)
         assert np.linalg.norm(plain[name][0] - x) < (1e-6 if dtype == "float32" else 1e-2) * np.linalg.norm(x)
-    row = agreement.tried(problem, "xla", *solved(problem))
+    row = tried(problem, "xla")
     assert row["outcome"] == "passed", row
 
 
@@ -123,15 +107,15 @@ def test_a_wrong_fold_and_a_wrong_pull_fail(monkeypatch) -> None:
             raise NotImplementedError("too wide")
 
     problem = dataclasses.replace(STATE, decay="scalar", delta=True)
-    for name, changes, wrong in (
-        ("wide", {"fold": no_columns}, "transition"),
-        ("heavy", {"fold": lambda *x: xla.fold(*x) * 1.001}, "final_state"),
-        ("pulled", {"pull": lambda *x: xla.pull(*x) * 1.001}, "dinitial_state"),
+    for changes, wrong in (
+        ({"fold": no_columns}, "transition"),
+        ({"fold": lambda *x: xla.fold(*x) * 1.001}, "final_state"),
+        ({"pull": lambda *x: xla.pull(*x) * 1.001}, "dinitial_state"),
     ):
-        row = agreement.tried(problem, back_end(monkeypatch, name, **changes), *solved(problem))
+        row = tried(problem, back_end(monkeypatch, problem, **changes))
         assert row["outcome"] == "failed"
         assert not row["results"][wrong]["agrees"]
-    row = agreement.tried(problem, back_end(monkeypatch, "narrow", check=refuse), *solved(problem))
+    row = tried(problem, back_end(monkeypatch, problem, check=refuse))
     assert row["outcome"] == "refused" and row["reason"].endswith("too wide")
 
 

@@ -1,4 +1,4 @@
-"""Problems of linear attention for `agreement`: every kind of decay, with and without the delta rule."""
+"""Problems of linear attention: every kind of decay, with and without the delta rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision
 
-from longattn.analysis.agreement import Drawn, Results, packed
+from longattn.analysis.agreement.common import Drawn, Results, packed
 from longattn.ops import dispatch
 from longattn.ops.linear import api
 
