@@ -30,7 +30,7 @@ USAGE = """usage: longattn COMMAND ...
   train CONFIG [--model.D 128 ...]   train as a config file says, or go on with the run where it stopped (--json)
   eval RUN [--T 2048 ...]            loss, bits per byte and loss by position of a trained run
   bench attention [...]              time the back ends of attention against each other
-  compare CASE [--with a,b ...]      attention kernels under one profiler trace: by op, by scope, against the roofline
+  compare CASE [--with a,b ...]      kernels, of linear attention too, under one profiler trace: by op, scope, roofline
   study [--preset quick ...]         measure cost and recall side by side; writes a page
   plan MODEL --topology v5e:16x16    does it fit, and what bounds its step: compiled for machines that are not there
   profile --static tpu CASE [...]    cycles of a kernel on TPUs that are not there, by their compiler's schedule
@@ -252,7 +252,7 @@ def _compare(arguments: list[str]) -> int:
         end = next((i for i in range(at, len(words)) if words[i].startswith("--")), len(words))
         names = " ".join(words[at:end]).replace(",", " ").split()
         if not names:
-            return _fail(f"--with must name at least one contestant; they are {', '.join(compare.CONTESTANTS)}")
+            return _fail(f"--with must name at least one contestant; they are {', '.join(compare.known(arguments[1]))}")
         words = [*words[: at - 1], "--contestants", *names, *words[end:]]
     compare.run(_parse(compare.CompareOptions, words, "compare CASE"))
     return 0

@@ -144,13 +144,16 @@ def test_mistaken_profiles_are_one_line(capsys, arguments: list[str], message: s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "compare needs a case; the cases are attention_forward, attention_forward_backward"),
+        ([], "compare needs a case; the cases are attention_forward, attention_forward_backward, linear_forward,"),
         (["--with", "xla"], "compare needs a case"),
         (["attention_forwards"], "unknown case 'attention_forwards'"),
         (["attention_forward", "--with", "xla,jax_n"], "unknown contestant 'jax_n'"),
         (["attention_forward", "--with"], "--with must name at least one contestant"),
         (["attention_forward", "--with", "--json"], "--with must name at least one contestant"),
         (["attention_forward", "--with=xla,xla"], "must name each contestant once"),
+        (["linear_forward", "--with"], "they are pallas_tpu, xla, reference, attention"),
+        (["linear_forward", "--kind", "scalr"], "unknown kind 'scalr'; did you mean 'scalar'"),
+        (["linear_forward", "--mask", "Full()"], "linear attention has no other"),
         (["attention_forward", "--T", "-3"], "T=-3 must be at least 1"),
         (["attention_forward", "--mask", "Causl()"], "did you mean 'Causal'?"),
     ],

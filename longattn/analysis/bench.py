@@ -204,17 +204,18 @@ RESULTS = ("out", "dq", "dk", "dv")
 AGREE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 
 
-def _forward_backward(attend: Attend) -> Callable[..., Any]:
-    def both(q: Any, k: Any, v: Any, do: Any) -> Any:
-        out, pull = jax.vjp(attend, q, k, v)
+def _forward_backward(attend: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*arrays: Any) -> Any:
+        *inputs, do = arrays
+        out, pull = jax.vjp(attend, *inputs)
         return out, *pull(do)
 
     return both
 
 
-def candidate(attend: Attend, what: str) -> Callable[..., Any]:
-    """(q, k, v, do) -> (out,), or with `what` "forward_backward" (out, dq, dk, dv)."""
-    return _forward_backward(attend) if what == "forward_backward" else lambda q, k, v, do: (attend(q, k, v),)
+def candidate(attend: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """(q, k, v, do) -> (out,), or with `what` "forward_backward" (out, dq, dk, dv); other inputs stand behind v."""
+    return _forward_backward(attend) if what == "forward_backward" else lambda *arrays: (attend(*arrays[:-1]),)
 
 
 def _program(attend: Attend, what: str) -> Any:
@@ -373,10 +374,14 @@ def inputs(options: AttentionOptions, T: int) -> dict[str, np.ndarray]:
     return {n: rng.standard_normal(shape(h), np.float32).astype(rounded).astype(np.float32) for n, h in heads.items()}
 
 
-def check_memory(options: AttentionOptions, T: int) -> None:
-    """Raises ValueError for inputs and results beyond this machine's memory."""
-    # Queries, keys, values and cotangent: drawn in float32, rounded, and once more in the results.
-    needs, free = 3 * 4 * options.B * T * 2 * (options.H + options.heads) * options.D, available_memory()
+def numbers(options: AttentionOptions, T: int) -> int:
+    """In queries, keys, values and cotangent."""
+    return options.B * T * 2 * (options.H + options.heads) * options.D
+
+
+def check_memory(numbers: int, T: int) -> None:
+    """Raises ValueError where so many numbers of inputs and their results are beyond this machine's memory."""
+    needs, free = 3 * 4 * numbers, available_memory()  # drawn in float32, rounded, and once more in the results
     if free is not None and needs > free:
         raise ValueError(
             f"{T=} is too long for this machine: inputs and results take {needs / 2**30:.1f} GiB, "
@@ -388,7 +393,7 @@ def _row(
     options: AttentionOptions, T: int, what: str, peers: Sequence[str], torch: Torch | None, threads: int | None
 ) -> dict[str, Any]:
     """Everything about one length and one direction."""
-    check_memory(options, T)
+    check_memory(numbers(options, T), T)
     drawn = inputs(options, T)
     arrays = [jnp.asarray(x, options.dtype) for x in drawn.values()]
     fns: dict[str, Callable[[], Any]] = {}

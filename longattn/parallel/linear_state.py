@@ -49,7 +49,7 @@ from jaxtyping import Array, Bool
 
 from longattn import shapes
 from longattn.ops import dispatch
-from longattn.ops.linear.api import BACK_ENDS, prepared
+from longattn.ops.linear.api import BACK_ENDS, check_fold, prepared
 from longattn.ops.linear.spec import Beta, Ids, Key, Out, Query, Spec, State, Value
 from longattn.ops.partial import Affine, advance, chain
 from longattn.parallel.layout import Axis
@@ -199,10 +199,8 @@ def attend(
 
     def accepts(back_end: Any) -> None:
         back_end.check(*shaped, spec)
-        if beta is not None and _rounds(axis) > 1:  # the fold's columns beside v's
-            q, k, v, *rest, S, ids = shaped
-            wide = lambda x: jax.ShapeDtypeStruct((*x.shape[:3], V + D), x.dtype)
-            back_end.check(q, k, wide(v), *rest, wide(S), ids, spec)
+        if beta is not None and _rounds(axis) > 1:
+            check_fold(back_end, shaped, V + D, spec)
 
     name = dispatch.choose(names, BACK_ENDS, accepts)
     with jax.named_scope("linear_attention"), jax.named_scope(name):

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from longattn.analysis import agreement, cache, hardware
-from longattn.analysis.agreement_linear import LinearProblem
+from longattn.analysis.agreement import LinearProblem
 from longattn.config import Config, Mixer, Softmax
 from longattn.models import MIXERS
 from longattn.models.context import Context

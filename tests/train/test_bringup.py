@@ -14,7 +14,7 @@ from rich.console import Console
 
 from longattn import cli
 from longattn.analysis import agreement
-from longattn.analysis.agreement_linear import LinearProblem
+from longattn.analysis.agreement import LinearProblem
 from longattn.config import (
     GLA,
     ByteLM,

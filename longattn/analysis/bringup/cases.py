@@ -1,12 +1,14 @@
-"""What the numerics try: together every part of both contracts, softmax and linear, that a kernel may accept."""
+"""What the numerics try: together every part of both contracts, softmax and linear, that a kernel may accept.
+
+And of both what only devices that share a sequence call: attention to a part of the keys, passes of the state alone.
+"""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
+from typing import Any
 
-from longattn.analysis.agreement import AnyProblem, Problem
-from longattn.analysis.agreement_linear import LinearProblem
+from longattn.analysis.agreement import AnyProblem, LinearProblem, PartsProblem, Problem, StateProblem
 from longattn.mask import Causal, Full, Window
 
 
@@ -19,6 +21,9 @@ def problems(T: int) -> dict[str, AnyProblem]:
         T=half + 1, H=8, K=4, D=128, mask=Causal() & Window(quarter), documents=3, softcap=20.0, sinks=True,
         dtype="bfloat16",
     )  # fmt: skip
+    packed_parts = PartsProblem(
+        T=odd, H=4, K=2, D=64, mask=Causal() & Window(quarter), documents=5, softcap=20.0, dtype="bfloat16"
+    )
     return {
         "causal": causal,
         "causal, float32": single,
@@ -40,8 +45,18 @@ def problems(T: int) -> dict[str, AnyProblem]:
         "everything": everything,
         "everything, float32": replace(everything, dtype="float32"),
         "longer": replace(causal, T=2 * T, H=1),
+        "keys in parts, packed documents, odd T, window": packed_parts,
+        "keys in parts, float32": PartsProblem(T=T, H=2, D=128),
         **_linear(half),
+        **_states(half),
     }
+
+
+_KINDS: dict[str, dict[str, Any]] = {
+    f"{name}{', delta rule' * delta}": {"decay": decay, "delta": delta}
+    for decay, name in (("none", ""), ("scalar", ", head decay"), ("vector", ", channel decay"))
+    for delta in (False, True)
+}  # of linear attention, by what names say of them
 
 
 def _linear(T: int) -> dict[str, LinearProblem]:
@@ -52,12 +67,24 @@ def _linear(T: int) -> dict[str, LinearProblem]:
     packed = LinearProblem(T=T, H=2, D=128, heads=(1, 1, 2), documents=3, state=True)
     odd = LinearProblem(T=T + 13, H=2, D=64, V=128, B=2, rate=3.0)
     found = {}
-    for i, (decay, delta) in enumerate(itertools.product(("none", "scalar", "vector"), (False, True))):
+    for i, (name, kind) in enumerate(_KINDS.items()):
         for precision, dtype in enumerate(("bfloat16", "float32")):
             what, problem = (("packed documents", packed), ("odd T, D 64", odd))[(i + precision) % 2]
-            kind = {"none": "", "scalar": ", head decay", "vector": ", channel decay"}[decay]
-            name = f"linear{kind}{', delta rule' * delta}, {what}{', float32' * precision}"
-            found[name] = replace(problem, decay=decay, delta=delta, dtype=dtype)
+            found[f"linear{name}, {what}{', float32' * precision}"] = replace(problem, **kind, dtype=dtype)
+    return found
+
+
+def _states(T: int) -> dict[str, StateProblem]:
+    """Every kind once, with documents, and with and without the delta rule in another precision and at another length.
+
+    Decays are so slow that no token is forgotten.
+    """
+    whole = StateProblem(T=T, H=2, D=128, heads=(1, 1, 2), B=2, documents=3, rate=4 / T, dtype="bfloat16")
+    odd = StateProblem(T=T + 13, H=2, D=64, V=128, B=2, documents=3, rate=4 / T)
+    found = {}
+    for i, (name, kind) in enumerate(_KINDS.items()):
+        what, problem = (("whole chunks", whole), ("odd T, D 64, float32", odd))[(i + i // 2) % 2]
+        found[f"linear state alone{name}, {what}"] = replace(problem, **kind)
     return found
 
 

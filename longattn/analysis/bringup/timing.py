@@ -29,7 +29,7 @@ def run(options: BringupOptions, report: Report) -> None:
     chip = hardware.chip_of(kind)
     if chip is None or chip.name not in hardware.TENSOR_CORES:
         part["note"] = f"static cycles are known of Pallas kernels on {known}, this is {kind}"
-    for case, what in compare.CASES.items():
+    for case, what in ((c, w) for c, w in compare.CASES.items() if c.startswith("attention")):
         if report.late:
             row = {"what": what, "contestant": "all", "outcome": "not run", "reason": "the time for this part was over"}
             part["rows"].append(row)
@@ -60,20 +60,20 @@ def _rows(options: compare.CompareOptions) -> list[dict[str, Any]]:
 
 def _by_the_host(options: compare.CompareOptions) -> list[dict[str, Any]]:
     """The contestants' seconds by the host's clock, as far as they are right."""
-    options = replace(options, dtype=options.problem.dtype)
+    options = options.resolved()
     _, fns, known = admit(options)
     seconds = bench.interleave(fns, options.rounds)
     return [
         {"contestant": name, **known[name], **({"host_seconds": seconds[name]} if name in fns else {})}
-        for name in options.contestants
+        for name in options.names
     ]
 
 
 def _row(row: Mapping[str, Any], options: compare.CompareOptions) -> dict[str, Any]:
     """What is kept of a comparison's row."""
     name, made = row["contestant"], {key: row[key] for key in _KEPT if key in row}
-    p = options.problem
-    made |= {"contestant": name, "problem": f"B {p.B} T {options.T:,} H {p.H} D {p.D} {p.dtype} {p.mask}"}
+    sizes = f"B {options.B} T {options.T:,} H {options.H} D {options.D}"
+    made |= {"contestant": name, "problem": f"{sizes} {options.problem.dtype} {options.mask}"}
     if "samples" in row:
         made |= {"outcome": "timed", "seconds": row["device_seconds"]["median"], "clock": "device"}
     elif "host_seconds" in row:

@@ -1,4 +1,4 @@
-"""The contestants: this project's back ends and its rivals."""
+"""The contestants: this project's back ends and its rivals; of linear attention a yardstick in the rivals' place."""
 
 from __future__ import annotations
 
@@ -12,28 +12,23 @@ import jax
 import jax.numpy as jnp
 
 from longattn.analysis import bench, cases
+from longattn.analysis.compare.problems import Attention, Linear, Problem
 from longattn.mask import Causal, Full
 from longattn.ops.attention.api import BACK_ENDS
 from longattn.ops.attention.api import attention as ours
+from longattn.ops.linear.api import BACK_ENDS as LINEAR_BACK_ENDS
+from longattn.ops.linear.api import linear_attention
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to compute attention [B T H D]."""
+    """One way to compute attention [B T H D], of the inputs that its problem names."""
 
     about: str
-    build: Callable[[bench.AttentionOptions], bench.Attend]  # raises NotImplementedError with the reason
+    build: Callable[[Any], Callable[..., Any]]  # of a problem; raises NotImplementedError with the reason
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")  # where it runs
     case: str | None = None  # its name in `cases.CASES`, without "_backward", whose static cycles are known
-
-
-def blocks(options: bench.AttentionOptions) -> cases.Shape:
-    """The shape of a TPU kernel's case. Raises NotImplementedError for one that it does not take."""
-    (T,) = options.T
-    fitting = [b for b in (1024, 512, 256, 128) if T % b == 0 and b < T]
-    if not fitting:
-        raise NotImplementedError(f"its blocks are multiples of 128 that divide T, and T={T} has at least two of them")
-    return cases.Shape(T=T, H=options.H, D=options.D, mask=options.mask, bT=fitting[0], bS=fitting[0])
+    instead: Callable[[Any], Problem] | None = None  # the problem that a yardstick solves in place of the others'
 
 
 def _heads_first(attend: Callable[..., Any]) -> bench.Attend:
@@ -45,27 +40,27 @@ def _heads_first(attend: Callable[..., Any]) -> bench.Attend:
     return call
 
 
-def _jax_flash(options: bench.AttentionOptions) -> bench.Attend:
+def _jax_flash(options: Attention) -> bench.Attend:
     if options.heads != options.H:
         raise NotImplementedError(f"it has no grouped heads: K={options.heads} must be H={options.H}")
-    return _heads_first(cases.CASES["jax_flash"].build(blocks(options))[0])
+    return _heads_first(cases.CASES["jax_flash"].build(options.shape())[0])
 
 
-def _splash(options: bench.AttentionOptions) -> bench.Attend:
+def _splash(options: Attention) -> bench.Attend:
     if options.heads != options.H:
         raise NotImplementedError(f"it is built without grouped heads: K={options.heads} must be H={options.H}")
-    kernel = jax.vmap(cases.CASES["jax_splash"].build(blocks(options))[0])
+    kernel = jax.vmap(cases.CASES["jax_splash"].build(options.shape())[0])
     scale = options.D**-0.5  # the kernel has none
     return _heads_first(lambda q, k, v: kernel((q * scale).astype(q.dtype), k, v))
 
 
-def _cudnn(options: bench.AttentionOptions) -> bench.Attend:
+def _cudnn(options: Attention) -> bench.Attend:
     if options.dtype == "float32":
         raise NotImplementedError("cuDNN's attention takes bfloat16 and float16, dtype is float32")
     return bench.jax_nn(options.mask, "cudnn")
 
 
-def _tokamax(options: bench.AttentionOptions) -> bench.Attend:
+def _tokamax(options: Attention) -> bench.Attend:
     if importlib.util.find_spec("tokamax") is None:
         raise NotImplementedError("not installed here: pip install tokamax")
     import tokamax
@@ -79,6 +74,19 @@ def _tokamax(options: bench.AttentionOptions) -> bench.Attend:
         return tokamax.dot_product_attention(q, k, v, mask=mask(T[:, None], T[None])[None, None])
 
     return attend
+
+
+def _linear(name: str) -> Contestant:
+    def build(options: Linear) -> Callable[..., Any]:
+        names = tuple(options.call.shaped().arrays)
+        return lambda *arrays: linear_attention(**dict(zip(names, arrays)), implementation=name)[0]
+
+    case = "longattn_linear" if name == "pallas_tpu" else None
+    return Contestant(f"longattn.linear_attention, {name}", build, case=case)
+
+
+def _exact(options: Linear) -> Attention:
+    return Attention(T=(options.T,), B=options.B, H=options.H, D=options.D, window=0, dtype=options.dtype)
 
 
 def _ours(name: str) -> Contestant:
@@ -99,3 +107,9 @@ RIVALS: dict[str, Contestant] = {
 CONTESTANTS: dict[str, Contestant] = {name: _ours(name) for name in BACK_ENDS} | {
     name: rival for name, rival in RIVALS.items() if name not in BACK_ENDS
 }
+LINEAR: dict[str, Contestant] = {name: _linear(name) for name in LINEAR_BACK_ENDS} | {
+    "attention": Contestant(
+        "longattn.attention, exact and causal, of as many heads", lambda o: functools.partial(ours, mask=o.mask),
+        instead=_exact,
+    )
+}  # fmt: skip

@@ -8,7 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from rich.console import Console
 
 from longattn.analysis import bench, hardware, trace
 from longattn.analysis.compare.admission import admit
-from longattn.analysis.compare.contestants import CONTESTANTS
 from longattn.analysis.compare.options import CompareOptions
 from longattn.analysis.compare.picture import plot
-from longattn.analysis.compare.roofline import minimal_bytes, static_seconds
+from longattn.analysis.compare.roofline import static_seconds
 from longattn.analysis.text import seconds_text
 from longattn.ops.attention.api import BACK_ENDS
+from longattn.ops.linear.api import BACK_ENDS as LINEAR_BACK_ENDS
 from longattn.train.record import environment
 
 VERSION = 1
@@ -37,13 +37,13 @@ def measure(options: CompareOptions) -> dict[str, Any]:
       ValueError: for inputs beyond this machine's memory.
     """
     progress = Console(stderr=True)
-    options = replace(options, dtype=options.problem.dtype)
-    bench.check_memory(options.problem, options.T)
+    options = options.resolved()
+    bench.check_memory(options.problem.numbers(), options.T)
     folder, load = Path(options.out), os.getloadavg()[0]
     device = hardware.detect()
     with progress.status("compiling, and comparing results with the reference"), _compiled_anew():
         against, fns, known = admit(options)
-    rows = [{"contestant": name, "about": CONTESTANTS[name].about, **known[name]} for name in options.contestants]
+    rows = [{"contestant": name, "about": options.known[name].about, **known[name]} for name in options.names]
     document: dict[str, Any] = {
         "version": VERSION,
         "kind": "compare",
@@ -118,8 +118,8 @@ def _row(
     """What the trace says about one contestant."""
     samples = [e.seconds for e in executions]
     seconds = trace.Spread.of(samples)
-    flops = bench.flops(options.problem, options.T, options.what)
-    moved = minimal_bytes(options.problem, options.T, options.what)
+    problem = options.given(name)
+    flops, moved = problem.flops(options.what), problem.least_bytes(options.what)
     chip = device.chip
     bandwidth = chip.hbm_bandwidth / chip.devices if chip else None
     by_compute = flops / device.peak_flops if device.peak_flops else None
@@ -147,13 +147,12 @@ def _row(
 
 def _align(scope: trace.Scope) -> str:
     """A scope without the names of attention and its back end, so that the parts of two back ends meet."""
-    path = scope.path
-    if path[:1] == ("attention",):
+    op, *path = scope.path or ("",)
+    if op not in ("attention", "linear_attention"):
+        return str(scope)
+    if path and path[0] in {**BACK_ENDS, **LINEAR_BACK_ENDS}:
         path = path[1:]
-        if path[:1] and path[0] in BACK_ENDS:
-            path = path[1:]
-        return "/".join(path) or "attention"
-    return str(scope)
+    return "/".join(path) or op
 
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -101,6 +101,17 @@ def prepared(arrays: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
     return q, k, v, log_decay, *rest
 
 
+def check_fold(back_end: Any, shaped: tuple[Any, ...], columns: int, spec: Spec) -> None:
+    """Raises NotImplementedError with the reason where the back end folds no state of so many columns.
+
+    Args:
+      shaped: the arrays as of `prepared`, in shapes and dtypes, with an initial state.
+    """
+    q, k, v, log_decay, beta, S, ids = shaped
+    v, S = (jax.ShapeDtypeStruct((*x.shape[:3], columns), x.dtype) for x in (v, S))
+    back_end.check(q, k, v, log_decay, beta, S, ids, spec)
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "name"))
 def _linear_attention(arrays, *, spec, name):
     with jax.named_scope("linear_attention"), jax.named_scope(name):

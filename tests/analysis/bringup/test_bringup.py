@@ -26,7 +26,7 @@ from longattn.train import bringup as reports
 
 ROOT = Path(__file__).parents[3]
 SMALL = {"T": 64, "timed_T": 128, "rounds": 1}
-FEW = ("causal, float32", "empty rows", "linear, head decay, packed documents")
+FEW = ("causal, float32", "empty rows", "linear, head decay, packed documents", "linear state alone, whole chunks")
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ from jax.experimental.pallas import tpu as pltpu
 from longattn.analysis.bringup import BringupOptions, run
 
 with pltpu.force_tpu_interpret_mode():
-    cases = ("causal, float32", "linear, packed documents")
+    cases = ("causal, float32", "linear, packed documents", "linear state alone, whole chunks")
     run(BringupOptions(parts=("numerics",), cases=cases, out=sys.argv[1], T=64))
 """
 
@@ -152,7 +152,9 @@ def test_kernels_that_accept_the_device_are_tried(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     rows = one_report(tmp_path)["numerics"]["rows"]
     assert [(row["op"], row["back_end"], row["outcome"]) for row in rows] == [
-        (op, name, "passed") for op in ("attention", "linear attention") for name in ("pallas_tpu", "xla")
+        (op, name, "passed")
+        for op in ("attention", "linear attention", "linear attention in parts")
+        for name in ("pallas_tpu", "xla")
     ]
 
 

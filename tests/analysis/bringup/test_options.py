@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longattn.analysis import agreement
-from longattn.analysis.agreement_linear import LinearProblem
+from longattn.analysis.agreement import LinearProblem, PartsProblem, StateProblem
 from longattn.analysis.bringup import BringupOptions, cases
 from longattn.mask import Causal, Full, Window
 from longattn.train.bringup import CHECKOUT
@@ -52,6 +52,15 @@ def test_the_cases_cover_the_contract() -> None:
     for case, problem in problems.items():
         agreement.check(problem, "xla")  # raises for what is no valid call
         assert ("float32" in case) == (problem.dtype == "float32"), case
+    states = [p for p in problems.values() if isinstance(p, StateProblem)]
+    assert len({(p.decay, p.delta) for p in states}) == len(states) == 6
+    for delta in (False, True):
+        assert {(p.dtype, p.T % 2) for p in states if p.delta == delta} == {("bfloat16", 0), ("float32", 1)}
+    assert all(p.documents and p.B > 1 and p.rate * p.T < 8 for p in states)
+    parts = [p for p in problems.values() if isinstance(p, PartsProblem)]
+    assert {p.dtype for p in parts} == {"float32", "bfloat16"}
+    assert any(p.documents and p.heads < p.H and p.T % 2 for p in parts)
+    problems = {name: p for name, p in problems.items() if p not in (*states, *parts)}
     linear = {name: p for name, p in problems.items() if isinstance(p, LinearProblem)}
     for dtype in ("float32", "bfloat16"):
         own = [p for p in linear.values() if p.dtype == dtype]

@@ -46,5 +46,7 @@ def test_tpu_rivals_compute_attention(name, mask) -> None:
 
 
 def test_static_cases_exist() -> None:
-    for rival in compare.RIVALS.values():
+    contestants = [*compare.CONTESTANTS.values(), *compare.LINEAR.values()]
+    assert {c.case for c in contestants} >= {"longattn", "longattn_linear", "jax_splash"}
+    for rival in contestants:
         assert rival.case is None or {rival.case, f"{rival.case}_backward"} <= set(cases.CASES)

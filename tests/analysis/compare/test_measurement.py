@@ -9,7 +9,7 @@ import pathlib
 
 import pytest
 
-from longattn.analysis import bench, compare, cost, hardware, trace
+from longattn.analysis import bench, cases, compare, cost, hardware, trace
 from longattn.analysis.compare import admission, measurement, roofline
 from longattn.analysis.static import tpu
 from longattn.mask import Causal
@@ -78,6 +78,22 @@ def test_the_trace_is_its_own_and_the_load_that_of_before(monkeypatch, tmp_path)
     document = compare.measure(options)
     assert len(document["rows"][0]["samples"]) == TINY["rounds"]
     assert document["load"] == 1.0
+
+
+def test_linear_attention_and_its_yardstick(tmp_path) -> None:
+    options = compare.CompareOptions(
+        "linear_forward_backward", ("xla", "attention", "pallas_tpu"), kind="none", out=str(tmp_path), **TINY
+    )
+    document = compare.run(options, quiet())
+    assert (document["options"]["kind"], document["options"]["dtype"]) == ("none", "float32")
+    xla, exact, refused = document["rows"]
+    assert set(xla) == set(exact) == RAN
+    assert "the kernels are for TPUs" in refused["reason"]
+    assert xla["flops"] == 3 * cost.linear_flops(300, 4 * 8 * 8)
+    assert exact["flops"] == 3 * cost.attention_flops(cost.visible_pairs(Causal(), 300), 4, 8).forward
+    found = {(p["name"], p["phase"]) for p in xla["scopes"]}
+    assert {("pairs", "forward"), ("states/write", "backward"), ("out", "backward")} <= found
+    assert any(d["contestant"] == "attention" and d["scope"] == "values" for d in document["differences"])
 
 
 def test_differences_are_to_the_first_and_sorted(document) -> None:
@@ -155,6 +171,23 @@ def test_a_row_on_a_chip(monkeypatch) -> None:
     monkeypatch.setattr(tpu, "profile", lambda *_: {"reason": "the compiler ended"})
     row = measurement._row("splash", options, executions(1e-3), device)
     assert (row["static_ratio"], row["static_note"]) == (None, "the compiler ended")
+
+
+def test_static_cycles_of_linear_attention(monkeypatch) -> None:
+    chip = hardware.CHIPS["v5e"]
+    device = hardware.Device("TPU v5 lite", "tpu", 1, chip, chip.peak_bf16_flops, False)
+    asked = []
+
+    def profile(case: str, name: str, shape: cases.Shape) -> dict:
+        asked.append((case, shape.kind, shape.T, shape.key_heads))
+        return {"cycles": 10.0}
+
+    monkeypatch.setattr(tpu, "profile", profile)
+    options = compare.CompareOptions("linear_forward_backward", T=1000, K=2, kind="vector_delta", dtype="bfloat16")
+    seconds, note = roofline.static_seconds("pallas_tpu", options, device)
+    assert (seconds, note) == (pytest.approx(20 / hardware.tpu_clock("v5e")), "")
+    assert asked == [(f"longattn_linear{d}", "vector_delta", 1000, 2) for d in ("", "_backward")]
+    assert roofline.static_seconds("attention", options, device) == (None, "")
 
 
 def test_a_kernel_whose_case_is_not_there_says_so(monkeypatch) -> None:

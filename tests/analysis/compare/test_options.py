@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longattn.analysis import compare
+from longattn.mask import Full
 from longattn.ops import dispatch
 from tests.analysis.compare.tiny import problem
 
@@ -19,11 +20,26 @@ from tests.analysis.compare.tiny import problem
         ({"rounds": 0}, "rounds=0 must be at least 1"),
         ({"T": 0}, "T=0 must be at least 1"),
         ({"K": 3}, "K=3 must divide H=8"),
+        ({"kind": "scalar"}, "kind='scalar' must be left out of attention_forward"),
+        ({"case": "linear_forwards"}, "unknown case 'linear_forwards'.*linear_forward"),
+        ({"case": "linear_forward", "contestants": ("xla", "jax_nn")}, "unknown contestant 'jax_nn'.*attention"),
+        ({"case": "linear_forward", "contestants": ()}, "they are pallas_tpu, xla, reference, attention"),
+        ({"case": "linear_forward", "mask": Full()}, r"mask=Full\(\) must be Causal\(\) in linear_forward"),
+        ({"case": "linear_forward", "kind": "matrix"}, "unknown kind 'matrix'.*scalar"),
     ],
 )
 def test_wrong_arguments(changes, message) -> None:
     with pytest.raises(ValueError, match=message):
         compare.CompareOptions(**{"case": "attention_forward", **changes})
+
+
+def test_what_stands_for_none() -> None:
+    options = compare.CompareOptions("linear_forward").resolved()
+    assert options.names == ("pallas_tpu", "xla", "attention")
+    assert (options.dtype, options.kind) == ("float32", "scalar")
+    options = compare.CompareOptions("attention_forward").resolved()
+    assert options.names == tuple(name for name in compare.CONTESTANTS if name != "reference")
+    assert options.kind is None
 
 
 def test_the_dtype_is_the_devices_own(monkeypatch) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from longattn.analysis import bench, compare
+from longattn.analysis import compare
+from longattn.analysis.compare.problems import Attention, Linear
 
 TINY = {"T": 300, "H": 4, "D": 8, "rounds": 3}
 SHARED = {"version", "kind", "options", "environment", "load", "checked_against", "peak", "trace"}
@@ -14,5 +15,9 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
-def problem(**changes) -> bench.AttentionOptions:
+def problem(**changes) -> Attention:
     return compare.CompareOptions("attention_forward", **{"T": 256, "H": 2, "D": 128, **changes}).problem
+
+
+def linear(**changes) -> Linear:
+    return compare.CompareOptions("linear_forward", **{"T": 40, "H": 2, "D": 16, **changes}).problem

@@ -1,4 +1,4 @@
-"""Problems of linear attention for `agreement`: every kind of decay, with and without the delta rule."""
+"""Problems of linear attention: every kind of decay, with and without the delta rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision
 
-from longattn.analysis.agreement import Drawn, Results, packed
+from longattn.analysis.agreement.common import Drawn, Results, packed
+from longattn.ops import dispatch
 from longattn.ops.linear import api
 
 _STATES = 2**25  # numbers of the plain implementation's states, one a token, where a problem must be quickly compared
@@ -104,6 +105,77 @@ class LinearProblem:
         """So short that few states exist at once, and a multiple of 128 unless it was as short before."""
         T = max(128, _STATES // (self.H * self.D * (self.V or self.D)) // 128 * 128)
         return replace(self, T=min(self.T, T))
+
+
+@dataclass(frozen=True)
+class StateProblem(LinearProblem):
+    """What devices that share a sequence compute of the state alone, by a back end's `fold` and `pull`.
+
+    The state after the tokens, from the initial one; with the delta rule the transition from any other, which the same
+    fold makes of the identity beside it; and the gradient of the initial state, of both results. The last sequence is
+    one document: where others begin there is no transition.
+    """
+
+    op: ClassVar[str] = "linear attention in parts"
+
+    state: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.state:
+            raise ValueError("state=False must be True: a fold starts from a state")
+
+    def shaped(self) -> Drawn:
+        s = super().shaped()
+        return Drawn(s.arrays | {f"d{name}": x for name, x in s.cotangents.items()}, s.ids, {})
+
+    def fill(self, arrays: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        ids = super().fill(arrays, rng)
+        if ids:
+            ids["segment_ids"][-1] = 0
+        return ids
+
+    def call(self, arrays: Any, ids: Any, implementation: str) -> dict[str, Any]:
+        do, dS, given = _cotangents(arrays)
+        absent = dict.fromkeys(("log_decay", "beta", "segment_ids"))
+        operands, spec, names = api.validate(
+            **(absent | given | ids), scale=self.scale, implementation=implementation, tuning=None
+        )
+        shaped, columns = jax.eval_shape(api.prepared, operands), dS.shape[3]
+        *tokens, S, ids = api.prepared(operands)
+        if self.delta:
+            S = jnp.concatenate([S, self._identity(S.dtype)], 3)
+
+        def accepts(back_end: Any) -> None:
+            back_end.check(*shaped, spec)
+            api.check_fold(back_end, shaped, S.shape[3], spec)
+
+        back_end = api.BACK_ENDS[dispatch.choose(names, api.BACK_ENDS, accepts)]
+        both = back_end.fold(*tokens[1:], S, ids, spec)
+        found = {"final_state": both[..., :columns], "dinitial_state": back_end.pull(*tokens, ids, do, dS, spec)}
+        return found | ({"transition": both[..., columns:]} if self.delta else {})
+
+    def plain(self, arrays: Any, ids: Any) -> dict[str, Any]:
+        """Each from whole passes over the tokens."""
+        do, dS, given = _cotangents(arrays)
+        after = lambda S, **other: super(StateProblem, self).plain(given | {"initial_state": S} | other, ids)
+        S = given["initial_state"]
+        found, pull = jax.vjp(after, S)
+        (before,) = pull({"out": do, "final_state": dS})
+        made = {"final_state": found["final_state"], "dinitial_state": before}
+        if self.delta:
+            nothing = jnp.zeros((*given["v"].shape[:3], self.D), given["v"].dtype)
+            made["transition"] = after(self._identity(S.dtype), v=nothing)["final_state"]
+        return made
+
+    def _identity(self, dtype: Any) -> Any:
+        """[B H D D]"""
+        return jnp.broadcast_to(jnp.eye(self.D, dtype=dtype)[None, None], (self.B, self.H, self.D, self.D))
+
+
+def _cotangents(arrays: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Those of a `StateProblem`'s results, of all tokens' outputs and of the state; and what else there is."""
+    given = dict(arrays)
+    return given.pop("dout"), given.pop("dfinal_state"), given
 
 
 def _rounding(dtype: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
