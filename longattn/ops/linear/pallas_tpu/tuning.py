@@ -4,10 +4,10 @@ Chunks of 128 tokens were the cheapest of every kind, on matrix units of either 
 per 128 tokens and head (`longattn profile --static tpu longattn_linear --kind ...`; B1 H8 T8192 D128, bfloat16):
 
     chip, tokens of a chunk   scalar   scalar, delta   vector   vector, delta
-    v5e, 64                      560            1463      842            1781
-    v5e, 128                     412            1222      762            1606
-    v6e, 128                     259             856      517            1142
-    v6e, 256                     313            1173      619            1530
+    v5e, 64                      560            1463      789            1781
+    v5e, 128                     412            1222      697            1605
+    v6e, 128                     259             856      506            1142
+    v6e, 256                     313            1173      602            1527
 
 Eight heads hide the most: with four, Gated DeltaNet takes 1543 cycles of a v5p core instead of 1188, which pays only
 where it is what gives the second core its work.
