@@ -141,19 +141,26 @@ def test_products_of_pieces(pieces):
 
 @pytest.mark.parametrize("C", [16, 128])
 def test_levels_are_sums_between_tokens(C):
-    """For every pair its level's exponents add up to the sum over (j, i], of decays from 0 to -30."""
+    """For every pair its level's exponents add up to the sum over (j, i], of decays from 0 to -30; gradients so too."""
     rng, heights = np.random.default_rng(0), [2**b for b in range(C.bit_length() - 1)]
     g = np.where(rng.random((1, C, 3)) < 0.5, 0.0, -30 * rng.random((1, C, 3)) ** 4).astype(np.float32)
+    cts = rng.standard_normal((len(heights) + 2, *g.shape)).astype(np.float32)
 
-    def kernel(g, found):
-        levels, before, after = of_chunk._levels(g[...])
-        assert [h for h, _ in levels] == heights
-        for i, x in enumerate([*(x for _, x in levels), before, after]):
+    def kernel(g, cts, found, gradient):
+        (levels, before, after), pull = jax.vjp(lambda g: of_chunk._levels(g, jnp.float32), g[...])
+        for i, x in enumerate([*levels, before, after]):
             found[i] = x
+        (gradient[...],) = pull(([cts[i] for i in range(len(heights))], cts[-2], cts[-1]))
 
     with as_on_tpu():
-        shape = jax.ShapeDtypeStruct((len(heights) + 2, *g.shape), jnp.float32)
-        *levels, before, after = np.asarray(pl.pallas_call(kernel, out_shape=shape)(g))[:, 0] / np.log2(np.e)
+        shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (cts, g)]
+        found, gradient = map(np.asarray, pl.pallas_call(kernel, out_shape=shapes)(g, cts))
+    t, u = np.indices((C, C))  # a token, and one of those that it sums
+    sums = [np.where(t & h, u <= t, u > t) & (t // h == u // h) for h in heights] + [u <= t, u > t]
+    expected = np.einsum("xtu,xbtd->bud", np.stack(sums).astype(np.float64), cts)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+    found = found / np.log2(np.e)
+    *levels, before, after = found[:, 0]
     total = np.cumsum(g[0], 0, dtype=np.float64)
     i, j = np.tril_indices(C, -1)
     for h, exponent in zip(heights, levels):
