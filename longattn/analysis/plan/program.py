@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from longattn.analysis import aot, cost, hlo
 from longattn.analysis import cache as caches
 from longattn.analysis.plan import analytic, memory, topology
-from longattn.analysis.plan.timeline import Rates, Totals, walk
+from longattn.analysis.plan.timeline import LINEAR, Rates, Totals, walk
 from longattn.analysis.plan.topology import Topology
 from longattn.config import Config, from_json, to_json
 from longattn.models.context import Context
@@ -212,8 +212,9 @@ def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, An
     """FLOPs, bytes, collectives and the bound on the step's time."""
     rates = published(where)
     totals = walk(program, rates)
-    # Blockwise attention's loops run as often as the mask's blocks say: what was not counted is what the formula says.
-    passes = {"transpose(" in scope for scope in totals.unknown if "attention" in scope}
+    # Softmax attention's loops run as often as the mask's blocks say: what was not counted is what the formula says.
+    # Linear attention's are of known length, and its kernels say themselves what they compute.
+    passes = {"transpose(" in scope for scope in totals.unknown if _softmax(scope)}
     attention = sum(f for f, backward in zip(analytic.attention_flops(config), (False, True)) if backward in passes)
     host = totals.host_bytes / where.host_bandwidth  # what goes there is there before any of it comes back
     seconds = max(totals.seconds + attention / rates.flops, host)
@@ -221,6 +222,7 @@ def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, An
     return {
         "flops": totals.flops + attention,
         "attention_flops_by_formula": attention,
+        "linear_attention_flops": totals.linear,
         "model_flops": model,
         "hbm_traffic": totals.hbm_bytes,
         "host_traffic": totals.host_bytes,
@@ -234,8 +236,13 @@ def _time(program: hlo.Program, config: Config, where: Topology) -> dict[str, An
         },
         "mfu_bound": model / rates.flops / seconds,
         "collectives": collectives(totals, rates),
-        "not_counted": sorted(scope for scope in totals.unknown if "attention" not in scope),
+        "not_counted": sorted(scope for scope in totals.unknown if not _softmax(scope)),
     }
+
+
+def _softmax(scope: str) -> bool:
+    """Whether what was traced there is softmax attention."""
+    return "attention" in scope and LINEAR not in scope
 
 
 def collectives(totals: Totals, rates: Rates) -> list[dict[str, Any]]:

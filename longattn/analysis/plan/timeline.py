@@ -20,6 +20,8 @@ from typing import Any
 from longattn.analysis import hlo
 from longattn.analysis.hlo import Collective, Computation, Instruction, Program
 
+LINEAR = "linear_attention"  # in the scopes of all that linear attention computes and sends
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -59,6 +61,7 @@ class Totals:
     """One device's step, or a part of it."""
 
     flops: float = 0.0  # of matrix products
+    linear: float = 0.0  # of these, those of linear attention
     hbm_bytes: float = 0.0
     host_bytes: float = 0.0  # to the host's memory and back
     compute: float = 0.0  # seconds in which instructions run
@@ -70,6 +73,7 @@ class Totals:
 
     def add(self, other: Totals, times: float = 1.0) -> None:
         self.flops += times * other.flops
+        self.linear += times * other.linear
         self.hbm_bytes += times * other.hbm_bytes
         self.host_bytes += times * other.host_bytes
         self.compute += times * other.compute
@@ -165,6 +169,7 @@ class _Walk:
         ahead = offloaded or instruction.opcode in ("copy-start", "async-start")
         seconds = 0.0 if ahead else max(flops / self.rates.flops, moved / self.rates.hbm)
         totals.flops += flops
+        totals.linear += flops * (LINEAR in instruction.scope)
         totals.hbm_bytes += moved
         totals.host_bytes += offloaded
         totals.compute += seconds
