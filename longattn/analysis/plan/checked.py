@@ -100,7 +100,7 @@ CASES = (
     _case(
         "1b remat full", "v5e:4x4", replace(_1B, remat="full"), 4_194_304, 1, seq=16, strategy="ring", layout="zigzag"
     ),
-    # Linear attention, all of it on one row of a device or on several.
+    # Linear attention; the three of 65,536 tokens fit, and one of 131,072.
     _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 524_288, 4, fsdp=4),
     _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 131_072, 16, fsdp=4),
     _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 2_097_152, 1, seq=4),
@@ -129,6 +129,10 @@ CASES = (
     _case("1.3b retnet", "v6e:4x4", _of(_1_3B, RetNet()), 262_144, 16, fsdp=16),
     _case("small elu+1", "v5e:2x2", _of(_SMALL, LinearAttention()), 524_288, 4, fsdp=4),
     _case("small performer", "v5e:2x2", _of(_SMALL, Performer()), 262_144, 4, fsdp=4),
+    _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 65_536, 4, fsdp=4),
+    _case("small gla", "v5e:2x2", _of(_SMALL, GLA()), 65_536, 4, fsdp=4),
+    _case("small retnet", "v5e:2x2", _of(_SMALL, RetNet()), 65_536, 4, fsdp=4),
+    _case("small mamba2", "v5e:2x2", _of(_SMALL, Mamba2()), 131_072, 1, seq=4),
     _case("small based", "v5e:2x2", _of(_SMALL, Based()), 524_288, 4, fsdp=4),
 )
 

@@ -168,7 +168,7 @@ def peaks(mixer: Mixer, model: Model, T: int, tensor: int, piece: float) -> dict
     kernels: what the backward kernel reads and gives, filled up to 128 lanes, beside the convolutions' inputs and
         results in float32.
     convolutions: backward, shifted by each tap, in float32; those of equal size at once.
-    beside: the kernels' and of width F: where there is room, XLA orders the backward pass for speed.
+    beside: the kernels' and, but for Mamba-2, of width F: where there is room, XLA orders the backward pass for speed.
     features: of Performer in float32; of Based each product of a channel with those after it, filled up.
 
     Args:
@@ -203,7 +203,7 @@ def peaks(mixer: Mixer, model: Model, T: int, tensor: int, piece: float) -> dict
         found["features"] = (_F32 + c) * (q + k) + c * (5 * E + (r.Hq + r.Hk) * model.D + v)
     if isinstance(mixer, Based):
         found["features"] = _F32 * r.H * (LANES * (2 * mixer.features - 1) + D) + 2 * c * E
-    found["beside"] = 4 * c * F + max(found["kernels"], found.get("features", 0.0))
+    found["beside"] = 4 * c * F * (not isinstance(mixer, Mamba2)) + max(found["kernels"], found.get("features", 0.0))
     return found
 
 
