@@ -100,7 +100,7 @@ CASES = (
     _case(
         "1b remat full", "v5e:4x4", replace(_1B, remat="full"), 4_194_304, 1, seq=16, strategy="ring", layout="zigzag"
     ),
-    # Linear attention; the three of 65,536 tokens fit, and one of 131,072.
+    # Linear attention; the three of 65,536 tokens fit, and those of the fewest tokens of Mamba-2 and KDA.
     _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 524_288, 4, fsdp=4),
     _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 131_072, 16, fsdp=4),
     _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 2_097_152, 1, seq=4),
@@ -133,6 +133,7 @@ CASES = (
     _case("small gla", "v5e:2x2", _of(_SMALL, GLA()), 65_536, 4, fsdp=4),
     _case("small retnet", "v5e:2x2", _of(_SMALL, RetNet()), 65_536, 4, fsdp=4),
     _case("small mamba2", "v5e:2x2", _of(_SMALL, Mamba2()), 131_072, 1, seq=4),
+    _case("small kda", "v5e:2x2", _of(_SMALL, KimiDeltaAttention()), 32_768, 4, fsdp=4),
     _case("small based", "v5e:2x2", _of(_SMALL, Based()), 524_288, 4, fsdp=4),
 )
 
