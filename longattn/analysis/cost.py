@@ -220,7 +220,7 @@ def _softmax(mixer: Softmax, model: Model, T: int, documents: tuple[int, ...] | 
 
 
 @functools.lru_cache(maxsize=256)
-def _shapes(mixer: Mixer, model: Model) -> dict[str, tuple[int, ...]]:
+def mixer_shapes(mixer: Mixer, model: Model) -> dict[str, tuple[int, ...]]:
     """The shapes of a mixer's parameters by their names, from its module."""
     from longattn.models import MIXERS, Context  # here, because flax comes with the extra `train` alone
 
@@ -247,8 +247,13 @@ def _linear(mixer: Any, model: Model, T: int, documents: tuple[int, ...] | None)
     attention = linear_flops(tokens, state, delta=isinstance(mixer, GatedDeltaNet | KimiDeltaAttention))
     if isinstance(mixer, Performer):
         attention += 2.0 * tokens * (model.H + model.K) * mixer.features * model.D
-    weights = (s for name, s in _shapes(mixer, model).items() if len(s) > 1 and not name.endswith(("conv", "bias")))
+    weights = (s for name, s in mixer_shapes(mixer, model).items() if is_matrix(name, s))
     return attention, 2.0 * T * sum(map(math.prod, weights))
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether tokens are multiplied by a mixer's parameter as by a matrix."""
+    return len(shape) > 1 and not name.endswith(("conv", "bias"))
 
 
 # Per class of mixer: forward FLOPs of one layer over one sequence, (attention, projections). A new mixer joins here ...
@@ -261,7 +266,7 @@ def _softmax_parameters(mixer: Softmax, model: Model) -> int:
 
 
 def _linear_parameters(mixer: Mixer, model: Model) -> int:
-    return sum(map(math.prod, _shapes(mixer, model).values()))
+    return sum(map(math.prod, mixer_shapes(mixer, model).values()))
 
 
 # ... and here: parameters of one layer's mixer.

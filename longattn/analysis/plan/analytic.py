@@ -15,17 +15,21 @@ On TPUs the minor axis of an array in device memory is filled up to 128 lanes. A
 [B H T D], keys' gradients too, so heads narrower than that cost as much as heads of 128. So does what layers keep in
 that layout: `kept` says when.
 
+Where all layers are of one kind of linear attention the moments are those that `recurrent.peaks` names. Memory that is
+not short XLA uses: it then computes an MLP's gradients beside the mixer's.
+
 How many activations of each width are alive at once is a property of XLA's schedules: the counts below were read off
 compiled programs, and `checked.py` holds the errors against the compilers' own accounts. Messages are exact: what the
-strategies' formulas say (`analysis/sequence/traffic.py`).
+strategies' formulas say (`analysis/sequence/traffic.py`), and for linear attention `recurrent.messages`.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -33,10 +37,11 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from longattn.analysis import cost
+from longattn.analysis.plan import recurrent
 from longattn.analysis.plan.memory import KINDS
 from longattn.analysis.plan.topology import Topology
 from longattn.analysis.sequence import problem, traffic
-from longattn.config import Config, Mesh, Model, Softmax
+from longattn.config import Config, Mesh, Mixer, Model, Softmax
 from longattn.mask import Mask
 from longattn.models.transformer import init_params
 from longattn.ops.attention.pallas_tpu.tiles import LANES
@@ -55,7 +60,7 @@ def _parameters(model: Model) -> Any:
 @functools.lru_cache(maxsize=256)
 def _held(config: Config) -> tuple[int, int]:
     """(all parameters that one device holds, those of the layers)."""
-    c, shapes = config.mesh, _parameters(config.model)
+    c, shapes = config.mesh, _parameters(replace(config.model, remat="none", dtype="float32", mlp_chunk=None))
     mesh = AbstractMesh(tuple(c.sizes.values()), tuple(c.sizes), axis_types=(AxisType.Auto,) * len(c.sizes))
     lies = jax.tree.leaves(meshes.shardings(mesh, shapes))
     sizes = {
@@ -76,6 +81,30 @@ def _filled(D: int, where: Topology) -> int:
     return D if where.is_gpu else -(-D // LANES) * LANES
 
 
+def recurrence(model: Model, where: Topology) -> Mixer | None:
+    """The mixer of all layers where it is none of Softmax; None where all are.
+
+    Raises:
+      NotImplementedError: for linear attention whose memory no formula knows: the compiler does.
+    """
+    (mixer, *others), remedy = dict.fromkeys(model.layers), "leave --analytic out, and the step is compiled"
+    if all(isinstance(m, Softmax) for m in (mixer, *others)):
+        return None
+    if others:
+        raise NotImplementedError(
+            "layers of several mixers with linear attention: XLA computes parts of several of them side by side, and "
+            f"no formula says how much memory that takes; {remedy}"
+        )
+    if where.is_gpu:
+        raise NotImplementedError(f"linear attention on {where.name}: the formulas are those of TPU kernels; {remedy}")
+    if model.remat in ("none", "dots"):
+        raise NotImplementedError(
+            f"model.remat={model.remat!r} with linear attention: no formula says what XLA keeps of it; {remedy}, or "
+            "choose 'attention', 'offload' or 'full'"
+        )
+    return mixer
+
+
 def kept(config: Config, where: Topology) -> float:
     """Bytes that one device keeps of the forward pass of all layers, by the remat policy.
 
@@ -86,6 +115,9 @@ def kept(config: Config, where: Topology) -> float:
     back.
     """
     m, t, n, c = config.model, config.mesh.tensor, tokens(config), np.dtype(config.model.dtype).itemsize
+    if (mixer := recurrence(m, where)) is not None:
+        part = 0.0 if m.remat == "full" else recurrent.kept(mixer, m, config.data.T // config.mesh.sequence, t)
+        return n * (c * m.E + part) * (2 if m.remat == "offload" else m.N)
     one_row = n * config.mesh.sequence == config.data.T and config.mesh.strategy != "ulysses"  # which exchanges out
     minor = m.remat in ("dots", "none") or one_row
     D = _filled(m.D, where) if minor else m.D
@@ -142,9 +174,19 @@ def memory(config: Config, where: Topology) -> dict[str, float]:
             "backward pass": (2 * c * E + full * c * (q + E)) * n + _exchanged(config, q, q_filled, k_filled) * n,
         },
     }
+    if (mixer := recurrence(m, where)) is not None:
+        both = {"gradients": gradients, "gathered or cast parameters": casts}
+        each = recurrent.peaks(mixer, m, config.data.T // mesh.sequence, t, piece / n)
+        beside = sum((always | both).values()) + n * each.pop("beside")
+        peaks = {"loss": peaks["loss"], **{name: {**both, "backward pass": n * x} for name, x in each.items()}}
     largest = max(peaks.values(), key=lambda parts: sum(parts.values()))
     parts = always | largest
-    return {**parts, "total": sum(parts.values())}
+    total = sum(parts.values())
+    if mixer is not None and total < (most := min(where.hbm_bytes, beside)):
+        parts = always | both
+        parts["backward pass"] = most - sum(parts.values())
+        total = most
+    return {**parts, "total": total}
 
 
 def _exchanged(config: Config, q: float, q_filled: float, k_filled: float) -> float:
@@ -173,7 +215,7 @@ def _pairs(mask: Mask, T: int, mesh: Mesh) -> float:
 
 
 def attention_flops(config: Config) -> tuple[float, float]:
-    """FLOPs of one step's attention, (forward, backward), on the device that has most of it.
+    """FLOPs of one step's softmax attention, (forward, backward), on the device that has most of it.
 
     The backward pass includes what it recomputes. Under a causal mask the last part of the sequence sees most keys:
     in a contiguous layout one device has it, and balanced and ulysses divide the pairs all the same. Heads that ulysses
@@ -183,7 +225,8 @@ def attention_flops(config: Config) -> tuple[float, float]:
     rows = config.data.B / (c.data * c.fsdp)
     forward = backward = 0.0
     for mixer in model.layers:
-        assert isinstance(mixer, Softmax)  # longattn plan refuses others
+        if not isinstance(mixer, Softmax):
+            continue
         heads = model.H // c.tensor
         if c.strategy in ("ulysses", "usp"):  # filled up
             heads = -(-heads // c.seq) * c.seq
@@ -193,15 +236,42 @@ def attention_flops(config: Config) -> tuple[float, float]:
     return forward, backward
 
 
+def linear_flops(config: Config) -> tuple[float, float]:
+    """FLOPs of one step's linear attention on a TPU, (forward, backward), of one device: see `recurrent.flops`."""
+    m, c = config.model, config.mesh
+    rows, T = config.data.B / (c.data * c.fsdp), config.data.T // c.sequence
+    each = [(times, recurrent.flops(mixer, m, T, c.sequence, c.tensor)) for mixer, times in _recurrent(m).items()]
+    forward, backward = (rows * sum(times * part[i] for times, part in each) for i in range(2))
+    return forward, backward
+
+
+def _recurrent(model: Model) -> Counter[Mixer]:
+    """Layers of each mixer other than Softmax."""
+    return Counter(mixer for mixer in model.layers if not isinstance(mixer, Softmax))
+
+
 def flops(config: Config) -> float:
     """FLOPs of one device's step as the program computes them, recomputation included."""
     m, mesh = config.model, config.mesh
     share = config.data.B / (mesh.data * mesh.fsdp * mesh.sequence)  # of the batch's rows, heads and width apart
     forward = cost.forward_flops(m, config.data.T)
-    layers = (forward.projections + forward.mlp) * share / mesh.tensor
+    mlp = forward.mlp * share / mesh.tensor
+    T = config.data.T
+    projections = share * sum(_projections(mixer, m, T, mesh.tensor) for mixer in m.layers)
+    features = share * sum(recurrent.features(mixer, m, T, mesh.tensor) for mixer in m.layers)
     # A rematerialised block runs forward again, without its last product, which no gradient asks for.
-    again = (forward.projections + 2 / 3 * forward.mlp) * share / mesh.tensor * (m.remat not in ("none", "dots"))
-    return 3 * layers + again + 3 * forward.head * share + sum(attention_flops(config))
+    again = (projections + 2 / 3 * mlp) * (m.remat not in ("none", "dots"))
+    attention = sum(attention_flops(config)) + sum(linear_flops(config))
+    return 3 * (projections + mlp) + again + 3 * forward.head * share + features + attention
+
+
+def _projections(mixer: Mixer, model: Model, T: int, tensor: int) -> float:
+    """Forward FLOPs of a mixer's matrices over one sequence, on one of the devices that share heads."""
+    whole = cost.layer_flops(mixer, model, T).projections
+    if isinstance(mixer, Softmax) or tensor == 1:
+        return whole / tensor
+    divided = 2.0 * T * sum(math.prod(shape) for shape in recurrent.divided(mixer, model).values())
+    return whole - divided * (1 - 1 / tensor)
 
 
 def messages(config: Config, where: Topology) -> dict[str, float]:
@@ -223,14 +293,27 @@ def messages(config: Config, where: Topology) -> dict[str, float]:
     matrices = layers * slices  # of one tensor slice, whole
     found = {
         **_attention_messages(config, where),
+        **_state_messages(config),
         "matrices": 2 * pieces * c * matrices * others(slices),
         "their gradients, slices": pieces * c * matrices * others(slices),
         "their gradients, replicas": 2 * (c * layers + _F32 * (held - layers)) * others(mesh.data),
-        "activations over tensor": 4 * m.N * pieces * 2 * c * n * m.E * others(mesh.tensor),
+        "activations over tensor": pieces * _sums(m) * 2 * c * n * m.E * others(mesh.tensor),
         "embedding": 2 * pieces * c * n * m.E * others(slices),
         "head": pieces * (c + _F32) * m.W * m.E * others(slices),
     }
     return {name: size for name, size in found.items() if size}
+
+
+def _sums(model: Model) -> int:
+    """How many arrays of activations [tokens, E] the devices of `tensor` sum in a micro-batch.
+
+    Forward the results of mixers and MLPs, the former again where remat computes them again; backward the gradients of
+    the MLPs' inputs, and of the mixers'.
+    """
+    again = model.remat not in ("none", "dots")
+    return sum(
+        3 + again + (2 if isinstance(mixer, Softmax) else recurrent.sums(mixer, model)) for mixer in model.layers
+    )
 
 
 def _attention_messages(config: Config, where: Topology) -> dict[str, float]:
@@ -262,11 +345,23 @@ def _passes(config: Config) -> Iterator[tuple[int, traffic.Traffic, traffic.Traf
 
 def _hops(config: Config) -> float:
     """Bytes that a ring sends to its neighbours in a step, in the busier of its directions: over one link."""
-    sent = collections.defaultdict[int, float](float)
+    sent = defaultdict[int, float](float)
     for times, *passes in _passes(config):
         for message in (m for one in passes for m in one.messages if m.scope in ("hop", "behind")):
             sent[message.step] += times * message.bytes
     return max(sent.values(), default=0.0)
+
+
+def _state_messages(config: Config) -> dict[str, float]:
+    """Bytes that linear attention sends along the sequence in a step: see `recurrent.messages`."""
+    m, mesh, pieces = config.model, config.mesh, config.optimiser.accumulate
+    rows = config.data.B // (mesh.data * mesh.fsdp * pieces)
+    each = [
+        (pieces * times, recurrent.messages(mixer, m, rows, mesh.sequence, mesh.tensor))
+        for mixer, times in _recurrent(m).items()
+    ]
+    passes = enumerate(("forward", "backward"))
+    return {f"states, {name}": sum(times * sent[i] for times, sent in each) for i, name in passes}
 
 
 def estimate(config: Config, where: Topology) -> dict[str, Any]:

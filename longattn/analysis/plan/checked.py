@@ -18,11 +18,32 @@ from rich.console import Console
 from longattn.analysis.plan import analytic, program, topology
 from longattn.analysis.plan.presets import MODELS
 from longattn.analysis.text import plain_table
-from longattn.config import ByteLM, Config, Mesh, Model, Optimiser
+from longattn.config import (
+    GLA,
+    Based,
+    ByteLM,
+    Config,
+    GatedDeltaNet,
+    KimiDeltaAttention,
+    LinearAttention,
+    Mamba2,
+    Mesh,
+    Mixer,
+    Model,
+    Optimiser,
+    Performer,
+    RetNet,
+)
 
 _SMALL = Model(N=8, E=1024, F=2816, H=16, K=4, D=64, W=32_000, remat="attention")
 _WIDE = Model(N=12, E=1536, F=4096, H=12, K=4, D=128, W=50_304, tie=False, remat="attention")
+_1_3B = Model(N=24, E=2048, F=5632, H=16, K=16, D=128, W=50_304, tie=False, remat="attention")
+_3B = Model(N=16, E=2560, F=6912, H=20, K=20, D=128, W=50_304, remat="attention")
 _1B, _8B, _70B = (MODELS[f"llama3_{size}"] for size in ("1b", "8b", "70b"))
+
+
+def _of(base: Model, *mixers: Mixer, **changes: Any) -> Model:
+    return replace(base, mixers=mixers, **changes)
 
 
 class Case(NamedTuple):
@@ -79,11 +100,46 @@ CASES = (
     _case(
         "1b remat full", "v5e:4x4", replace(_1B, remat="full"), 4_194_304, 1, seq=16, strategy="ring", layout="zigzag"
     ),
+    # Linear attention; the three of 65,536 tokens fit, and those of the fewest tokens of Mamba-2 and KDA.
+    _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 524_288, 4, fsdp=4),
+    _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 131_072, 16, fsdp=4),
+    _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 2_097_152, 1, seq=4),
+    _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 524_288, 4, tensor=4),
+    _case("small gated delta remat full", "v5e:2x2", _of(_SMALL, GatedDeltaNet(), remat="full"), 524_288, 4, fsdp=4),
+    _case("small gated delta offload", "v5e:2x2", _of(_SMALL, GatedDeltaNet(), remat="offload"), 524_288, 4, fsdp=4),
+    _case("small gated delta mlp_chunk", "v5e:2x2", _of(_SMALL, GatedDeltaNet(), mlp_chunk=16_384), 524_288, 4, fsdp=4),
+    _case("small gated delta accumulate 2", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 524_288, 8, accumulate=2, fsdp=4),
+    _case("wide gated delta", "v6e:2x2", _of(_WIDE, GatedDeltaNet()), 262_144, 4, fsdp=4),
+    _case("wide gated delta float32", "v6e:2x2", _of(_WIDE, GatedDeltaNet(), dtype="float32"), 262_144, 4, fsdp=4),
+    _case("1.3b gated delta V 128", "v5e:4x4", _of(_1_3B, GatedDeltaNet(V=128)), 262_144, 16, fsdp=16),
+    _case("1.3b gated delta", "v5e:4x4", _of(_1_3B, GatedDeltaNet()), 524_288, 4, fsdp=4, seq=4),
+    _case("3b gated delta", "v5e:4x4", _of(_3B, GatedDeltaNet()), 131_072, 32, fsdp=16),
+    _case("small gla", "v5e:2x2", _of(_SMALL, GLA()), 524_288, 4, fsdp=4),
+    _case("small gla", "v5e:2x2", _of(_SMALL, GLA()), 524_288, 4, tensor=4),
+    _case("small gla remat full", "v5e:2x2", _of(_SMALL, GLA(), remat="full"), 524_288, 4, fsdp=4),
+    _case("wide gla", "v6e:2x2", _of(_WIDE, GLA()), 1_048_576, 1, seq=4),
+    _case("small mamba2", "v5e:2x2", _of(_SMALL, Mamba2()), 524_288, 4, fsdp=4),
+    _case("small mamba2", "v5e:2x2", _of(_SMALL, Mamba2()), 524_288, 4, tensor=4),
+    _case("1.3b mamba2", "v5e:4x4", _of(_1_3B, Mamba2()), 2_097_152, 1, seq=16),
+    _case("small kda", "v5e:2x2", _of(_SMALL, KimiDeltaAttention()), 524_288, 4, fsdp=4),
+    _case("small kda remat full", "v5e:2x2", _of(_SMALL, KimiDeltaAttention(), remat="full"), 524_288, 4, fsdp=4),
+    _case("1.3b kda", "v5p:2x2x2", _of(_1_3B, KimiDeltaAttention()), 262_144, 8, fsdp=8),
+    _case("3b kda", "v5e:4x4", _of(_3B, KimiDeltaAttention()), 131_072, 16, fsdp=16),
+    _case("small retnet", "v5e:2x2", _of(_SMALL, RetNet()), 524_288, 4, fsdp=4),
+    _case("1.3b retnet", "v6e:4x4", _of(_1_3B, RetNet()), 262_144, 16, fsdp=16),
+    _case("small elu+1", "v5e:2x2", _of(_SMALL, LinearAttention()), 524_288, 4, fsdp=4),
+    _case("small performer", "v5e:2x2", _of(_SMALL, Performer()), 262_144, 4, fsdp=4),
+    _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 65_536, 4, fsdp=4),
+    _case("small gla", "v5e:2x2", _of(_SMALL, GLA()), 65_536, 4, fsdp=4),
+    _case("small retnet", "v5e:2x2", _of(_SMALL, RetNet()), 65_536, 4, fsdp=4),
+    _case("small mamba2", "v5e:2x2", _of(_SMALL, Mamba2()), 131_072, 1, seq=4),
+    _case("small kda", "v5e:2x2", _of(_SMALL, KimiDeltaAttention()), 32_768, 4, fsdp=4),
+    _case("small based", "v5e:2x2", _of(_SMALL, Based()), 524_288, 4, fsdp=4),
 )
 
 KEPT = (
-    "fits", "hbm_bytes", "hbm_limit", "by_kind", "argument_bytes", "flops", "model_flops", "hbm_traffic", "seconds",
-    "mfu_bound", "collectives", "compile_seconds",
+    "fits", "hbm_bytes", "hbm_limit", "by_kind", "argument_bytes", "flops", "linear_attention_flops", "model_flops",
+    "hbm_traffic", "seconds", "mfu_bound", "collectives", "compile_seconds",
 )  # fmt: skip
 
 

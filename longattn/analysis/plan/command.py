@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -32,12 +33,14 @@ _TILE = 128  # lengths searched are multiples of this on each device
 class PlanOptions:
     """What one training step needs and takes on a machine that need not be there: it is compiled for it, not run.
 
+    Models of any mixers. --strategies needs layers of softmax attention; --analytic knows models all of softmax
+    attention, and on TPUs those all of one kind of linear attention that are rematerialised.
     --T, --B, --remat and --dtype are short for --data.T, --data.B, --model.remat and --model.dtype.
     """
 
     topology: str = "v5e:4x4"  # v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, h100:8, h100:8x8 (hosts x GPUs), ...
     search: Literal["max-length", "max-batch", "min-devices"] | None = None  # the largest, or the fewest, that fit
-    strategies: Literal["all"] | None = None  # every way to spread attention over the mesh; of all layouts, by formula
+    strategies: Literal["all"] | None = None  # every way to spread softmax attention; of all layouts, by formula
     html: str = ""  # also write this page
     cache: bool = True  # keep what was found out of each program in the user's cache folder
     timeout: float = 1800.0  # seconds for one compilation
@@ -56,8 +59,14 @@ class PlanOptions:
             raise ValueError(f"search={self.search} and strategies={self.strategies}: ask for one of them at a time")
         if self.search == "min-devices" and self.mesh.size > 1:
             raise ValueError(f"search=min-devices chooses the mesh for each machine: leave {self.mesh=} out")
-        if others := {type(mixer).__name__ for mixer in self.model.mixers if not isinstance(mixer, Softmax)}:
-            raise ValueError(f"{sorted(others)}: the formulas are those of softmax attention; plan a model of Softmax")
+        if self.strategies is not None and not any(isinstance(mixer, Softmax) for mixer in self.model.layers):
+            others = sorted({type(mixer).__name__ for mixer in self.model.layers})
+            raise ValueError(
+                f"strategies={self.strategies} for {others}: strategies spread softmax attention, of which there is "
+                "none; linear attention has one way, handing on its state: leave --strategies out"
+            )
+        if self.analytic:
+            analytic.recurrence(self.model, where)  # refuses what no formula knows
         if self.mesh.size not in (1, where.size):
             raise ValueError(
                 f"the mesh has {self.mesh.size} devices, {where.name} has {where.size}: change the sizes of the mesh, "
@@ -280,7 +289,9 @@ def _largest(
 
     unit = mesh.sequence * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
     limit = max(unit, _LONGEST if key == "T" else _LONGEST // data.T * where.size)
-    guess, _ = search.largest(expected, getattr(data, key), unit, limit)
+    guess: int | None = getattr(data, key)
+    with contextlib.suppress(NotImplementedError):  # no formula: from what is asked for
+        guess, _ = search.largest(expected, getattr(data, key), unit, limit)
     return search.largest(fits, guess or unit, unit, limit)
 
 

@@ -23,8 +23,8 @@ _GiB = 2**30
 _SHOWN = 12  # buffers, and collectives
 FOOT = (
     "Compiled, not run. Times are bounds: every instruction at the chip's published peak or bandwidth, every transfer "
-    "at the bandwidth of the links that it needs, in a TPU slice those of its shortest way; attention by formula where "
-    "its loops depend on data. Real steps take longer."
+    "at the bandwidth of the links that it needs, in a TPU slice those of its shortest way; softmax attention by formula "
+    "where its loops depend on data. Real steps take longer."
 )
 
 
@@ -119,9 +119,11 @@ def time_rows(row: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("messages at link rate", seconds(s["link"])),
             ("MFU, at most", f"{row['mfu_bound']:.1%}"),
         ]
-    by_formula = row["attention_flops_by_formula"]
+    by_formula, linear = row["attention_flops_by_formula"], row["linear_attention_flops"]
+    parts = [f"{by_formula / row['flops']:.0%} attention, by formula"] if by_formula or not linear else []
+    parts += [f"{linear / row['flops']:.0%} linear attention"] if linear else []
     return [
-        ("products", f"{row['flops'] / 1e12:,.2f} TFLOP ({by_formula / row['flops']:.0%} attention, by formula)"),
+        ("products", f"{row['flops'] / 1e12:,.2f} TFLOP ({', '.join(parts)})"),
         ("of the model", f"{row['model_flops'] / 1e12:,.2f} TFLOP (nothing recomputed, all devices alike)"),
         ("HBM traffic", gib(row["hbm_traffic"]) + (", without attention's loops" if by_formula else "")),
         ("products at peak", seconds(s["products"])),

@@ -29,6 +29,8 @@ from longattn.analysis import hlo
 from longattn.analysis.hlo import Collective, Computation, Instruction, Program
 from longattn.analysis.plan.torus import Torus
 
+LINEAR = "linear_attention"  # in the scopes of all that linear attention computes and sends
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -75,6 +77,7 @@ class Totals:
     """One device's step, or a part of it."""
 
     flops: float = 0.0  # of matrix products
+    linear: float = 0.0  # of these, those of linear attention
     hbm_bytes: float = 0.0
     host_bytes: float = 0.0  # to the host's memory and back
     compute: float = 0.0  # seconds in which instructions run
@@ -87,6 +90,7 @@ class Totals:
 
     def add(self, other: Totals, times: float = 1.0) -> None:
         self.flops += times * other.flops
+        self.linear += times * other.linear
         self.hbm_bytes += times * other.hbm_bytes
         self.host_bytes += times * other.host_bytes
         self.compute += times * other.compute
@@ -105,6 +109,11 @@ class Totals:
 def backward(scope: str) -> bool:
     """Whether what was traced there belongs to a backward pass."""
     return "transpose(" in scope
+
+
+def softmax(scope: str) -> bool:
+    """Whether what was traced there is softmax attention."""
+    return "attention" in scope and LINEAR not in scope
 
 
 def walk(program: Program, rates: Rates) -> Totals:
@@ -231,7 +240,7 @@ class _Walk:
 
     def _unknown(self, scopes: Iterable[str]) -> float:
         """For how long what is not counted runs at the most."""
-        counted = lambda scope: "attention" in scope and backward(scope) not in self.hiding
+        counted = lambda scope: softmax(scope) and backward(scope) not in self.hiding
         return 0.0 if all(map(counted, scopes)) else math.inf
 
     def _one(
@@ -258,6 +267,7 @@ class _Walk:
         ahead = offloaded or instruction.opcode in ("copy-start", "async-start")
         seconds = 0.0 if ahead else max(flops / self.rates.flops, moved / self.rates.hbm)
         totals.flops += flops
+        totals.linear += flops * (LINEAR in instruction.scope)
         totals.hbm_bytes += moved
         totals.host_bytes += offloaded
         totals.compute += seconds

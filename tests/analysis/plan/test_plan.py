@@ -10,7 +10,7 @@ from rich.console import Console
 from longattn import cli
 from longattn.analysis import cost, plan
 from longattn.analysis.plan import command, program, show
-from longattn.config import GLA, ByteLM, Config, Mesh, Model, RetNet, Softmax
+from longattn.config import ByteLM, Config, Mesh, Model
 from tests.analysis.compilers import needs_cuda, needs_libtpu
 
 TINY = Model(N=2, E=512, F=1024, H=4, K=2, D=64, W=512, remat="attention")
@@ -18,8 +18,8 @@ DATA = ByteLM(T=1024, B=4)
 ROW = {
     "topology", "T", "B", "strategy", "layout", "devices", "mesh", "fits", "refused", "hbm_bytes", "hbm_limit",
     "by_kind", "buffers", "argument_bytes", "output_bytes", "aliased_bytes", "temporary_bytes", "code_bytes", "flops",
-    "attention_flops_by_formula", "model_flops", "hbm_traffic", "seconds", "mfu_bound", "collectives", "not_counted",
-    "compile_seconds", "cached", "host_bytes", "host_traffic", "instructions",
+    "attention_flops_by_formula", "linear_attention_flops", "model_flops", "hbm_traffic", "seconds", "mfu_bound",
+    "collectives", "not_counted", "compile_seconds", "cached", "host_bytes", "host_traffic", "instructions",
 }  # fmt: skip
 
 
@@ -197,12 +197,6 @@ def test_meshes_are_chosen_by_rows_and_then_positions():
     assert choose("h100:1", 4096, 3).mesh == Mesh()
     with pytest.raises(ValueError, match="16 devices cannot share 3 rows of T=4100"):
         choose("v5e:4x4", 4100, 3)
-
-
-def test_only_softmax_is_planned():
-    model = Model(mixers=(Softmax(), RetNet(), GLA()))
-    with pytest.raises(ValueError, match=r"\['GLA', 'RetNet'\]: the formulas are those of softmax attention"):
-        plan.PlanOptions(model=model)
 
 
 @needs_libtpu

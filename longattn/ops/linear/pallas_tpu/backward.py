@@ -22,7 +22,13 @@ from jaxtyping import Array
 
 from longattn.ops.linear.pallas_tpu.call import Call, Part, Parts, float32, read, run, starts, tokens
 from longattn.ops.linear.pallas_tpu.chunk import chunk
+from longattn.ops.linear.pallas_tpu.cost import Pass
 from longattn.ops.linear.pallas_tpu.forward import inputs
+
+
+def _again(n: Call) -> int:
+    """Chunks of a span after which the state, or whose inverse, is needed again."""
+    return n.span if n.delta else n.span - 1
 
 
 def _kernel(n: Call, refs: Mapping[str, Any]) -> None:
@@ -40,7 +46,7 @@ def _kernel(n: Call, refs: Mapping[str, Any]) -> None:
         if n.delta:
             inverses[c] = inverse
 
-    lax.fori_loop(0, n.span if n.delta else n.span - 1, advance, None)
+    lax.fori_loop(0, _again(n), advance, None)
 
     def differentiate(i: Array, _: None) -> None:
         c = n.span - 1 - i
@@ -85,7 +91,8 @@ def backward(n: Call, arrays: Mapping[str, Array]) -> dict[str, Array]:
     scratch = {"S": pltpu.VMEM((n.span + 1, n.block_h, n.D, n.V), jnp.float32)}
     if n.delta:
         scratch["inverses"] = pltpu.VMEM((n.span, n.block_h, n.chunk, n.chunk), jnp.float32)
-    return run(n, "longattn_linear_backward", _kernel, given, made, scratch)
+    passes: dict[Pass, int] = {"state": _again(n), "gradients": n.span}
+    return run(n, "longattn_linear_backward", _kernel, given, made, scratch, passes)
 
 
 def _pull_kernel(n: Call, refs: Mapping[str, Any]) -> None:
@@ -120,4 +127,4 @@ def pull(n: Call, arrays: Mapping[str, Array]) -> Array:
         "dfinal_state": (arrays["dfinal_state"], parts.state()),
     }
     made: dict[str, Part] = {"dinitial_state": (float32((n.B, n.H, n.D, n.V)), parts.state())}
-    return run(n, "longattn_linear_pull", _pull_kernel, given, made, {})["dinitial_state"]
+    return run(n, "longattn_linear_pull", _pull_kernel, given, made, {}, {"pull": n.span})["dinitial_state"]

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from longattn.ops.linear.pallas_tpu.chunk import Statics, Tokens
+from longattn.ops.linear.pallas_tpu.cost import Pass, estimate
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Call:
     def own(self, heads: int) -> int:
         """Of an array of so many heads, those that a program reads."""
         return max(self.block_h * heads // self.H, 1)
+
+    def cost(self, passes: Mapping[Pass, int], arrays: Sequence[Any]) -> pl.CostEstimate:
+        """Of `passes` as `run` takes them, each array read or written once."""
+        runs = {what: self.B * self.H * self.spans * chunks for what, chunks in passes.items()}
+        return estimate(self.statics, self.D, self.V, runs, arrays)
 
 
 Part = tuple[Any, pl.BlockSpec]  # an array or its ShapeDtypeStruct, and what a program has of it
@@ -133,9 +139,12 @@ def starts(refs: Mapping[str, Any], c: Array) -> Array | None:
 
 def run(
     n: Call, name: str, kernel: Callable[..., None], inputs: Mapping[str, Part], outputs: Mapping[str, Part],
-    scratch: Mapping[str, Any],
+    scratch: Mapping[str, Any], passes: Mapping[Pass, int],
 ) -> dict[str, Array]:  # fmt: skip
-    """The kernel, called with its refs by name, over (sequences and groups of heads) x spans: its outputs by name."""
+    """The kernel, called with its refs by name, over (sequences and groups of heads) x spans: its outputs by name.
+
+    `passes`: which it makes over the chunks of a span, and over how many of them.
+    """
     names = (*inputs, *outputs, *scratch)
     kind = jax.typeof(inputs["k"][0]).manual_axis_type
     shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=kind)
@@ -150,6 +159,7 @@ def run(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=n.vmem_bytes
         ),
+        cost_estimate=n.cost(passes, [x for x, _ in (*inputs.values(), *outputs.values())]),
     )(*(x for x, _ in inputs.values()))
     return dict(zip(outputs, found))
 

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from longattn.ops.linear.pallas_tpu.call import Call, Part, Parts, float32, run, starts, tokens
 from longattn.ops.linear.pallas_tpu.chunk import chunk
+from longattn.ops.linear.pallas_tpu.cost import Pass
 
 
 def _kernel(n: Call, refs: Mapping[str, Any]) -> None:
@@ -65,4 +66,6 @@ def forward(n: Call, arrays: Mapping[str, Array], save: bool) -> dict[str, Array
         made["out"] = jax.ShapeDtypeStruct((n.B, n.H, n.T, n.V), n.dtype), parts.tokens(n.H, n.V)
     if save:
         made["states"] = float32((n.B, n.H, n.spans, n.D, n.V)), parts.states()
-    return run(n, f"longattn_linear_{'forward' if 'q' in arrays else 'fold'}", _kernel, given, made, {})
+    what: Pass = "out" if "q" in arrays else "state"
+    name = f"longattn_linear_{'forward' if 'q' in arrays else 'fold'}"
+    return run(n, name, _kernel, given, made, {}, {what: n.span})

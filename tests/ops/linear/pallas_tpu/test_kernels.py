@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 import longattn
 from longattn.ops.linear import pallas_tpu
 from longattn.ops.linear.pallas_tpu import chunk as of_chunk
+from longattn.ops.linear.pallas_tpu import cost as of_cost
 from longattn.ops.linear.pallas_tpu import tuning
 from tests.ops import oracle
 from tests.ops.interpreter import as_on_tpu
@@ -170,3 +171,44 @@ def test_levels_are_sums_between_tokens(C):
         assert (exponent <= 0).all()
     np.testing.assert_allclose(before, total, rtol=1e-5, atol=1e-9)
     np.testing.assert_allclose(after, total[-1:] - total, rtol=1e-5, atol=1e-9)
+
+
+def products(jaxpr):
+    """FLOPs of all products, those of loops as often as they run."""
+    total = 0
+    for e in jaxpr.eqns:
+        if e.primitive.name == "dot_general":
+            (summed, _), _ = e.params["dimension_numbers"]
+            total += 2 * e.outvars[0].aval.size * np.prod([e.invars[0].aval.shape[i] for i in summed], dtype=int)
+        inner = [x for x in jax.tree.leaves(e.params, is_leaf=lambda x: hasattr(x, "eqns")) if hasattr(x, "eqns")]
+        total += e.params.get("length", 1) * sum(map(products, inner))
+    return total
+
+
+@pytest.mark.parametrize("kind", ["none", "scalar", "vector", "scalar_delta", "vector_delta"])
+def test_xla_is_told_the_products_of_a_kernels_own_equations(kind):
+    """Of 3 spans, the last one not full, in two programs for each of two sequences: each head and chunk has as many."""
+    arrays = shapes_of(1100, H=16)
+    if "delta" not in kind:
+        del arrays["beta"]
+    if kind == "none":
+        del arrays["log_decay"]
+    if "vector" in kind:
+        arrays["log_decay"] = jax.ShapeDtypeStruct((2, 1100, 16, 64), jnp.float32)
+    found = traced(lambda arrays: jax.vjp(attend, arrays)[1](jax.eval_shape(attend, arrays)), arrays)
+    kernels = {e.params["name"]: e for e in found if e.primitive.name == "pallas_call"}
+    told = {name.removeprefix("longattn_linear_"): e.params["cost_estimate"] for name, e in kernels.items()}
+    forward = kernels["longattn_linear_forward"].params
+    assert told["forward"].flops == 2 * 2 * 3 * products(forward["jaxpr"]) > 0
+    # The gradient of a product is two products; with the delta rule the inverse is not computed again for it.
+    assert told["backward"].flops > (2 if "delta" not in kind else 1) * told["forward"].flops
+
+
+def test_products_of_a_chunk_by_hand():
+    """Without decay: q k^T, its product with v, q S with a state in two pieces, k^T v. A fold has the last alone."""
+    C, D, V = 32, 48, 16
+    n = of_chunk.Statics(C, "none", False, jnp.bfloat16, 1.0)
+    assert of_cost.of_chunk(n, D, V, "out") == (2 * (C * C * D + C * C * V + 3 * C * D * V), 0)
+    assert of_cost.of_chunk(n, D, V, "state") == of_cost.of_chunk(n, D, V, "pull") == (2 * C * D * V, 0)
+    n = of_chunk.Statics(C, "none", False, jnp.float32, 1.0)
+    assert of_cost.of_chunk(n, D, V, "out") == (2 * (C * C * D + C * C * V + 2 * C * D * V), 0)

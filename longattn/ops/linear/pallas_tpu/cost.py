@@ -1,0 +1,67 @@
+"""What the kernels cost, told to XLA, which so knows how much to do beside them, and to whoever reads its programs.
+
+Products are those of the kernels' own equations, of one chunk and head, times the chunks and heads: also those that
+give an operand in two pieces, the inverse's, and what a backward pass computes again.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.interpreters import partial_eval
+
+from longattn.ops.linear.pallas_tpu.chunk import Statics, Tokens, chunk
+
+Pass = Literal["out", "state", "gradients", "pull"]  # of a chunk: `forward`, its part without q, `backward`, `pull`
+
+
+@functools.lru_cache(maxsize=1024)
+def of_chunk(n: Statics, D: int, V: int, what: Pass) -> tuple[int, int]:
+    """(FLOPs of matrix products, exponentials) of a pass over one chunk of one head."""
+    array = lambda *shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    g = {"none": None, "scalar": array(1, n.C), "vector": array(n.C, D)}[n.decay]
+    t = Tokens(
+        None if what == "state" else array(n.C, D), array(n.C, D), array(n.C, V), g, array(1, n.C) if n.delta else None
+    )
+    S, out, known = array(D, V), array(n.C, V), array(n.C, n.C) if n.delta and what == "gradients" else None
+
+    def gradients(t: Tokens, S: Any, known: Any, do: Any) -> Any:
+        if what == "pull":
+            return jax.vjp(lambda S: chunk(n, t, S, None, known)[:2], S)[1]((do, S))
+        return jax.vjp(lambda t, S: chunk(n, t, S, None, known)[:2], t, S)[1]((do, S))
+
+    both = lambda t, S, known, do: chunk(n, t, S, None, known)[:2]
+    f = both if what in ("out", "state") else gradients
+    traced = jax.make_jaxpr(f)(t, S, known, out).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+    return _counted(needed)
+
+
+def _counted(jaxpr: Any) -> tuple[int, int]:
+    flops = exponentials = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (summed, _), _ = equation.params["dimension_numbers"]
+            lhs = equation.invars[0].aval.shape
+            flops += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in summed)
+        elif equation.primitive.name in ("exp", "exp2"):
+            exponentials += math.prod(equation.outvars[0].aval.shape)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                more = _counted(getattr(inner, "jaxpr", inner))
+                flops, exponentials = flops + more[0], exponentials + more[1]
+    return flops, exponentials
+
+
+def estimate(n: Statics, D: int, V: int, runs: Mapping[Pass, int], arrays: Iterable[Any]) -> pl.CostEstimate:
+    """Of a kernel that makes each pass over so many chunks, of all heads and sequences, and moves each array once."""
+    costs = [(times, of_chunk(n, D, V, what)) for what, times in runs.items()]
+    flops, exponentials = (sum(times * cost[i] for times, cost in costs) for i in range(2))
+    moved = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+    return pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=moved)
