@@ -23,8 +23,8 @@ _GiB = 2**30
 _SHOWN = 12  # buffers, and collectives
 FOOT = (
     "Compiled, not run. Times are bounds: every instruction at the chip's published peak or bandwidth, every transfer "
-    "at the bandwidth of the links that it needs, in a TPU slice those of its shortest way; softmax attention by formula "
-    "where its loops depend on data. Real steps take longer."
+    "at the bandwidth of the links that it needs, in a TPU slice those of its shortest way; softmax attention by "
+    "formula where its loops depend on data. Real steps take longer."
 )
 
 
