@@ -289,14 +289,13 @@ def _pairs(n: Statics, q: Array | None, k: Array, exponents: list[Array]) -> tup
 
     By the highest bit in which two tokens differ, section 4.3 of arXiv:2312.06635 carried to the end: of a block of 2 h
     tokens those of the right half meet those of the left, each with its own exponent, so that without the delta rule
-    one array has the queries of the one and the keys of the other.
+    one array has the queries of the one and the keys of the other. Above the
+    diagonal the cotangents must be zero, as the results are.
     """
     return _pairs_forward(n, q, k, exponents)[0]
 
 
 def _pairs_forward(n: Statics, q: Array | None, k: Array, exponents: list[Array]) -> Any:
-    if q is None and not n.delta:
-        return (None, None), None
     i, j = _indices(n.C)
     bit = jnp.where(i > j, _highest_bit(n.C), 0)
     qk = None if q is None else jnp.where(i == j, dot(q, k, "NT", n.dtype), 0.0)
@@ -421,7 +420,7 @@ def chunk(
         into, out_of = _exp(before), _exp(after)
         a, b = _indices(g.shape[2])
         kept = jnp.exp(_column(jnp.sum(g, axis=1, keepdims=True), a == b))
-        qk, kk = _pairs(n, q, k, exponents)
+        qk, kk = (None, None) if q is None and not n.delta else _pairs(n, q, k, exponents)
     else:
         qk = None if q is None else dot(q, k, "NT", n.dtype, (of_q, 1))
         kk = dot(k, k, "NT", n.dtype) if n.delta else None
