@@ -264,13 +264,14 @@ def _pass_on(child: subprocess.Popen[bytes]) -> str:
 
     That report stays untold, unless LONGATTN_TRACEBACK asks for it, and so do Gloo's lines about connections.
     """
-    everything, report = bool(os.environ.get("LONGATTN_TRACEBACK")), b""
+    everything, report, hidden = bool(os.environ.get("LONGATTN_TRACEBACK")), b"", False
     for line in child.stderr:
         if re.match(rb"F\d{4} |E\d{4} .*coordination_service", line) or (report and not line.startswith(b"longattn: ")):
             report += line
             hidden = True
         else:
-            hidden = b"connected peer ranks" in line  # several threads write them, so lines may be torn
+            # Several threads write them, so that two may share a line, whose ends then follow one another.
+            hidden = b"connected peer ranks" in line or (hidden and not line.strip())
         if everything or not hidden:
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
