@@ -94,19 +94,20 @@ def scan(state: State, transition: Array | None, axis: Axis, *, reverse: bool = 
       axis: of the devices.
     """
     arrived = functools.partial(previous, axis=axis, reverse=reverse)
-    rounds, before = _rounds(axis), None
-    for r in range(rounds - 1):
+    last_round, before = rounds(lax.axis_size(axis)) - 1, None
+    for r in range(last_round):
         found = Affine(arrived(transition, hop=1 << r), arrived(state, hop=1 << r))
         before = found if before is None else chain(found, before)
         transition, state = chain(found, Affine(transition, state))
-    if rounds == 0:
+    if last_round < 0:
         return jnp.zeros_like(state)
-    state = arrived(state, hop=1 << rounds - 1)
+    state = arrived(state, hop=1 << last_round)
     return state if before is None else advance(state, before)
 
 
-def _rounds(axis: Axis) -> int:
-    return (lax.axis_size(axis) - 1).bit_length()
+def rounds(devices: int) -> int:
+    """Of the scan over so many devices."""
+    return (devices - 1).bit_length()
 
 
 def _folded(
@@ -115,7 +116,7 @@ def _folded(
 ) -> tuple[State, Array | None]:  # fmt: skip
     """The state that this device's tokens make of `start`, and the transition from the state before them, if needed."""
     _, k, v, log_decay, beta = arrays
-    (*rows, D, V), needed = start.shape, _rounds(axis) > 1
+    (*rows, D, V), needed = start.shape, rounds(lax.axis_size(axis)) > 1
     if beta is not None and needed:
         one = jnp.broadcast_to(jnp.eye(D, dtype=start.dtype)[None, None], (*rows, D, D))
         both = back_end.fold(k, v, log_decay, beta, jnp.concatenate([start, one], 3), ids, spec)
@@ -199,7 +200,7 @@ def attend(
 
     def accepts(back_end: Any) -> None:
         back_end.check(*shaped, spec)
-        if beta is not None and _rounds(axis) > 1:
+        if beta is not None and rounds(lax.axis_size(axis)) > 1:
             check_fold(back_end, shaped, V + D, spec)
 
     name = dispatch.choose(names, BACK_ENDS, accepts)

@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from longattn.config import Config, Mesh, from_json, to_json
+from longattn.config import Config, from_json, to_json
 
 ENVIRONMENT_VERSION = 1
 # Of Run, what does not change what is computed: a run goes on with other values of these. So it does on another mesh.
@@ -59,7 +58,8 @@ def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
     saved = read_config(folder)
     if not resume:
         raise ValueError(f"{folder} already holds a run and resume=False; choose another --run.name")
-    have, want = (json.loads(to_json(replace(c, mesh=Mesh())))["config"] for c in (saved, config))
+    have, want = (json.loads(to_json(c))["config"] for c in (saved, config))
+    have["mesh"] = want["mesh"]
     for name in _FREE:
         have["run"][name] = want["run"][name]
     if (difference := first_difference(have, want)) is not None:

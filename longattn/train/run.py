@@ -90,13 +90,12 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
             if config.run.init_from:
                 state = state._replace(params=job.loaded or initial_params(config, job.context))
         start = int(state.step)
+        mesh = None if job.context is None else job.context.described()
         if start:
-            here = "one device" if job.context is None else job.context.described()
             moved = record.read_config(folder).mesh != config.mesh
-            what = f" on {here}; it began on another mesh, whose sums round otherwise" if moved else ""
+            what = f" on {mesh or 'one device'}; it began on another mesh, whose sums round otherwise" if moved else ""
             console.print(f"continuing {folder} after step {start}{what}", highlight=False)
         ideal = ideal_seconds(config, job.sources["train"].lengths)
-        mesh = None if job.context is None else job.context.described()
         recorder = stack.enter_context(
             record.Recorder(
                 folder, config, console, start=start, ideal_seconds=ideal, info=job.info, kernels=kernels, mesh=mesh

@@ -21,6 +21,7 @@ from longattn.ops.linear.pallas_tpu.call import Call
 from longattn.ops.linear.pallas_tpu.chunk import SUBLANES
 from longattn.ops.linear.pallas_tpu.cost import of_chunk
 from longattn.ops.linear.pallas_tpu.tuning import LANES, SPAN, choose
+from longattn.parallel.linear_state import rounds
 from longattn.parallel.mesh import PARAMETERS
 
 _F32 = 4
@@ -93,11 +94,6 @@ def _call(r: Recurrence, T: int, V: int, dtype: Any) -> Call:
     return Call(1, r.H, *heads, T, r.D, V, chunk, span, block_h, r.decay, r.delta, r.scale, dtype, vmem)
 
 
-def rounds(devices: int) -> int:
-    """Of the scan of states over so many devices."""
-    return (devices - 1).bit_length()
-
-
 def _chained(r: Recurrence, rounds: int) -> float:
     """FLOPs of a scan's products of transitions [D D] with each other and with states [D V]."""
     if rounds < 2:
@@ -113,9 +109,8 @@ def flops(mixer: Mixer, model: Model, T: int, devices: int, tensor: int) -> tupl
     r, dtype = of(mixer, model, tensor), jnp.dtype(model.dtype)
     n = _call(r, T, r.V, dtype)
     one = lambda n, what: r.H * n.spans * of_chunk(n.statics, n.D, n.V, what)[0]
-    again = n.span if n.delta else n.span - 1
     forward = n.span * one(n, "out")
-    backward = again * one(n, "state") + n.span * one(n, "gradients")
+    backward = n.again * one(n, "state") + n.span * one(n, "gradients")
     if devices > 1:
         wide = _call(r, T, r.V + r.D * (r.delta and rounds(devices) > 1), dtype)
         forward += n.span * one(wide, "state")

@@ -26,11 +26,6 @@ from longattn.ops.linear.pallas_tpu.cost import Pass
 from longattn.ops.linear.pallas_tpu.forward import inputs
 
 
-def _again(n: Call) -> int:
-    """Chunks of a span after which the state, or whose inverse, is needed again."""
-    return n.span if n.delta else n.span - 1
-
-
 def _kernel(n: Call, refs: Mapping[str, Any]) -> None:
     step, dS, S, inverses = pl.program_id(1), refs["dinitial_state"], refs["S"], refs.get("inverses")
     span = n.spans - 1 - step
@@ -46,7 +41,7 @@ def _kernel(n: Call, refs: Mapping[str, Any]) -> None:
         if n.delta:
             inverses[c] = inverse
 
-    lax.fori_loop(0, _again(n), advance, None)
+    lax.fori_loop(0, n.again, advance, None)
 
     def differentiate(i: Array, _: None) -> None:
         c = n.span - 1 - i
@@ -91,7 +86,7 @@ def backward(n: Call, arrays: Mapping[str, Array]) -> dict[str, Array]:
     scratch = {"S": pltpu.VMEM((n.span + 1, n.block_h, n.D, n.V), jnp.float32)}
     if n.delta:
         scratch["inverses"] = pltpu.VMEM((n.span, n.block_h, n.chunk, n.chunk), jnp.float32)
-    passes: dict[Pass, int] = {"state": _again(n), "gradients": n.span}
+    passes: dict[Pass, int] = {"state": n.again, "gradients": n.span}
     return run(n, "longattn_linear_backward", _kernel, given, made, scratch, passes)
 
 

@@ -49,6 +49,11 @@ class Call:
         return -(-self.T // self.rows)
 
     @property
+    def again(self) -> int:
+        """Chunks of a span after which the backward kernel needs the state, or whose inverse it needs, once more."""
+        return self.span if self.delta else self.span - 1
+
+    @property
     def groups(self) -> int:
         """Programs of one sequence."""
         return self.H // self.block_h
