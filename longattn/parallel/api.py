@@ -22,7 +22,7 @@ from longattn.mask import Causal, Mask
 from longattn.ops import dispatch
 from longattn.ops import partial as partials
 from longattn.ops.attention.api import Ids, validate
-from longattn.ops.attention.spec import Extras
+from longattn.ops.attention.contract import Visibility
 from longattn.ops.partial import Partial
 from longattn.parallel.balanced import BALANCED
 from longattn.parallel.exchange import ALL_GATHER, ULYSSES, USP
@@ -91,44 +91,44 @@ def _divide(mesh: Mesh | AbstractMesh, q: Any, k: Any, call: Call, batch: tuple[
         )
 
 
-def _specs(extras: Extras, batch: tuple[str, ...], axis: Axis, head: str | None) -> Extras:
+def _specs(visibility: Visibility, batch: tuple[str, ...], axis: Axis, head: str | None) -> Visibility:
     """How the side arrays lie: ids and positions whole along the sequence, the bias like the queries."""
 
     def spec(x: Array, *names: Any) -> P:
         return P(*(name if size > 1 else None for name, size in zip(names, x.shape)))
 
     ids = lambda x, *names: None if x is None else spec(x, *names)
-    return Extras(
-        mask=jax.tree.map(lambda x: spec(x, batch, *([head] if x.ndim > 1 else [])), extras.mask),
-        q_positions=spec(extras.q_positions, batch),
-        k_positions=spec(extras.k_positions, batch),
-        q_segments=ids(extras.q_segments, batch),
-        k_segments=ids(extras.k_segments, batch),
-        bias=ids(extras.bias, batch, head, axis),
+    return Visibility(
+        mask=jax.tree.map(lambda x: spec(x, batch, *([head] if x.ndim > 1 else [])), visibility.mask),
+        q_positions=spec(visibility.q_positions, batch),
+        k_positions=spec(visibility.k_positions, batch),
+        q_segments=ids(visibility.q_segments, batch),
+        k_segments=ids(visibility.k_segments, batch),
+        bias=ids(visibility.bias, batch, head, axis),
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _strategic(
-    q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, strategy: str, call: Call
+    q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, strategy: str, call: Call
 ) -> tuple[Array, Array]:
     """A strategy on one device's shards."""
-    return STRATEGIES[strategy].forward(q, k, v, bias, extras, call)[:2]
+    return STRATEGIES[strategy].forward(q, k, v, bias, visibility, call)[:2]
 
 
 def _strategic_forward(
-    q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, strategy: str, call: Call
+    q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, strategy: str, call: Call
 ) -> Any:
-    out, lse, kept = STRATEGIES[strategy].forward(q, k, v, bias, extras, call)
+    out, lse, kept = STRATEGIES[strategy].forward(q, k, v, bias, visibility, call)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return (out, lse), (kept, extras, out, lse)
+    return (out, lse), (kept, visibility, out, lse)
 
 
 def _strategic_backward(strategy: str, call: Call, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
-    kept, extras, out, lse = residuals
+    kept, visibility, out, lse = residuals
     # Without the barrier XLA may find that keys were sent here before, and keep them until now.
     kept, cotangents = jax.lax.optimization_barrier((kept, cotangents))
-    dq, dk, dv, dbias = STRATEGIES[strategy].backward(kept, out, lse, *cotangents, extras, call)
+    dq, dk, dv, dbias = STRATEGIES[strategy].backward(kept, out, lse, *cotangents, visibility, call)
     return *(x.astype(kept[0].dtype) for x in (dq, dk, dv)), dbias, None
 
 
@@ -136,25 +136,25 @@ _strategic.defvjp(_strategic_forward, _strategic_backward)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "batch", "head", "strategy", "call", "dtype"))
-def _attention(q, k, v, sinks, extras, *, mesh, batch, head, strategy, call, dtype):
+def _attention(q, k, v, sinks, visibility, *, mesh, batch, head, strategy, call, dtype):
     tokens, statistic = P(batch, call.axis, head, None), P(batch, call.axis, head)
 
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(tokens, tokens, tokens, P(head), _specs(extras, batch, call.axis, head)),
+        in_specs=(tokens, tokens, tokens, P(head), _specs(visibility, batch, call.axis, head)),
         out_specs=(tokens, statistic),
         check_vma=True,
     )
-    def local(q, k, v, sinks, extras):
-        if extras.bias is not None:  # so that the gradient of what is replicated is summed in float32
-            extras = extras._replace(bias=extras.bias.astype(statistics_dtype(q.dtype)))
+    def local(q, k, v, sinks, visibility):
+        if visibility.bias is not None:  # so that the gradient of what is replicated is summed in float32
+            visibility = visibility._replace(bias=visibility.bias.astype(statistics_dtype(q.dtype)))
         with jax.named_scope(strategy):
-            q, k, v, extras = dispatch.vary_together((q, k, v, extras))
-            out, lse = _strategic(q, k, v, extras.bias, extras._replace(bias=None), strategy, call)
+            q, k, v, visibility = dispatch.vary_together((q, k, v, visibility))
+            out, lse = _strategic(q, k, v, visibility.bias, visibility._replace(bias=None), strategy, call)
             return tuple(partials.finish(Partial(out, lse), sinks, dtype))
 
-    return local(q, k, v, sinks, extras)
+    return local(q, k, v, sinks, visibility)
 
 
 def attention_with_lse(
@@ -189,7 +189,7 @@ def attention_with_lse(
             f"for the others; {strategy=}"
         )
     mesh, batch, head = axes(mesh, axis, batch_axes, head_axis)
-    q, k, v, sinks, extras, spec, names = validate(
+    q, k, v, sinks, visibility, options, names = validate(
         q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks,
         bias=bias, implementation=implementation, tuning=tuning, rounded=sinks is None,
     )  # fmt: skip
@@ -197,21 +197,23 @@ def attention_with_lse(
     heads = 1 if head is None else mesh.shape[head]
     axis = axis if isinstance(axis, str) else axis[0] if len(axis) == 1 else tuple(axis)
     call = Call(
-        axis, tuple(mesh.shape[name] for name in names_of(axis)), layout, spec.in_order, spec.out_dtype, spec.scale,
-        spec.softcap, None if implementation is None else names, tuning, K // heads,
+        axis, tuple(mesh.shape[name] for name in names_of(axis)), layout, options.in_order, options.out_dtype, options.scale,
+        options.softcap, None if implementation is None else names, tuning, K // heads,
     )  # fmt: skip
     _divide(mesh, q, k, call, batch, head)
-    if spec.in_order:
-        q_positions, k_positions = (layout.permute(x, call.ring) for x in (extras.q_positions, extras.k_positions))
-        extras = extras._replace(q_positions=q_positions, k_positions=k_positions)
+    if options.in_order:
+        q_positions, k_positions = (
+            layout.permute(x, call.ring) for x in (visibility.q_positions, visibility.k_positions)
+        )
+        visibility = visibility._replace(q_positions=q_positions, k_positions=k_positions)
     if bias is not None and not STRATEGIES[strategy].bias:
         raise NotImplementedError(
             f"{strategy=} takes no bias: its columns would have to travel with the keys, and their gradient back; use "
             "strategy='all_gather'"
         )
-    STRATEGIES[strategy].check(extras.mask, T, S, call)
+    STRATEGIES[strategy].check(visibility.mask, T, S, call)
     return _attention(
-        q, k, v, sinks, extras, mesh=mesh, batch=batch, head=head, strategy=strategy, call=call, dtype=q.dtype.name
+        q, k, v, sinks, visibility, mesh=mesh, batch=batch, head=head, strategy=strategy, call=call, dtype=q.dtype.name
     )
 
 

@@ -34,7 +34,7 @@ from jaxtyping import Array
 from longattn.mask import Mask
 from longattn.ops import dispatch
 from longattn.ops import partial as partials
-from longattn.ops.attention.spec import Extras
+from longattn.ops.attention.contract import Visibility
 from longattn.ops.partial import Partial
 from longattn.parallel import pairs
 from longattn.parallel.spec import Call, Edges, Strategy, sent, without_out
@@ -124,9 +124,9 @@ def _walk(queries: Any, keys: Any, call: Call, needed: np.ndarray, work: _Work, 
     return work.take(sums, planned[-1], given) if planned else sums
 
 
-def forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call) -> Any:
+def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, call: Call) -> Any:
     """Attention of this device's queries over the keys of all devices on `call.axis`."""
-    local, device = pairs.local(q, k, extras, call), lax.axis_index(call.axis)
+    local, device = pairs.local(q, k, visibility, call), lax.axis_index(call.axis)
     own = local.attend(pairs.at_distance(call.devices, [0]), device, device, q, (k, v), None)
     hidden = dispatch.vary_together((jnp.full(own.lse.shape, -jnp.inf, own.lse.dtype), q))[0]
 
@@ -151,10 +151,10 @@ def forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call
     return out.astype(call.out_dtype), lse, (q, k, v)
 
 
-def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: Extras, call: Call) -> Any:
+def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, visibility: Visibility, call: Call) -> Any:
     """Its gradients."""
     q, k, v = kept
-    local, device = pairs.local(q, k, extras, call), lax.axis_index(call.axis)
+    local, device = pairs.local(q, k, visibility, call), lax.axis_index(call.axis)
     dlse = without_out(out, do, dlse)
     zeros = dispatch.vary_together((jnp.zeros_like(out), q))[0]
 

@@ -39,7 +39,7 @@ from jaxtyping import Array
 from longattn import shapes
 from longattn.mask import Mask
 from longattn.ops.attention import attend_partial, attention_with_lse, backward_partial
-from longattn.ops.attention.spec import Extras
+from longattn.ops.attention.contract import Visibility
 from longattn.parallel import ring
 from longattn.parallel.layout import SequenceLayout, names_of
 from longattn.parallel.spec import Call, Strategy, without_out
@@ -54,16 +54,16 @@ def _attended(q: Array, k: Array, v: Array, call: Call, **options: Any) -> tuple
 # ---- keys gathered
 
 
-def _own_rows(q: Array, extras: Extras, call: Call) -> dict[str, Any]:
+def _own_rows(q: Array, visibility: Visibility, call: Call) -> dict[str, Any]:
     """The keyword arguments of the local attention over all keys, for the queries of this device."""
     device, (B, n) = lax.axis_index(call.axis), q.shape[:2]
     mine = lambda x: lax.dynamic_slice_in_dim(x, device * n, n, 1)
     rows = lambda x: jnp.broadcast_to(x, (B, x.shape[1]))
     positions = None
     if not call.in_order or call.devices > 1:
-        positions = rows(mine(extras.q_positions)), rows(extras.k_positions)
-    segments = None if extras.q_segments is None else (mine(extras.q_segments), extras.k_segments)
-    return call.options(extras.mask, positions, segments)
+        positions = rows(mine(visibility.q_positions)), rows(visibility.k_positions)
+    segments = None if visibility.q_segments is None else (mine(visibility.q_segments), visibility.k_segments)
+    return call.options(visibility.mask, positions, segments)
 
 
 def _gathered(k: Array, v: Array, axis: Any) -> tuple[Array, Array]:
@@ -71,17 +71,19 @@ def _gathered(k: Array, v: Array, axis: Any) -> tuple[Array, Array]:
         return tuple(lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v))
 
 
-def _gather_forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, call: Call) -> Any:
+def _gather_forward(q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, call: Call) -> Any:
     """Attention of this device's queries over the keys of all devices on `call.axis`."""
     whole = _gathered(k, v, call.axis)
-    return *_attended(q, *whole, call, bias=bias, **_own_rows(q, extras, call)), (q, k, v, bias)
+    return *_attended(q, *whole, call, bias=bias, **_own_rows(q, visibility, call)), (q, k, v, bias)
 
 
-def _gather_backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: Extras, call: Call) -> Any:
+def _gather_backward(
+    kept: Any, out: Array, lse: Array, do: Array, dlse: Array, visibility: Visibility, call: Call
+) -> Any:
     """Its gradients."""
     q, k, v, bias = kept
     whole_k, whole_v = _gathered(k, v, call.axis)
-    options = _own_rows(q, extras, call)
+    options = _own_rows(q, visibility, call)
     if bias is None:
         dq, dk, dv = backward_partial(q, whole_k, whole_v, out, lse, do, dlse, **options)
         dbias = None
@@ -177,48 +179,50 @@ def _axes(call: Call) -> tuple[Call, str, int]:
     return alone if len(call.sizes) == 1 else call.outer, names_of(call.axis)[-1], call.sizes[-1]
 
 
-def _exchange(H: int, K: int, extras: Extras, call: Call) -> tuple[_Exchange, Extras, Call]:
+def _exchange(H: int, K: int, visibility: Visibility, call: Call) -> tuple[_Exchange, Visibility, Call]:
     """The exchange, and ids, positions and call of the attention within."""
     inner, axis, P = _axes(call)
     alone = len(call.sizes) == 1
     x = _Exchange(axis, heads(H, K, P), call.layout if alone else SequenceLayout())
     if alone:  # sequences are whole and in order again
-        ids = {name: None if y is None else call.layout.restore(y, P) for name, y in extras._asdict().items()
+        ids = {name: None if y is None else call.layout.restore(y, P) for name, y in visibility._asdict().items()
                if name.endswith(("positions", "segments"))}  # fmt: skip
-        extras = extras._replace(**ids)
-    return x, extras._replace(mask=x.mask(extras.mask)), inner
+        visibility = visibility._replace(**ids)
+    return x, visibility._replace(mask=x.mask(visibility.mask)), inner
 
 
-def _whole(q: Array, extras: Extras, call: Call) -> dict[str, Any]:
+def _whole(q: Array, visibility: Visibility, call: Call) -> dict[str, Any]:
     """The keyword arguments of the local attention over whole sequences."""
     rows = lambda x: jnp.broadcast_to(x, (q.shape[0], x.shape[1]))
-    positions = None if call.in_order else (rows(extras.q_positions), rows(extras.k_positions))
-    segments = None if extras.q_segments is None else (extras.q_segments, extras.k_segments)
-    return call.options(extras.mask, positions, segments)
+    positions = None if call.in_order else (rows(visibility.q_positions), rows(visibility.k_positions))
+    segments = None if visibility.q_segments is None else (visibility.q_segments, visibility.k_segments)
+    return call.options(visibility.mask, positions, segments)
 
 
-def _heads_forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call) -> Any:
+def _heads_forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, call: Call) -> Any:
     """Attention of this device's queries over the keys of all devices on `call.axis`."""
-    x, extras, inner = _exchange(q.shape[2], call.K, extras, call)
+    x, visibility, inner = _exchange(q.shape[2], call.K, visibility, call)
     q_heads, k_heads, v_heads = x.queries(q), x.keys(k), x.keys(v)
     if inner.devices == 1:
-        out, lse = _attended(q_heads, k_heads, v_heads, inner, **_whole(q_heads, extras, inner))
+        out, lse = _attended(q_heads, k_heads, v_heads, inner, **_whole(q_heads, visibility, inner))
         kept = q_heads, k_heads, v_heads
     else:
-        out, lse, kept = ring.forward(q_heads, k_heads, v_heads, None, extras, inner)
+        out, lse, kept = ring.forward(q_heads, k_heads, v_heads, None, visibility, inner)
     return x.from_queries(out), x.from_queries(lse), kept
 
 
-def _heads_backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: Extras, call: Call) -> Any:
+def _heads_backward(
+    kept: Any, out: Array, lse: Array, do: Array, dlse: Array, visibility: Visibility, call: Call
+) -> Any:
     """Its gradients."""
     q, k, v = kept
-    x, extras, inner = _exchange(out.shape[2], call.K, extras, call)
+    x, visibility, inner = _exchange(out.shape[2], call.K, visibility, call)
     do, lse, dlse = x.queries(do), x.queries(lse, -jnp.inf), x.queries(without_out(out, do, dlse))
     zeros = jnp.zeros_like(do)
     if inner.devices == 1:
-        dq, dk, dv = backward_partial(q, k, v, zeros, lse, do, dlse, **_whole(q, extras, inner))
+        dq, dk, dv = backward_partial(q, k, v, zeros, lse, do, dlse, **_whole(q, visibility, inner))
     else:
-        dq, dk, dv, _ = ring.backward((q, k, v), zeros, lse, do, dlse, extras, inner)
+        dq, dk, dv, _ = ring.backward((q, k, v), zeros, lse, do, dlse, visibility, inner)
     return x.from_queries(dq.astype(q.dtype)), *(x.from_keys(y, call.K, q.dtype) for y in (dk, dv)), None
 
 

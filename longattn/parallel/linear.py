@@ -16,15 +16,15 @@ from jaxtyping import Array, Float
 
 from longattn.ops.linear.api import linear_attention as local_linear_attention
 from longattn.ops.linear.api import validate
-from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, State, Value
+from longattn.ops.linear.contract import Beta, Decay, Ids, Key, Out, Query, State, Value
 from longattn.parallel import linear_state
 from longattn.parallel.api import axes, divide_rows
 from longattn.parallel.layout import Axis, devices_on
 from longattn.parallel.mesh import divide_tokens
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "batch", "axis", "head", "spec", "names"))
-def _linear_attention(arrays, *, mesh, batch, axis, head, spec, names):
+@functools.partial(jax.jit, static_argnames=("mesh", "batch", "axis", "head", "options", "names"))
+def _linear_attention(arrays, *, mesh, batch, axis, head, options, names):
     heads = 1 if head is None else mesh.shape[head]
     along = axis if devices_on(mesh, axis) > 1 and 0 not in arrays[0].shape[:2] else None
     tokens = lambda x: None if x is None else P(batch, along, head if x.shape[2] % heads == 0 else None)
@@ -42,10 +42,10 @@ def _linear_attention(arrays, *, mesh, batch, axis, head, spec, names):
     )
     def local(q, k, v, log_decay, beta, state, ids):
         if along is not None:
-            return linear_state.attend(q, k, v, log_decay, beta, state, ids, axis, spec, names)
+            return linear_state.attend(q, k, v, log_decay, beta, state, ids, axis, options, names)
         return local_linear_attention(
-            q, k, v, log_decay=log_decay, beta=beta, initial_state=state, segment_ids=ids, scale=spec.scale,
-            implementation=names, tuning=spec.tuning,
+            q, k, v, log_decay=log_decay, beta=beta, initial_state=state, segment_ids=ids, scale=options.scale,
+            implementation=names, tuning=options.tuning,
         )  # fmt: skip
 
     return local(*arrays)
@@ -92,7 +92,7 @@ def linear_attention(
         serves the call.
     """
     mesh, batch, head = axes(mesh, axis, batch_axes, head_axis)
-    arrays, spec, names = validate(
+    arrays, options, names = validate(
         q, k, v, log_decay=log_decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids, scale=scale,
         implementation=implementation, tuning=tuning,
     )  # fmt: skip
@@ -107,4 +107,4 @@ def linear_attention(
             )
     if max(x.shape[2] for x in arrays[:3]) % heads:
         raise NotImplementedError(f"one head does not divide over the {heads} devices on {head!r}; use a mesh with one")
-    return tuple(_linear_attention(arrays, mesh=mesh, batch=batch, axis=axis, head=head, spec=spec, names=names))
+    return tuple(_linear_attention(arrays, mesh=mesh, batch=batch, axis=axis, head=head, options=options, names=names))

@@ -50,7 +50,7 @@ from jaxtyping import Array, Bool
 from longattn import shapes
 from longattn.ops import dispatch
 from longattn.ops.linear.api import BACK_ENDS, check_fold, prepared
-from longattn.ops.linear.spec import Beta, Ids, Key, Out, Query, Spec, State, Value
+from longattn.ops.linear.contract import Beta, Ids, Key, Options, Out, Query, State, Value
 from longattn.ops.partial import Affine, advance, chain
 from longattn.parallel.layout import Axis
 
@@ -112,16 +112,16 @@ def rounds(devices: int) -> int:
 
 def _folded(
     arrays: _Arrays, start: State, ids: Ids | None, goes_on: Bool[Array, "B"] | None, axis: Axis, back_end: Any,
-    spec: Spec,
+    options: Options,
 ) -> tuple[State, Array | None]:  # fmt: skip
     """The state that this device's tokens make of `start`, and the transition from the state before them, if needed."""
     _, k, v, log_decay, beta = arrays
     (*rows, D, V), needed = start.shape, rounds(lax.axis_size(axis)) > 1
     if beta is not None and needed:
         one = jnp.broadcast_to(jnp.eye(D, dtype=start.dtype)[None, None], (*rows, D, D))
-        both = back_end.fold(k, v, log_decay, beta, jnp.concatenate([start, one], 3), ids, spec)
+        both = back_end.fold(k, v, log_decay, beta, jnp.concatenate([start, one], 3), ids, options)
         return both[..., :V], where(goes_on, both[..., V:])
-    state = back_end.fold(k, v, log_decay, beta, start, ids, spec)
+    state = back_end.fold(k, v, log_decay, beta, start, ids, options)
     if not needed:
         return state, None
     total = jnp.zeros_like(start[..., 0, :1]) if log_decay is None else jnp.sum(log_decay, 1).reshape(*rows, -1)
@@ -131,38 +131,38 @@ def _folded(
 
 
 def _before(
-    arrays: _Arrays, initial_state: State, ids: Ids | None, axis: Axis, back_end: Any, spec: Spec
+    arrays: _Arrays, initial_state: State, ids: Ids | None, axis: Axis, back_end: Any, options: Options
 ) -> tuple[State, Array | None, Array | None]:
     """The state before this device's tokens, the transition from it, and the rows whose segment goes on here."""
     goes_on = None if ids is None else continues(ids, axis)
     start = first(initial_state, axis)
-    state, transition = _folded(arrays, start, ids, goes_on, axis, back_end, spec)
+    state, transition = _folded(arrays, start, ids, goes_on, axis, back_end, options)
     with jax.named_scope("exchange"):
         return start + where(goes_on, scan(state, transition, axis)), transition, goes_on
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _attend(
-    arrays: _Arrays, initial_state: State, ids: Ids | None, axis: Axis, name: str, spec: Spec
+    arrays: _Arrays, initial_state: State, ids: Ids | None, axis: Axis, name: str, options: Options
 ) -> tuple[Out, State]:
     """out and the state after this device's tokens."""
-    S, _, _ = _before(arrays, initial_state, ids, axis, BACK_ENDS[name], spec)
-    return BACK_ENDS[name].attend(*arrays, S, ids, spec)
+    S, _, _ = _before(arrays, initial_state, ids, axis, BACK_ENDS[name], options)
+    return BACK_ENDS[name].attend(*arrays, S, ids, options)
 
 
 def _attend_forward(
-    arrays: _Arrays, initial_state: State, ids: Ids | None, axis: Axis, name: str, spec: Spec
+    arrays: _Arrays, initial_state: State, ids: Ids | None, axis: Axis, name: str, options: Options
 ) -> tuple[tuple[Out, State], Any]:
-    S, *kept = _before(arrays, initial_state, ids, axis, BACK_ENDS[name], spec)
+    S, *kept = _before(arrays, initial_state, ids, axis, BACK_ENDS[name], options)
     kept = jax.tree.map(lambda x: checkpoint_name(x, "linear_state"), kept)
-    results, pull = jax.vjp(lambda arrays, S: BACK_ENDS[name].attend(*arrays, S, ids, spec), arrays, S)
+    results, pull = jax.vjp(lambda arrays, S: BACK_ENDS[name].attend(*arrays, S, ids, options), arrays, S)
     return results, (arrays, ids, kept, pull)
 
 
-def _attend_backward(axis: Axis, name: str, spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
+def _attend_backward(axis: Axis, name: str, options: Options, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
     arrays, ids, (transition, goes_on), pull = residuals
     do, dS = cotangents
-    before = BACK_ENDS[name].pull(*arrays, ids, do, dS, spec)
+    before = BACK_ENDS[name].pull(*arrays, ids, do, dS, options)
     if transition is not None and transition.ndim == 4:
         transition = transition.swapaxes(2, 3)
     with jax.named_scope("exchange"):
@@ -176,7 +176,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def attend(
     q: Query, k: Key, v: Value, log_decay: Array | None, beta: Beta | None, initial_state: State | None,
-    segment_ids: Ids | None, axis: Axis, spec: Spec, names: tuple[str, ...],
+    segment_ids: Ids | None, axis: Axis, options: Options, names: tuple[str, ...],
 ) -> tuple[Out, State]:  # fmt: skip
     """`longattn.linear_attention` inside a shard_map, of this device's tokens of a sequence in parts along `axis`.
 
@@ -184,7 +184,7 @@ def attend(
       q, k, v, log_decay, beta, segment_ids: this device's, as after `linear.api.validate`; log_decay may be [H].
       initial_state: before the first device's tokens, or None.
       axis: along which the parts lie, in order.
-      spec, names: as `validate` returns them.
+      options, names: as `validate` returns them.
 
     Returns:
       This device's out, and the state after the last device's tokens, equal on all devices of `axis`.
@@ -199,11 +199,11 @@ def attend(
     shaped = jax.eval_shape(lambda *x: x, *arrays, S, ids)
 
     def accepts(back_end: Any) -> None:
-        back_end.check(*shaped, spec)
+        back_end.check(*shaped, options)
         if beta is not None and rounds(lax.axis_size(axis)) > 1:
-            check_fold(back_end, shaped, V + D, spec)
+            check_fold(back_end, shaped, V + D, options)
 
     name = dispatch.choose(names, BACK_ENDS, accepts)
     with jax.named_scope("linear_attention"), jax.named_scope(name):
-        out, S = _attend(tuple(arrays), S, ids, axis, name, spec)
+        out, S = _attend(tuple(arrays), S, ids, axis, name, options)
         return out, last(S, axis)

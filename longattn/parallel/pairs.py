@@ -25,7 +25,7 @@ from longattn.mask import EMPTY, FULL, And, Causal, Dilated, Fn, Full, Mask, Not
 from longattn.ops import dispatch
 from longattn.ops import partial as partials
 from longattn.ops.attention import attend_partial, backward_partial
-from longattn.ops.attention.spec import Extras
+from longattn.ops.attention.contract import Visibility
 from longattn.ops.partial import Partial
 from longattn.parallel.spec import Call
 from longattn.shapes import statistics_dtype
@@ -134,14 +134,14 @@ class Local:
     """What every pair of a call is computed with: ids and positions of all devices, whole on each."""
 
     call: Call
-    extras: Extras
+    visibility: Visibility
     pairs: Pairs
     T: int
     S: int
 
     def options(self, case: Case, i: Any, j: Any, B: int) -> dict[str, Any]:
         """The keyword arguments of `attend_partial` for the case of device i's queries and device j's keys."""
-        call, extras, P = self.call, self.extras, self.call.devices
+        call, visibility, P = self.call, self.visibility, self.call.devices
 
         def part(x: Array, device: Any, length: int, within: tuple[int, int]) -> Array:
             mine = lax.dynamic_slice_in_dim(x, device * (length // P), length // P, 1)
@@ -153,11 +153,11 @@ class Local:
             rows = [call.layout.local_positions(device, n, P)[None, slice(*at)] for _, device, n, at in sides]
             positions = tuple(jnp.broadcast_to(x, (B, x.shape[1])) for x in rows)
         elif case.mask is None and not call.in_order:
-            positions = tuple(part(getattr(extras, f"{side}_positions"), *rest) for side, *rest in sides)
+            positions = tuple(part(getattr(visibility, f"{side}_positions"), *rest) for side, *rest in sides)
         segments = None
-        if extras.q_segments is not None:
-            segments = tuple(part(getattr(extras, f"{side}_segments"), *rest) for side, *rest in sides)
-        return call.options(extras.mask if case.mask is None else case.mask, positions, segments)
+        if visibility.q_segments is not None:
+            segments = tuple(part(getattr(visibility, f"{side}_segments"), *rest) for side, *rest in sides)
+        return call.options(visibility.mask if case.mask is None else case.mask, positions, segments)
 
     def _switch(self, which: np.ndarray, i: Any, j: Any, branch: Callable[..., Any], *arrays: Any) -> Any:
         """`branch(case, *arrays)` for the case of the pair (i, j), which is one of those that `which` [P P] names."""
@@ -218,10 +218,10 @@ class Local:
         return self._switch(which, i, j, branch, q, *kv, *statistics)
 
 
-def local(q: Array, k: Array, extras: Extras, call: Call) -> Local:
+def local(q: Array, k: Array, visibility: Visibility, call: Call) -> Local:
     """Of a device's shards of q and k."""
     T, S = (x.shape[1] * call.devices for x in (q, k))
-    return Local(call, extras, pairs(extras.mask, call, T, S), T, S)
+    return Local(call, visibility, pairs(visibility.mask, call, T, S), T, S)
 
 
 def at_distance(P: int, distances: Iterable[int]) -> np.ndarray:

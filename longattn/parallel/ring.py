@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from longattn.ops.attention.spec import Extras
+from longattn.ops.attention.contract import Visibility
 from longattn.parallel import pairs
 from longattn.parallel.pairs import at_distance
 from longattn.parallel.spec import Call, Strategy, sent
@@ -74,9 +74,9 @@ def _all(P: int, shift: int) -> list[tuple[int, int]]:
     return [(i, (i + shift) % P) for i in range(P)]
 
 
-def forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call) -> Any:
+def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, call: Call) -> Any:
     """Attention of this device's queries over the keys of all devices on `call.axis`."""
-    mine, P, local = lax.axis_index(call.axis), call.devices, pairs.local(q, k, extras, call)
+    mine, P, local = lax.axis_index(call.axis), call.devices, pairs.local(q, k, visibility, call)
     needed = local.pairs.needed
     ways = [(way, way.edges(needed)) for way in routes(needed)]
     arriving = [sent((k, v), call.axis, edges, "hop") for _, edges in ways]
@@ -97,10 +97,10 @@ def forward(q: Array, k: Array, v: Array, bias: None, extras: Extras, call: Call
     return so_far.out.astype(call.out_dtype), so_far.lse, (q, k, v)
 
 
-def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, extras: Extras, call: Call) -> Any:
+def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, visibility: Visibility, call: Call) -> Any:
     """Its gradients."""
     q, k, v = kept
-    mine, P, local = lax.axis_index(call.axis), call.devices, pairs.local(q, k, extras, call)
+    mine, P, local = lax.axis_index(call.axis), call.devices, pairs.local(q, k, visibility, call)
     needed = local.pairs.needed
     ways = [(way, way.edges(needed)) for way in routes(needed)]
     arriving = [sent((k, v), call.axis, edges, "hop") for _, edges in ways]

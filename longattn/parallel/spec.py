@@ -2,13 +2,13 @@
 
 A strategy is a pair of functions of one device's shards, which no derivative is taken of,
 
-    forward(q, k, v, bias, extras, call) -> (out in call.out_dtype, lse, kept)
-    backward(kept, out, lse, do, dlse, extras, call) -> (dq, dk, dv, dbias), dq, dk and dv in the statistics' dtype
+    forward(q, k, v, bias, visibility, call) -> (out in call.out_dtype, lse, kept)
+    backward(kept, out, lse, do, dlse, visibility, call) -> (dq, dk, dv, dbias), dq, dk and dv in the statistics' dtype
 
 `kept` is what the backward pass needs besides out and lse: q, k, v and the bias, as they are where that is least to
 send. q [B t H D] are this device's T / P queries, k [B s K D] and v [B s K V] its S / P keys, all in the layout's
-order; the ids and positions in `extras` are whole on every device ([B T], [B S]): they are small. A bias is split along
-T and is not in `extras`. There are no sinks. All arrays vary over the same mesh axes (`dispatch.vary_together`).
+order; the ids and positions in `visibility` are whole on every device ([B T], [B S]): they are small. A bias is split along
+T and is not in `visibility`. There are no sinks. All arrays vary over the same mesh axes (`dispatch.vary_together`).
 """
 
 from __future__ import annotations

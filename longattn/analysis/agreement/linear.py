@@ -137,7 +137,7 @@ class StateProblem(LinearProblem):
     def call(self, arrays: Any, ids: Any, implementation: str) -> dict[str, Any]:
         do, dS, given = _cotangents(arrays)
         absent = dict.fromkeys(("log_decay", "beta", "segment_ids"))
-        operands, spec, names = api.validate(
+        operands, options, names = api.validate(
             **(absent | given | ids), scale=self.scale, implementation=implementation, tuning=None
         )
         shaped, columns = jax.eval_shape(api.prepared, operands), dS.shape[3]
@@ -146,12 +146,12 @@ class StateProblem(LinearProblem):
             S = jnp.concatenate([S, self._identity(S.dtype)], 3)
 
         def accepts(back_end: Any) -> None:
-            back_end.check(*shaped, spec)
-            api.check_fold(back_end, shaped, S.shape[3], spec)
+            back_end.check(*shaped, options)
+            api.check_fold(back_end, shaped, S.shape[3], options)
 
         back_end = api.BACK_ENDS[dispatch.choose(names, api.BACK_ENDS, accepts)]
-        both = back_end.fold(*tokens[1:], S, ids, spec)
-        found = {"final_state": both[..., :columns], "dinitial_state": back_end.pull(*tokens, ids, do, dS, spec)}
+        both = back_end.fold(*tokens[1:], S, ids, options)
+        found = {"final_state": both[..., :columns], "dinitial_state": back_end.pull(*tokens, ids, do, dS, options)}
         return found | ({"transition": both[..., columns:]} if self.delta else {})
 
     def plain(self, arrays: Any, ids: Any) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from longattn.analysis.cases.kernel import F32, Branch, Case, Kernel, flops, gra
 from longattn.analysis.cases.shape import Shape
 from longattn.mask import Full, Window
 from longattn.ops.attention import attention
+from longattn.ops.attention.contract import Visibility
 from longattn.ops.attention.pallas_tpu import Blocks, Tuning, blocks
-from longattn.ops.attention.spec import Extras
 
 INT32 = 4  # bytes
 _TILES = {"forward": (512, 256), "backward": (256, 256)}  # queries and keys of one product where the shape names none
@@ -109,7 +109,7 @@ def _lists(shape: Shape, tuning: Blocks, by_key: bool) -> _Lists:
                 shape.mask, tuning.block_q, tuning.block_k, tuning.tile_q, tuning.tile_k, shape.T, shape.T
             )
         walk, _ = blocks.walk(
-            Extras(shape.mask, positions, positions, ids, ids), patterns, (tuning.block_q, tuning.block_k),
+            Visibility(shape.mask, positions, positions, ids, ids), patterns, (tuning.block_q, tuning.block_k),
             (tuning.tile_q, tuning.tile_k), shape.T, shape.T, True, [0] * own, by_key,
         )  # fmt: skip
     table = np.asarray(walk)[0, 0]

@@ -20,7 +20,7 @@ from longattn.mask import Causal, Mask
 from longattn.ops import dispatch
 from longattn.ops import partial as partials
 from longattn.ops.attention import pallas_tpu, reference, xla
-from longattn.ops.attention.spec import Extras, Spec
+from longattn.ops.attention.contract import Options, Visibility
 from longattn.ops.partial import Partial
 from longattn.shapes import Key, KeyIds, Out, Query, QueryIds, Statistic, Value
 
@@ -60,7 +60,7 @@ def validate(
     implementation: str | Sequence[str] | None,
     tuning: Any,
     rounded: bool,
-) -> tuple[Array, Array, Array, Array | None, Extras, Spec, tuple[str, ...]]:
+) -> tuple[Array, Array, Array, Array | None, Visibility, Options, tuple[str, ...]]:
     """Raises every ValueError of a call, from shapes and dtypes alone.
 
     Returns q, k, v, sinks as arrays, the other arguments as a back end takes them, and the candidate back ends.
@@ -88,11 +88,11 @@ def validate(
     arange = jnp.arange(T, dtype=jnp.int32)[None], jnp.arange(S, dtype=jnp.int32)[None]
     q_positions, k_positions = arange if positions is None else _pair("positions", positions, q, k)
     q_segments, k_segments = (None, None) if segment_ids is None else _pair("segment_ids", segment_ids, q, k)
-    extras = Extras(mask, q_positions, k_positions, q_segments, k_segments, bias)
+    visibility = Visibility(mask, q_positions, k_positions, q_segments, k_segments, bias)
     if jax.tree.leaves(mask):
         visible = jax.eval_shape(mask, q_positions[:, None, :, None], k_positions[:, None, None, :])
         shapes.check_broadcast(f"mask={mask}: its pattern", visible, (B, H, T, S), "B H T S")
-    spec = Spec(
+    options = Options(
         scale=D**-0.5 if scale is None else shapes.check_positive("scale", scale),
         softcap=None if softcap is None else shapes.check_positive("softcap", softcap),
         out_dtype=(q.dtype if rounded else shapes.statistics_dtype(q.dtype)).name,
@@ -103,32 +103,32 @@ def validate(
         shapes.check_shape("sinks", sinks, (H,), "H")
         shapes.check_dtype("sinks", sinks, shapes.FLOATS)
         sinks = jnp.asarray(sinks)
-    return q, k, v, sinks, extras, spec, names
+    return q, k, v, sinks, visibility, options, names
 
 
 def _prepare(
-    q: Any, k: Any, v: Any, sinks: Any = None, **options: Any
-) -> tuple[Array, Array, Array, Array | None, Extras, Spec, str]:
+    q: Any, k: Any, v: Any, sinks: Any = None, **arguments: Any
+) -> tuple[Array, Array, Array, Array | None, Visibility, Options, str]:
     """`validate`, and the back end that serves the call."""
-    q, k, v, sinks, extras, spec, names = validate(q, k, v, sinks=sinks, **options)
-    name = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(q, k, v, extras, spec))
-    return q, k, v, sinks, extras, spec, name
+    q, k, v, sinks, visibility, options, names = validate(q, k, v, sinks=sinks, **arguments)
+    name = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(q, k, v, visibility, options))
+    return q, k, v, sinks, visibility, options, name
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "name", "dtype"))
-def _attention(q, k, v, extras, sinks, *, spec, name, dtype):
-    q, k, v, extras, sinks = dispatch.vary_together((q, k, v, extras, sinks))
+@functools.partial(jax.jit, static_argnames=("options", "name", "dtype"))
+def _attention(q, k, v, visibility, sinks, *, options, name, dtype):
+    q, k, v, visibility, sinks = dispatch.vary_together((q, k, v, visibility, sinks))
     with jax.named_scope("attention"):
         with jax.named_scope(name):
-            out, lse = BACK_ENDS[name].attend(q, k, v, extras, spec)
+            out, lse = BACK_ENDS[name].attend(q, k, v, visibility, options)
         return partials.finish(Partial(out, lse), sinks, dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "name"))
-def _backward_partial(q, k, v, extras, out, lse, do, dlse, *, spec, name):
-    arrays = dispatch.vary_together((q, k, v, extras, out, lse, do, dlse))
+@functools.partial(jax.jit, static_argnames=("options", "name"))
+def _backward_partial(q, k, v, visibility, out, lse, do, dlse, *, options, name):
+    arrays = dispatch.vary_together((q, k, v, visibility, out, lse, do, dlse))
     with jax.named_scope("attention"), jax.named_scope(name), jax.named_scope("backward"):
-        return BACK_ENDS[name].backward_partial(*arrays, spec)
+        return BACK_ENDS[name].backward_partial(*arrays, options)
 
 
 def attention_with_lse(
@@ -147,12 +147,12 @@ def attention_with_lse(
     tuning: Any = None,
 ) -> tuple[Out, Statistic]:
     """`attention`, and its log-sum-exp: natural logarithm, float32 (float64 for float64 inputs), differentiable."""
-    q, k, v, sinks, extras, spec, name = _prepare(
+    q, k, v, sinks, visibility, options, name = _prepare(
         q, k, v, sinks, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap,
         bias=bias, implementation=implementation, tuning=tuning,
         rounded=sinks is None,  # sinks rescale out before it is rounded
     )  # fmt: skip
-    return tuple(_attention(q, k, v, extras, sinks, spec=spec, name=name, dtype=q.dtype.name))
+    return tuple(_attention(q, k, v, visibility, sinks, options=options, name=name, dtype=q.dtype.name))
 
 
 def attention(
@@ -216,11 +216,11 @@ def attend_partial(
     tuning: Any = None,
 ) -> Partial:
     """Attention over these keys only, to be merged with others. As `attention`; sinks come with `partial.finish`."""
-    q, k, v, _, extras, spec, name = _prepare(
+    q, k, v, _, visibility, options, name = _prepare(
         q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, bias=bias,
         implementation=implementation, tuning=tuning, rounded=False,
     )  # fmt: skip
-    return _attention(q, k, v, extras, None, spec=spec, name=name, dtype=None)
+    return _attention(q, k, v, visibility, None, options=options, name=name, dtype=None)
 
 
 def backward_partial(
@@ -253,7 +253,7 @@ def backward_partial(
     Returns:
       dq [B T H D], dk [B S K D], dv [B S K V] in float32 (float64 for float64 inputs).
     """
-    q, k, v, _, extras, spec, name = _prepare(
+    q, k, v, _, visibility, options, name = _prepare(
         q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, bias=bias,
         implementation=implementation, tuning=tuning, rounded=False,
     )  # fmt: skip
@@ -261,4 +261,4 @@ def backward_partial(
         shapes.check_shape(label, x, (*q.shape[:3], v.shape[3]), "B T H V")
     for label, x in (("lse", lse), ("dlse", dlse)):
         shapes.check_shape(label, x, q.shape[:3], "B T H")
-    return _backward_partial(q, k, v, extras, out, lse, do, dlse, spec=spec, name=name)
+    return _backward_partial(q, k, v, visibility, out, lse, do, dlse, options=options, name=name)

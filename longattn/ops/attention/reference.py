@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array
 
-from longattn.ops.attention.spec import Extras, Spec
+from longattn.ops.attention.contract import Options, Visibility
 from longattn.shapes import Key, Logits, Out, Query, Statistic, Value
 
 
@@ -26,25 +26,25 @@ def check(*call: object) -> None:
     """Accepts every valid call."""
 
 
-def _logits(q: Array, k: Array, extras: Extras, spec: Spec) -> Logits:
+def _logits(q: Array, k: Array, visibility: Visibility, options: Options) -> Logits:
     """Logits with -inf at hidden keys. Query head h reads key head h // G."""
     k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
-    logits = spec.scale * jnp.einsum("BTHD,BSHD->BHTS", q, k, precision=Precision.HIGHEST)
-    if spec.softcap is not None:
-        logits = spec.softcap * jnp.tanh(logits / spec.softcap)
-    if extras.bias is not None:
-        logits = logits + extras.bias.astype(logits.dtype)
-    visible = extras.mask(extras.q_positions[:, None, :, None], extras.k_positions[:, None, None, :])
-    if extras.q_segments is not None:
-        visible = visible & (extras.q_segments[:, None, :, None] == extras.k_segments[:, None, None, :])
+    logits = options.scale * jnp.einsum("BTHD,BSHD->BHTS", q, k, precision=Precision.HIGHEST)
+    if options.softcap is not None:
+        logits = options.softcap * jnp.tanh(logits / options.softcap)
+    if visibility.bias is not None:
+        logits = logits + visibility.bias.astype(logits.dtype)
+    visible = visibility.mask(visibility.q_positions[:, None, :, None], visibility.k_positions[:, None, None, :])
+    if visibility.q_segments is not None:
+        visible = visible & (visibility.q_segments[:, None, :, None] == visibility.k_segments[:, None, None, :])
     return jnp.where(visible, logits, -jnp.inf)
 
 
-def attend(q: Query, k: Key, v: Value, extras: Extras, spec: Spec) -> tuple[Out, Statistic]:
+def attend(q: Query, k: Key, v: Value, visibility: Visibility, options: Options) -> tuple[Out, Statistic]:
     """out [B T H V] and lse [B T H]; zeros and -inf where no key is visible."""
     q, k, v = _wide(q, k, v)
     with jax.named_scope("logits"):
-        logits = _logits(q, k, extras, spec)
+        logits = _logits(q, k, visibility, options)
     with jax.named_scope("softmax"):
         m = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
         m = jnp.where(m == -jnp.inf, 0.0, m)
@@ -57,15 +57,23 @@ def attend(q: Query, k: Key, v: Value, extras: Extras, spec: Spec) -> tuple[Out,
     with jax.named_scope("values"):
         v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
         out = jnp.einsum("BHTS,BSHV->BTHV", weights, v, precision=Precision.HIGHEST)
-    return out.astype(spec.out_dtype), lse
+    return out.astype(options.out_dtype), lse
 
 
 def backward_partial(
-    q: Query, k: Key, v: Value, extras: Extras, out: Out, lse: Statistic, do: Out, dlse: Statistic, spec: Spec
+    q: Query,
+    k: Key,
+    v: Value,
+    visibility: Visibility,
+    out: Out,
+    lse: Statistic,
+    do: Out,
+    dlse: Statistic,
+    options: Options,
 ) -> tuple[Query, Key, Value]:
     """dq, dk, dv from these keys, given the global out and lse: P = exp(logits - lse), dS = P (do v^T - D + dlse)."""
     q, k, v, out, do = _wide(q, k, v, out, do)
-    logits, pull = jax.vjp(lambda q, k: _logits(q, k, extras, spec), q, k)
+    logits, pull = jax.vjp(lambda q, k: _logits(q, k, visibility, options), q, k)
     repeated, gather = jax.vjp(lambda v: jnp.repeat(v, q.shape[2] // v.shape[2], axis=2), v)
     lse, dlse, D = (jnp.transpose(x, (0, 2, 1))[..., None] for x in (lse, dlse, jnp.sum(do * out, axis=-1)))
     P = jnp.where(lse == -jnp.inf, 0.0, jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)))

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float
 from longattn import shapes
 from longattn.mask import EMPTY, FULL, PARTIAL, Mask
 from longattn.ops import dispatch
-from longattn.ops.attention.spec import Extras, Spec
+from longattn.ops.attention.contract import Options, Visibility
 from longattn.shapes import Key, Out, Query, Statistic, Value
 
 SAFE = 30.0  # exp(30) = 1e13 times any sum of values, and exp(-30) times any value, are far from float32's limits
@@ -88,13 +88,13 @@ class _Layout(NamedTuple):
     dtype: Any  # of statistics and accumulators
 
 
-def _layout(q: Array, k: Array, v: Array, extras: Extras, spec: Spec) -> _Layout:
+def _layout(q: Array, k: Array, v: Array, visibility: Visibility, options: Options) -> _Layout:
     (B, T, H, D), (S, K), V = q.shape, k.shape[1:3], v.shape[3]
     # Sequences of one tile share it, so that steps of the loop are not idle. Longer ones do not: each walks over the
     # tiles that its own segments show, not over those of its neighbours.
     fit = 2**17 // max(H * T * S, 1) if max(T, S) <= 256 else 1
     inner = max(b for b in range(1, max(B, 1) + 1) if max(B, 1) % b == 0 and (b == 1 or b <= fit))
-    tuning = spec.tuning or default_tuning(inner, T, S, K, H // K)
+    tuning = options.tuning or default_tuning(inner, T, S, K, H // K)
     bq, bk, heads = tuning.block_q, tuning.block_k, tuning.heads or K
     if K % heads:
         raise ValueError(f"{tuning}: heads must divide the {K=} key/value heads")
@@ -206,21 +206,21 @@ class _Side(NamedTuple):
     bias: Array | None  # [#B #H #(Jq bq) #(Jk bk)]
 
 
-def _side(extras: Extras, n: _Layout) -> _Side:
+def _side(visibility: Visibility, n: _Layout) -> _Side:
     def ids(x: Array | None, block: int) -> Array | None:
         return None if x is None else _tiles(x, n, block, edge=True)
 
-    bias = extras.bias
+    bias = visibility.bias
     if bias is not None:
         T, S = n.Jq * n.bq - n.T, n.Jk * n.bk - n.S
         pads = [(0, 0), (0, 0), (0, T if bias.shape[2] > 1 else 0), (0, S if bias.shape[3] > 1 else 0)]
         bias = jnp.pad(bias, pads)
     return _Side(
-        extras.mask,
-        ids(extras.q_positions, n.bq),
-        ids(extras.k_positions, n.bk),
-        ids(extras.q_segments, n.bq),
-        ids(extras.k_segments, n.bk),
+        visibility.mask,
+        ids(visibility.q_positions, n.bq),
+        ids(visibility.k_positions, n.bk),
+        ids(visibility.q_segments, n.bq),
+        ids(visibility.k_segments, n.bk),
         bias,
     )
 
@@ -306,16 +306,16 @@ def _bias_slice(side: _Side, o: Array, i: Array, j: Array, n: _Layout) -> tuple[
 
 
 def _logits(
-    qb: Array, kb: Array, side: _Side, o: Array, i: Array, j: Array, masked: bool, n: _Layout, spec: Spec
+    qb: Array, kb: Array, side: _Side, o: Array, i: Array, j: Array, masked: bool, n: _Layout, options: Options
 ) -> tuple[Array, Array | None, Array | None]:
     """S^T of a tile [inner K bk (G bq)], the visible pairs where masked, and the slope of the soft cap."""
     s = _dot("bkcd,bkrd->bkcr", kb, qb, n)
     if n.operand != n.dtype:
-        s = s * spec.scale  # else it is already in q
+        s = s * options.scale  # else it is already in q
     slope = None
-    if spec.softcap is not None:
-        t = jnp.tanh(s / spec.softcap)
-        s, slope = spec.softcap * t, 1 - t * t
+    if options.softcap is not None:
+        t = jnp.tanh(s / options.softcap)
+        s, slope = options.softcap * t, 1 - t * t
     tile = (n.inner, n.K, n.bk, n.G, n.bq)
     if side.bias is not None:
         bias = lax.dynamic_slice(side.bias, *_bias_slice(side, o, i, j, n)).swapaxes(2, 3)
@@ -326,9 +326,9 @@ def _logits(
     return s, visible, slope
 
 
-def _scaled(q: Array, n: _Layout, spec: Spec) -> Array:
+def _scaled(q: Array, n: _Layout, options: Options) -> Array:
     """q with the scale folded in, where its dtype bears it without another rounding to half precision."""
-    return q.astype(n.dtype) * spec.scale if n.operand == n.dtype else q
+    return q.astype(n.dtype) * options.scale if n.operand == n.dtype else q
 
 
 def _walk(order: tuple[Array, Array, Array], tile: Any, carry: Any) -> Any:
@@ -338,14 +338,14 @@ def _walk(order: tuple[Array, Array, Array], tile: Any, carry: Any) -> Any:
     return lax.fori_loop(full, seen, lambda t, c: tile(True)(tiles[t], c), carry)
 
 
-def _small(queries: Array, keys: Array, n: _Layout, spec: Spec) -> Array:
+def _small(queries: Array, keys: Array, n: _Layout, options: Options) -> Array:
     """Whether no logit of a tile of queries can leave [-SAFE, SAFE], by Cauchy and Schwarz: bool [outer Jq]."""
 
     def longest(x: Array, axes: tuple[int, ...]) -> Array:
         return jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(n.dtype)), -1), axes))
 
     bound = longest(queries, (2, 3, 4)) * longest(keys, (1, 2, 3, 4))[:, None]
-    return bound * (1.0 if n.operand == n.dtype else spec.scale) <= SAFE
+    return bound * (1.0 if n.operand == n.dtype else options.scale) <= SAFE
 
 
 def _index(n: _Layout) -> tuple[Array, Array]:
@@ -359,20 +359,22 @@ def _split(x: Array, n: _Layout) -> Array:
     return x.reshape(-1, n.Jq, *x.shape[1:])
 
 
-def _forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, spec: Spec) -> tuple[Array, Array]:
-    n = _layout(q, k, v, extras, spec)
-    extras = extras._replace(bias=bias)
+def _forward(
+    q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, options: Options
+) -> tuple[Array, Array]:
+    n = _layout(q, k, v, visibility, options)
+    visibility = visibility._replace(bias=bias)
     B, T, H, V = *q.shape[:3], n.V
     if 0 in (B, T, H, n.S):
-        out = _zeros((B, T, H, V), spec.out_dtype, q)
+        out = _zeros((B, T, H, V), options.out_dtype, q)
         return out, _zeros((B, T, H), n.dtype, q, -jnp.inf)
-    side = _side(extras, n)
-    queries, keys = _queries(_scaled(q, n, spec), n), _keys(k.astype(n.operand), n)
+    side = _side(visibility, n)
+    queries, keys = _queries(_scaled(q, n, options), n), _keys(k.astype(n.operand), n)
     ones = jnp.ones((*v.shape[:3], 1), n.operand)
     values = _keys(jnp.concatenate([v.astype(n.operand), ones], -1), n).swapaxes(-1, -2)  # [outer Jk inner K V+1 bk]
 
     # A bias has no bound, and exp overflows float16 beyond 11.
-    small = None if side.bias is not None or n.operand == jnp.float16 else _small(queries, keys, n, spec)
+    small = None if side.bias is not None or n.operand == jnp.float16 else _small(queries, keys, n, options)
 
     def row(_: None, index: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         o, i = index
@@ -382,7 +384,7 @@ def _forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, s
 
         def logits(j: Array, masked: bool) -> Array:
             with jax.named_scope("logits"):
-                s, visible, _ = _logits(qb, _at(keys, o, j), side, o, i, j, masked, n, spec)
+                s, visible, _ = _logits(qb, _at(keys, o, j), side, o, i, j, masked, n, options)
                 return s if visible is None else jnp.where(visible, s, -jnp.inf)
 
         def add(acc: Array, p: Array, j: Array) -> Array:
@@ -423,7 +425,7 @@ def _forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, s
         total = acc[:, :, -1]
         empty = total == 0
         total = jnp.where(empty, 1.0, total)
-        out = (acc[:, :, :-1] / total[:, :, None]).astype(spec.out_dtype)
+        out = (acc[:, :, :-1] / total[:, :, None]).astype(options.out_dtype)
         return None, (out.swapaxes(2, 3), jnp.where(empty, -jnp.inf, m + jnp.log(total)))
 
     _, (out, lse) = lax.scan(row, None, _index(n))
@@ -431,19 +433,19 @@ def _forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, s
 
 
 def _backward(
-    q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, out: Array, lse: Array, do: Array, dlse: Array,
-    spec: Spec,
+    q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, out: Array, lse: Array, do: Array, dlse: Array,
+    options: Options,
 ) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
     """dq, dk, dv, dbias in the statistics' dtype: dS = P (do v^T - rowsum(do out) + dlse)."""
-    n = _layout(q, k, v, extras, spec)
-    extras = extras._replace(bias=bias)
+    n = _layout(q, k, v, visibility, options)
+    visibility = visibility._replace(bias=bias)
     if 0 in (*q.shape[:3], n.S):
         zeros = [None if x is None else _zeros(x.shape, n.dtype, q) for x in (q, k, v, bias)]
         return tuple(zeros)
-    side = _side(extras, n)
+    side = _side(visibility, n)
     empty = lse == -jnp.inf
     delta = jnp.where(empty, 0.0, (do.astype(n.dtype) * out.astype(n.dtype)).sum(-1) - dlse)
-    queries, cotangents = _queries(_scaled(q, n, spec), n), _queries(do.astype(n.operand), n)
+    queries, cotangents = _queries(_scaled(q, n, options), n), _queries(do.astype(n.operand), n)
     deltas = _queries(delta, n)
     shifts = _queries(jnp.where(empty, 1e30, lse), n, 1e30)  # P = exp(S - 1e30) = 0 in rows without a key
     keys, values = _keys(k.astype(n.operand), n), _keys(v.astype(n.operand), n)
@@ -458,7 +460,7 @@ def _backward(
                 dq, dk, dv, dbias = carry
                 kb = _at(keys, o, j)
                 with jax.named_scope("logits"):
-                    s, visible, slope = _logits(qb, kb, side, o, i, j, masked, n, spec)
+                    s, visible, slope = _logits(qb, kb, side, o, i, j, masked, n, options)
                 with jax.named_scope("softmax"):
                     p = _exp(s - shift)
                     if visible is not None:
@@ -497,9 +499,9 @@ def _backward(
         None if bias is None else _zeros(side.bias.shape, n.dtype, q),
     )
     (dk, dv, dbias), dq = lax.scan(row, carry, _index(n))
-    dq = _unqueries(_split(dq, n), n) * spec.scale
+    dq = _unqueries(_split(dq, n), n) * options.scale
     if n.operand != n.dtype:
-        dk = dk * spec.scale  # q came unscaled
+        dk = dk * options.scale  # q came unscaled
 
     if dbias is not None:
         dbias = lax.slice(dbias, (0,) * 4, bias.shape)
@@ -513,39 +515,59 @@ def _add(x: Array, tile: Array, o: Array, j: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, spec: Spec) -> tuple[Array, Array]:
-    return _forward(q, k, v, bias, extras, spec)
+def _attend(
+    q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, options: Options
+) -> tuple[Array, Array]:
+    return _forward(q, k, v, bias, visibility, options)
 
 
-def _attend_forward(q: Array, k: Array, v: Array, bias: Array | None, extras: Extras, spec: Spec) -> Any:
-    out, lse = _forward(q, k, v, bias, extras, spec)
+def _attend_forward(q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, options: Options) -> Any:
+    out, lse = _forward(q, k, v, bias, visibility, options)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return (out, lse), (q, k, v, bias, extras, out, lse)
+    return (out, lse), (q, k, v, bias, visibility, out, lse)
 
 
-def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
-    q, k, v, bias, extras, out, lse = residuals
-    grads = dispatch.once(functools.partial(_backward, spec=spec), q, k, v, bias, extras, out, lse, *cotangents)
+def _attend_backward(options: Options, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
+    q, k, v, bias, visibility, out, lse = residuals
+    grads = dispatch.once(
+        functools.partial(_backward, options=options), q, k, v, bias, visibility, out, lse, *cotangents
+    )
     return *(None if x is None else g.astype(x.dtype) for x, g in zip((q, k, v, bias), grads, strict=True)), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attend(q: Query, k: Key, v: Value, extras: Extras, spec: Spec) -> tuple[Out, Statistic]:
-    """out [B T H V] in spec.out_dtype and lse [B T H]; zeros and -inf where no key is visible."""
-    return _attend(q, k, v, extras.bias, extras._replace(bias=None), spec)
+def attend(q: Query, k: Key, v: Value, visibility: Visibility, options: Options) -> tuple[Out, Statistic]:
+    """out [B T H V] in options.out_dtype and lse [B T H]; zeros and -inf where no key is visible."""
+    return _attend(q, k, v, visibility.bias, visibility._replace(bias=None), options)
 
 
 def backward_partial(
-    q: Query, k: Key, v: Value, extras: Extras, out: Out, lse: Statistic, do: Out, dlse: Statistic, spec: Spec
+    q: Query,
+    k: Key,
+    v: Value,
+    visibility: Visibility,
+    out: Out,
+    lse: Statistic,
+    do: Out,
+    dlse: Statistic,
+    options: Options,
 ) -> tuple[Query, Key, Value]:
     """dq, dk, dv from these keys, given the global out and lse."""
-    return _backward(q, k, v, extras.bias, extras._replace(bias=None), out, lse, do, dlse, spec)[:3]
+    return _backward(q, k, v, visibility.bias, visibility._replace(bias=None), out, lse, do, dlse, options)[:3]
 
 
 def backward_bias(
-    q: Query, k: Key, v: Value, extras: Extras, out: Out, lse: Statistic, do: Out, dlse: Statistic, spec: Spec
+    q: Query,
+    k: Key,
+    v: Value,
+    visibility: Visibility,
+    out: Out,
+    lse: Statistic,
+    do: Out,
+    dlse: Statistic,
+    options: Options,
 ) -> Float[Array, "#B #H #T #S"]:
     """The gradient of the bias, given out and lse, for back ends that lack it."""
-    return _backward(q, k, v, extras.bias, extras._replace(bias=None), out, lse, do, dlse, spec)[3]
+    return _backward(q, k, v, visibility.bias, visibility._replace(bias=None), out, lse, do, dlse, options)[3]

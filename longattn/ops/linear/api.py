@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from longattn import shapes
 from longattn.ops import dispatch
 from longattn.ops.linear import pallas_tpu, reference, xla
-from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, Spec, State, Value
+from longattn.ops.linear.contract import Beta, Decay, Ids, Key, Options, Out, Query, State, Value
 
 BACK_ENDS = {"pallas_tpu": pallas_tpu, "xla": xla, "reference": reference}  # best first
 DEFAULT = tuple(name for name in BACK_ENDS if name != "reference")  # never a serial loop over tokens unasked
@@ -71,10 +71,10 @@ def validate(
     scale: float,
     implementation: str | Sequence[str] | None,
     tuning: Any,
-) -> tuple[tuple[Array | None, ...], Spec, tuple[str, ...]]:
+) -> tuple[tuple[Array | None, ...], Options, tuple[str, ...]]:
     """Raises every ValueError of a call, from shapes and dtypes alone.
 
-    Returns the arrays q, k, v, log_decay, beta, initial_state, segment_ids, the spec and the candidate back ends.
+    Returns the arrays q, k, v, log_decay, beta, initial_state, segment_ids, the options and the candidate back ends.
     """
     q, k, v, H = _heads(q, k, v, ("B T Hq D", "B T Hk D", "B T Hv V"))
     (B, T), D, V = q.shape[:2], q.shape[3], v.shape[3]
@@ -89,8 +89,8 @@ def validate(
         segment_ids = jnp.asarray(segment_ids)
     names = dispatch.candidates(implementation, tuple(BACK_ENDS), DEFAULT)
     dispatch.check_tuning(tuning, implementation, names, BACK_ENDS)
-    spec = Spec(shapes.check_positive("scale", scale), q.dtype.name, tuning)
-    return (q, k, v, log_decay, beta, initial_state, segment_ids), spec, names
+    options = Options(shapes.check_positive("scale", scale), q.dtype.name, tuning)
+    return (q, k, v, log_decay, beta, initial_state, segment_ids), options, names
 
 
 def prepared(arrays: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
@@ -101,7 +101,7 @@ def prepared(arrays: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
     return q, k, v, log_decay, *rest
 
 
-def check_fold(back_end: Any, shaped: tuple[Any, ...], columns: int, spec: Spec) -> None:
+def check_fold(back_end: Any, shaped: tuple[Any, ...], columns: int, options: Options) -> None:
     """Raises NotImplementedError with the reason where the back end folds no state of so many columns.
 
     Args:
@@ -109,20 +109,20 @@ def check_fold(back_end: Any, shaped: tuple[Any, ...], columns: int, spec: Spec)
     """
     q, k, v, log_decay, beta, S, ids = shaped
     v, S = (jax.ShapeDtypeStruct((*x.shape[:3], columns), x.dtype) for x in (v, S))
-    back_end.check(q, k, v, log_decay, beta, S, ids, spec)
+    back_end.check(q, k, v, log_decay, beta, S, ids, options)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "name"))
-def _linear_attention(arrays, *, spec, name):
+@functools.partial(jax.jit, static_argnames=("options", "name"))
+def _linear_attention(arrays, *, options, name):
     with jax.named_scope("linear_attention"), jax.named_scope(name):
-        return BACK_ENDS[name].attend(*prepared(arrays), spec)
+        return BACK_ENDS[name].attend(*prepared(arrays), options)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _nothing(arrays, *, spec):
+@functools.partial(jax.jit, static_argnames="options")
+def _nothing(arrays, *, options):
     q, k, v, _, _, state, _ = dispatch.vary_together(arrays)
     H, dtype = max(x.shape[2] for x in (q, k, v)), shapes.statistics_dtype(q.dtype)
-    out = jnp.zeros((*q.shape[:2], H, v.shape[3]), spec.out_dtype)
+    out = jnp.zeros((*q.shape[:2], H, v.shape[3]), options.out_dtype)
     zeros = jnp.zeros((q.shape[0], H, q.shape[3], v.shape[3]), dtype)
     out, zeros = (jax.lax.pcast(x, tuple(jax.typeof(q).manual_axis_type.varying), to="varying") for x in (out, zeros))
     return out, zeros if state is None else state
@@ -172,14 +172,16 @@ def linear_attention(
       ValueError: for invalid arguments, before any compute.
       NotImplementedError: with the reasons, if no back end asked for serves the call.
     """
-    arrays, spec, names = validate(
+    arrays, options, names = validate(
         q, k, v, log_decay=log_decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids, scale=scale,
         implementation=implementation, tuning=tuning,
     )  # fmt: skip
     if 0 in arrays[0].shape[:2]:
-        return tuple(_nothing(arrays, spec=spec))
-    name = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(*jax.eval_shape(prepared, arrays), spec))
-    return tuple(_linear_attention(arrays, spec=spec, name=name))
+        return tuple(_nothing(arrays, options=options))
+    name = dispatch.choose(
+        names, BACK_ENDS, lambda back_end: back_end.check(*jax.eval_shape(prepared, arrays), options)
+    )
+    return tuple(_linear_attention(arrays, options=options, name=name))
 
 
 @functools.partial(jax.jit, static_argnames="scale")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.lax import Precision
 
-from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, Spec, State, Value, WideState
+from longattn.ops.linear.contract import Beta, Decay, Ids, Key, Options, Out, Query, State, Value, WideState
 
 
 def check(*call: object) -> None:
@@ -26,7 +26,7 @@ def check(*call: object) -> None:
 
 def attend(
     q: Query, k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, initial_state: State | None,
-    segment_ids: Ids | None, spec: Spec,
+    segment_ids: Ids | None, options: Options,
 ) -> tuple[Out, State]:  # fmt: skip
     """out [B T H V] and the state after the last token [B H D V]."""
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
@@ -49,27 +49,27 @@ def attend(
         if beta is not None:
             v = beta[..., None] * (v - jnp.einsum("BHD,BHDV->BHV", k, S, precision=Precision.HIGHEST))
         S = S + k[..., :, None] * v[..., None, :]
-        return S, spec.scale * jnp.einsum("BHD,BHDV->BHV", q, S, precision=Precision.HIGHEST)
+        return S, options.scale * jnp.einsum("BHD,BHDV->BHV", q, S, precision=Precision.HIGHEST)
 
     tokens = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, log_decay, beta, starts))
     S, out = lax.scan(step, S, tokens)
-    return out.swapaxes(0, 1).astype(spec.out_dtype), S
+    return out.swapaxes(0, 1).astype(options.out_dtype), S
 
 
 def fold(
     k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, initial_state: WideState, segment_ids: Ids | None,
-    spec: Spec,
+    options: Options,
 ) -> WideState:  # fmt: skip
     """The state after the last token; into columns of it beyond v's zeros are written."""
     q = jnp.repeat(k, initial_state.shape[1] // k.shape[2], axis=2)  # any will do
     v = jnp.pad(v, [(0, 0)] * 3 + [(0, initial_state.shape[3] - v.shape[3])])
-    return attend(q, k, v, log_decay, beta, initial_state, segment_ids, spec)[1]
+    return attend(q, k, v, log_decay, beta, initial_state, segment_ids, options)[1]
 
 
 def pull(
     q: Query, k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, segment_ids: Ids | None, do: Out,
-    dfinal_state: State, spec: Spec,
+    dfinal_state: State, options: Options,
 ) -> State:  # fmt: skip
     """The gradient of the state before the first token, which is the same whatever that is."""
-    _, pull = jax.vjp(lambda S: attend(q, k, v, log_decay, beta, S, segment_ids, spec), dfinal_state)
+    _, pull = jax.vjp(lambda S: attend(q, k, v, log_decay, beta, S, segment_ids, options), dfinal_state)
     return pull((do, dfinal_state))[0]

@@ -32,7 +32,7 @@ from jaxtyping import Array
 from longattn import shapes
 from longattn.ops import dispatch
 from longattn.ops.linear.chunk import Sizes, Tokens, chunk
-from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, Spec, State, Value, WideState
+from longattn.ops.linear.contract import Beta, Decay, Ids, Key, Options, Out, Query, State, Value, WideState
 
 SPAN = 256  # tokens: with D = V = 128 the saved states of a head are half as large as its q, k and v in bfloat16
 
@@ -64,18 +64,18 @@ class _Layout(NamedTuple):
     sizes: Sizes
 
 
-def _layout(arrays: _Arrays, spec: Spec, H: int | None = None) -> _Layout:
+def _layout(arrays: _Arrays, options: Options, H: int | None = None) -> _Layout:
     """`H` is for calls without q, whose heads may be more than those of k and v."""
     q, k, v, log_decay = arrays[:4]
     heads = [x.shape[2] for x in (q, k) if x is not None]
     T, H = k.shape[1], H or max(*heads, v.shape[2])
     by_channel = log_decay is not None and log_decay.ndim == 4
     K = H if by_channel else math.lcm(*heads)
-    C = min((spec.tuning or Tuning()).chunk, 1 << (T - 1).bit_length())
+    C = min((options.tuning or Tuning()).chunk, 1 << (T - 1).bit_length())
     J = -(-T // max(SPAN, C))
     full = k.dtype in (jnp.float32, jnp.float64)
     precision = Precision.HIGHEST if full else Precision.DEFAULT
-    sizes = Sizes(K, H // K, C, spec.scale, shapes.statistics_dtype(k.dtype), precision)
+    sizes = Sizes(K, H // K, C, options.scale, shapes.statistics_dtype(k.dtype), precision)
     return _Layout(T, J, -(-T // (J * C)), sizes)
 
 
@@ -104,9 +104,9 @@ def _tokens(arrays: _Arrays, n: _Layout) -> Tokens:
     return Tokens(_cut(q, n), _cut(k, n), _cut(v, n), _cut(log_decay, n), _cut(beta, n), starts)
 
 
-def _forward(arrays: _Arrays, S: Array | None, spec: Spec) -> tuple[Array, Array, Array]:
+def _forward(arrays: _Arrays, S: Array | None, options: Options) -> tuple[Array, Array, Array]:
     """out, the state after the last token, and those before the spans [J B K G D V]."""
-    q, v, n = arrays[0], arrays[2], _layout(arrays, spec)
+    q, v, n = arrays[0], arrays[2], _layout(arrays, options)
     K, G = n.sizes[:2]
     if S is None:
         S = jnp.zeros((q.shape[0], K * G, q.shape[3], v.shape[3]), n.sizes.dtype)
@@ -114,7 +114,7 @@ def _forward(arrays: _Arrays, S: Array | None, spec: Spec) -> tuple[Array, Array
 
     def one(S: Array, x: Tokens) -> tuple[Array, Array]:
         S, out = chunk(S, x, n.sizes)
-        return S, out.astype(spec.out_dtype)
+        return S, out.astype(options.out_dtype)
 
     def span(S: Array, x: Tokens) -> tuple[Array, tuple[Array, Array]]:
         after, out = lax.scan(one, S, x)
@@ -124,9 +124,9 @@ def _forward(arrays: _Arrays, S: Array | None, spec: Spec) -> tuple[Array, Array
     return _join(out, n), after.reshape(S.shape), states
 
 
-def _backward(arrays: _Arrays, states: Array, do: Array, dS: Array, spec: Spec) -> tuple[_Arrays, Array]:
+def _backward(arrays: _Arrays, states: Array, do: Array, dS: Array, options: Options) -> tuple[_Arrays, Array]:
     """The gradients of q, k, v, log_decay and beta, and of the state before the first token."""
-    n = _layout(arrays, spec)
+    n = _layout(arrays, options)
 
     def one(dS: Array, given: tuple[Array, Tokens, Array]) -> tuple[Array, Tokens]:
         S, x, do = given
@@ -146,18 +146,18 @@ def _backward(arrays: _Arrays, states: Array, do: Array, dS: Array, spec: Spec) 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attend(arrays: _Arrays, initial_state: Array | None, spec: Spec) -> tuple[Array, Array]:
-    return _forward(arrays, initial_state, spec)[:2]
+def _attend(arrays: _Arrays, initial_state: Array | None, options: Options) -> tuple[Array, Array]:
+    return _forward(arrays, initial_state, options)[:2]
 
 
-def _attend_forward(arrays: _Arrays, initial_state: Array | None, spec: Spec) -> Any:
-    out, final_state, states = _forward(arrays, initial_state, spec)
+def _attend_forward(arrays: _Arrays, initial_state: Array | None, options: Options) -> Any:
+    out, final_state, states = _forward(arrays, initial_state, options)
     return (out, final_state), (arrays, initial_state is not None, checkpoint_name(states, "linear_state"))
 
 
-def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
+def _attend_backward(options: Options, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
     arrays, given, states = residuals
-    gradients, dS = dispatch.once(functools.partial(_backward, spec=spec), arrays, states, *cotangents)
+    gradients, dS = dispatch.once(functools.partial(_backward, options=options), arrays, states, *cotangents)
     return (*gradients, None), dS if given else None
 
 
@@ -166,11 +166,11 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def fold(
     k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, initial_state: WideState, segment_ids: Ids | None,
-    spec: Spec,
+    options: Options,
 ) -> WideState:  # fmt: skip
     """The state after the last token; into columns of it beyond v's zeros are written."""
     arrays, S = (None, k, v, log_decay, beta, segment_ids), initial_state
-    n = _layout(arrays, spec, S.shape[1])
+    n = _layout(arrays, options, S.shape[1])
 
     def one(S: Array, x: Tokens) -> tuple[Array, None]:
         v = jnp.pad(x.v, [(0, 0)] * 3 + [(0, S.shape[-1] - x.v.shape[-1])])
@@ -186,11 +186,11 @@ def fold(
 
 def pull(
     q: Query, k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, segment_ids: Ids | None, do: Out,
-    dfinal_state: State, spec: Spec,
+    dfinal_state: State, options: Options,
 ) -> State:  # fmt: skip
     """The gradient of the state before the first token."""
     arrays, dS = (q, k, v, log_decay, beta, segment_ids), dfinal_state
-    n = _layout(arrays, spec)
+    n = _layout(arrays, options)
 
     def one(dS: Array, given: tuple[Tokens, Array]) -> tuple[Array, None]:
         x, do = given
@@ -208,7 +208,7 @@ def pull(
 
 def attend(
     q: Query, k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, initial_state: State | None,
-    segment_ids: Ids | None, spec: Spec,
+    segment_ids: Ids | None, options: Options,
 ) -> tuple[Out, State]:  # fmt: skip
-    """out [B T H V] in spec.out_dtype and the state after the last token [B H D V]."""
-    return _attend((q, k, v, log_decay, beta, segment_ids), initial_state, spec)
+    """out [B T H V] in options.out_dtype and the state after the last token [B H D V]."""
+    return _attend((q, k, v, log_decay, beta, segment_ids), initial_state, options)

@@ -98,8 +98,8 @@ def test_states_alone_are_a_textbooks(decay, delta, dtype) -> None:
 
 
 def test_a_wrong_fold_and_a_wrong_pull_fail(monkeypatch) -> None:
-    def no_columns(k, v, log_decay, beta, S, ids, spec):
-        state = xla.fold(k, v, log_decay, beta, S, ids, spec)
+    def no_columns(k, v, log_decay, beta, S, ids, options):
+        state = xla.fold(k, v, log_decay, beta, S, ids, options)
         return state.at[..., v.shape[3] :].multiply(1.001)
 
     def refuse(q, k, v, *_):

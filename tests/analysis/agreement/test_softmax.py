@@ -89,9 +89,9 @@ def test_queries_and_keys_in_parts_may_be_of_two_lengths() -> None:
 
 
 def test_wrong_partials_fail(monkeypatch) -> None:
-    def light(q, k, v, extras, spec):
-        out, lse = xla.attend(q, k, v, extras, spec)
-        return out, lse + 1e-3 * (extras.k_positions[0, 0] > 0)  # the second part weighs more
+    def light(q, k, v, visibility, options):
+        out, lse = xla.attend(q, k, v, visibility, options)
+        return out, lse + 1e-3 * (visibility.k_positions[0, 0] > 0)  # the second part weighs more
 
     def steep(*arguments):
         dq, dk, dv = xla.backward_partial(*arguments)

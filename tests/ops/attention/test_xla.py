@@ -12,7 +12,7 @@ import pytest
 import longattn
 from longattn import mask as m
 from longattn.ops.attention import xla
-from longattn.ops.attention.spec import Extras, Spec
+from longattn.ops.attention.contract import Options, Visibility
 from tests.ops import oracle
 
 H, D = 2, 16
@@ -113,12 +113,12 @@ def test_tiles_with_and_without_a_maximum_meet_in_one_call(mask):
 
 
 def _tiled(q, k, tuning):
-    """The tiles of one call of `_forward`, its layout and its spec."""
+    """The tiles of one call of `_forward`, its layout and its options."""
     q, k = jnp.asarray(q), jnp.asarray(k)
     positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-    spec = Spec(scale=D**-0.5, softcap=None, out_dtype="float32", in_order=True, tuning=tuning)
-    n = xla._layout(q, k, k, Extras(m.Causal(), positions, positions), spec)
-    return xla._queries(xla._scaled(q, n, spec), n), xla._keys(k, n), n, spec
+    options = Options(scale=D**-0.5, softcap=None, out_dtype="float32", in_order=True, tuning=tuning)
+    n = xla._layout(q, k, k, Visibility(m.Causal(), positions, positions), options)
+    return xla._queries(xla._scaled(q, n, options), n), xla._keys(k, n), n, options
 
 
 def test_second_order_names_the_reference():

@@ -319,7 +319,7 @@ def test_parts_of_a_pass(back_end, kind, heads, dtype):
     """The states alone, into whose further columns zeros are written, and the gradient of the initial state alone."""
     case = back_end.nearest(Case(kind, heads, state="from a state", ids="segments", dtype=dtype))
     arrays, options, cotangents = inputs(case)
-    (q, k, v, g, beta, S, ids), spec, _ = api.validate(
+    (q, k, v, g, beta, S, ids), options, _ = api.validate(
         **{"log_decay": None, "beta": None, "segment_ids": None} | arrays | options,
         implementation=back_end.name, tuning=back_end.tunings[0],
     )  # fmt: skip
@@ -328,7 +328,7 @@ def test_parts_of_a_pass(back_end, kind, heads, dtype):
     @jax.jit
     def f(q, k, v, g, beta, S, do, dS):
         wide = jnp.concatenate([S, further], 3)
-        return module.fold(k, v, g, beta, wide, ids, spec), module.pull(q, k, v, g, beta, ids, do, dS, spec)
+        return module.fold(k, v, g, beta, wide, ids, options), module.pull(q, k, v, g, beta, ids, do, dS, options)
 
     after, dS = f(q, k, v, g, beta, S, *cotangents.values())
     got = {"final_state": after[..., :V], "dinitial_state": dS}

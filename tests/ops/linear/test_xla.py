@@ -8,7 +8,7 @@ import pytest
 
 import longattn
 from longattn.ops.linear import xla
-from longattn.ops.linear.spec import Spec
+from longattn.ops.linear.contract import Options
 from tests.ops.contract.test_linear import equations
 
 H, D = 2, 16
@@ -44,19 +44,19 @@ SPANS = [(1, 64, 1), (256, 64, 1), (257, 64, 2), (2048, 64, 8), (2048, 512, 4)]
 def test_a_state_is_saved_per_span_or_per_longer_chunk(T, chunk, states):
     given = arguments(T, "vector")
     arrays = (*(given[name] for name in ("q", "k", "v", "log_decay", "beta")), None)
-    spec = Spec(1.0, "float32", xla.Tuning(chunk))
-    saved = jax.eval_shape(lambda *arrays: xla._forward(arrays, None, spec)[2], *arrays)
+    options = Options(1.0, "float32", xla.Tuning(chunk))
+    saved = jax.eval_shape(lambda *arrays: xla._forward(arrays, None, options)[2], *arrays)
     assert saved.shape == (states, 1, H, 1, D, D)
 
 
 @pytest.mark.parametrize(("Hq", "Hk", "products"), [(1, 1, 1), (2, 2, 2), (2, 3, 6), (6, 1, 6)])
 def test_products_of_shared_heads_are_computed_once(Hq, Hk, products):
     q, k, v, decay = (jnp.zeros((1, 8, heads, 4)) for heads in (Hq, Hk, 6, 6))
-    assert xla._layout((q, k, v, decay[..., 0], None, None), Spec(1.0, "float32")).sizes[:2] == (
+    assert xla._layout((q, k, v, decay[..., 0], None, None), Options(1.0, "float32")).sizes[:2] == (
         products,
         6 // products,
     )
-    assert xla._layout((q, k, v, decay, None, None), Spec(1.0, "float32")).sizes[:2] == (6, 1)
+    assert xla._layout((q, k, v, decay, None, None), Options(1.0, "float32")).sizes[:2] == (6, 1)
 
 
 def test_shared_heads_are_nowhere_repeated_along_the_sequence():

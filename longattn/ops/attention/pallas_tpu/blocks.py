@@ -31,7 +31,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int, Int8
 
 from longattn.mask import EMPTY, FULL, PARTIAL, BlockSparse, Mask
-from longattn.ops.attention.spec import Extras
+from longattn.ops.attention.contract import Visibility
 
 Pattern = tuple[tuple[int, ...], ...]  # kinds of a block's tiles [queries][keys]
 INDEX = 2**30 - 1  # the bits of a block's index
@@ -57,7 +57,9 @@ def _inside(length: int, tile: int, first: np.ndarray) -> np.ndarray:
     return np.where(first + tile <= length, FULL, np.where(first < length, PARTIAL, EMPTY)).astype(np.int8)
 
 
-def kinds(extras: Extras, tile_q: int, tile_k: int, Jq: int, Jk: int, S: int, in_order: bool) -> Int8[Array, "..."]:
+def kinds(
+    visibility: Visibility, tile_q: int, tile_k: int, Jq: int, Jk: int, S: int, in_order: bool
+) -> Int8[Array, "..."]:
     """EMPTY, PARTIAL or FULL of each tile [B|1 H|1 Jq Jk]; a tile that the keys end in is not FULL.
 
     Where the queries end does not matter: what is computed for those beyond is thrown away.
@@ -65,12 +67,12 @@ def kinds(extras: Extras, tile_q: int, tile_k: int, Jq: int, Jk: int, S: int, in
     Args:
       in_order: positions are arange(T) and arange(S).
     """
-    rows = [x[:, None, :, None] for x in _bounds(extras.q_positions, tile_q, Jq, in_order)]
-    columns = [x[:, None, None, :] for x in _bounds(extras.k_positions, tile_k, Jk, in_order)]
-    kind = jnp.asarray(extras.mask.kind(*rows, *columns))
-    if extras.q_segments is not None:
-        q_lo, q_hi = (x[:, None, :, None] for x in _bounds(extras.q_segments, tile_q, Jq, False))
-        k_lo, k_hi = (x[:, None, None, :] for x in _bounds(extras.k_segments, tile_k, Jk, False))
+    rows = [x[:, None, :, None] for x in _bounds(visibility.q_positions, tile_q, Jq, in_order)]
+    columns = [x[:, None, None, :] for x in _bounds(visibility.k_positions, tile_k, Jk, in_order)]
+    kind = jnp.asarray(visibility.mask.kind(*rows, *columns))
+    if visibility.q_segments is not None:
+        q_lo, q_hi = (x[:, None, :, None] for x in _bounds(visibility.q_segments, tile_q, Jq, False))
+        k_lo, k_hi = (x[:, None, None, :] for x in _bounds(visibility.k_segments, tile_k, Jk, False))
         same = (q_lo == q_hi) & (k_lo == k_hi) & (q_lo == k_lo)
         other = (q_hi < k_lo) | (k_hi < q_lo)
         kind = jnp.minimum(kind, jnp.where(other, EMPTY, jnp.where(same, FULL, PARTIAL)).astype(kind.dtype))
@@ -181,7 +183,7 @@ def _groups(tiles: int) -> int:
 
 
 def walk(
-    extras: Extras,
+    visibility: Visibility,
     cut: tuple[Pattern, ...] | None,
     block: tuple[int, int],
     tile: tuple[int, int],
@@ -203,10 +205,10 @@ def walk(
     """
     strips, parts = block[0] // tile[0], block[1] // tile[1]
     Jq, Jk = -(-T // block[0]), -(-S // block[1])
-    kind = kinds(extras, *tile, Jq * strips, Jk * parts, S, in_order)
+    kind = kinds(visibility, *tile, Jq * strips, Jk * parts, S, in_order)
     shown = None
-    if (sparse := block_sparse(extras.mask)) is not None:
-        shown = kinds(Extras(sparse, *extras[1:3]), *tile, Jq * strips, Jk * parts, S, in_order) != EMPTY
+    if (sparse := block_sparse(visibility.mask)) is not None:
+        shown = kinds(Visibility(sparse, *visibility[1:3]), *tile, Jq * strips, Jk * parts, S, in_order) != EMPTY
     visited = (kind != EMPTY).reshape(*kind.shape[:2], Jq, -1).any(-1)
     if not by_key:
         return lists(kind, strips, parts, cut, own, shown=shown), visited

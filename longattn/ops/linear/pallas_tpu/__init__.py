@@ -1,4 +1,4 @@
-"""Linear attention by Pallas kernels for TPUs: a back end as `longattn.ops.linear.spec` describes it."""
+"""Linear attention by Pallas kernels for TPUs: a back end as `longattn.ops.linear.contract` describes it."""
 
 from longattn.ops.linear.pallas_tpu.back_end import attend, check, fold, pull
 from longattn.ops.linear.pallas_tpu.tuning import Tuning

@@ -18,29 +18,31 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from longattn.ops import dispatch
+from longattn.ops.linear.contract import Beta, Decay, Ids, Key, Options, Out, Query, State, Value, WideState
 from longattn.ops.linear.pallas_tpu.backward import backward
 from longattn.ops.linear.pallas_tpu.backward import pull as pull_kernel
 from longattn.ops.linear.pallas_tpu.call import Call
 from longattn.ops.linear.pallas_tpu.forward import forward
 from longattn.ops.linear.pallas_tpu.tuning import choose
-from longattn.ops.linear.spec import Beta, Decay, Ids, Key, Out, Query, Spec, State, Value, WideState
 
 
-def check(q: Any, k: Any, v: Any, log_decay: Any, beta: Any, initial_state: Any, segment_ids: Any, spec: Spec) -> None:
+def check(
+    q: Any, k: Any, v: Any, log_decay: Any, beta: Any, initial_state: Any, segment_ids: Any, options: Options
+) -> None:
     """Raises NotImplementedError with the reason where the kernels cannot serve the call."""
     dispatch.require_tpu(q.dtype)
     if min(q.shape):
-        _call(q, k, v, log_decay, beta, spec)
+        _call(q, k, v, log_decay, beta, options)
 
 
-def _call(q: Any, k: Any, v: Any, log_decay: Any, beta: Any, spec: Spec) -> Call:
+def _call(q: Any, k: Any, v: Any, log_decay: Any, beta: Any, options: Options) -> Call:
     (B, T, Hq, D), Hk, (Hv, V) = q.shape, k.shape[2], v.shape[2:]
     H = max(Hq, Hk, Hv)
     decay = "none" if log_decay is None else "scalar" if log_decay.ndim == 3 else "vector"
     delta = beta is not None
-    sizes = choose(spec.tuning, B, H, (Hq, Hk, Hv), T, D, V, q.dtype.itemsize, decay, delta)
+    sizes = choose(options.tuning, B, H, (Hq, Hk, Hv), T, D, V, q.dtype.itemsize, decay, delta)
     chunk, span, block_h, vmem_bytes = sizes
-    return Call(B, H, Hq, Hk, Hv, T, D, V, chunk, span, block_h, decay, delta, spec.scale, q.dtype, vmem_bytes)
+    return Call(B, H, Hq, Hk, Hv, T, D, V, chunk, span, block_h, decay, delta, options.scale, q.dtype, vmem_bytes)
 
 
 # ---- the kernels' layout
@@ -80,20 +82,20 @@ def _arrays(
 
 def _forward(
     q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, state: Array | None, ids: Array | None,
-    spec: Spec, save: bool,
+    options: Options, save: bool,
 ) -> tuple[Array, ...]:  # fmt: skip
-    n = _call(q, k, v, log_decay, beta, spec)
+    n = _call(q, k, v, log_decay, beta, options)
     arrays = _arrays(n, q, k, v, log_decay, beta, ids) | ({} if state is None else {"initial_state": state})
     found = forward(n, dispatch.vary_together(arrays), save)
-    out = found["out"].swapaxes(1, 2).astype(spec.out_dtype), found["final_state"]
+    out = found["out"].swapaxes(1, 2).astype(options.out_dtype), found["final_state"]
     return (*out, found["states"]) if save else out
 
 
 def _backward(
     q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, ids: Array | None, states: Array,
-    do: Array, dstate: Array, spec: Spec,
+    do: Array, dstate: Array, options: Options,
 ) -> tuple[Array | None, ...]:  # fmt: skip
-    n = _call(q, k, v, log_decay, beta, spec)
+    n = _call(q, k, v, log_decay, beta, options)
     arrays = _arrays(n, q, k, v, log_decay, beta, ids)
     arrays |= {"states": states, "do": do.swapaxes(1, 2), "dfinal_state": dstate}
     found = backward(n, dispatch.vary_together(arrays))
@@ -114,20 +116,20 @@ def _backward(
 
 
 def _fold(
-    k: Array, v: Array, log_decay: Array | None, beta: Array | None, state: Array, ids: Array | None, spec: Spec
+    k: Array, v: Array, log_decay: Array | None, beta: Array | None, state: Array, ids: Array | None, options: Options
 ) -> Array:
     q = jax.ShapeDtypeStruct((*k.shape[:2], state.shape[1], k.shape[3]), k.dtype)  # for its heads
     v = jnp.pad(v, [(0, 0)] * 3 + [(0, state.shape[3] - v.shape[3])])
-    n = _call(q, k, v, log_decay, beta, spec)
+    n = _call(q, k, v, log_decay, beta, options)
     arrays = _arrays(n, None, k, v, log_decay, beta, ids) | {"initial_state": state}
     return forward(n, dispatch.vary_together(arrays), save=False)["final_state"]
 
 
 def _pull(
     q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, ids: Array | None, do: Array,
-    dstate: Array, spec: Spec,
+    dstate: Array, options: Options,
 ) -> Array:  # fmt: skip
-    n = _call(q, k, v, log_decay, beta, spec)
+    n = _call(q, k, v, log_decay, beta, options)
     arrays = _arrays(n, q, k, None, log_decay, beta, ids) | {"do": do.swapaxes(1, 2), "dfinal_state": dstate}
     return pull_kernel(n, dispatch.vary_together(arrays))
 
@@ -138,23 +140,25 @@ def _pull(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _attend(
     q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, state: Array | None, ids: Array | None,
-    spec: Spec,
+    options: Options,
 ) -> tuple[Array, Array]:  # fmt: skip
-    return dispatch.fold_vmap(functools.partial(_forward, spec=spec, save=False), q, k, v, log_decay, beta, state, ids)
+    return dispatch.fold_vmap(
+        functools.partial(_forward, options=options, save=False), q, k, v, log_decay, beta, state, ids
+    )
 
 
 def _attend_forward(
     q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, state: Array | None, ids: Array | None,
-    spec: Spec,
+    options: Options,
 ) -> Any:  # fmt: skip
-    f = functools.partial(dispatch.fold_vmap, functools.partial(_forward, spec=spec, save=True))
+    f = functools.partial(dispatch.fold_vmap, functools.partial(_forward, options=options, save=True))
     out, final, states = dispatch.once(f, q, k, v, log_decay, beta, state, ids)
     return (out, final), (q, k, v, log_decay, beta, ids, state is not None, checkpoint_name(states, "linear_state"))
 
 
-def _attend_backward(spec: Spec, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
+def _attend_backward(options: Options, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
     *arrays, given, states = residuals
-    gradient = functools.partial(dispatch.fold_vmap, functools.partial(_backward, spec=spec))
+    gradient = functools.partial(dispatch.fold_vmap, functools.partial(_backward, options=options))
     *gradients, dstate = dispatch.once(gradient, *arrays, states, *cotangents)
     return *gradients, dstate if given else None, None
 
@@ -164,25 +168,25 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def attend(
     q: Query, k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, initial_state: State | None,
-    segment_ids: Ids | None, spec: Spec,
+    segment_ids: Ids | None, options: Options,
 ) -> tuple[Out, State]:  # fmt: skip
     """out [B T H V] and the state after the last token [B H D V]."""
-    return _attend(q, k, v, log_decay, beta, initial_state, segment_ids, spec)
+    return _attend(q, k, v, log_decay, beta, initial_state, segment_ids, options)
 
 
 def fold(
     k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, initial_state: WideState, segment_ids: Ids | None,
-    spec: Spec,
+    options: Options,
 ) -> WideState:  # fmt: skip
     """The state after the last token; into columns of it beyond v's zeros are written."""
-    f = functools.partial(_fold, spec=spec)
+    f = functools.partial(_fold, options=options)
     return dispatch.fold_vmap(f, k, v, log_decay, beta, initial_state, segment_ids)
 
 
 def pull(
     q: Query, k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, segment_ids: Ids | None, do: Out,
-    dfinal_state: State, spec: Spec,
+    dfinal_state: State, options: Options,
 ) -> State:  # fmt: skip
     """The gradient of the state before the first token."""
-    f = functools.partial(_pull, spec=spec)
+    f = functools.partial(_pull, options=options)
     return dispatch.fold_vmap(f, q, k, v, log_decay, beta, segment_ids, do, dfinal_state)

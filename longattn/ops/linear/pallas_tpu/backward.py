@@ -71,9 +71,9 @@ def backward(n: Call, arrays: Mapping[str, Array]) -> dict[str, Array]:
     given = inputs(n, parts, arrays)
     made: dict[str, Part] = {}
     for name, heads in (("q", n.Hq), ("k", n.Hk), ("v", n.Hv)):
-        x, spec = given[name]
+        x, options = given[name]
         if heads * n.block_h >= n.H:
-            made[f"d{name}"] = x, spec
+            made[f"d{name}"] = x, options
         else:
             made[f"d{name}"] = float32((n.B, n.groups, *x.shape[2:])), parts.shares(x.shape[3])
     made |= {f"d{name}": given[name] for name in ("g", "beta") if name in given}

@@ -157,8 +157,8 @@ def run(
         lambda *refs: kernel(n, dict(zip(names, refs))),
         name=name,
         grid=(n.B * n.groups, n.spans),
-        in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for _, spec in outputs.values()],
+        in_specs=[options for _, options in inputs.values()],
+        out_specs=[options for _, options in outputs.values()],
         out_shape=[shaped(x) for x, _ in outputs.values()],
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(

@@ -48,7 +48,7 @@ def inputs(n: Call, parts: Parts, arrays: Mapping[str, Array]) -> dict[str, Part
         "q": parts.tokens(n.Hq, n.D), "k": parts.tokens(n.Hk, n.D), "v": parts.tokens(n.Hv, n.V),
         "g": parts.tokens(n.H, n.D) if n.decay == "vector" else numbers, "beta": numbers, "starts": parts.starts(),
     }  # fmt: skip
-    return {name: (arrays[name], spec) for name, spec in specs.items() if name in arrays}
+    return {name: (arrays[name], options) for name, options in specs.items() if name in arrays}
 
 
 def forward(n: Call, arrays: Mapping[str, Array], save: bool) -> dict[str, Array]:

@@ -9,8 +9,8 @@ import pytest
 
 from longattn import mask as m
 from longattn.mask import EMPTY, FULL, PARTIAL
+from longattn.ops.attention.contract import Visibility
 from longattn.ops.attention.pallas_tpu import blocks
-from longattn.ops.attention.spec import Extras
 
 B, T, S = 2, 45, 53  # odd, and no multiples of what follows
 BLOCK_Q, BLOCK_K, TILE_Q, TILE_K = 16, 12, 8, 4  # kernels want larger ones, the lists do not
@@ -39,7 +39,7 @@ MASKS = [
 ]
 
 
-def extras(mask: m.Mask, ids: str) -> Extras:
+def visibility(mask: m.Mask, ids: str) -> Visibility:
     rng = np.random.default_rng(3)
     positions = [np.arange(n, dtype=np.int32)[None] for n in (T, S)]
     segments: list[np.ndarray | None] = [None, None]
@@ -49,10 +49,10 @@ def extras(mask: m.Mask, ids: str) -> Extras:
         segments = [rng.integers(-2, 2, (B, n)).astype(np.int32) for n in (T, S)]
     elif "packed" in ids:
         segments = [np.sort(rng.integers(0, 4, (B, n)).astype(np.int32), 1) for n in (T, S)]
-    return Extras(mask, *map(jnp.asarray, positions), *(None if x is None else jnp.asarray(x) for x in segments))
+    return Visibility(mask, *map(jnp.asarray, positions), *(None if x is None else jnp.asarray(x) for x in segments))
 
 
-def dense(given: Extras) -> np.ndarray:
+def dense(given: Visibility) -> np.ndarray:
     """Visible pairs [B T S]."""
     q, k = (np.asarray(x) for x in (given.q_positions, given.k_positions))
     seen = np.asarray(given.mask(q[:, None, :, None], k[:, None, None, :]))
@@ -76,7 +76,7 @@ every_mask = pytest.mark.parametrize("mask", MASKS, ids=str)
 @every_mask
 @pytest.mark.parametrize("ids", IDS)
 def test_kinds_are_never_wrong(mask, ids):
-    given, shape = extras(mask, ids), (ROWS * STRIPS, COLUMNS * PARTS)
+    given, shape = visibility(mask, ids), (ROWS * STRIPS, COLUMNS * PARTS)
     kind = blocks.kinds(given, TILE_Q, TILE_K, *shape, S, "positions" not in ids)
     kind = np.broadcast_to(kind, (B, 1, *shape))[:, 0]
     seen = tiled(dense(given), TILE_Q, TILE_K, shape)
@@ -94,7 +94,7 @@ def test_kinds_are_never_wrong(mask, ids):
 @pytest.mark.parametrize("side", ["queries", "keys"])
 def test_lists(mask, ids, side):
     """Every block with a visible pair stands in its row's list once, in the class that tells how it is cut."""
-    given, in_order = extras(mask, ids), "positions" not in ids
+    given, in_order = visibility(mask, ids), "positions" not in ids
     patterns = None
     if ids == "none" and not jax.tree.leaves(mask):
         patterns = blocks.patterns(mask, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, T, S)
@@ -148,7 +148,7 @@ def test_lists(mask, ids, side):
 def test_lists_tell_what_a_block_sparse_mask_shows_of_each_tile():
     """Of each head, also where another part of the mask cuts the tile."""
     visible = np.random.default_rng(0).random((1, 3, 8, 8)) < 0.5
-    given = extras(m.BlockSparse(8, visible) | m.Window(3), "none")
+    given = visibility(m.BlockSparse(8, visible) | m.Window(3), "none")
     walk, _ = blocks.walk(given, None, (16, 16), (8, 4), T, S, True, [], by_key=False)
     rows, columns, tiles = 3, 4, 8
     assert walk.shape[:3] == (1, 3, rows)
@@ -165,7 +165,7 @@ def test_lists_tell_what_a_block_sparse_mask_shows_of_each_tile():
 def test_patterns_are_all_that_occur(mask):
     """Of masks without arrays, whose geometry is known at compile time."""
     found = blocks.patterns(mask, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, T, S)
-    kind = blocks.kinds(extras(mask, "none"), TILE_Q, TILE_K, ROWS * STRIPS, COLUMNS * PARTS, S, True)
+    kind = blocks.kinds(visibility(mask, "none"), TILE_Q, TILE_K, ROWS * STRIPS, COLUMNS * PARTS, S, True)
     tiles = np.asarray(kind).reshape(ROWS, STRIPS, COLUMNS, PARTS).swapaxes(1, 2).reshape(-1, STRIPS, PARTS)
     cut = {tuple(map(tuple, x.tolist())) for x in tiles if (x != FULL).any() and (x != EMPTY).any()}
     if found is None:

@@ -14,9 +14,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 import longattn
 from longattn import mask as m
+from longattn.ops.attention.contract import Options, Visibility
 from longattn.ops.attention.pallas_tpu import Blocks, Tuning, back_end
 from longattn.ops.attention.pallas_tpu.back_end import BOUND
-from longattn.ops.attention.spec import Extras, Spec
 from tests.ops import oracle
 from tests.ops.interpreter import as_on_tpu
 
@@ -235,9 +235,9 @@ def test_which_rows_are_bounded(name, rows, monkeypatch):
     bounded = back_end._bounded
     monkeypatch.setattr(back_end, "_bounded", lambda *x: seen.append(bounded(*x)) or seen[-1])
     q, k = (jnp.asarray(x, jnp.float32) for x in LOGITS[name]())
-    extras = Extras(m.Full(), *(jnp.arange(T, dtype=jnp.int32)[None],) * 2)
-    spec = Spec(scale=1.0, softcap=None, out_dtype="float32", in_order=True, tuning=SMALL)
-    back_end._forward(q, k, k, extras, spec)
+    visibility = Visibility(m.Full(), *(jnp.arange(T, dtype=jnp.int32)[None],) * 2)
+    options = Options(scale=1.0, softcap=None, out_dtype="float32", in_order=True, tuning=SMALL)
+    back_end._forward(q, k, k, visibility, options)
     np.testing.assert_array_equal(seen[0], [[rows]])
 
 

@@ -3,9 +3,9 @@
 A back end is a module with
 
     Tuning                           a frozen dataclass of block sizes (absent if there is nothing to tune)
-    check(q, k, v, extras, spec)     raises NotImplementedError(reason); ShapeDtypeStructs will do
-    attend(q, k, v, extras, spec)    -> (out in spec.out_dtype, lse); no sinks; reverse mode goes through both
-    backward_partial(q, k, v, extras, out, lse, do, dlse, spec) -> (dq, dk, dv) in the statistics' dtype
+    check(q, k, v, visibility, options)     raises NotImplementedError(reason); ShapeDtypeStructs will do
+    attend(q, k, v, visibility, options)    -> (out in options.out_dtype, lse); no sinks; reverse mode goes through both
+    backward_partial(q, k, v, visibility, out, lse, do, dlse, options) -> (dq, dk, dv) in the statistics' dtype
 
 Statistics are float32, float64 for float64 inputs. `lse` is the natural logarithm.
 """
@@ -21,7 +21,7 @@ from longattn.mask import Mask
 from longattn.shapes import KeyIds, QueryIds
 
 
-class Extras(NamedTuple):
+class Visibility(NamedTuple):
     """The arrays beside q, k and v. A query sees a key if the mask and, where given, equal segment ids allow it."""
 
     mask: Mask  # a pytree: its integers are static, its arrays are traced; call it with [B|1 1 T 1] and [B|1 1 1 S]
@@ -33,7 +33,7 @@ class Extras(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Spec:
+class Options:
     """The static side of a call."""
 
     scale: float  # logits are scale * q k^T

@@ -3,13 +3,13 @@
 A back end is a module with
 
     Tuning                    a frozen dataclass of block sizes (absent if there is nothing to tune)
-    check(q, k, v, log_decay, beta, initial_state, segment_ids, spec)
+    check(q, k, v, log_decay, beta, initial_state, segment_ids, options)
                               raises NotImplementedError(reason); ShapeDtypeStructs will do
-    attend(... as check ...)  -> (out in spec.out_dtype, final_state); reverse mode goes through both, once at least
-    fold(k, v, log_decay, beta, initial_state, segment_ids, spec)
+    attend(... as check ...)  -> (out in options.out_dtype, final_state); reverse mode goes through both, once at least
+    fold(k, v, log_decay, beta, initial_state, segment_ids, options)
                               -> final_state, without the work for outputs. `initial_state` is an array [B H D X] with
                               X >= V: into the columns after V zeros are written. It need not be differentiable
-    pull(q, k, v, log_decay, beta, segment_ids, do, dfinal_state, spec)
+    pull(q, k, v, log_decay, beta, segment_ids, do, dfinal_state, options)
                               -> the gradient of the initial state alone. `attend` is affine in it, so that this is one
                               transposed pass, which depends on no state; it need not be differentiable
 
@@ -37,7 +37,7 @@ Out = Float[Array, "B T H V"]
 
 
 @dataclass(frozen=True)
-class Spec:
+class Options:
     """The static side of a call."""
 
     scale: float  # o_t = scale * S_t^T q_t
