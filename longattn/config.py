@@ -310,7 +310,7 @@ class Mesh:
     seq: int = 1  # positions
     ring: int = 1  # parts of the sequence between which keys and values travel, each on seq devices: strategy usp
     strategy: Literal["ring", "balanced", "all_gather", "ulysses", "usp"] = (
-        "ring"  # how queries meet the keys of other devices; see parallel/api.py
+        "ring"  # how queries meet the keys of other devices; see parallel/attention.py
     )
     layout: Literal["contiguous", "zigzag", "striped"] = "contiguous"  # which tokens a device has; parallel/layout.py
 

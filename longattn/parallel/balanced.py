@@ -37,7 +37,7 @@ from longattn.ops import partial as partials
 from longattn.ops.attention.contract import Visibility
 from longattn.ops.partial import Partial
 from longattn.parallel import pairs
-from longattn.parallel.spec import Call, Edges, Strategy, sent, without_out
+from longattn.parallel.strategy import Call, Edges, Strategy, sent, without_out
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from longattn.ops.linear.api import linear_attention as local_linear_attention
 from longattn.ops.linear.api import validate
 from longattn.ops.linear.contract import Beta, Decay, Ids, Key, Out, Query, State, Value
 from longattn.parallel import linear_state
-from longattn.parallel.api import axes, divide_rows
+from longattn.parallel.attention import axes, divide_rows
 from longattn.parallel.layout import Axis, devices_on
 from longattn.parallel.mesh import divide_tokens
 

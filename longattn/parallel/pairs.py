@@ -27,7 +27,7 @@ from longattn.ops import partial as partials
 from longattn.ops.attention import attend_partial, backward_partial
 from longattn.ops.attention.contract import Visibility
 from longattn.ops.partial import Partial
-from longattn.parallel.spec import Call
+from longattn.parallel.strategy import Call
 from longattn.shapes import statistics_dtype
 
 

@@ -29,7 +29,7 @@ from jaxtyping import Array
 from longattn.ops.attention.contract import Visibility
 from longattn.parallel import pairs
 from longattn.parallel.pairs import at_distance
-from longattn.parallel.spec import Call, Strategy, sent
+from longattn.parallel.strategy import Call, Strategy, sent
 
 
 @dataclass(frozen=True)

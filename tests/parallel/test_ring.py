@@ -14,7 +14,7 @@ from longattn import mask as m
 from longattn import parallel
 from longattn.parallel import SequenceLayout
 from longattn.parallel.ring import Route, routes
-from tests.parallel.test_api import equations
+from tests.parallel.test_attention import equations
 
 P, T = 8, 64  # shards of 8 tokens
 

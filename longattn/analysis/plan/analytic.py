@@ -45,7 +45,7 @@ from longattn.config import Config, Mesh, Mixer, Model, Softmax
 from longattn.mask import Mask
 from longattn.models.transformer import init_params
 from longattn.ops.attention.pallas_tpu.tiles import LANES
-from longattn.parallel import exchange
+from longattn.parallel import ulysses
 from longattn.parallel import mesh as meshes
 
 _F32 = 4
@@ -196,7 +196,7 @@ def _exchanged(config: Config, q: float, q_filled: float, k_filled: float) -> fl
     if P == 1 or mesh.strategy == "all_gather":
         return own + 2 * (c + _F32) * k_filled * P
     if mesh.strategy == "ulysses":
-        given = exchange.heads(m.H // mesh.tensor, m.K // mesh.tensor, P)
+        given = ulysses.heads(m.H // mesh.tensor, m.K // mesh.tensor, P)
         more_q, more_k = given.each * P / given.H, len(given.keys) * mesh.tensor / m.K
         return own * more_q + 2 * (c + _F32) * k_filled * more_k
     return own + 36 * k_filled + 28 * q  # of bfloat16; float32 has a few more

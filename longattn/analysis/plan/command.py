@@ -20,7 +20,7 @@ from longattn.analysis.plan.topology import Topology
 from longattn.analysis.sequence import compare as sequence
 from longattn.analysis.sequence import problem, simulate
 from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, Softmax, to_json
-from longattn.parallel.api import STRATEGIES
+from longattn.parallel.attention import STRATEGIES
 from longattn.train.record import commit, write_whole
 
 VERSION = 1

@@ -15,7 +15,7 @@ from longattn.analysis import cost
 from longattn.analysis.sequence.problem import Problem, Way, check
 from longattn.mask import EMPTY, Mask
 from longattn.parallel import balanced, ring
-from longattn.parallel.exchange import heads
+from longattn.parallel.ulysses import heads
 from longattn.parallel.layout import SequenceLayout
 from longattn.parallel.pairs import pairs
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from longattn.config import Mesh, Model, Softmax
 from longattn.mask import Causal, Mask
-from longattn.parallel.api import STRATEGIES
+from longattn.parallel.attention import STRATEGIES
 from longattn.parallel.layout import Name, SequenceLayout
-from longattn.parallel.spec import Call
+from longattn.parallel.strategy import Call
 from longattn.shapes import suggest
 
 

@@ -28,9 +28,9 @@ import numpy as np
 
 from longattn.analysis.sequence.problem import Problem, Way, check
 from longattn.parallel import balanced, ring
-from longattn.parallel.exchange import heads
+from longattn.parallel.ulysses import heads
 from longattn.parallel.pairs import pairs
-from longattn.parallel.spec import Call
+from longattn.parallel.strategy import Call
 
 STATISTICS = 4  # bytes: float32, and of float64 inputs 8, which nobody spreads
 Edges = Iterable[tuple[int, int]]

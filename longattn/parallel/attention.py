@@ -25,11 +25,11 @@ from longattn.ops.attention.api import Ids, validate
 from longattn.ops.attention.contract import Visibility
 from longattn.ops.partial import Partial
 from longattn.parallel.balanced import BALANCED
-from longattn.parallel.exchange import ALL_GATHER, ULYSSES, USP
+from longattn.parallel.ulysses import ALL_GATHER, ULYSSES, USP
 from longattn.parallel.layout import Axis, SequenceLayout, names_of
 from longattn.parallel.mesh import divide_tokens
 from longattn.parallel.ring import RING
-from longattn.parallel.spec import Call, Strategy
+from longattn.parallel.strategy import Call, Strategy
 from longattn.shapes import Key, Out, Query, Statistic, Value, statistics_dtype, suggest
 
 STRATEGIES: dict[str, Strategy] = {

@@ -42,7 +42,7 @@ from longattn.ops.attention import attend_partial, attention_with_lse, backward_
 from longattn.ops.attention.contract import Visibility
 from longattn.parallel import ring
 from longattn.parallel.layout import SequenceLayout, names_of
-from longattn.parallel.spec import Call, Strategy, without_out
+from longattn.parallel.strategy import Call, Strategy, without_out
 
 
 def _attended(q: Array, k: Array, v: Array, call: Call, **options: Any) -> tuple[Array, Array]:
