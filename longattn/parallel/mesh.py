@@ -24,7 +24,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from longattn.parallel.layout import Axis, devices_on
+from longattn.parallel.layout import Axis, devices_on, names_of
+from longattn.shapes import suggest
 
 AXES = ("data", "fsdp", "tensor", "ring", "seq")  # all that a mesh may have; ring only where it has several devices
 SLICED = ("fsdp", "ring", "seq")  # the axes over which matrices are sliced, along E
@@ -104,6 +105,45 @@ def _arranged(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
     within = tuple(size // slices if name == across else size for name, size in sizes.items())
     between = tuple(slices if name == across else 1 for name in sizes)
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+def _mesh(mesh: Mesh | AbstractMesh | None, axis: Axis) -> Mesh | AbstractMesh:
+    """The mesh given, or the current one. Raises ValueError unless it has the axis, and all its axes are Auto."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if mesh.empty:
+        raise ValueError("mesh=None needs a current mesh: pass mesh= or set one with jax.set_mesh(mesh)")
+    for name in names_of(axis):
+        if name not in mesh.axis_names:
+            raise ValueError(f"{axis=} must be an axis of the mesh; {suggest(str(name), mesh.axis_names)}")
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if kind != AxisType.Auto:
+            remedy = (
+                "call longattn.attention inside a shard_map" if kind == AxisType.Manual else "make it with Auto axes"
+            )
+            raise ValueError(f"axis {name!r} of the mesh is {kind.name} and must be Auto; {remedy}")
+    return mesh
+
+
+def axes(
+    mesh: Mesh | AbstractMesh | None, axis: Axis, batch_axes: tuple[str, ...], head_axis: str
+) -> tuple[Mesh | AbstractMesh, tuple[str, ...], str | None]:
+    """The mesh to use, and its axes along which the batch and the heads are sharded.
+
+    Raises ValueError for an axis that the mesh lacks or that is not Auto, and for one named twice.
+    """
+    mesh = _mesh(mesh, axis)
+    batch = tuple(name for name in batch_axes if name in mesh.axis_names)
+    head = head_axis if head_axis in mesh.axis_names else None
+    if len({*names_of(axis), *batch, head}) != len(names_of(axis)) + len(batch) + 1:
+        raise ValueError(f"{axis=}, {batch_axes=} and {head_axis=} must be different axes of the mesh")
+    return mesh, batch, head
+
+
+def divide_rows(mesh: Mesh | AbstractMesh, B: int, batch: tuple[str, ...]) -> None:
+    """Raises ValueError unless the batch axes divide B."""
+    rows = math.prod(mesh.shape[name] for name in batch)
+    if B % rows:
+        raise ValueError(f"{B=} must be a multiple of {rows}, the devices on the batch axes {batch}")
 
 
 def divide_tokens(mesh: Mesh | AbstractMesh, T: int, axis: Axis, name: str = "T") -> None:

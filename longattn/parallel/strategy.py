@@ -1,14 +1,15 @@
-"""What every strategy of sequence parallelism is given, inside the shard_map and after validation.
+"""A strategy of sequence parallelism, and what it is given inside the shard_map, after validation.
 
-A strategy is a pair of functions of one device's shards, which no derivative is taken of,
+A strategy's passes are two functions of one device's shards, which no derivative is taken of:
 
     forward(q, k, v, bias, visibility, call) -> (out in call.out_dtype, lse, kept)
     backward(kept, out, lse, do, dlse, visibility, call) -> (dq, dk, dv, dbias), dq, dk and dv in the statistics' dtype
 
-`kept` is what the backward pass needs besides out and lse: q, k, v and the bias, as they are where that is least to
-send. q [B t H D] are this device's T / P queries, k [B s K D] and v [B s K V] its S / P keys, all in the layout's
-order; the ids and positions in `visibility` are whole on every device ([B T], [B S]): they are small. A bias is split along
-T and is not in `visibility`. There are no sinks. All arrays vary over the same mesh axes (`dispatch.vary_together`).
+`kept` is what the backward pass needs besides out and lse: q, k, v and the bias, wherever they cost least to send.
+q [B t H D] are this device's T / P queries. k [B s K D] and v [B s K V] are its S / P keys and values. All lie in the
+layout's order. The ids and positions in `visibility` are small, and whole on every device ([B T], [B S]). A bias is
+split along T and is not in `visibility`. Sinks are added later. All arrays vary over the same mesh axes
+(`dispatch.vary_together`).
 """
 
 from __future__ import annotations
@@ -17,26 +18,27 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 import jax
 from jax import lax
 from jaxtyping import Array
 
 from longattn.mask import Mask
-from longattn.parallel.layout import Axis, SequenceLayout
+from longattn.ops.attention import attend_partial, attention_with_lse
+from longattn.parallel.layout import Axis, Name, SequenceLayout
 
 Edges = list[tuple[int, int]]  # (from, to), devices along the axis
 
 
 @dataclass(frozen=True)
 class Call:
-    """The static side of a call; where not said otherwise as in `longattn.attention`."""
+    """The static side of a call; fields without a comment are those of `longattn.attention`."""
 
-    axis: Axis  # the mesh axis along which the sequence is spread; of usp, those of its ring and of its all-to-all
+    axis: Axis  # the mesh axis of the sequence; for a strategy of two axes the outer and the inner one
     sizes: tuple[int, ...]  # devices along each of them
     layout: SequenceLayout
-    in_order: bool  # positions are the layout's, as none were given
+    in_order: bool  # no positions were given, so they are the layout's
     out_dtype: str  # name of the dtype of `out`: q's, or the statistics' where sinks are still to rescale it
     scale: float
     softcap: float | None
@@ -45,24 +47,24 @@ class Call:
     K: int  # key/value heads on each device
 
     @property
-    def devices(self) -> int:
-        """P, along all of the axis."""
+    def P(self) -> int:
+        """Devices along the sequence, over all its axes."""
         return math.prod(self.sizes)
 
     @property
-    def ring(self) -> int:
-        """The devices, or groups of them, that the layout orders."""
+    def shards(self) -> int:
+        """Shards that the layout permutes: one for each device on the outer axis."""
         return self.sizes[0]
 
     @property
     def outer(self) -> Call:
-        """Of usp, the call of its ring; else this one."""
+        """The same call along the outer axis alone."""
         if len(self.sizes) == 1:
             return self
         return dataclasses.replace(self, axis=self.axis[0], sizes=self.sizes[:1])
 
     def options(self, mask: Mask, positions: Any, segment_ids: Any) -> dict[str, Any]:
-        """The keyword arguments of `attend_partial` and its like, without the bias."""
+        """The keyword arguments, without the bias, of `attend_partial` and of the functions that take the same."""
         return {
             "mask": mask,
             "positions": positions,
@@ -74,25 +76,53 @@ class Call:
         }
 
 
-def _serves(mask: Mask, T: int, S: int, call: Call) -> None:
-    """Refuses no mask."""
+def _no_reason(mask: Mask, T: int, S: int, call: Call) -> None:
+    """Refuses no call."""
 
 
-class Strategy(NamedTuple):
-    """How devices along the sequence share the work of exact attention."""
+@dataclass(frozen=True)
+class Strategy:
+    """How the devices along the sequence share the work of exact attention."""
 
+    name: str
+    summary: str  # one line for help texts and tables
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    axes: int = 1  # mesh axes along which the sequence lies
+    layouts: tuple[str, ...] = get_args(Name)  # layouts that it serves
     bias: bool = False  # whether it takes one
-    check: Callable[[Mask, int, int, Call], None] = _serves  # raises NotImplementedError(reason) for (mask, T, S, call)
+    even: bool = False  # whether devices share a causal mask's pairs evenly over every layout that it serves
+    exchanges_heads: bool = False  # whether devices on the innermost axis divide the heads, filled up to a multiple
+    check: Callable[[Mask, int, int, Call], None] = _no_reason  # its own refusals: raises NotImplementedError(reason)
+
+    def refuse(self, mask: Mask, T: int, S: int, call: Call, bias: bool = False) -> None:
+        """Raises NotImplementedError(reason) for a call that the strategy does not serve."""
+        if bias and not self.bias:
+            raise NotImplementedError(
+                f"strategy={self.name!r} takes no bias: its columns would have to travel with the keys, and their "
+                "gradient back; use strategy='all_gather'"
+            )
+        self.check(mask, T, S, call)
+        if call.layout.name not in self.layouts:
+            raise NotImplementedError(
+                f"strategy={self.name!r} serves the layout {' or '.join(self.layouts)}, not {call.layout.name}; "
+                "use strategy='ring'"
+            )
+
+
+def attended(q: Array, k: Array, v: Array, call: Call, **options: Any) -> tuple[Array, Array]:
+    """out in call.out_dtype, and lse, of one local attention."""
+    if call.out_dtype == q.dtype.name:
+        return attention_with_lse(q, k, v, **options)
+    return tuple(attend_partial(q, k, v, **options))
 
 
 def sent(arrays: Any, axis: Axis, edges: Edges, scope: str) -> Any:
-    """What arrives here of a tree of arrays that go along the edges; zeros where nothing does."""
+    """The tree of arrays that arrives here along the edges; zeros where no edge ends."""
     with jax.named_scope(scope):
         return jax.tree.map(lambda x: lax.ppermute(x, axis, edges), arrays)
 
 
 def without_out(out: Array, do: Array, dlse: Array) -> Array:
-    """A dlse with which zeros may stand for out [B T H V]: gradients read it in rowsum(do out) - dlse alone."""
+    """The dlse with which zeros may replace out [B T H V]: gradients read out only in rowsum(do out) - dlse."""
     return dlse - (do.astype(dlse.dtype) * out.astype(dlse.dtype)).sum(-1)

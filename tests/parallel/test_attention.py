@@ -81,7 +81,7 @@ def test_what_the_devices_send():
         ({"T": 28, "layout": parallel.SequenceLayout("zigzag")}, ValueError, "T=28 must be a multiple of 8.*to 32"),
         ({"layout": "zigzag"}, ValueError, r"must be a SequenceLayout, such as SequenceLayout\('zigzag'\)"),
         ({"strategy": "usp"}, ValueError, "must be two axes of the mesh for strategy='usp'"),
-        ({"axis": ("data", "seq")}, ValueError, "one for the others; strategy='ring'"),
+        ({"axis": ("data", "seq")}, ValueError, "must be one axis of the mesh for strategy='ring'"),
         ({"B": 3}, ValueError, "B=3 must be a multiple of 2"),
         ({"mesh": (1, 1, 2, 4)}, NotImplementedError, "K=3 key/value heads do not divide over the 2 devices"),
         ({"implementation": "xlb"}, ValueError, "did you mean 'xla'"),

@@ -45,8 +45,8 @@ from longattn.config import Config, Mesh, Mixer, Model, Softmax
 from longattn.mask import Mask
 from longattn.models.transformer import init_params
 from longattn.ops.attention.pallas_tpu.tiles import LANES
-from longattn.parallel import ulysses
 from longattn.parallel import mesh as meshes
+from longattn.parallel import ulysses
 
 _F32 = 4
 

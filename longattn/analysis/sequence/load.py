@@ -15,9 +15,9 @@ from longattn.analysis import cost
 from longattn.analysis.sequence.problem import Problem, Way, check
 from longattn.mask import EMPTY, Mask
 from longattn.parallel import balanced, ring
-from longattn.parallel.ulysses import heads
 from longattn.parallel.layout import SequenceLayout
 from longattn.parallel.pairs import pairs
+from longattn.parallel.ulysses import heads
 
 ALL = -1  # in the place of a device: of all of them
 
@@ -97,26 +97,26 @@ def load(problem: Problem, way: Way) -> Load:
     """
     call = check(problem, way)
     outer = call.outer
-    where = problem.mask, call.layout, problem.T, outer.devices
+    where = problem.mask, call.layout, problem.T, outer.P
     seen = visible(*where) if problem.block == 1 else computed(*where, problem.block)
     if way.strategy == "all_gather":
-        rows = np.arange(call.devices)[None]
+        rows = np.arange(call.P)[None]
         return Load(rows, np.full_like(rows, ALL), seen.sum(1)[None].astype(np.float64), np.zeros_like(rows, bool))
     share = 1.0
     if way.strategy in ("ulysses", "usp"):  # each device of the all-to-all has its heads, those filled in too
         share = heads(problem.H, problem.K, call.sizes[-1]).each / problem.H
     if way.strategy == "ulysses":
-        whole = np.full((1, call.devices), ALL)
+        whole = np.full((1, call.P), ALL)
         return Load(whole, whole, np.full(whole.shape, share * seen.sum()), np.zeros_like(whole, bool))
     needed = pairs(problem.mask, outer, problem.T, problem.T).needed
-    i = np.arange(outer.devices)
+    i = np.arange(outer.P)
     at = [(i, i)]
     if way.strategy == "balanced":
         at += [step.at(i) for step in balanced.steps(needed)]
     else:
         for route in ring.routes(needed):
-            at += [(i, (i - route.distance(hop, outer.devices)) % len(i)) for hop in range(1, route.hops + 1)]
+            at += [(i, (i - route.distance(hop, outer.P)) % len(i)) for hop in range(1, route.hops + 1)]
     queries, keys = (np.stack(x) for x in zip(*at, strict=True))
     found = np.where(needed[queries, keys], share * seen[queries, keys], 0.0)
-    each = call.devices // outer.devices  # the devices of a part of the sequence, next to each other
+    each = call.P // outer.P  # the devices of a part of the sequence, next to each other
     return Load(*(np.repeat(x, each, 1) for x in (queries, keys, found, queries != i[None])))

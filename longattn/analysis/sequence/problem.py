@@ -112,9 +112,9 @@ def check(problem: Problem, way: Way) -> Call:
       NotImplementedError: with the strategy's own reason, where it does not serve the mask.
     """
     made = call(problem, way)
-    made.layout.check(problem.T, made.ring)
-    if problem.T % made.devices:
-        raise ValueError(f"T={problem.T} must be a multiple of {made.devices}, the devices along the sequence")
+    made.layout.check(problem.T, made.shards)
+    if problem.T % made.P:
+        raise ValueError(f"T={problem.T} must be a multiple of {made.P}, the devices along the sequence")
     STRATEGIES[way.strategy].check(problem.mask, problem.T, problem.T, made)
     return made
 
