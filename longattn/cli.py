@@ -431,7 +431,7 @@ def _compilation_cache(*, scopes: bool = False) -> None:
     """
     import jax
 
-    from longattn.analysis import cache
+    from longattn import cache
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache.folder("jax")))

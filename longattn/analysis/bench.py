@@ -28,7 +28,7 @@ from rich.console import Console
 from scipy.special import stdtrit
 
 from longattn.analysis import cost, hardware
-from longattn.analysis.text import device_text, plain_table, seconds_text
+from longattn.display import device_text, plain_table, seconds_text
 from longattn.mask import Causal, Full, Mask, Window
 from longattn.ops.attention.api import attention as ours
 from longattn.train.record import available_memory, environment

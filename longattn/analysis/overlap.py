@@ -24,7 +24,7 @@ from longattn import parallel
 from longattn.analysis import aot, hlo
 from longattn.analysis.plan import program, topology
 from longattn.analysis.plan.timeline import walk
-from longattn.analysis.text import plain_table, seconds_text
+from longattn.display import plain_table, seconds_text
 from longattn.models.transformer import REMAT
 
 

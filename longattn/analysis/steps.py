@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from longattn.analysis import trace
-from longattn.analysis.text import plain_table, seconds_text
+from longattn.display import plain_table, seconds_text
 from longattn.train.record import read_config
 
 VERSION = 1

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from longattn.analysis import agreement, cache, hardware
+from longattn import cache
+from longattn.analysis import agreement, hardware
 from longattn.analysis.agreement import LinearProblem
 from longattn.config import Config, Mixer, Softmax
 from longattn.models import MIXERS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longattn.analysis.text import device_text, digits, seconds_text
+from longattn.display import device_text, digits, seconds_text
 
 
 @pytest.mark.parametrize(

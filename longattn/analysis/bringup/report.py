@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from longattn.analysis import cache
+from longattn import cache
 from longattn.analysis.bringup import show
 from longattn.ops import dispatch
 from longattn.train.bringup import KIND, VERSION, generation

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from longattn.analysis import bench
 from longattn.analysis.report.page import style
-from longattn.analysis.text import device_text, plain_table, seconds_text
+from longattn.display import device_text, plain_table, seconds_text
 
 WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits
 _PLACES = 3  # named of those that a reason is for

@@ -18,8 +18,8 @@ from rich.console import Console
 from longattn.analysis import bench
 from longattn.analysis.compare.measurement import measure
 from longattn.analysis.compare.options import CompareOptions, heading
-from longattn.analysis.text import device_text, digits, plain_table, seconds_text
 from longattn.analysis.trace import opening, parts_table
+from longattn.display import device_text, digits, plain_table, seconds_text
 
 WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits
 TOP = 5  # kernels shown of each contestant, and of the differences twice as many

@@ -21,7 +21,7 @@ from longattn.analysis.compare.admission import admit
 from longattn.analysis.compare.options import CompareOptions
 from longattn.analysis.compare.picture import plot
 from longattn.analysis.compare.roofline import static_seconds
-from longattn.analysis.text import seconds_text
+from longattn.display import seconds_text
 from longattn.ops.attention.api import BACK_ENDS
 from longattn.ops.linear.api import BACK_ENDS as LINEAR_BACK_ENDS
 from longattn.train.record import environment

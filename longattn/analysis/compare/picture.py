@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from longattn.analysis.compare.options import heading
-from longattn.analysis.text import device_text
+from longattn.display import device_text
 
 SCOPES = 7  # those with the largest share of any contestant's time have a colour each
 

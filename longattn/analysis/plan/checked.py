@@ -17,7 +17,6 @@ from rich.console import Console
 
 from longattn.analysis.plan import analytic, program, topology
 from longattn.analysis.plan.presets import MODELS
-from longattn.analysis.text import plain_table
 from longattn.config import (
     GLA,
     Based,
@@ -34,6 +33,7 @@ from longattn.config import (
     Performer,
     RetNet,
 )
+from longattn.display import plain_table
 
 _SMALL = Model(N=8, E=1024, F=2816, H=16, K=4, D=64, W=32_000, remat="attention")
 _WIDE = Model(N=12, E=1536, F=4096, H=12, K=4, D=128, W=50_304, tie=False, remat="attention")

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from longattn import cache as caches
 from longattn.analysis import aot, cost, hlo
-from longattn.analysis import cache as caches
 from longattn.analysis.plan import analytic, memory, topology
 from longattn.analysis.plan.timeline import Rates, Totals, backward, bound, softmax, walk
 from longattn.analysis.plan.topology import Topology

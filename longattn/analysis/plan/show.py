@@ -17,7 +17,7 @@ from longattn.analysis.plan import checked
 from longattn.analysis.plan.memory import KINDS
 from longattn.analysis.report.page import style
 from longattn.analysis.sequence import show as sequence
-from longattn.analysis.text import seconds_text as seconds
+from longattn.display import seconds_text as seconds
 
 _GiB = 2**30
 _SHOWN = 12  # buffers, and collectives

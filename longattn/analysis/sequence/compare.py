@@ -10,7 +10,7 @@ from longattn.analysis.sequence.load import load
 from longattn.analysis.sequence.problem import Problem, Way, ways
 from longattn.analysis.sequence.simulate import Machine, Pass, seconds, simulate
 from longattn.analysis.sequence.traffic import Traffic, again, traffic
-from longattn.analysis.text import seconds_text
+from longattn.display import seconds_text
 
 
 def compare(layers: Mapping[Problem, int], P: int, machine: Machine, *, remat: str = "none") -> list[dict[str, Any]]:

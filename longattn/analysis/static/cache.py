@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from longattn.analysis import cache
+from longattn import cache
 from longattn.analysis.cases import CASES
 
 

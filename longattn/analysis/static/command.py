@@ -20,7 +20,7 @@ from longattn.analysis.cases import CASES, Shape
 from longattn.analysis.static.rates import small
 from longattn.analysis.static.schedule import SLOTS
 from longattn.analysis.static.tpu import profile
-from longattn.analysis.text import plain_table
+from longattn.display import plain_table
 from longattn.mask import Causal, Mask
 from longattn.train.record import commit
 

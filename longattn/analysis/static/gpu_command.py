@@ -14,7 +14,7 @@ from rich.console import Console
 from longattn.analysis import aot, hardware
 from longattn.analysis.cases.gpu import CASES, Shape
 from longattn.analysis.static.gpu import profile
-from longattn.analysis.text import plain_table
+from longattn.display import plain_table
 from longattn.mask import Causal, Mask
 from longattn.train.record import commit
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from longattn.analysis import aot, hardware
 from longattn.analysis.cases import CASES, Shape
 from longattn.analysis.static.tpu import profile
-from longattn.analysis.text import plain_table
+from longattn.display import plain_table
 from longattn.mask import Causal, Full, Mask, Window
 from longattn.ops.attention.pallas_tpu import Blocks, tuned, tuning
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from longattn.analysis.text import plain_table, seconds_text
+from longattn.display import plain_table, seconds_text
 
 
 def opening(recorded: str) -> str:
