@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from longattn.analysis import aot
+from longattn.aot import compilers
 
 
 def _found(compiler: Callable[[], object]) -> bool:
@@ -19,8 +19,8 @@ def _skip_without(compiler: Callable[[], object], name: str) -> pytest.MarkDecor
     return pytest.mark.skipif(not _found(compiler), reason=f"{name} is not there: make test installs it, or .[aot]")
 
 
-needs_libtpu = _skip_without(aot.libtpu_folder, "libtpu")
-needs_cuda = _skip_without(aot.cuda_versions, "the compiler for GPUs")
+needs_libtpu = _skip_without(compilers.libtpu_folder, "libtpu")
+needs_cuda = _skip_without(compilers.cuda_versions, "the compiler for GPUs")
 
 
 def cost_here(request: dict) -> dict:

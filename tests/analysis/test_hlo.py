@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from longattn.analysis import hlo
+from longattn.aot import hlo
 
 # A loop of ceil((10 - 1) / 2) = 5 runs over a product of [4 8] x [8 16], and one whose bound is data.
 PROGRAM = """

@@ -14,12 +14,12 @@ from rich.console import Console
 
 from longattn import config
 from longattn.analysis import report
-from longattn.analysis.plan import program
 from longattn.analysis.report import tables
 from longattn.analysis.store import FILE, Number, Store
 from longattn.analysis.study import StudyOptions, context, cost, main, memory, pod, recall, run, table
 from longattn.analysis.study.presets import PRESETS, SMOKE
 from longattn.analysis.study.work import Clock, Unit, share_interval, t_interval, wilson
+from longattn.aot import train_step
 from longattn.models import MIXERS
 
 
@@ -199,7 +199,7 @@ def test_pods_are_compiled_anew_where_the_compilers_are(tmp_path: Path, monkeypa
     """And figures compiled earlier are shown as such where they are not."""
     monkeypatch.setattr(pod.topology.Topology, "environment", lambda self: {} if there else _missing())
     monkeypatch.setattr(
-        program, "facts", lambda c, where, *rest: {"fits": False, "hbm_bytes": 2 * where.hbm_bytes, "hbm_limit": 1}
+        train_step, "facts", lambda c, where, *rest: {"fits": False, "hbm_bytes": 2 * where.hbm_bytes, "hbm_limit": 1}
     )
     store = Store(tmp_path / FILE)
     part = next(p for p in main.PARTS if p.name == "pod")

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from longattn.analysis import hardware
 from longattn.analysis.bringup.options import BringupOptions
 from longattn.analysis.bringup.report import Report
-from longattn.analysis.plan import program, topology
+from longattn.analysis.plan import topology
+from longattn.aot import train_step
 from longattn.config import ByteLM, Config, Model
 from longattn.ops import dispatch
 from longattn.train import step as steps
@@ -86,7 +87,7 @@ def _predicted(config: Config, timeout: float) -> dict[str, Any]:
     core = hardware.TENSOR_CORES.get(chip.name)
     where = topology.parse(core.topology if core else f"{chip.name}:1")
     try:
-        facts = program.facts(config, where, timeout, program.cache_folder())
+        facts = train_step.facts(config, where, timeout, train_step.cache_folder())
     except ValueError as error:  # no compiler is installed
         facts = {"reason": str(error)}
     return {"predicted_bytes": facts.get("hbm_bytes"), "predicted_reason": facts.get("reason")}

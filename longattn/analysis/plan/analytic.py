@@ -38,9 +38,9 @@ from jax.sharding import AbstractMesh, AxisType
 
 from longattn.analysis import cost
 from longattn.analysis.plan import recurrent
-from longattn.analysis.plan.memory import KINDS
 from longattn.analysis.plan.topology import Topology
 from longattn.analysis.sequence import problem, traffic
+from longattn.aot.buffers import KINDS
 from longattn.config import Config, Mesh, Mixer, Model, Softmax
 from longattn.mask import Mask
 from longattn.models.transformer import init_params

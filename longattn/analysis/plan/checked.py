@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from longattn.analysis.plan import analytic, program, topology
+from longattn.analysis.plan import analytic, topology
 from longattn.analysis.plan.presets import MODELS
+from longattn.aot import train_step
 from longattn.config import (
     GLA,
     Based,
@@ -186,7 +187,7 @@ def record(path: Path, cases: Sequence[Case] = CASES, timeout: float = 3600.0) -
         if case.name in found:
             continue
         print(case.name, file=sys.stderr)
-        answer = program.facts(case.config, topology.parse(case.topology), timeout)
+        answer = train_step.facts(case.config, topology.parse(case.topology), timeout)
         if "reason" in answer:
             raise RuntimeError(f"{case.name}: {answer['reason']}")
         found[case.name] = {key: answer[key] for key in KEPT if key in answer}

@@ -14,11 +14,12 @@ import jax
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from longattn.analysis import aot, cost
-from longattn.analysis.plan import analytic, program, search, show, topology
+from longattn.analysis import cost
+from longattn.analysis.plan import analytic, search, show, topology
 from longattn.analysis.plan.topology import Topology
 from longattn.analysis.sequence import compare as sequence
 from longattn.analysis.sequence import problem, simulate
+from longattn.aot import compilers, train_step
 from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, Softmax, to_json
 from longattn.parallel.api import STRATEGIES
 from longattn.train.record import commit, write_whole
@@ -169,7 +170,7 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
 
 
 def _compilers(where: Topology) -> dict[str, str]:
-    return aot.cuda_versions() if where.is_gpu else {"libtpu": aot.libtpu_version()}
+    return compilers.cuda_versions() if where.is_gpu else {"libtpu": compilers.libtpu_version()}
 
 
 class _Compiler:
@@ -205,7 +206,7 @@ class _Compiler:
             return row | analytic.estimate(config, where)
         said = f"{where.name}, T {config.data.T:,}, B {config.data.B:,}, {config.mesh.strategy}, {config.mesh.layout}"
         task = self.progress.add_task(f"compiling for {said}")
-        row |= program.facts(config, where, o.timeout, program.cache_folder() if o.cache else None)
+        row |= train_step.facts(config, where, o.timeout, train_step.cache_folder() if o.cache else None)
         self.progress.remove_task(task)
         verdict = "no program" if "reason" in row else f"{row['hbm_bytes'] / 2**30:.2f} GiB"
         self.progress.console.print(f"{said}: {verdict}", highlight=False)

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from longattn.analysis import hardware
 from longattn.analysis.plan import checked
-from longattn.analysis.plan.memory import KINDS
 from longattn.analysis.report.page import style
 from longattn.analysis.sequence import show as sequence
+from longattn.aot.buffers import KINDS
 from longattn.display import seconds_text as seconds
 
 _GiB = 2**30

@@ -9,9 +9,10 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from longattn.analysis import aot, hardware
+from longattn.analysis import hardware
 from longattn.analysis.hardware import Chip
 from longattn.analysis.plan.torus import Torus
+from longattn.aot import compilers
 from longattn.shapes import suggest
 
 _POD = 16  # chips along each axis of a pod of those that have two
@@ -105,12 +106,12 @@ class Topology:
 
     def environment(self) -> dict[str, str]:
         """The variables of a process that compiles for it. Raises ValueError where its compiler is not installed."""
-        return aot.cuda_environment() if self.is_gpu else aot.tpu_environment()
+        return compilers.cuda_environment() if self.is_gpu else compilers.tpu_environment()
 
     def devices(self) -> list[Any]:
         """Its devices, in a process that has `environment()`."""
         if self.is_gpu:
-            return list(aot.gpu_topology(self.chip.name, *self.dims).devices)
+            return list(compilers.gpu_topology(self.chip.name, *self.dims).devices)
         return list(topologies.get_topology_desc(topology_name=self.name, platform="tpu").devices)
 
     def smaller(self) -> list[Topology]:

@@ -28,7 +28,7 @@ from functools import cached_property
 
 import numpy as np
 
-from longattn.analysis.hlo import Collective
+from longattn.aot.hlo import Collective
 
 
 def ways(start: int, end: int, n: int, ring: bool = True) -> list[tuple[int, list[int]]]:

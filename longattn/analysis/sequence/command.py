@@ -11,14 +11,15 @@ import numpy as np
 from rich.console import Console
 
 from longattn import mask as masks
-from longattn.analysis import aot
 from longattn.analysis.plan import topology
-from longattn.analysis.sequence import measured, packing, show
+from longattn.analysis.sequence import packing, show
 from longattn.analysis.sequence.compare import compare, recommended
 from longattn.analysis.sequence.load import load
 from longattn.analysis.sequence.problem import Problem, Way, ways
 from longattn.analysis.sequence.simulate import LATENCY, machine, simulate
 from longattn.analysis.sequence.traffic import DIFFERS, traffic, units
+from longattn.aot import compilers
+from longattn.aot import messages as measured
 from longattn.mask import Causal, Mask
 
 VERSION = 1
@@ -134,7 +135,7 @@ def _measured(options: SequenceOptions, way: Way) -> dict[str, dict[str, list[fl
         "problem": {**asdict(options.problem), "mask": str(options.mask)},
         "way": {"strategy": way.strategy, "layout": way.layout, "sizes": list(way.sizes)},
     }
-    answer = aot.call("longattn.analysis.sequence.command:count", request, {"JAX_PLATFORMS": "cpu"}, _TIMEOUT)
+    answer = compilers.call("longattn.analysis.sequence.command:count", request, {"JAX_PLATFORMS": "cpu"}, _TIMEOUT)
     if "reason" in answer:
         raise ValueError(answer["reason"])
     return answer

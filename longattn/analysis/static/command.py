@@ -15,11 +15,12 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from longattn.analysis import aot, hardware
+from longattn.analysis import hardware
 from longattn.analysis.cases import CASES, Shape
 from longattn.analysis.static.rates import small
 from longattn.analysis.static.schedule import SLOTS
 from longattn.analysis.static.tpu import profile
+from longattn.aot import compilers
 from longattn.display import plain_table
 from longattn.mask import Causal, Mask
 from longattn.train.record import commit
@@ -93,12 +94,12 @@ class ProfileOptions:
 def run(options: ProfileOptions, console: Console | None = None) -> dict[str, Any]:
     """Compile every case for every chip and print the table (or, with `json`, the document that is returned)."""
     console = console or Console(width=WIDTH)
-    aot.libtpu_folder()  # raises with the remedy where there is none
+    compilers.libtpu_folder()  # raises with the remedy where there is none
     document: dict[str, Any] = {
         "version": VERSION,
         "heading": HEADING,
         "options": {**vars(options), "mask": str(options.mask), "plot": options.plot and str(options.plot)},
-        "versions": {"libtpu": aot.libtpu_version(), "jax": jax.__version__},
+        "versions": {"libtpu": compilers.libtpu_version(), "jax": jax.__version__},
         "commit": commit(),
     }
     rows = list(_rows(options))
@@ -144,7 +145,7 @@ def _rows(options: ProfileOptions) -> Iterator[dict[str, Any]]:
                 yield future.result()
                 progress.advance(task)
         except BaseException:  # interrupted: nobody waits for the compilers
-            aot.stop()
+            compilers.stop()
             raise
         finally:
             pool.shutdown(cancel_futures=True)

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from longattn import mask
-from longattn.analysis import aot
 from longattn.analysis.cases.gpu import CASES, Shape
 from longattn.analysis.static import sass
+from longattn.aot import compilers
 
 CHIPS = {"sm_80": "a100-80", "sm_90a": "h100", "sm_100a": "b200"}  # which GPU has which instruction set
 
@@ -44,7 +44,7 @@ def compile_here(request: Mapping[str, Any]) -> dict[str, Any]:
     """
     shape = Shape(**{**request["shape"], "mask": mask.parse(request["shape"]["mask"])})
     case = CASES[request["case"]]
-    device = aot.gpu_topology(CHIPS[request["arch"]]).devices[0]
+    device = compilers.gpu_topology(CHIPS[request["arch"]]).devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     with jax.default_device(device):
         fn, arrays = case.build(shape, case.blocks_of(shape), jnp.dtype(case.dtype), request["arch"])
@@ -135,7 +135,7 @@ def _assemble(ptx: Path) -> list[dict[str, Any]]:
 
 
 def _run(tool: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([aot.cuda_tool(tool), *arguments], capture_output=True, text=True)
+    done = subprocess.run([compilers.cuda_tool(tool), *arguments], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{tool} ended with {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
     return done
@@ -161,8 +161,8 @@ def profile(case: str, arch: str, shape: Shape, timeout: float = 300) -> list[di
     row["blocks"] = blocks and vars(blocks)
     with tempfile.TemporaryDirectory(prefix="longattn_static_") as folder:
         request = {"case": case, "arch": arch, "shape": {**vars(shape), "mask": str(shape.mask)}}
-        environment = {**aot.cuda_environment(), _MOSAIC: folder}
-        answer = aot.call("longattn.analysis.static.gpu:compile_here", request, environment, timeout)
+        environment = {**compilers.cuda_environment(), _MOSAIC: folder}
+        answer = compilers.call("longattn.analysis.static.gpu:compile_here", request, environment, timeout)
     if "reason" in answer:
         return [{**row, "reason": " ".join(answer["reason"].split())[:500]}]
     return [{**row, **kernel} for kernel in answer["kernels"]]

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import jax
 from rich.console import Console
 
-from longattn.analysis import aot, hardware
+from longattn.analysis import hardware
 from longattn.analysis.cases.gpu import CASES, Shape
 from longattn.analysis.static.gpu import profile
+from longattn.aot import compilers
 from longattn.display import plain_table
 from longattn.mask import Causal, Mask
 from longattn.train.record import commit
@@ -62,7 +63,7 @@ def run(options: ProfileOptions, console: Console | None = None) -> dict[str, An
         "version": VERSION,
         "heading": HEADING,
         "options": {**vars(options), "mask": str(options.mask)},
-        "versions": {"jax": jax.__version__, **aot.cuda_versions()},
+        "versions": {"jax": jax.__version__, **compilers.cuda_versions()},
         "commit": commit(),
         "rows": [],
     }

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from longattn.analysis import aot, hardware
+from longattn.analysis import hardware
 from longattn.analysis.cases import CASES, Shape
 from longattn.analysis.static.tpu import profile
+from longattn.aot import compilers as aot
 from longattn.display import plain_table
 from longattn.mask import Causal, Full, Mask, Window
 from longattn.ops.attention.pallas_tpu import Blocks, tuned, tuning

@@ -19,11 +19,12 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from longattn.analysis import aot, hardware
+from longattn.analysis import hardware
 from longattn.analysis.cases import CASES, Kernel, Shape
 from longattn.analysis.static import cache
 from longattn.analysis.static import rates as interpreted
 from longattn.analysis.static.schedule import SLOTS, along, parse, weigh
+from longattn.aot import compilers
 
 _FLAGS = (
     "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false "
@@ -77,12 +78,14 @@ def profile(case: str, chip: str, shape: Shape, timeout: float = 300) -> dict[st
         request = {"case": case, "shape": interpreted.small(shape).as_json()}
         measured = cache.remembered(
             {**cache.versions(case), **request},
-            lambda: aot.call("longattn.analysis.static.rates:measure_here", request, {"JAX_PLATFORMS": "cpu"}, timeout),
+            lambda: compilers.call(
+                "longattn.analysis.static.rates:measure_here", request, {"JAX_PLATFORMS": "cpu"}, timeout
+            ),
         )
         if "reason" in measured:
             return {**row, "reason": f"its rates of branches are not known: {measured['reason']}"}
         rates = measured["rates"]
-    key = {**cache.versions(case), **row, "libtpu": aot.libtpu_version(), "rates": rates}
+    key = {**cache.versions(case), **row, "libtpu": compilers.libtpu_version(), "rates": rates}
     return {**row, **cache.remembered(key, lambda: _compile(case, chip, shape, kernels, rates, timeout))}
 
 
@@ -93,8 +96,8 @@ def _compile(
     with tempfile.TemporaryDirectory(prefix="longattn_static_") as name:
         folder = Path(name)
         request = {"case": case, "chip": chip, "shape": shape.as_json()}
-        environment = aot.tpu_environment(_FLAGS.format(folder=folder / "dump"))
-        answer = aot.call("longattn.analysis.static.tpu:compile_here", request, environment, timeout)
+        environment = compilers.tpu_environment(_FLAGS.format(folder=folder / "dump"))
+        answer = compilers.call("longattn.analysis.static.tpu:compile_here", request, environment, timeout)
         if "reason" in answer:
             return {"reason": " ".join(answer["reason"].split())[:500]}
         try:

@@ -13,12 +13,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from longattn.analysis.plan import checked, program, topology
+from longattn.analysis.plan import checked, topology
 from longattn.analysis.plan.checked import Case
 from longattn.analysis.plan.presets import MODELS
 from longattn.analysis.store import Number, Store
 from longattn.analysis.study.presets import PodPlan
 from longattn.analysis.study.work import Clock, Unit
+from longattn.aot import train_step
 from longattn.config import ByteLM, Config, Mesh
 
 
@@ -73,7 +74,7 @@ def _compiled(case: Case, clock: Clock) -> tuple[dict[str, Any] | None, str]:
         return None, "compiled earlier: the machine's compiler is not installed here"
     if clock.over:
         return None, "compiled earlier: no time was left"
-    found = program.facts(case.config, where, max(1.0, clock.left), program.cache_folder())
+    found = train_step.facts(case.config, where, max(1.0, clock.left), train_step.cache_folder())
     return (None, f"compiled earlier: {found['reason']}") if "reason" in found else (found, "compiled, not run")
 
 

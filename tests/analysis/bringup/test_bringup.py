@@ -19,7 +19,7 @@ from rich.console import Console
 from longattn import cli
 from longattn.analysis import agreement, compare, hardware
 from longattn.analysis.bringup import BringupOptions, memory, numerics, report, run, show, timing
-from longattn.analysis.plan import program
+from longattn.aot import train_step
 from longattn.ops import dispatch
 from longattn.ops.attention import api, xla
 from longattn.train import bringup as reports
@@ -312,7 +312,7 @@ def test_the_peak_of_a_step(monkeypatch) -> None:
 def test_plan_is_asked_for_one_device_of_this_chip(monkeypatch, kind) -> None:
     asked = []
     monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("tpu", kind))
-    monkeypatch.setattr(program, "facts", lambda config, where, *_: asked.append(where.name) or {"hbm_bytes": 200})
+    monkeypatch.setattr(train_step, "facts", lambda config, where, *_: asked.append(where.name) or {"hbm_bytes": 200})
     predicted = memory._predicted(memory._SMALL, 10.0)
     if kind == "Tesla T4":
         assert "this is Tesla T4" in predicted["predicted_reason"] and not asked

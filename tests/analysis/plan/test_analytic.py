@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from longattn.analysis import plan
-from longattn.analysis.plan import analytic, checked, program, topology
+from longattn.analysis.plan import analytic, checked, topology
+from longattn.aot import train_step
 from longattn.config import ByteLM, Config, Mesh, Model, Optimiser, Softmax
 from longattn.mask import Causal, Full, Window
 from tests.analysis.compilers import needs_cuda, needs_libtpu
@@ -81,7 +82,7 @@ def test_linear_attentions_products_and_messages_are_those_of_the_program():
 def test_the_recorded_figures_are_the_compilers():
     """A case that is refused, which takes seconds; another version of libtpu may differ by a little."""
     case = next(c for c in checked.CASES if c.name.startswith("1b v5e"))
-    found = program.facts(case.config, topology.parse(case.topology), 300)
+    found = train_step.facts(case.config, topology.parse(case.topology), 300)
     old = checked.recorded()[case.name]
     assert found["hbm_bytes"] == pytest.approx(old["hbm_bytes"], rel=0.02) and found["fits"] == old["fits"]
 
@@ -90,7 +91,7 @@ def test_the_recorded_figures_are_the_compilers():
 @pytest.mark.slow
 def test_the_recorded_figures_are_those_of_gpus_too():
     case = next(c for c in checked.CASES if "h100:1" in c.name)
-    found = program.facts(case.config, topology.parse(case.topology), 600)
+    found = train_step.facts(case.config, topology.parse(case.topology), 600)
     assert found["hbm_bytes"] == pytest.approx(checked.recorded()[case.name]["hbm_bytes"], rel=0.02)
 
 

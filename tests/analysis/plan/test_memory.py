@@ -4,8 +4,8 @@ import textwrap
 
 import pytest
 
-from longattn.analysis import hlo
-from longattn.analysis.plan import memory
+from longattn.aot import buffers as memory
+from longattn.aot import hlo
 
 PROGRAM = """
     ENTRY %m (p0: f32[2,8], p1: f32[2,8], p2: s32[4]) -> f32[2,8] {

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from longattn import cli
 from longattn.analysis import cost, plan
-from longattn.analysis.plan import command, program, show
+from longattn.analysis.plan import command, show
+from longattn.aot import train_step
 from longattn.config import ByteLM, Config, Mesh, Model
 from tests.analysis.compilers import needs_cuda, needs_libtpu
 
@@ -129,7 +130,9 @@ def test_strategies_that_refuse_say_why(monkeypatch):
                               "seconds": {"bound": 2.0, "exposed": 0.5}, "mfu_bound": 0.4}}  # fmt: skip
     monkeypatch.setattr(command, "STRATEGIES", {"all_gather": None, "ring": None})
     monkeypatch.setattr(
-        program, "facts", lambda c, *rest: answers.get(c.mesh.strategy, {"reason": f"{c.mesh.strategy} is not there"})
+        train_step,
+        "facts",
+        lambda c, *rest: answers.get(c.mesh.strategy, {"reason": f"{c.mesh.strategy} is not there"}),
     )
     console = Console(width=200, file=io.StringIO())
     options = plan.PlanOptions(topology="v5e:2x2", model=TINY, data=DATA, strategies="all")
@@ -153,7 +156,7 @@ def test_searches_compile_until_the_border_is_known(monkeypatch, kind, found, be
         need = config.data.T * config.data.B // where.size
         return {"fits": need <= 31_000, "hbm_bytes": need, "hbm_limit": 31_000, "by_kind": {}, "buffers": []}
 
-    monkeypatch.setattr(program, "facts", facts)
+    monkeypatch.setattr(train_step, "facts", facts)
     monkeypatch.setattr(show, "_one", lambda *args: None)
     where, data = (
         ("v5e:8x16" if kind == "min-devices" else "v5e:4x4"),
@@ -221,7 +224,7 @@ def test_accounts_are_those_of_the_compiled_program(on_tpu):
     """Work and messages; memory about, as the compiler knows that there is little."""
     where = command.topology.parse("v5e:2x2")
     config = plan.PlanOptions(topology=where.name, model=TINY, data=DATA).config(where)
-    row, found = on_tpu[0]["rows"][0], program.accounts(config, where, 600.0)
+    row, found = on_tpu[0]["rows"][0], train_step.accounts(config, where, 600.0)
     assert found["fits"] and found["flops"] == row["flops"]
     sent = lambda row: sorted((c["kind"], c["scope"], c["runs"], c["bytes"]) for c in row["collectives"])
     assert sent(found) == sent(row)
@@ -232,4 +235,4 @@ def test_accounts_are_those_of_the_compiled_program(on_tpu):
 def test_accounts_are_of_several_tpus():
     for name, mesh in (("h100:8", Mesh(fsdp=8)), ("v5e:1x1", Mesh())):
         with pytest.raises(ValueError, match="compile for"):
-            program.accounts(Config(TINY, ByteLM(T=1024, B=8), mesh), command.topology.parse(name), 1.0)
+            train_step.accounts(Config(TINY, ByteLM(T=1024, B=8), mesh), command.topology.parse(name), 1.0)

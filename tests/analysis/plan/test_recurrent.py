@@ -9,7 +9,8 @@ from rich.console import Console
 
 from longattn import cli
 from longattn.analysis import cost, plan
-from longattn.analysis.plan import analytic, command, program, recurrent, show, topology
+from longattn.analysis.plan import analytic, command, recurrent, show, topology
+from longattn.aot import train_step
 from longattn.config import (
     GLA,
     Based,
@@ -38,7 +39,7 @@ V5E = topology.parse("v5e:2x2")
 
 def accounts(model: Model, mesh: Mesh, T: int = 1024) -> tuple[Config, dict]:
     config = Config(model, ByteLM(T=T, B=4), mesh)
-    return config, program.accounts(config, V5E, 600.0)
+    return config, train_step.accounts(config, V5E, 600.0)
 
 
 def exchanged(row: dict) -> float:
@@ -190,7 +191,7 @@ def test_strategies_of_a_hybrid_are_compared_and_a_search_needs_no_formula(monke
         return {"fits": need <= 4000, "hbm_bytes": need, "hbm_limit": 4000, "by_kind": {}, "buffers": [],
                 "seconds": {"bound": 1.0, "exposed": 0.5}, "mfu_bound": 0.4, "collectives": []}  # fmt: skip
 
-    monkeypatch.setattr(program, "facts", facts)
+    monkeypatch.setattr(train_step, "facts", facts)
     monkeypatch.setattr(show, "_one", lambda *args: None)
     console, data = Console(width=200, file=io.StringIO()), ByteLM(T=1024, B=4)
     options = plan.PlanOptions(topology="v5e:2x2", model=HYBRID, data=data, mesh=Mesh(seq=4))

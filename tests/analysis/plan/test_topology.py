@@ -52,10 +52,10 @@ def test_smaller_machines_halve_their_longest_axis():
 @needs_libtpu
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5p:4x4x2", "v6e:2x4", "tpu7x:2x2x2"])
 def test_libtpu_knows_the_sizes(name):
-    from longattn.analysis import aot
+    from longattn.aot import compilers
 
     where = parse(name)
-    answer = aot.call("tests.analysis.plan.test_topology:described", {"name": name}, where.environment(), 120)
+    answer = compilers.call("tests.analysis.plan.test_topology:described", {"name": name}, where.environment(), 120)
     assert answer == {"devices": where.size, "usable": pytest.approx(where.hbm_bytes / 2**30, abs=0.011)}
 
 

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from longattn.analysis import hlo
 from longattn.analysis.plan import topology
 from longattn.analysis.plan.torus import Torus, ways
+from longattn.aot import hlo
 from tests.analysis.compilers import needs_libtpu
 
 LINK, CHIP = 10.0, 60.0  # bytes/s
@@ -172,10 +172,10 @@ def test_one_link_of_each_chip():
 @pytest.mark.parametrize("name", ["v5e:4x4", "tpu7x:2x2x1"])
 def test_programs_number_devices_as_the_mesh_does(name):
     """A ring over the whole slice: neighbours in the mesh are neighbours in the machine, whatever their ids are."""
-    from longattn.analysis import aot
+    from longattn.aot import compilers
 
     where = topology.parse(name)
-    answer = aot.call("tests.analysis.plan.test_torus:ring", {"name": name}, where.environment(), 120)
+    answer = compilers.call("tests.analysis.plan.test_torus:ring", {"name": name}, where.environment(), 120)
     assert answer["ids"] != sorted(answer["ids"]) and sorted(answer["ids"]) == list(range(where.size))
     assert answer["pairs"] == [[i, (i + 1) % where.size] for i in range(where.size)]
     chips = where.size // where.chip.devices

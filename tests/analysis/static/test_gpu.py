@@ -13,9 +13,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from rich.console import Console
 
-from longattn.analysis import aot
 from longattn.analysis.cases.gpu import CASES, Blocks, Shape
 from longattn.analysis.static import gpu, gpu_command, sass
+from longattn.aot import compilers
 from longattn.mask import Full, Window
 from tests.analysis.compilers import needs_cuda
 
@@ -145,9 +145,9 @@ def child(tmp_path, monkeypatch, script: str) -> None:
         path.write_text('#!/bin/sh\n[ "$1" = --version ] && echo V1.2.3 && exit\n' + textwrap.dedent(script))
         path.chmod(0o755)
     (tmp_path / "jax_plugins" / "xla_cuda13").mkdir(parents=True)
-    monkeypatch.setenv(aot.FOLDER, str(tmp_path))
+    monkeypatch.setenv(compilers.FOLDER, str(tmp_path))
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(aot.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(compilers.sys, "executable", str(tmp_path / "python"))
 
 
 def test_a_compiler_that_aborts_is_a_row(tmp_path, monkeypatch, capsys):
@@ -170,7 +170,7 @@ def test_a_compiler_that_hangs_is_a_row(tmp_path, monkeypatch):
 
 
 def test_missing_compilers_are_refused_with_the_remedy(tmp_path, monkeypatch):
-    monkeypatch.setenv(aot.FOLDER, str(tmp_path))
+    monkeypatch.setenv(compilers.FOLDER, str(tmp_path))
     with pytest.raises(ValueError, match="holds no compiler for GPUs: pip install --no-deps --target"):
         gpu_command.run(gpu_command.ProfileOptions(cases=("matmul",)))
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from longattn.analysis import aot, static
+from longattn.analysis import static
 from longattn.analysis.cases import CASES, Branch, Kernel, Shape
 from longattn.analysis.cases.kernel import walk
 from longattn.analysis.static import cache, command, rates, tpu
 from longattn.analysis.static.schedule import along, parse, weigh
+from longattn.aot import compilers
 from longattn.mask import Causal, Full, Window
 from longattn.ops.attention.pallas_tpu import back_end, forward
 from tests.analysis.compilers import needs_libtpu
@@ -533,8 +534,8 @@ def child(tmp_path, monkeypatch, script: str) -> None:
     library = tmp_path / "libtpu" / "libtpu.so"
     library.parent.mkdir()
     library.touch()
-    monkeypatch.setenv(aot.FOLDER, str(tmp_path))
-    monkeypatch.setattr(aot.sys, "executable", str(path))
+    monkeypatch.setenv(compilers.FOLDER, str(tmp_path))
+    monkeypatch.setattr(compilers.sys, "executable", str(path))
 
 
 def test_a_compiler_that_aborts_is_a_row(tmp_path, monkeypatch, capsys):
@@ -802,7 +803,7 @@ def test_a_kernel_of_loops_and_a_dynamic_grid_on_two_cores():
 def test_the_compiler_is_told_what_a_product_costs():
     shape = Shape(T=1024, bT=512, bS=512)
     request = {"case": "matmul", "chip": "v5e", "shape": shape.as_json()}
-    cost = aot.call("tests.analysis.compilers:cost_here", request, aot.tpu_environment(), 60)
+    cost = compilers.call("tests.analysis.compilers:cost_here", request, compilers.tpu_environment(), 60)
     (kernel,) = CASES["matmul"].kernels(shape)
     assert cost == {"flops": 2 * 1024**3, "bytes accessed": kernel.hbm_bytes}
 

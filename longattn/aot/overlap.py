@@ -1,6 +1,6 @@
 """One attention over a mesh, forward and backward, compiled for a machine that need not be there: what hides its sends.
 
-`python -m longattn.analysis.overlap v5p:2x2x4 ring zigzag --T 524288` prints, for each kind of transfer in the
+`python -m longattn.aot.overlap v5p:2x2x4 ring zigzag --T 524288` prints, for each kind of transfer in the
 compiler's schedule, how often it runs, how often attention's kernel runs while it is under way, and for how long
 devices wait for it. A kernel's own time is not known here: a transfer beside one counts as hidden.
 """
@@ -21,9 +21,9 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from longattn import parallel
-from longattn.analysis import aot, hlo
-from longattn.analysis.plan import program, topology
-from longattn.analysis.plan.timeline import walk
+from longattn.analysis.plan import topology
+from longattn.aot import compilers, hlo, train_step
+from longattn.aot.schedule import walk
 from longattn.display import plain_table, seconds_text
 from longattn.models.transformer import REMAT
 
@@ -44,7 +44,7 @@ def compiled(
       collectives: as in a plan's row; exposed: seconds; instructions: of the program; or {"reason": why there is none}.
     """
     request = {"topology": where.name, "strategy": strategy, "layout": layout, "T": T, "H": H, "K": K, "D": D}
-    return aot.call("longattn.analysis.overlap:layer", request, where.environment(), timeout)
+    return compilers.call("longattn.aot.overlap:layer", request, where.environment(), timeout)
 
 
 def layer(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,13 +67,13 @@ def layer(request: Mapping[str, Any]) -> dict[str, Any]:
     q, k = array(request["H"]), array(request["K"])
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         step = jax.jit(both, out_shardings=lies, keep_unused=True)
-        lowered = step.trace(q, k, k, q, program.filling(where, mesh)).lower()  # kernels need not be compiled
+        lowered = step.trace(q, k, k, q, train_step.filling(where, mesh)).lower()  # kernels need not be compiled
     with tempfile.TemporaryDirectory(prefix="longattn_overlap_") as folder:
-        _, text, _ = program.compiled_text(lowered, Path(folder), filled=True)
-    found, rates = hlo.parse(text), program.published(where, mesh)
+        _, text, _ = train_step.compiled_text(lowered, Path(folder), filled=True)
+    found, rates = hlo.parse(text), train_step.published(where, mesh)
     totals = walk(found, rates)
     return {
-        "collectives": program.collectives(totals, rates, mesh),
+        "collectives": train_step.collectives(totals, rates, mesh),
         "exposed": totals.exposed,
         "instructions": sum(len(c.instructions) for c in found.computations.values()),
         "kernels": sum("longattn_attention" in i.scope for c in found.computations.values() for i in c.instructions

@@ -20,10 +20,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from longattn import cache as caches
-from longattn.analysis import aot, cost, hlo
-from longattn.analysis.plan import analytic, memory, topology
-from longattn.analysis.plan.timeline import Rates, Totals, backward, bound, softmax, walk
+from longattn.analysis import cost
+from longattn.analysis.plan import analytic, topology
 from longattn.analysis.plan.topology import Topology
+from longattn.aot import buffers as memory
+from longattn.aot import compilers, hlo
+from longattn.aot.schedule import Rates, Totals, backward, bound, softmax, walk
 from longattn.config import Config, from_json, to_json
 from longattn.models.context import Context
 from longattn.parallel import mesh as meshes
@@ -48,7 +50,7 @@ def facts(config: Config, where: Topology, timeout: float, cache: Path | None = 
       ValueError: where the machine's compiler is not installed.
     """
     request = {"config": to_json(config), "topology": where.name, "cache": None if cache is None else str(cache)}
-    return aot.call("longattn.analysis.plan.program:compile_step", request, where.environment(), timeout)
+    return compilers.call("longattn.aot.train_step:compile_step", request, where.environment(), timeout)
 
 
 def accounts(config: Config, where: Topology, timeout: float, cache: Path | None = None) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def accounts(config: Config, where: Topology, timeout: float, cache: Path | None
     request = {
         "config": to_json(config), "topology": where.name, "cache": None if cache is None else str(cache), "fill": True,
     }  # fmt: skip
-    return aot.call("longattn.analysis.plan.program:compile_step", request, where.environment(), timeout)
+    return compilers.call("longattn.aot.train_step:compile_step", request, where.environment(), timeout)
 
 
 def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compiler(where: Topology) -> str:
-    return json.dumps(aot.cuda_versions()) if where.is_gpu else aot.libtpu_version()
+    return json.dumps(compilers.cuda_versions()) if where.is_gpu else compilers.libtpu_version()
 
 
 def _arguments(config: Config, devices: list[Any]) -> tuple[Context | None, Any, Any]:

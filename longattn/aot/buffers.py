@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from longattn.analysis.hlo import Array, Computation, Instruction, Program, Type
+from longattn.aot.hlo import Array, Computation, Instruction, Program, Type
 
 # What a buffer is: the state's parts by their paths, copies and gradients of parameters by their shapes, the rest by
 # the pass that computes it.
