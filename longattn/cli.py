@@ -309,12 +309,13 @@ def _profile(arguments: list[str]) -> int:
         return 0
     if arguments[:2] == ["--static", "gpu"]:
         from longattn.analysis.cases import gpu
-        from longattn.analysis.static import gpu_command
+        from longattn.aot.kernels import gpu_command
 
         return _static("gpu", arguments, gpu_command.ProfileOptions, gpu_command.run, gpu.CASES)
-    from longattn.analysis import cases, static
+    from longattn.analysis import cases
+    from longattn.aot import kernels
 
-    return _static("tpu", arguments, static.ProfileOptions, static.run, cases.CASES)
+    return _static("tpu", arguments, kernels.ProfileOptions, kernels.run, cases.CASES)
 
 
 def _bringup(arguments: list[str]) -> int:

@@ -26,7 +26,7 @@ needs_cuda = _skip_without(compilers.cuda_versions, "the compiler for GPUs")
 def cost_here(request: dict) -> dict:
     """What XLA for a TPU takes a case to cost: FLOPs, and bytes between device memory and the core."""
     from longattn.analysis.cases import Shape
-    from longattn.analysis.static import tpu
+    from longattn.aot.kernels import tpu
 
     compiled = tpu.program(request["case"], request["chip"], Shape.from_json(request["shape"])).compile()
     return {name: compiled.cost_analysis()[name] for name in ("flops", "bytes accessed")}

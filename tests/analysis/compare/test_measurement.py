@@ -11,7 +11,7 @@ import pytest
 
 from longattn.analysis import bench, cases, compare, cost, hardware, trace
 from longattn.analysis.compare import admission, measurement, roofline
-from longattn.analysis.static import tpu
+from longattn.aot.kernels import tpu
 from longattn.mask import Causal
 from tests.analysis.compare.tiny import SHARED, TINY, quiet
 

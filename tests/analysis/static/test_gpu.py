@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from rich.console import Console
 
 from longattn.analysis.cases.gpu import CASES, Blocks, Shape
-from longattn.analysis.static import gpu, gpu_command, sass
 from longattn.aot import compilers
+from longattn.aot.kernels import gpu, gpu_command, sass
 from longattn.mask import Full, Window
 from tests.analysis.compilers import needs_cuda
 

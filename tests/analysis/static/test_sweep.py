@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longattn.analysis import hardware
-from longattn.analysis.static import sweep
+from longattn.aot.kernels import sweep
 from longattn.ops.attention.pallas_tpu import Blocks, Tuning, tuned, tuning
 
 KEYS = [

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from longattn.analysis import static
 from longattn.analysis.cases import CASES, Branch, Kernel, Shape
 from longattn.analysis.cases.kernel import walk
-from longattn.analysis.static import cache, command, rates, tpu
-from longattn.analysis.static.schedule import along, parse, weigh
-from longattn.aot import compilers
+from longattn.aot import compilers, kernels
+from longattn.aot.kernels import cache, command, rates, tpu
+from longattn.aot.kernels.bundles import along, parse, weigh
 from longattn.mask import Causal, Full, Window
 from longattn.ops.attention.pallas_tpu import back_end, forward
 from tests.analysis.compilers import needs_libtpu
@@ -540,8 +539,8 @@ def child(tmp_path, monkeypatch, script: str) -> None:
 
 def test_a_compiler_that_aborts_is_a_row(tmp_path, monkeypatch, capsys):
     child(tmp_path, monkeypatch, "echo 'F0000 check failed' >&2; kill -ABRT $$")
-    options = static.ProfileOptions(cases=("matmul", "jax_flash"), chips=("v6e",))
-    document = static.run(options, Console(width=200))
+    options = kernels.ProfileOptions(cases=("matmul", "jax_flash"), chips=("v6e",))
+    document = kernels.run(options, Console(width=200))
     assert [(row["case"], row["reason"]) for row in document["rows"]] == [
         (case, "the compiler ended with -6: F0000 check failed") for case in ("matmul", "jax_flash")
     ]
@@ -583,7 +582,7 @@ def _pretended(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("_pretended")
 def test_best_shows_each_case_at_its_own_blocks_and_keeps_all_rows(capsys):
-    document = static.run(static.ProfileOptions(cases=("jax_flash", "matmul"), chips=("v6e",), best=1))
+    document = kernels.run(kernels.ProfileOptions(cases=("jax_flash", "matmul"), chips=("v6e",), best=1))
     said, err = capsys.readouterr()
     lines = {line.split()[0]: line.split()[2:5] for line in said.splitlines() if " v6e " in line}
     assert lines == {"jax_flash": ["1024", "2048", "0.000"], "matmul": ["1024", "2048", "0.000"]}
@@ -597,7 +596,7 @@ def test_best_shows_each_case_at_its_own_blocks_and_keeps_all_rows(capsys):
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_a_picture_has_a_panel_per_kernel(tmp_path, suffix):
     path = tmp_path / "new" / f"picture.{suffix}"
-    document = static.run(static.ProfileOptions(cases=("jax_flash",), chips=("v5e", "v6e"), plot=path))
+    document = kernels.run(kernels.ProfileOptions(cases=("jax_flash",), chips=("v5e", "v6e"), plot=path))
     assert path.read_bytes()[:4] in (b"\x89PNG", b"%PDF", b"<?xm")
     if suffix == "svg":
         text = path.read_text()
@@ -608,7 +607,7 @@ def test_a_picture_has_a_panel_per_kernel(tmp_path, suffix):
 @pytest.mark.usefixtures("_pretended")
 def test_there_is_no_picture_of_nothing(tmp_path):
     with pytest.raises(ValueError, match="would be empty: no case has a schedule"):
-        static.run(static.ProfileOptions(cases=("matmul",), chips=("v6e",), bT=2048, plot=tmp_path / "picture.png"))
+        kernels.run(kernels.ProfileOptions(cases=("matmul",), chips=("v6e",), bT=2048, plot=tmp_path / "picture.png"))
 
 
 @pytest.mark.parametrize(
@@ -622,15 +621,15 @@ def test_there_is_no_picture_of_nothing(tmp_path):
 )
 def test_options_that_make_no_sense(change, message):
     with pytest.raises(ValueError, match=message):
-        static.ProfileOptions(**{"cases": ("matmul",), **change})
+        kernels.ProfileOptions(**{"cases": ("matmul",), **change})
 
 
 def test_best_needs_blocks_that_divide_the_length():
     with pytest.raises(ValueError, match="jax_flash has no block sizes that suit T=1000: try a multiple of 1024"):
-        static.ProfileOptions(cases=("jax_flash",), T=1000, best=1).shapes("jax_flash")
+        kernels.ProfileOptions(cases=("jax_flash",), T=1000, best=1).shapes("jax_flash")
     with pytest.raises(ValueError, match="best=1 chooses the blocks: leave bT, bS, bC and bR out"):
-        static.ProfileOptions(cases=("jax_flash",), bT=512, best=1)
-    tried = static.ProfileOptions(cases=("jax_splash",), T=1536, best=1).shapes("jax_splash")
+        kernels.ProfileOptions(cases=("jax_flash",), bT=512, best=1)
+    tried = kernels.ProfileOptions(cases=("jax_splash",), T=1536, best=1).shapes("jax_splash")
     assert tried and {(s.bT, s.bS) for s in tried} == {(512, 512)}
 
 
@@ -691,8 +690,8 @@ def test_a_peer_that_is_not_installed_is_a_row(monkeypatch):
 @needs_libtpu
 def test_matmul_is_within_a_tenth_of_its_known_floor(capsys):
     # The blocks are so long that sums are read and written rarely. 2 T**3 FLOP at 131,072 per cycle.
-    options = static.ProfileOptions(cases=("matmul",), chips=("v5e",), T=4096, bT=512, bS=2048, json=True)
-    static.run(options)
+    options = kernels.ProfileOptions(cases=("matmul",), chips=("v5e",), T=4096, bT=512, bS=2048, json=True)
+    kernels.run(options)
     document = json.loads(capsys.readouterr().out)
     (row,) = document["rows"]
     assert "reason" not in row, row

@@ -1,6 +1,6 @@
 """The block sizes of this library's TPU attention kernels: profiled, and the fastest written into their table.
 
-`python -m longattn.analysis.static.sweep [--only REGEX] [--candidates N]` takes the keys of `pallas_tpu.tuned` one by
+`python -m longattn.aot.kernels.sweep [--only REGEX] [--candidates N]` takes the keys of `pallas_tpu.tuned` one by
 one, compiles the sizes that their case names, and writes the table after each. What was compiled before is remembered,
 so a sweep that was stopped goes on where it was. Nothing runs: the figures are static cycles.
 """
@@ -21,8 +21,8 @@ from rich.console import Console
 
 from longattn.analysis import hardware
 from longattn.analysis.cases import CASES, Shape
-from longattn.analysis.static.tpu import profile
 from longattn.aot import compilers as aot
+from longattn.aot.kernels.tpu import profile
 from longattn.display import plain_table
 from longattn.mask import Causal, Full, Mask, Window
 from longattn.ops.attention.pallas_tpu import Blocks, tuned, tuning
@@ -36,7 +36,7 @@ _MOST_BUNDLES = (
 _BFLOAT16 = 2  # bytes
 _HEADING = '''"""Sizes (block_q, block_k, tile_q, tile_k): by chip, pass, class of mask, head size, length.
 
-Written by `python -m longattn.analysis.static.sweep`. SWEPT has the entries that it found, each with the static cycles
+Written by `python -m longattn.aot.kernels.sweep`. SWEPT has the entries that it found, each with the static cycles
 of 8 heads (compiled, not run) and of how many sizes these are the least. An entry that it lacks has the sizes of the
 other length if those were swept, else a guess.
 """

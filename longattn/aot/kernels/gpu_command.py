@@ -13,8 +13,8 @@ from rich.console import Console
 
 from longattn.analysis import hardware
 from longattn.analysis.cases.gpu import CASES, Shape
-from longattn.analysis.static.gpu import profile
 from longattn.aot import compilers
+from longattn.aot.kernels.gpu import profile
 from longattn.display import plain_table
 from longattn.mask import Causal, Mask
 from longattn.train.record import commit

@@ -21,10 +21,10 @@ from jax.experimental import topologies
 
 from longattn.analysis import hardware
 from longattn.analysis.cases import CASES, Kernel, Shape
-from longattn.analysis.static import cache
-from longattn.analysis.static import rates as interpreted
-from longattn.analysis.static.schedule import SLOTS, along, parse, weigh
 from longattn.aot import compilers
+from longattn.aot.kernels import cache
+from longattn.aot.kernels import rates as interpreted
+from longattn.aot.kernels.bundles import SLOTS, along, parse, weigh
 
 _FLAGS = (
     "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false "
@@ -79,7 +79,7 @@ def profile(case: str, chip: str, shape: Shape, timeout: float = 300) -> dict[st
         measured = cache.remembered(
             {**cache.versions(case), **request},
             lambda: compilers.call(
-                "longattn.analysis.static.rates:measure_here", request, {"JAX_PLATFORMS": "cpu"}, timeout
+                "longattn.aot.kernels.rates:measure_here", request, {"JAX_PLATFORMS": "cpu"}, timeout
             ),
         )
         if "reason" in measured:
@@ -97,7 +97,7 @@ def _compile(
         folder = Path(name)
         request = {"case": case, "chip": chip, "shape": shape.as_json()}
         environment = compilers.tpu_environment(_FLAGS.format(folder=folder / "dump"))
-        answer = compilers.call("longattn.analysis.static.tpu:compile_here", request, environment, timeout)
+        answer = compilers.call("longattn.aot.kernels.tpu:compile_here", request, environment, timeout)
         if "reason" in answer:
             return {"reason": " ".join(answer["reason"].split())[:500]}
         try:

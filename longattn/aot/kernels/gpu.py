@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from longattn import mask
 from longattn.analysis.cases.gpu import CASES, Shape
-from longattn.analysis.static import sass
 from longattn.aot import compilers
+from longattn.aot.kernels import sass
 
 CHIPS = {"sm_80": "a100-80", "sm_90a": "h100", "sm_100a": "b200"}  # which GPU has which instruction set
 
@@ -162,7 +162,7 @@ def profile(case: str, arch: str, shape: Shape, timeout: float = 300) -> list[di
     with tempfile.TemporaryDirectory(prefix="longattn_static_") as folder:
         request = {"case": case, "arch": arch, "shape": {**vars(shape), "mask": str(shape.mask)}}
         environment = {**compilers.cuda_environment(), _MOSAIC: folder}
-        answer = compilers.call("longattn.analysis.static.gpu:compile_here", request, environment, timeout)
+        answer = compilers.call("longattn.aot.kernels.gpu:compile_here", request, environment, timeout)
     if "reason" in answer:
         return [{**row, "reason": " ".join(answer["reason"].split())[:500]}]
     return [{**row, **kernel} for kernel in answer["kernels"]]

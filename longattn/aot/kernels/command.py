@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from longattn.analysis import hardware
 from longattn.analysis.cases import CASES, Shape
-from longattn.analysis.static.rates import small
-from longattn.analysis.static.schedule import SLOTS
-from longattn.analysis.static.tpu import profile
 from longattn.aot import compilers
+from longattn.aot.kernels.bundles import SLOTS
+from longattn.aot.kernels.rates import small
+from longattn.aot.kernels.tpu import profile
 from longattn.display import plain_table
 from longattn.mask import Causal, Mask
 from longattn.train.record import commit
@@ -110,7 +110,7 @@ def run(options: ProfileOptions, console: Console | None = None) -> dict[str, An
     else:
         _print(console, document, shown)
     if options.plot is not None:
-        from longattn.analysis.static import picture
+        from longattn.aot.kernels import picture
 
         picture.save(options.plot, shown)
     return document
