@@ -308,12 +308,12 @@ def _profile(arguments: list[str]) -> int:
         sequence.run(_parse(sequence.SequenceOptions, words, "profile --sequence [STRATEGY]"))
         return 0
     if arguments[:2] == ["--static", "gpu"]:
-        from longattn.analysis.cases import gpu
         from longattn.aot.kernels import gpu_command
+        from longattn.aot.kernels.cases import gpu
 
         return _static("gpu", arguments, gpu_command.ProfileOptions, gpu_command.run, gpu.CASES)
-    from longattn.analysis import cases
     from longattn.aot import kernels
+    from longattn.aot.kernels import cases
 
     return _static("tpu", arguments, kernels.ProfileOptions, kernels.run, cases.CASES)
 

@@ -25,8 +25,8 @@ needs_cuda = _skip_without(compilers.cuda_versions, "the compiler for GPUs")
 
 def cost_here(request: dict) -> dict:
     """What XLA for a TPU takes a case to cost: FLOPs, and bytes between device memory and the core."""
-    from longattn.analysis.cases import Shape
     from longattn.aot.kernels import tpu
+    from longattn.aot.kernels.cases import Shape
 
     compiled = tpu.program(request["case"], request["chip"], Shape.from_json(request["shape"])).compile()
     return {name: compiled.cost_analysis()[name] for name in ("flops", "bytes accessed")}

@@ -14,9 +14,10 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from longattn.analysis import bench, cases, cost
+from longattn.analysis import bench, cost
 from longattn.analysis.agreement import LinearProblem, draw
-from longattn.analysis.cases.shape import KINDS
+from longattn.aot.kernels import cases
+from longattn.aot.kernels.cases.shape import KINDS
 from longattn.shapes import suggest
 
 What = Literal["forward", "forward_backward"]

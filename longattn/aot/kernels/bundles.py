@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from longattn.analysis.cases import Branch, Kernel
+from longattn.aot.kernels.cases import Branch, Kernel
 
 # ---- the schedule, parsed
 

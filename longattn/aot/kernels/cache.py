@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from longattn import cache
-from longattn.analysis.cases import CASES
+from longattn.aot.kernels.cases import CASES
 
 
 def folder() -> Path:

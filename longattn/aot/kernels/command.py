@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from longattn.analysis import hardware
-from longattn.analysis.cases import CASES, Shape
 from longattn.aot import compilers
 from longattn.aot.kernels.bundles import SLOTS
+from longattn.aot.kernels.cases import CASES, Shape
 from longattn.aot.kernels.rates import small
 from longattn.aot.kernels.tpu import profile
 from longattn.display import plain_table

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from longattn import mask
-from longattn.analysis.cases.gpu import CASES, Shape
 from longattn.aot import compilers
 from longattn.aot.kernels import sass
+from longattn.aot.kernels.cases.gpu import CASES, Shape
 
 CHIPS = {"sm_80": "a100-80", "sm_90a": "h100", "sm_100a": "b200"}  # which GPU has which instruction set
 

@@ -12,8 +12,8 @@ import jax
 from rich.console import Console
 
 from longattn.analysis import hardware
-from longattn.analysis.cases.gpu import CASES, Shape
 from longattn.aot import compilers
+from longattn.aot.kernels.cases.gpu import CASES, Shape
 from longattn.aot.kernels.gpu import profile
 from longattn.display import plain_table
 from longattn.mask import Causal, Mask
@@ -28,7 +28,7 @@ WIDTH = 164  # the table's: a narrower terminal wraps it rather than losing digi
 class ProfileOptions:
     """Registers, spills, shared memory and instructions of Pallas kernels on GPUs that are not there. Nothing runs."""
 
-    cases: tuple[str, ...]  # what to compile; the names are in longattn/analysis/cases/gpu.py
+    cases: tuple[str, ...]  # what to compile; the names are in longattn/aot/kernels/cases/gpu.py
     static: Literal["gpu"] = "gpu"  # whose compiler
     archs: tuple[Literal["sm_80", "sm_90a", "sm_100a"], ...] = ("sm_80", "sm_90a", "sm_100a")  # A100, H100, B200
     T: int = 8192  # queries, and keys; matmul: the edge of its square matrices

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from longattn.analysis.cases import CASES, Shape
+from longattn.aot.kernels.cases import CASES, Shape
 
 
 @dataclass

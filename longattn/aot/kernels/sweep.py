@@ -20,8 +20,8 @@ import jax
 from rich.console import Console
 
 from longattn.analysis import hardware
-from longattn.analysis.cases import CASES, Shape
 from longattn.aot import compilers as aot
+from longattn.aot.kernels.cases import CASES, Shape
 from longattn.aot.kernels.tpu import profile
 from longattn.display import plain_table
 from longattn.mask import Causal, Full, Mask, Window

@@ -9,8 +9,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from longattn.analysis import bench, compare
-from longattn.analysis.cases.shape import KINDS
 from longattn.analysis.compare import admission
+from longattn.aot.kernels.cases.shape import KINDS
 from longattn.mask import Full
 from longattn.ops.linear import linear_attention
 from tests.analysis.compare.tiny import TINY, quiet

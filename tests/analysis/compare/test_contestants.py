@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from longattn.analysis import bench, cases, compare
+from longattn.analysis import bench, compare
+from longattn.aot.kernels import cases
 from longattn.mask import Causal, Full, Window
 from tests.analysis.compare.tiny import problem
 

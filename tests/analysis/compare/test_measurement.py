@@ -9,9 +9,9 @@ import pathlib
 
 import pytest
 
-from longattn.analysis import bench, cases, compare, cost, hardware, trace
+from longattn.analysis import bench, compare, cost, hardware, trace
 from longattn.analysis.compare import admission, measurement, roofline
-from longattn.aot.kernels import tpu
+from longattn.aot.kernels import cases, tpu
 from longattn.mask import Causal
 from tests.analysis.compare.tiny import SHARED, TINY, quiet
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from longattn.analysis import bench, cases, cost
+from longattn.analysis import bench, cost
 from longattn.analysis.compare.problems import Attention, Linear
+from longattn.aot.kernels import cases
 from longattn.mask import Causal
 from tests.analysis.compare.tiny import linear, problem
 

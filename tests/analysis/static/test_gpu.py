@@ -13,9 +13,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from rich.console import Console
 
-from longattn.analysis.cases.gpu import CASES, Blocks, Shape
 from longattn.aot import compilers
 from longattn.aot.kernels import gpu, gpu_command, sass
+from longattn.aot.kernels.cases.gpu import CASES, Blocks, Shape
 from longattn.mask import Full, Window
 from tests.analysis.compilers import needs_cuda
 

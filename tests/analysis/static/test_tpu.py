@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from longattn.analysis.cases import CASES, Branch, Kernel, Shape
-from longattn.analysis.cases.kernel import walk
 from longattn.aot import compilers, kernels
 from longattn.aot.kernels import cache, command, rates, tpu
 from longattn.aot.kernels.bundles import along, parse, weigh
+from longattn.aot.kernels.cases import CASES, Branch, Kernel, Shape
+from longattn.aot.kernels.cases.kernel import walk
 from longattn.mask import Causal, Full, Window
 from longattn.ops.attention.pallas_tpu import back_end, forward
 from tests.analysis.compilers import needs_libtpu

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longattn.analysis.cases.shape import Shape
+from longattn.aot.kernels.cases.shape import Shape
 from longattn.mask import Window
 
 BF16, F32 = 2, 4  # bytes

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from longattn.analysis.cases.kernel import (
+from longattn.aot.kernels.cases.kernel import (
     F32,
     LANES,
     SUBLANES,
@@ -25,7 +25,7 @@ from longattn.analysis.cases.kernel import (
     sizes,
     walk,
 )
-from longattn.analysis.cases.shape import Shape
+from longattn.aot.kernels.cases.shape import Shape
 from longattn.mask import Causal, Full
 
 

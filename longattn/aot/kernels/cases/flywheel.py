@@ -12,19 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from longattn.analysis.cases.kernel import (
-    Branch,
-    Case,
-    Kernel,
-    edges,
-    flops,
-    inputs,
-    moved,
-    row,
-    sizes,
-    walk,
-)
-from longattn.analysis.cases.shape import Shape
+from longattn.aot.kernels.cases.kernel import Branch, Case, Kernel, edges, flops, inputs, moved, row, sizes, walk
+from longattn.aot.kernels.cases.shape import Shape
 from longattn.mask import FULL, PARTIAL, Causal, Full, Window
 
 _COMPUTE = 256  # queries, and keys, of one product where the shape names none

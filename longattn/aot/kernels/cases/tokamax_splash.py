@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from longattn.analysis.cases.jax_splash import backward_blocks, bound, numbers, static_mask
-from longattn.analysis.cases.kernel import (
+from longattn.aot.kernels.cases.jax_splash import backward_blocks, bound, numbers, static_mask
+from longattn.aot.kernels.cases.kernel import (
     F32,
     SUBLANES,
     Branch,
@@ -29,7 +29,7 @@ from longattn.analysis.cases.kernel import (
     sizes,
     walk,
 )
-from longattn.analysis.cases.shape import Shape
+from longattn.aot.kernels.cases.shape import Shape
 from longattn.mask import FULL, Full
 
 

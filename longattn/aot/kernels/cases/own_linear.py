@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longattn.analysis.cases.kernel import F32, Branch, Case, Kernel, row
-from longattn.analysis.cases.shape import Shape
+from longattn.aot.kernels.cases.kernel import F32, Branch, Case, Kernel, row
+from longattn.aot.kernels.cases.shape import Shape
 from longattn.ops.linear import linear_attention
 from longattn.ops.linear.pallas_tpu import Tuning
 from longattn.ops.linear.pallas_tpu.tuning import HEADS, choose

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from longattn.analysis.cases.kernel import BF16, Branch, Case, Kernel, sizes
-from longattn.analysis.cases.shape import Shape
+from longattn.aot.kernels.cases.kernel import BF16, Branch, Case, Kernel, sizes
+from longattn.aot.kernels.cases.shape import Shape
 
 _VMEM = 48 * 2**20  # what the kernel may take of a core's; libtpu gives 16 MiB where nothing is said
 

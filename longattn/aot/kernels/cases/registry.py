@@ -1,7 +1,15 @@
 """The kernels by name."""
 
-from longattn.analysis.cases import flywheel, jax_flash, jax_splash, matmul, own_attention, own_linear, tokamax_splash
-from longattn.analysis.cases.kernel import Case
+from longattn.aot.kernels.cases import (
+    flywheel,
+    jax_flash,
+    jax_splash,
+    matmul,
+    own_attention,
+    own_linear,
+    tokamax_splash,
+)
+from longattn.aot.kernels.cases.kernel import Case
 
 CASES: dict[str, Case] = {
     "matmul": matmul.CASE,

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longattn.analysis.cases.kernel import F32, Branch, Case, Kernel, flops, gradients, row, sizes
-from longattn.analysis.cases.shape import Shape
+from longattn.aot.kernels.cases.kernel import F32, Branch, Case, Kernel, flops, gradients, row, sizes
+from longattn.aot.kernels.cases.shape import Shape
 from longattn.mask import Full, Window
 from longattn.ops.attention import attention
 from longattn.ops.attention.contract import Visibility

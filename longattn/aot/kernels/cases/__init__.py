@@ -5,8 +5,8 @@ What is declared of a kernel follows from its source and the mask's geometry, an
 interpret mode.
 """
 
-from longattn.analysis.cases.kernel import Branch, Case, Kernel
-from longattn.analysis.cases.shape import Shape
-from longattn.analysis.cases.table import CASES
+from longattn.aot.kernels.cases.kernel import Branch, Case, Kernel
+from longattn.aot.kernels.cases.registry import CASES
+from longattn.aot.kernels.cases.shape import Shape
 
 __all__ = ["CASES", "Branch", "Case", "Kernel", "Shape"]
