@@ -231,10 +231,10 @@ def _bench(arguments: list[str]) -> int:
     if not arguments or arguments[0] != "attention":
         given = f"{arguments[0]!r}" if arguments else "nothing"
         return _fail(f"bench needs what to measure, given {given}; it knows: attention")
-    from longattn.analysis import bench
+    from longattn.bench import attention
 
-    options = _parse(bench.AttentionOptions, arguments[1:], "bench attention")
-    bench.attention(options)
+    options = _parse(attention.AttentionOptions, arguments[1:], "bench attention")
+    attention.attention(options)
     return 0
 
 
@@ -296,9 +296,9 @@ def _plan(arguments: list[str]) -> int:
 
 def _profile(arguments: list[str]) -> int:
     if any(a.split("=")[0] == "--trace" for a in arguments):
-        from longattn.analysis import steps
+        from longattn.bench import run_profile
 
-        steps.run(_parse(steps.TraceOptions, arguments, "profile --trace RUN"))
+        run_profile.run(_parse(run_profile.TraceOptions, arguments, "profile --trace RUN"))
         return 0
     if arguments and arguments[0].split("=")[0] == "--sequence":
         from longattn.analysis import sequence

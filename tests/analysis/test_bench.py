@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from longattn.analysis import bench, cost
+from longattn.analysis import cost
+from longattn.bench import attention
 from longattn.mask import Causal, Chunked, Window
 
 TINY = {"T": (16, 32), "B": 1, "H": 2, "D": 8, "repeats": 3, "window": 4}
@@ -24,43 +25,43 @@ TINY = {"T": (16, 32), "B": 1, "H": 2, "D": 8, "repeats": 3, "window": 4}
 def test_interleave_takes_turns_after_warming_up():
     calls = []
     fns = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = bench.interleave(fns, 3, warm=2, pause=0)
+    seconds = attention.interleave(fns, 3, warm=2, pause=0)
     assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"
     assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 def test_interleave_measures_the_call_or_takes_its_own_word():
-    fns = {"sleeps": lambda: time.sleep(0.02), "says": lambda: bench.Seconds(7.0), "jax": lambda: jnp.ones(3)}
-    seconds = bench.interleave(fns, 2, pause=0)
+    fns = {"sleeps": lambda: time.sleep(0.02), "says": lambda: attention.Seconds(7.0), "jax": lambda: jnp.ones(3)}
+    seconds = attention.interleave(fns, 2, pause=0)
     assert all(0.02 <= s < 2 for s in seconds["sleeps"])
     assert seconds["says"] == [7.0, 7.0]
 
 
 def test_ratio_is_of_medians_within_its_interval():
-    r = bench.ratio([2.0, 2.2, 2.1, 9.0, 2.0], [1.0, 1.1, 1.0, 1.0, 1.0])
+    r = attention.ratio([2.0, 2.2, 2.1, 9.0, 2.0], [1.0, 1.1, 1.0, 1.0, 1.0])
     assert r.value == pytest.approx(2.1)
     assert r.low <= r.value <= r.high
-    exact = bench.ratio([3.0] * 5, [2.0] * 5)
+    exact = attention.ratio([3.0] * 5, [2.0] * 5)
     assert (exact.value, exact.low, exact.high) == (1.5, 1.5, 1.5)
 
 
 def test_fit_exponent_recovers_power_laws():
     sizes = [1024, 2048, 4096, 8192]
     for e in (0.5, 1, 2):
-        fit = bench.fit_exponent(sizes, [3.0 * s**e for s in sizes])
+        fit = attention.fit_exponent(sizes, [3.0 * s**e for s in sizes])
         assert fit.value == pytest.approx(e)
         assert fit.high - fit.low < 1e-6
     rng = np.random.default_rng(0)
-    fit = bench.fit_exponent(sizes, [[s**2 * f for f in rng.uniform(0.9, 1.1, 15)] for s in sizes])
+    fit = attention.fit_exponent(sizes, [[s**2 * f for f in rng.uniform(0.9, 1.1, 15)] for s in sizes])
     assert fit.low < 2 < fit.high
     assert 0 < fit.high - fit.low < 0.3
-    assert math.isnan(bench.fit_exponent(sizes[:2], [1, 2]).low)
+    assert math.isnan(attention.fit_exponent(sizes[:2], [1, 2]).low)
 
 
 @pytest.mark.parametrize(("sizes", "values"), [([1], [1]), ([1, 2], [1, 0]), ([1, 2, 3], [1, 2])])
 def test_fit_exponent_refuses_what_has_no_slope(sizes, values):
     with pytest.raises(ValueError, match="must be at least two"):
-        bench.fit_exponent(sizes, values)
+        attention.fit_exponent(sizes, values)
 
 
 def test_temp_bytes_counts_scratch_and_runs_nothing():
@@ -70,14 +71,14 @@ def test_temp_bytes_counts_scratch_and_runs_nothing():
     def f(x):
         return jax.nn.softmax(x @ x.T) @ x
 
-    assert T * T * 4 <= bench.temp_bytes(f, x) <= 4 * T * T * 4
-    assert bench.temp_bytes(jax.jit(f), x) == bench.temp_bytes(f, x)
+    assert T * T * 4 <= attention.temp_bytes(f, x) <= 4 * T * T * 4
+    assert attention.temp_bytes(jax.jit(f), x) == attention.temp_bytes(f, x)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux can pin threads to cores")
 def test_cores_pins_every_thread_and_lets_go():
     before = os.sched_getaffinity(0)
-    with bench.cores(1) as n:
+    with attention.cores(1) as n:
         assert n == 1
         assert {len(os.sched_getaffinity(int(t))) for t in os.listdir("/proc/self/task")} == {1}
     assert os.sched_getaffinity(0) == before
@@ -88,7 +89,7 @@ def test_cores_pins_every_thread_and_lets_go():
 
 def run(capsys, **options):
     console = Console(width=100)
-    document = bench.attention(bench.AttentionOptions(**{**TINY, **options}), console)
+    document = attention.attention(attention.AttentionOptions(**{**TINY, **options}), console)
     return document, capsys.readouterr().out
 
 
@@ -113,14 +114,14 @@ def test_rows_hold_every_candidate_with_errors_ratios_and_memory(capsys):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_agrees_within_its_roundings(capsys, dtype):
     document, _ = run(capsys, against=("reference",), T=(32,), what=("forward_backward",), window=0, dtype=dtype)
-    assert document["rows"][0]["error"]["reference"] <= bench.AGREE[dtype]
+    assert document["rows"][0]["error"]["reference"] <= attention.AGREE[dtype]
 
 
 def test_a_peer_that_refuses_is_left_out_with_its_reason(capsys, monkeypatch):
     def refuses(q, k, v):
         raise NotImplementedError("no such thing here")
 
-    monkeypatch.setattr(bench, "jax_nn", lambda mask: refuses)
+    monkeypatch.setattr(attention, "jax_nn", lambda mask: refuses)
     document, out = run(capsys, against=("jax",), T=(16,), what=("forward",), window=0)
     assert document["rows"][0]["skipped"] == {"jax": "refuses: no such thing here"}
     assert "no such thing here" in out
@@ -131,31 +132,31 @@ def test_json_is_one_document_with_where_it_ran(capsys):
     read = json.loads(out)
     assert read["rows"] == document["rows"]
     assert [(r["T"], r["what"]) for r in read["rows"]] == [(16, "forward")]
-    assert read["version"] == bench.VERSION
+    assert read["version"] == attention.VERSION
     assert read["options"]["mask"] == "Causal()"
     assert read["environment"]["versions"]["jax"] == jax.__version__
     assert {"commit", "device", "host"} <= set(read["environment"])
 
 
 def test_disagreement_stops_before_timing(monkeypatch):
-    wrong = bench.jax_nn(Window(1))
-    monkeypatch.setattr(bench, "jax_nn", lambda mask: wrong)
-    monkeypatch.setattr(bench, "interleave", lambda *a, **k: pytest.fail("timed a wrong result"))
+    wrong = attention.jax_nn(Window(1))
+    monkeypatch.setattr(attention, "jax_nn", lambda mask: wrong)
+    monkeypatch.setattr(attention, "interleave", lambda *a, **k: pytest.fail("timed a wrong result"))
     with pytest.raises(FloatingPointError, match="longattn and jax disagree at T=16"):
-        bench.attention(bench.AttentionOptions(**TINY, against=("jax",)))
+        attention.attention(attention.AttentionOptions(**TINY, against=("jax",)))
 
 
 def test_what_does_not_fit_is_left_out_with_the_reason(capsys, monkeypatch):
     free = iter([2**40, 2**40, 10])  # for the inputs, when longattn asks, and when the reference does
-    monkeypatch.setattr(bench, "available_memory", lambda: next(free))
+    monkeypatch.setattr(attention, "available_memory", lambda: next(free))
     document, out = run(capsys, against=("reference",), T=(32,), what=("forward",), window=0)
     (row,) = document["rows"]
     assert set(row["seconds"]) == {"longattn"}
     assert "GiB are free" in row["skipped"]["reference"]
     assert "GiB are free" in " ".join(out.split())
-    monkeypatch.setattr(bench, "available_memory", lambda: 10)
+    monkeypatch.setattr(attention, "available_memory", lambda: 10)
     with pytest.raises(ValueError, match="T=32 is too long for this machine"):
-        bench.attention(bench.AttentionOptions(**{**TINY, "T": (32,)}, against=()))
+        attention.attention(attention.AttentionOptions(**{**TINY, "T": (32,)}, against=()))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(capsys, monkeypatch):
 )
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        bench.AttentionOptions(**options)
+        attention.AttentionOptions(**options)
 
 
 # ---- PyTorch, in another process
@@ -206,8 +207,8 @@ def fake(monkeypatch, tmp_path):
     def install(broken=None):
         path = tmp_path / "worker.py"
         path.write_text(textwrap.dedent(FAKE_WORKER).replace("BROKEN", repr(broken)))
-        monkeypatch.setattr(bench, "WORKER", path)
-        monkeypatch.setenv(bench.TORCH_PYTHON, sys.executable)
+        monkeypatch.setattr(attention, "WORKER", path)
+        monkeypatch.setenv(attention.TORCH_PYTHON, sys.executable)
 
     return install
 
@@ -231,29 +232,29 @@ def test_a_worker_times_itself_and_its_results_are_checked(capsys, fake, mask):
 @cpu_only
 def test_a_failing_worker_is_an_error_with_its_reason(fake):
     fake(broken={"error": "RuntimeError: out of luck"})
-    options = bench.AttentionOptions(**{**TINY, "what": ("forward",)}, against=("torch",))
+    options = attention.AttentionOptions(**{**TINY, "what": ("forward",)}, against=("torch",))
     with pytest.raises(ValueError, match="PyTorch: RuntimeError: out of luck"):
-        bench.attention(options)
+        attention.attention(options)
 
 
 @cpu_only
 def test_no_interpreter_is_said_clearly(capsys, monkeypatch):
-    monkeypatch.delenv(bench.TORCH_PYTHON, raising=False)
+    monkeypatch.delenv(attention.TORCH_PYTHON, raising=False)
     with pytest.raises(ValueError, match="LONGATTN_TORCH_PYTHON is not set; make it the path"):
-        bench.attention(bench.AttentionOptions(**TINY, against=("torch",)))
+        attention.attention(attention.AttentionOptions(**TINY, against=("torch",)))
     document, out = run(capsys, T=(16,), what=("forward",))
     assert "torch" not in document["rows"][0]["seconds"]
     assert "LONGATTN_TORCH_PYTHON is not set" in " ".join(out.split())
     for python in ("/nowhere/python", sys.executable):
-        monkeypatch.setenv(bench.TORCH_PYTHON, python)
-        monkeypatch.setattr(bench, "WORKER", "/nowhere/worker.py")
+        monkeypatch.setenv(attention.TORCH_PYTHON, python)
+        monkeypatch.setattr(attention, "WORKER", "/nowhere/worker.py")
         with pytest.raises(ValueError, match="must be a Python interpreter with PyTorch"):
-            bench.attention(bench.AttentionOptions(**TINY, against=("torch",)))
+            attention.attention(attention.AttentionOptions(**TINY, against=("torch",)))
 
 
 @cpu_only
 @pytest.mark.skipif(
-    not os.environ.get(bench.TORCH_PYTHON), reason=f"{bench.TORCH_PYTHON} is not set: no PyTorch to run"
+    not os.environ.get(attention.TORCH_PYTHON), reason=f"{attention.TORCH_PYTHON} is not set: no PyTorch to run"
 )
 @pytest.mark.parametrize("mask", [Causal(), Causal() & Chunked(8)], ids=str)
 def test_the_real_pytorch_agrees(capsys, mask):

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from longattn.analysis import bench, compare, hardware
+from longattn.analysis import compare, hardware
 from longattn.analysis.bringup.options import BringupOptions
 from longattn.analysis.bringup.report import Report
 from longattn.analysis.compare.admission import admit
+from longattn.bench import attention
 from longattn.ops import dispatch
 from longattn.ops.attention.api import BACK_ENDS
 
@@ -62,7 +63,7 @@ def _by_the_host(options: compare.CompareOptions) -> list[dict[str, Any]]:
     """The contestants' seconds by the host's clock, as far as they are right."""
     options = options.resolved()
     _, fns, known = admit(options)
-    seconds = bench.interleave(fns, options.rounds)
+    seconds = attention.interleave(fns, options.rounds)
     return [
         {"contestant": name, **known[name], **({"host_seconds": seconds[name]} if name in fns else {})}
         for name in options.names

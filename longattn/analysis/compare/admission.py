@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longattn.analysis import bench
 from longattn.analysis.compare.contestants import CONTESTANTS, LINEAR, Contestant
 from longattn.analysis.compare.options import CompareOptions
 from longattn.analysis.compare.problems import Linear, Problem, What
+from longattn.bench import attention
 from longattn.ops import dispatch
 from longattn.ops.attention.api import BACK_ENDS
 from longattn.train.record import available_memory
@@ -40,7 +40,7 @@ def compiled(name: str, contestant: Contestant, problem: Problem, what: What, ar
     platform = dispatch.target().platform
     if platform not in contestant.platforms:
         raise NotImplementedError(f"it runs on {' and '.join(contestant.platforms)}, this is {platform}")
-    inner = bench.candidate(contestant.build(problem), what)
+    inner = attention.candidate(contestant.build(problem), what)
 
     def program(*arguments: Any) -> Any:
         return inner(*arguments)
@@ -99,7 +99,7 @@ def admit(options: CompareOptions) -> tuple[str, dict[str, Callable[[], Any]], d
         except _refusals(name) as error:
             known[name] = {"reason": _reason(error)}
             continue
-        error, limit = bench.relative_error(results, expected), bench.AGREE[problem.dtype]
+        error, limit = attention.relative_error(results, expected), attention.AGREE[problem.dtype]
         known[name] = {"error": error}
         if error <= limit:
             fns[name] = functools.partial(program, *arrays)

@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.console import Console
 
-from longattn.analysis import bench
 from longattn.analysis.compare.measurement import measure
 from longattn.analysis.compare.options import CompareOptions, heading
 from longattn.analysis.trace import opening, parts_table
+from longattn.bench import attention
 from longattn.display import device_text, digits, plain_table, seconds_text
 
 WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits
@@ -56,7 +56,7 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
             row["contestant"],
             seconds_text(s["median"]),
             f"{seconds_text(s['low'])} .. {seconds_text(s['high'])}",
-            str(bench.Interval(**row["ratio"])),
+            str(attention.Interval(**row["ratio"])),
             f"{row['idle']:.0%}",
             digits(row["flops_per_second"] / 1e9),
             _percent(row["share_of_peak_flops"]),

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longattn.analysis import bench
 from longattn.analysis.compare.problems import Attention, Linear, Problem
 from longattn.aot.kernels import cases
+from longattn.bench import attention
 from longattn.mask import Causal, Full
 from longattn.ops.attention.api import BACK_ENDS
 from longattn.ops.attention.api import attention as ours
@@ -32,7 +32,7 @@ class Contestant:
     instead: Callable[[Any], Problem] | None = None  # the problem that a yardstick solves in place of the others'
 
 
-def _heads_first(attend: Callable[..., Any]) -> bench.Attend:
+def _heads_first(attend: Callable[..., Any]) -> attention.Attend:
     """[B T H D] for a function of [B H T D]."""
 
     def call(q: Any, k: Any, v: Any) -> Any:
@@ -41,13 +41,13 @@ def _heads_first(attend: Callable[..., Any]) -> bench.Attend:
     return call
 
 
-def _jax_flash(options: Attention) -> bench.Attend:
+def _jax_flash(options: Attention) -> attention.Attend:
     if options.heads != options.H:
         raise NotImplementedError(f"it has no grouped heads: K={options.heads} must be H={options.H}")
     return _heads_first(cases.CASES["jax_flash"].build(options.shape())[0])
 
 
-def _splash(options: Attention) -> bench.Attend:
+def _splash(options: Attention) -> attention.Attend:
     if options.heads != options.H:
         raise NotImplementedError(f"it is built without grouped heads: K={options.heads} must be H={options.H}")
     kernel = jax.vmap(cases.CASES["jax_splash"].build(options.shape())[0])
@@ -55,13 +55,13 @@ def _splash(options: Attention) -> bench.Attend:
     return _heads_first(lambda q, k, v: kernel((q * scale).astype(q.dtype), k, v))
 
 
-def _cudnn(options: Attention) -> bench.Attend:
+def _cudnn(options: Attention) -> attention.Attend:
     if options.dtype == "float32":
         raise NotImplementedError("cuDNN's attention takes bfloat16 and float16, dtype is float32")
-    return bench.jax_nn(options.mask, "cudnn")
+    return attention.jax_nn(options.mask, "cudnn")
 
 
-def _tokamax(options: Attention) -> bench.Attend:
+def _tokamax(options: Attention) -> attention.Attend:
     if importlib.util.find_spec("tokamax") is None:
         raise NotImplementedError("not installed here: pip install tokamax")
     import tokamax
@@ -99,7 +99,7 @@ def _ours(name: str) -> Contestant:
 
 
 RIVALS: dict[str, Contestant] = {
-    "jax_nn": Contestant("jax.nn.dot_product_attention", lambda o: bench.jax_nn(o.mask)),
+    "jax_nn": Contestant("jax.nn.dot_product_attention", lambda o: attention.jax_nn(o.mask)),
     "jax_flash": Contestant("jax's Pallas flash attention", _jax_flash, ("tpu",), "jax_flash"),
     "splash": Contestant("jax's Pallas splash attention", _splash, ("tpu",), "jax_splash"),
     "cudnn": Contestant("cuDNN, through jax.nn", _cudnn, ("gpu",)),

@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from longattn.analysis import bench, hardware, trace
+from longattn.analysis import hardware, trace
 from longattn.analysis.compare.admission import admit
 from longattn.analysis.compare.options import CompareOptions
 from longattn.analysis.compare.picture import plot
 from longattn.analysis.compare.roofline import static_seconds
+from longattn.bench import attention
 from longattn.display import seconds_text
 from longattn.ops.attention.api import BACK_ENDS
 from longattn.ops.linear.api import BACK_ENDS as LINEAR_BACK_ENDS
@@ -38,7 +39,7 @@ def measure(options: CompareOptions) -> dict[str, Any]:
     """
     progress = Console(stderr=True)
     options = options.resolved()
-    bench.check_memory(options.problem.numbers(), options.T)
+    attention.check_memory(options.problem.numbers(), options.T)
     folder, load = Path(options.out), os.getloadavg()[0]
     device = hardware.detect()
     with progress.status("compiling, and comparing results with the reference"), _compiled_anew():
@@ -81,7 +82,7 @@ def measure(options: CompareOptions) -> dict[str, Any]:
                 continue
             row |= _row(name, options, executions[1:], device)
             base = base or row["samples"]
-            row["ratio"] = asdict(bench.ratio(row["samples"], base))
+            row["ratio"] = asdict(attention.ratio(row["samples"], base))
     document["differences"] = differences(rows)
     _write(document, folder)
     return document
@@ -108,7 +109,7 @@ def _record(fns: Mapping[str, Callable[[], Any]], rounds: int, folder: Path) -> 
     options.python_tracer_level = 0  # Python's own calls are no business of this and slow it down
     options.session_id = f"{time.strftime('%Y_%m_%d_%H_%M_%S')}_{uuid.uuid4().hex[:8]}"
     with jax.profiler.trace(str(folder), profiler_options=options):
-        seconds = bench.interleave(fns, rounds)
+        seconds = attention.interleave(fns, rounds)
     return seconds, folder / "plugins" / "profile" / options.session_id
 
 

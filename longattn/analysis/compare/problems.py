@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from longattn.analysis import bench, cost
+from longattn.analysis import cost
 from longattn.analysis.agreement import LinearProblem, draw
 from longattn.aot.kernels import cases
 from longattn.aot.kernels.cases.shape import KINDS
+from longattn.bench import attention
 from longattn.shapes import suggest
 
 What = Literal["forward", "forward_backward"]
@@ -51,20 +52,20 @@ class Problem(Protocol):
 
 
 @dataclass(frozen=True)
-class Attention(bench.AttentionOptions):
+class Attention(attention.AttentionOptions):
     """Exact attention of one length."""
 
     def drawn(self) -> dict[str, np.ndarray]:
-        return bench.inputs(self, self.T[0])
+        return attention.inputs(self, self.T[0])
 
     def numbers(self) -> int:
-        return bench.numbers(self, self.T[0])
+        return attention.numbers(self, self.T[0])
 
     def flops(self, what: What) -> float:
-        return bench.flops(self, self.T[0], what)
+        return attention.flops(self, self.T[0], what)
 
     def least_bytes(self, what: What) -> int:
-        forward = bench.numbers(self, self.T[0]) * jnp.dtype(self.dtype).itemsize  # q, k, v, out
+        forward = attention.numbers(self, self.T[0]) * jnp.dtype(self.dtype).itemsize  # q, k, v, out
         return forward * (3 if what == "forward_backward" else 1)  # backward those, do and their gradients
 
     def shape(self) -> cases.Shape:

@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from longattn import config
-from longattn.analysis import bench, cost
+from longattn.analysis import cost
 from longattn.analysis.store import Badge, Number, Store
 from longattn.analysis.study.presets import CostPlan
 from longattn.analysis.study.table import FIRST, READ, Way, trained, ways
 from longattn.analysis.study.work import Unit
+from longattn.bench import attention
 from longattn.models import MIXERS, bytes_read_per_token, sequential_steps, state_elements
 from longattn.train.record import available_memory
 
@@ -96,7 +97,7 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float]:
 def _timed(fns: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
     """Median, interval and samples of each callable, in seconds."""
     result = {}
-    for name, samples in bench.interleave(fns, repeats).items():
+    for name, samples in attention.interleave(fns, repeats).items():
         low, high = median_interval(samples)
         result[name] = {"value": statistics.median(samples), "low": low, "high": high, "samples": tuple(samples)}
     return result
@@ -187,7 +188,7 @@ def _fits(plan: CostPlan, store: Store) -> Iterable[Number]:
             if len(numbers) < FITTED or min(n.value for n in numbers) <= 0:
                 continue
             sizes = [n.at["T"] for n in numbers]
-            fit = bench.fit_exponent(sizes, [n.samples or [n.value] for n in numbers])
+            fit = attention.fit_exponent(sizes, [n.samples or [n.value] for n in numbers])
             note = f"fitted on T = {', '.join(map(str, sizes))}"
             badge: Badge = "measured" if numbers[0].samples else "compiled"
             yield Number(

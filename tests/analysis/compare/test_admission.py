@@ -8,16 +8,17 @@ import jax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from longattn.analysis import bench, compare
+from longattn.analysis import compare
 from longattn.analysis.compare import admission
 from longattn.aot.kernels.cases.shape import KINDS
+from longattn.bench import attention
 from longattn.mask import Full
 from longattn.ops.linear import linear_attention
 from tests.analysis.compare.tiny import TINY, quiet
 
 
 def test_who_disagrees_is_not_timed(monkeypatch, tmp_path) -> None:
-    wrong = compare.Contestant("wrong", lambda o: bench.jax_nn(Full()))
+    wrong = compare.Contestant("wrong", lambda o: attention.jax_nn(Full()))
     monkeypatch.setitem(compare.CONTESTANTS, "wrong", wrong)
     options = compare.CompareOptions("attention_forward", contestants=("wrong", "xla"), out=str(tmp_path), **TINY)
     first, second = compare.run(options, quiet())["rows"]
@@ -38,7 +39,7 @@ def test_linear_attention_of_every_kind_is_admitted(kind) -> None:
     options = compare.CompareOptions("linear_forward", ("xla", "attention"), kind=kind, T=40, H=2, K=1, D=8)
     against, fns, known = admission.admit(options.resolved())
     assert (against, list(fns)) == ("reference", ["xla", "attention"])
-    assert all(x["error"] < bench.AGREE["float32"] for x in known.values())
+    assert all(x["error"] < attention.AGREE["float32"] for x in known.values())
 
 
 def test_gradients_of_linear_attention_are_checked(monkeypatch) -> None:
@@ -68,7 +69,7 @@ def test_linear_kernels_for_tpus_take_part() -> None:
 
 
 def test_a_rival_that_fails_is_a_row_and_ours_is_an_error(monkeypatch, tmp_path) -> None:
-    def fails(_: bench.AttentionOptions) -> bench.Attend:
+    def fails(_: attention.AttentionOptions) -> attention.Attend:
         raise TypeError("no such argument\nsecond line")
 
     monkeypatch.setitem(compare.CONTESTANTS, "rival", compare.Contestant("rival", fails))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from longattn.analysis import bench, compare
+from longattn.analysis import compare
 from longattn.aot.kernels import cases
+from longattn.bench import attention
 from longattn.mask import Causal, Full, Window
 from tests.analysis.compare.tiny import problem
 
@@ -39,11 +40,11 @@ def test_reasons_of_rivals(name, changes, reason, monkeypatch) -> None:
 def test_tpu_rivals_compute_attention(name, mask) -> None:
     """Under the interpreter of TPU kernels: layouts and scale are right."""
     o = problem(mask=mask)
-    q, k, v, _ = (jnp.asarray(x) for x in bench.inputs(o, 256).values())
+    q, k, v, _ = (jnp.asarray(x) for x in attention.inputs(o, 256).values())
     with pltpu.force_tpu_interpret_mode():
         out = jax.jit(compare.CONTESTANTS[name].build(o))(q, k, v)
     expected = compare.CONTESTANTS["reference"].build(o)(q, k, v)
-    assert bench.relative_error([np.asarray(out)], [np.asarray(expected)]) < 1e-2  # its products are bfloat16
+    assert attention.relative_error([np.asarray(out)], [np.asarray(expected)]) < 1e-2  # its products are bfloat16
 
 
 def test_static_cases_exist() -> None:

@@ -9,9 +9,10 @@ import pathlib
 
 import pytest
 
-from longattn.analysis import bench, compare, cost, hardware, trace
+from longattn.analysis import compare, cost, hardware, trace
 from longattn.analysis.compare import admission, measurement, roofline
 from longattn.aot.kernels import cases, tpu
+from longattn.bench import attention
 from longattn.mask import Causal
 from tests.analysis.compare.tiny import SHARED, TINY, quiet
 
@@ -30,7 +31,7 @@ def test_every_contestant_has_a_row(document) -> None:
     for name in ("xla", "reference", "jax_nn"):
         row = rows[name]
         assert set(row) == RAN
-        assert row["error"] <= bench.AGREE["float32"]
+        assert row["error"] <= attention.AGREE["float32"]
         assert len(row["samples"]) == len(row["host_seconds"]) == TINY["rounds"]
         assert all(0 < device < host for device, host in zip(row["samples"], row["host_seconds"]))
         assert 0 <= row["idle"] < 1
@@ -123,7 +124,7 @@ def test_calls_that_the_trace_does_not_show_are_a_reason(monkeypatch, tmp_path) 
 
 
 def test_beyond_memory_is_refused(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(bench, "available_memory", lambda: 1000)
+    monkeypatch.setattr(attention, "available_memory", lambda: 1000)
     with pytest.raises(ValueError, match="T=300 is too long for this machine"):
         compare.run(compare.CompareOptions("attention_forward", out=str(tmp_path), **TINY), quiet())
 

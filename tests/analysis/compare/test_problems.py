@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from longattn.analysis import bench, cost
+from longattn.analysis import cost
 from longattn.analysis.compare.problems import Attention, Linear
 from longattn.aot.kernels import cases
+from longattn.bench import attention
 from longattn.mask import Causal
 from tests.analysis.compare.tiny import linear, problem
 
@@ -50,7 +51,7 @@ def test_what_is_drawn() -> None:
         **dict.fromkeys(("q", "k", "v", "do"), "bfloat16"), "log_decay": "float32", "beta": "float32",
     }  # fmt: skip
     assert (drawn["log_decay"] < 0).all()
-    for name, x in bench.inputs(problem(), 256).items():
+    for name, x in attention.inputs(problem(), 256).items():
         np.testing.assert_array_equal(problem().drawn()[name], x)
 
 
