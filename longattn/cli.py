@@ -319,7 +319,7 @@ def _profile(arguments: list[str]) -> int:
 
 
 def _bringup(arguments: list[str]) -> int:
-    from longattn.analysis import bringup
+    from longattn.bench import bringup
 
     options = _parse(bringup.BringupOptions, arguments, "bringup")
     _compilation_cache()

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from longattn import cli
 from longattn.analysis import agreement, compare, hardware
-from longattn.analysis.bringup import BringupOptions, memory, numerics, report, run, show, timing
 from longattn.aot import train_step
+from longattn.bench.bringup import BringupOptions, memory, numerics, report, run, show, timing
 from longattn.ops import dispatch
 from longattn.ops.attention import api, xla
 from longattn.train import bringup as reports

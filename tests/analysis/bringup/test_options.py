@@ -9,7 +9,7 @@ import pytest
 
 from longattn.analysis import agreement
 from longattn.analysis.agreement import LinearProblem, PartsProblem, StateProblem
-from longattn.analysis.bringup import BringupOptions, cases
+from longattn.bench.bringup import BringupOptions, cases
 from longattn.mask import Causal, Full, Window
 from longattn.train.bringup import CHECKOUT
 

@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 
 from longattn import cache
-from longattn.analysis.bringup import show
+from longattn.bench.bringup import show
 from longattn.ops import dispatch
 from longattn.train.bringup import KIND, VERSION, generation
 from longattn.train.record import environment, write_whole

@@ -10,8 +10,8 @@ import numpy as np
 
 from longattn.analysis import agreement
 from longattn.analysis.bringup.cases import problems
-from longattn.analysis.bringup.options import BringupOptions
-from longattn.analysis.bringup.report import Report
+from longattn.bench.bringup.options import BringupOptions
+from longattn.bench.bringup.report import Report
 from longattn.mask import Mask
 
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from longattn.analysis import compare, hardware
-from longattn.analysis.bringup.options import BringupOptions
-from longattn.analysis.bringup.report import Report
 from longattn.analysis.compare.admission import admit
 from longattn.bench import attention
+from longattn.bench.bringup.options import BringupOptions
+from longattn.bench.bringup.report import Report
 from longattn.ops import dispatch
 from longattn.ops.attention.api import BACK_ENDS
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from longattn.analysis.bringup import memory, numerics, show, timing
-from longattn.analysis.bringup.options import PARTS, BringupOptions
-from longattn.analysis.bringup.report import Report
+from longattn.bench.bringup import memory, numerics, show, timing
+from longattn.bench.bringup.options import PARTS, BringupOptions
+from longattn.bench.bringup.report import Report
 
 # The memory part comes before the timed calls, whose peers hold more than its step does; each may take that share of
 # the time that is left.
