@@ -239,7 +239,7 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
-    from longattn.analysis import compare
+    from longattn.bench import compare
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--case", *arguments]

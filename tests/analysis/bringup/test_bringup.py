@@ -17,8 +17,9 @@ import pytest
 from rich.console import Console
 
 from longattn import cli
-from longattn.analysis import agreement, compare, hardware
+from longattn.analysis import agreement, hardware
 from longattn.aot import train_step
+from longattn.bench import compare
 from longattn.bench.bringup import BringupOptions, memory, numerics, report, run, show, timing
 from longattn.ops import dispatch
 from longattn.ops.attention import api, xla

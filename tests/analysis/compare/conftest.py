@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longattn.analysis import compare
+from longattn.bench import compare
 from tests.analysis.compare.tiny import TINY, quiet
 
 

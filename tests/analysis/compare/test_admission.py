@@ -8,10 +8,9 @@ import jax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from longattn.analysis import compare
-from longattn.analysis.compare import admission
 from longattn.aot.kernels.cases.shape import KINDS
-from longattn.bench import attention
+from longattn.bench import attention, compare
+from longattn.bench.compare import admission
 from longattn.mask import Full
 from longattn.ops.linear import linear_attention
 from tests.analysis.compare.tiny import TINY, quiet

@@ -7,8 +7,8 @@ import json
 
 from rich.console import Console
 
-from longattn.analysis import compare
-from longattn.analysis.compare import command
+from longattn.bench import compare
+from longattn.bench.compare import command
 from tests.analysis.compare.tiny import SHARED, TINY
 
 

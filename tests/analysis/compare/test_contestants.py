@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from longattn.analysis import compare
 from longattn.aot.kernels import cases
-from longattn.bench import attention
+from longattn.bench import attention, compare
 from longattn.mask import Causal, Full, Window
 from tests.analysis.compare.tiny import problem
 

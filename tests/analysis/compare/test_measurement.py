@@ -9,10 +9,10 @@ import pathlib
 
 import pytest
 
-from longattn.analysis import compare, cost, hardware, trace
-from longattn.analysis.compare import admission, measurement, roofline
+from longattn.analysis import cost, hardware, trace
 from longattn.aot.kernels import cases, tpu
-from longattn.bench import attention
+from longattn.bench import attention, compare
+from longattn.bench.compare import admission, measurement, roofline
 from longattn.mask import Causal
 from tests.analysis.compare.tiny import SHARED, TINY, quiet
 

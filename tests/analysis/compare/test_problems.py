@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from longattn.analysis import cost
-from longattn.analysis.compare.problems import Attention, Linear
 from longattn.aot.kernels import cases
 from longattn.bench import attention
+from longattn.bench.compare.problems import Attention, Linear
 from longattn.mask import Causal
 from tests.analysis.compare.tiny import linear, problem
 

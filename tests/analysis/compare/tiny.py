@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from longattn.analysis import compare
-from longattn.analysis.compare.problems import Attention, Linear
+from longattn.bench import compare
+from longattn.bench.compare.problems import Attention, Linear
 
 TINY = {"T": 300, "H": 4, "D": 8, "rounds": 3}
 SHARED = {"version", "kind", "options", "environment", "load", "checked_against", "peak", "trace"}

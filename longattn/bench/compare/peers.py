@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longattn.analysis.compare.problems import Attention, Linear, Problem
 from longattn.aot.kernels import cases
 from longattn.bench import attention
+from longattn.bench.compare.problems import Attention, Linear, Problem
 from longattn.mask import Causal, Full
 from longattn.ops.attention.api import BACK_ENDS
 from longattn.ops.attention.api import attention as ours

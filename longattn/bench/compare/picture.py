@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from longattn.analysis.compare.options import heading
+from longattn.bench.compare.options import heading
 from longattn.display import device_text
 
 SCOPES = 7  # those with the largest share of any contestant's time have a colour each

@@ -17,11 +17,11 @@ import numpy as np
 from rich.console import Console
 
 from longattn.analysis import hardware, trace
-from longattn.analysis.compare.admission import admit
-from longattn.analysis.compare.options import CompareOptions
-from longattn.analysis.compare.picture import plot
-from longattn.analysis.compare.roofline import static_seconds
 from longattn.bench import attention
+from longattn.bench.compare.admission import admit
+from longattn.bench.compare.options import CompareOptions
+from longattn.bench.compare.picture import plot
+from longattn.bench.compare.roofline import static_seconds
 from longattn.display import seconds_text
 from longattn.ops.attention.api import BACK_ENDS
 from longattn.ops.linear.api import BACK_ENDS as LINEAR_BACK_ENDS

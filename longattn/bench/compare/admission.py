@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longattn.analysis.compare.contestants import CONTESTANTS, LINEAR, Contestant
-from longattn.analysis.compare.options import CompareOptions
-from longattn.analysis.compare.problems import Linear, Problem, What
 from longattn.bench import attention
+from longattn.bench.compare.options import CompareOptions
+from longattn.bench.compare.peers import CONTESTANTS, LINEAR, Contestant
+from longattn.bench.compare.problems import Linear, Problem, What
 from longattn.ops import dispatch
 from longattn.ops.attention.api import BACK_ENDS
 from longattn.train.record import available_memory

@@ -7,9 +7,9 @@ matrix product measured here and the bandwidth is not known.
 from __future__ import annotations
 
 from longattn.analysis import hardware
-from longattn.analysis.compare.options import CompareOptions
 from longattn.aot.kernels import tpu
 from longattn.aot.kernels.cases import CASES
+from longattn.bench.compare.options import CompareOptions
 
 
 def static_seconds(name: str, options: CompareOptions, device: hardware.Device) -> tuple[float | None, str]:

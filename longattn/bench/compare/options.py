@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from longattn.analysis.compare.contestants import CONTESTANTS, LINEAR, Contestant
-from longattn.analysis.compare.problems import Attention, Dtype, Linear, Problem, What
+from longattn.bench.compare.peers import CONTESTANTS, LINEAR, Contestant
+from longattn.bench.compare.problems import Attention, Dtype, Linear, Problem, What
 from longattn.mask import Causal, Mask
 from longattn.ops import dispatch
 from longattn.shapes import suggest
