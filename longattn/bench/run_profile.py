@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from longattn.analysis import trace
+from longattn.bench import trace
 from longattn.display import plain_table, seconds_text
 from longattn.train.record import read_config
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from longattn.analysis.trace import Scope
 from longattn.bench import run_profile
+from longattn.bench.trace import Scope
 from longattn.config import ByteLM, Config, Model, Optimiser, Run, to_json
 from longattn.train import train
 from tests.analysis.trace.written import CPU_STATS, cpu, instruction, module, plane, programs, space

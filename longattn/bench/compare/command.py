@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.console import Console
 
-from longattn.analysis.trace import opening, parts_table
 from longattn.bench import attention
 from longattn.bench.compare.measurement import measure
 from longattn.bench.compare.options import CompareOptions, heading
+from longattn.bench.trace import opening, parts_table
 from longattn.display import device_text, digits, plain_table, seconds_text
 
 WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from longattn.analysis import hardware, trace
-from longattn.bench import attention
+from longattn.analysis import hardware
+from longattn.bench import attention, trace
 from longattn.bench.compare.admission import admit
 from longattn.bench.compare.options import CompareOptions
 from longattn.bench.compare.picture import plot

@@ -9,9 +9,9 @@ import pathlib
 
 import pytest
 
-from longattn.analysis import cost, hardware, trace
+from longattn.analysis import cost, hardware
 from longattn.aot.kernels import cases, tpu
-from longattn.bench import attention, compare
+from longattn.bench import attention, compare, trace
 from longattn.bench.compare import admission, measurement, roofline
 from longattn.mask import Causal
 from tests.analysis.compare.tiny import SHARED, TINY, quiet

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from jax.profiler import ProfileData
 
-from longattn.analysis import trace
-from longattn.analysis.trace import Kernel, Scope
+from longattn.bench import trace
+from longattn.bench.trace import Kernel, Scope
 from tests.analysis.trace.written import CPU_STATS, LOOP, cpu, cpu_space, instruction, module, plane, programs, space
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from longattn.analysis import trace
+from longattn.bench import trace
 from tests.analysis.trace.written import cpu_space
 
 

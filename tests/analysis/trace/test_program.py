@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from longattn.analysis import trace
-from longattn.analysis.trace import Scope
+from longattn.bench import trace
+from longattn.bench.trace import Scope
 from tests.analysis.trace.written import instruction, module
 
 

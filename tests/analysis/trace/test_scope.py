@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longattn.analysis.trace import scope_of
+from longattn.bench.trace import scope_of
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longattn.analysis import trace
+from longattn.bench import trace
 from tests.analysis.trace.written import cpu_space
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longattn.analysis import trace
+from longattn.bench import trace
 
 
 def execution(*spans: tuple[float, float]) -> trace.Execution:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from longattn.analysis.trace.protobuf import fields, integers, text
-from longattn.analysis.trace.scope import Scope, scope_of
+from longattn.bench.trace.protobuf import fields, integers, text
+from longattn.bench.trace.scope import Scope, scope_of
 
 
 class Op(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from longattn.analysis.trace.scope import Scope
+from longattn.bench.trace.scope import Scope
 
 
 class Kernel(NamedTuple):

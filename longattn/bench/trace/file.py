@@ -7,10 +7,10 @@ from pathlib import Path
 
 from jax.profiler import ProfileData
 
-from longattn.analysis.trace import devices
-from longattn.analysis.trace.program import Op, program_ops
-from longattn.analysis.trace.protobuf import event_metadata, fields
-from longattn.analysis.trace.timeline import Execution, Trace
+from longattn.bench.trace import devices
+from longattn.bench.trace.program import Op, program_ops
+from longattn.bench.trace.protobuf import event_metadata, fields
+from longattn.bench.trace.timeline import Execution, Trace
 
 
 def find(folder: Path) -> Path:

@@ -15,10 +15,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from longattn.analysis.trace.program import Op
-from longattn.analysis.trace.protobuf import Event
-from longattn.analysis.trace.scope import scope_of
-from longattn.analysis.trace.timeline import Execution, Kernel
+from longattn.bench.trace.program import Op
+from longattn.bench.trace.protobuf import Event
+from longattn.bench.trace.scope import scope_of
+from longattn.bench.trace.timeline import Execution, Kernel
 
 CONTROL = frozenset({"while", "conditional", "call"})  # what runs inside them are ops of their own
 Programs = Mapping[int, tuple[str, dict[str, Op]]]  # by number: name and instructions

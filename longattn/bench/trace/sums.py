@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from longattn.analysis.trace.scope import Phase, Scope
-from longattn.analysis.trace.timeline import Execution, Kernel
+from longattn.bench.trace.scope import Phase, Scope
+from longattn.bench.trace.timeline import Execution, Kernel
 
 
 @dataclass(frozen=True)
