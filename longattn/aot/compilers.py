@@ -28,7 +28,7 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from longattn.analysis import hardware
+from longattn.cost import hardware
 
 FOLDER = "LONGATTN_AOT"  # a folder that `pip install --target` put the compilers into
 

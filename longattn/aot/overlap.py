@@ -21,9 +21,9 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from longattn import parallel
-from longattn.analysis.plan import topology
 from longattn.aot import compilers, hlo, train_step
 from longattn.aot.schedule import walk
+from longattn.cost import topology
 from longattn.display import plain_table, seconds_text
 from longattn.models.transformer import REMAT
 

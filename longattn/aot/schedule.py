@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from longattn.analysis.plan.torus import Torus
 from longattn.aot import hlo
 from longattn.aot.hlo import Collective, Computation, Instruction, Program
+from longattn.cost.torus import Torus
 
 LINEAR = "linear_attention"  # in the scopes of all that linear attention computes and sends
 

@@ -20,13 +20,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from longattn import cache as caches
-from longattn.analysis import cost
-from longattn.analysis.plan import analytic, topology
-from longattn.analysis.plan.topology import Topology
 from longattn.aot import buffers as memory
 from longattn.aot import compilers, hlo
 from longattn.aot.schedule import Rates, Totals, backward, bound, softmax, walk
 from longattn.config import Config, from_json, to_json
+from longattn.cost import flops, topology
+from longattn.cost import step as analytic
+from longattn.cost.topology import Topology
 from longattn.models.context import Context
 from longattn.parallel import mesh as meshes
 from longattn.train import step as steps
@@ -227,7 +227,7 @@ def _time(program: hlo.Program, config: Config, where: Topology, mesh: Mesh | No
     totals = bound(program, rates, totals, {p: f / rates.flops for p, f in by_formula.items()})
     host = totals.host_bytes / where.host_bandwidth  # what goes there is there before any of it comes back
     seconds = max(totals.seconds + attention / rates.flops, host)
-    model = cost.step_flops(config) / where.size
+    model = flops.step_flops(config) / where.size
     return {
         "flops": totals.flops + attention,
         "attention_flops_by_formula": attention,

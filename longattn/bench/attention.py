@@ -27,7 +27,8 @@ import numpy as np
 from rich.console import Console
 from scipy.special import stdtrit
 
-from longattn.analysis import cost, hardware
+from longattn.cost import flops as cost
+from longattn.cost import hardware
 from longattn.display import device_text, plain_table, seconds_text
 from longattn.mask import Causal, Full, Mask, Window
 from longattn.ops.attention.api import attention as ours

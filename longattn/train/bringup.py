@@ -21,9 +21,10 @@ import numpy as np
 from rich.console import Console
 
 from longattn import cache
-from longattn.analysis import agreement, hardware
+from longattn.analysis import agreement
 from longattn.analysis.agreement import LinearProblem
 from longattn.config import Config, Mixer, Softmax
+from longattn.cost import hardware
 from longattn.models import MIXERS
 from longattn.models.context import Context
 from longattn.models.layers import rope_temperature

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from longattn.analysis import cost
 from longattn.bench import attention
+from longattn.cost import flops
 from longattn.mask import Causal, Chunked, Window
 
 TINY = {"T": (16, 32), "B": 1, "H": 2, "D": 8, "repeats": 3, "window": 4}
@@ -103,7 +103,7 @@ def test_rows_hold_every_candidate_with_errors_ratios_and_memory(capsys):
         assert set(row["ratio"]) == {"jax", "reference", "window"}
         assert row["temp_bytes_at_2T"] > 0
         pairs = row["T"] * (row["T"] + 1) // 2
-        once = cost.attention_flops(pairs, 2, 8)
+        once = flops.attention_flops(pairs, 2, 8)
         assert row["flops"]["longattn"] == once.forward + once.backward
         assert row["flops"]["window"] < row["flops"]["jax"] == row["flops"]["longattn"]
     assert set(document["exponents"]["forward_backward"]) == {"longattn", "jax", "reference", "window"}

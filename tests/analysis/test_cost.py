@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longattn.analysis import cost
 from longattn.config import (
     ByteLM,
     Config,
@@ -24,6 +23,7 @@ from longattn.config import (
     RoPE,
     Softmax,
 )
+from longattn.cost import flops as cost
 from longattn.mask import (
     And,
     BlockSparse,

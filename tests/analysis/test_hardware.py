@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from longattn.analysis import hardware
+from longattn.cost import hardware
 
 KINDS = {
     "v5e": ["TPU v5 lite", "TPU v5e"],

@@ -2,8 +2,8 @@
 
 import pytest
 
-from longattn.analysis.plan import topology
 from longattn.aot import overlap
+from longattn.cost import topology
 from tests.analysis.compilers import needs_libtpu
 
 # Kernels over eight devices, forward + backward under remat="attention", none twice. Ring: the own pair, [backward the

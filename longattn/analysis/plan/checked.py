@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from longattn.analysis.plan import analytic, topology
 from longattn.analysis.plan.presets import MODELS
 from longattn.aot import train_step
 from longattn.config import (
@@ -34,6 +33,7 @@ from longattn.config import (
     Performer,
     RetNet,
 )
+from longattn.cost import step, topology
 from longattn.display import plain_table
 
 _SMALL = Model(N=8, E=1024, F=2816, H=16, K=4, D=64, W=32_000, remat="attention")
@@ -152,7 +152,7 @@ def recorded() -> dict[str, dict[str, Any]]:
 def memory_errors() -> dict[str, float]:
     """By case, how far the formulas' memory is from the compiler's, relative to it."""
     found = recorded()
-    needed = lambda case: analytic.memory(case.config, topology.parse(case.topology))["total"]
+    needed = lambda case: step.memory(case.config, topology.parse(case.topology))["total"]
     return {case.name: needed(case) / found[case.name]["hbm_bytes"] - 1 for case in CASES}
 
 
@@ -160,7 +160,7 @@ def errors() -> list[dict[str, Any]]:
     """One row for each case: the compiler's figures, the formulas', and the relative error of the memory."""
     found, off, rows = recorded(), memory_errors(), []
     for case in CASES:
-        compiled, formula = found[case.name], analytic.estimate(case.config, topology.parse(case.topology))
+        compiled, formula = found[case.name], step.estimate(case.config, topology.parse(case.topology))
         row = {
             "case": case.name,
             "hbm_bytes": compiled["hbm_bytes"],

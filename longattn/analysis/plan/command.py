@@ -14,13 +14,14 @@ import jax
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from longattn.analysis import cost
-from longattn.analysis.plan import analytic, search, show, topology
-from longattn.analysis.plan.topology import Topology
+from longattn.analysis.plan import search, show
 from longattn.analysis.sequence import compare as sequence
 from longattn.analysis.sequence import problem, simulate
 from longattn.aot import compilers, train_step
 from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, Softmax, to_json
+from longattn.cost import flops, topology
+from longattn.cost import step as analytic
+from longattn.cost.topology import Topology
 from longattn.parallel.api import STRATEGIES
 from longattn.train.record import commit, write_whole
 
@@ -139,7 +140,7 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
         "version": VERSION,
         "kind": "plan",
         "model": name,
-        "parameters": cost.parameters(options.model).total,
+        "parameters": flops.parameters(options.model).total,
         "topology": where.name,
         "options": {
             "search": options.search,

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from longattn.analysis import hardware
 from longattn.analysis.plan import checked
 from longattn.analysis.report.page import style
 from longattn.analysis.sequence import show as sequence
 from longattn.aot.buffers import KINDS
+from longattn.cost import hardware
 from longattn.display import seconds_text as seconds
 
 _GiB = 2**30

@@ -11,7 +11,6 @@ import numpy as np
 from rich.console import Console
 
 from longattn import mask as masks
-from longattn.analysis.plan import topology
 from longattn.analysis.sequence import packing, show
 from longattn.analysis.sequence.compare import compare, recommended
 from longattn.analysis.sequence.load import load
@@ -20,6 +19,7 @@ from longattn.analysis.sequence.simulate import LATENCY, machine, simulate
 from longattn.analysis.sequence.traffic import DIFFERS, traffic, units
 from longattn.aot import compilers
 from longattn.aot import messages as measured
+from longattn.cost import topology
 from longattn.mask import Causal, Mask
 
 VERSION = 1

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longattn.analysis import cost
 from longattn.analysis.sequence.problem import Problem, Way, check
+from longattn.cost import flops
 from longattn.mask import EMPTY, Mask
 from longattn.parallel import balanced, ring
 from longattn.parallel.exchange import heads
@@ -30,7 +30,7 @@ def visible(mask: Mask, layout: SequenceLayout, T: int, P: int) -> np.ndarray:
     """
     step = P if layout.name == "striped" else 1
     tokens = [[range(a, b + 1, step) for a, b in layout.runs(i, T, P)] for i in range(P)]
-    count = lambda i, j: sum(cost.pairs_between(mask, q, k) for q in tokens[i] for k in tokens[j])
+    count = lambda i, j: sum(flops.pairs_between(mask, q, k) for q in tokens[i] for k in tokens[j])
     return np.array([[count(i, j) for j in range(P)] for i in range(P)], np.int64)
 
 

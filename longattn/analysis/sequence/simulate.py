@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from longattn.analysis import cost
-from longattn.analysis.plan.topology import Topology
-from longattn.analysis.plan.torus import ways
 from longattn.analysis.sequence.load import load
 from longattn.analysis.sequence.problem import Problem, Way
 from longattn.analysis.sequence.traffic import Message, Traffic, traffic
+from longattn.cost import flops as cost
+from longattn.cost.topology import Topology
+from longattn.cost.torus import ways
 
 LATENCY = 1e-6  # seconds: the order of one hop between chips; vendors publish none
 

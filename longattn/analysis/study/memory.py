@@ -18,11 +18,11 @@ import jax
 import numpy as np
 
 from longattn import config
-from longattn.analysis import hardware
 from longattn.analysis.store import Number, Store
 from longattn.analysis.study.presets import MemoryPlan
 from longattn.analysis.study.table import FIRST, Way, ways
 from longattn.analysis.study.work import Clock, Unit
+from longattn.cost import hardware
 from longattn.models import MIXERS
 from longattn.train.step import batch_shapes, state_shapes, train_step
 

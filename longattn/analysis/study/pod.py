@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from longattn.analysis.plan import checked, topology
+from longattn.analysis.plan import checked
 from longattn.analysis.plan.checked import Case
 from longattn.analysis.plan.presets import MODELS
 from longattn.analysis.store import Number, Store
@@ -21,6 +21,7 @@ from longattn.analysis.study.presets import PodPlan
 from longattn.analysis.study.work import Clock, Unit
 from longattn.aot import train_step
 from longattn.config import ByteLM, Config, Mesh
+from longattn.cost import topology
 
 
 def _case(model: str, machine: str, T: int, B: int, **mesh: Any) -> Case:

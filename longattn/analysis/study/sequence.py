@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 
-from longattn.analysis.plan import topology
 from longattn.analysis.sequence.compare import compare
 from longattn.analysis.sequence.load import load
 from longattn.analysis.sequence.problem import Problem, Way
@@ -16,6 +15,7 @@ from longattn.analysis.sequence.simulate import machine
 from longattn.analysis.store import Number, Store
 from longattn.analysis.study.presets import SequencePlan
 from longattn.analysis.study.work import Clock, Unit
+from longattn.cost import topology
 
 
 def units(plan: SequencePlan, store: Store) -> list[Unit]:

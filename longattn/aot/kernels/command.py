@@ -15,12 +15,12 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from longattn.analysis import hardware
 from longattn.aot import compilers
 from longattn.aot.kernels.bundles import SLOTS
 from longattn.aot.kernels.cases import CASES, Shape
 from longattn.aot.kernels.rates import small
 from longattn.aot.kernels.tpu import profile
+from longattn.cost import hardware
 from longattn.display import plain_table
 from longattn.mask import Causal, Mask
 from longattn.train.record import commit

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import jax
 from rich.console import Console
 
-from longattn.analysis import hardware
 from longattn.aot import compilers
 from longattn.aot.kernels.cases.gpu import CASES, Shape
 from longattn.aot.kernels.gpu import profile
+from longattn.cost import hardware
 from longattn.display import plain_table
 from longattn.mask import Causal, Mask
 from longattn.train.record import commit

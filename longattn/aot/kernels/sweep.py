@@ -19,10 +19,10 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from longattn.analysis import hardware
 from longattn.aot import compilers as aot
 from longattn.aot.kernels.cases import CASES, Shape
 from longattn.aot.kernels.tpu import profile
+from longattn.cost import hardware
 from longattn.display import plain_table
 from longattn.mask import Causal, Full, Mask, Window
 from longattn.ops.attention.pallas_tpu import Blocks, tuned, tuning

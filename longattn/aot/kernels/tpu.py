@@ -19,12 +19,12 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from longattn.analysis import hardware
 from longattn.aot import compilers
 from longattn.aot.kernels import cache
 from longattn.aot.kernels import rates as interpreted
 from longattn.aot.kernels.bundles import SLOTS, along, parse, weigh
 from longattn.aot.kernels.cases import CASES, Kernel, Shape
+from longattn.cost import hardware
 
 _FLAGS = (
     "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false "

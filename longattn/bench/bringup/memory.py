@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longattn.analysis import hardware
-from longattn.analysis.plan import topology
 from longattn.aot import train_step
 from longattn.bench.bringup.options import BringupOptions
 from longattn.bench.bringup.report import Report
 from longattn.config import ByteLM, Config, Model
+from longattn.cost import hardware, topology
 from longattn.ops import dispatch
 from longattn.train import step as steps
 from longattn.train.data import Batch

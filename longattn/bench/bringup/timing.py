@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from longattn.analysis import hardware
 from longattn.bench import attention, compare
 from longattn.bench.bringup.options import BringupOptions
 from longattn.bench.bringup.report import Report
 from longattn.bench.compare.admission import admit
+from longattn.cost import hardware
 from longattn.ops import dispatch
 from longattn.ops.attention.api import BACK_ENDS
 

@@ -16,12 +16,12 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from longattn.analysis import hardware
 from longattn.bench import attention, trace
 from longattn.bench.compare.admission import admit
 from longattn.bench.compare.options import CompareOptions
 from longattn.bench.compare.picture import plot
 from longattn.bench.compare.roofline import static_seconds
+from longattn.cost import hardware
 from longattn.display import seconds_text
 from longattn.ops.attention.api import BACK_ENDS
 from longattn.ops.linear.api import BACK_ENDS as LINEAR_BACK_ENDS

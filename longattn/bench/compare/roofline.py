@@ -6,10 +6,10 @@ matrix product measured here and the bandwidth is not known.
 
 from __future__ import annotations
 
-from longattn.analysis import hardware
 from longattn.aot.kernels import tpu
 from longattn.aot.kernels.cases import CASES
 from longattn.bench.compare.options import CompareOptions
+from longattn.cost import hardware
 
 
 def static_seconds(name: str, options: CompareOptions, device: hardware.Device) -> tuple[float | None, str]:

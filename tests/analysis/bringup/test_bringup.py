@@ -17,10 +17,11 @@ import pytest
 from rich.console import Console
 
 from longattn import cli
-from longattn.analysis import agreement, hardware
+from longattn.analysis import agreement
 from longattn.aot import train_step
 from longattn.bench import compare
 from longattn.bench.bringup import BringupOptions, memory, numerics, report, run, show, timing
+from longattn.cost import hardware
 from longattn.ops import dispatch
 from longattn.ops.attention import api, xla
 from longattn.train import bringup as reports

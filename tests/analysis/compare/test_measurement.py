@@ -9,10 +9,11 @@ import pathlib
 
 import pytest
 
-from longattn.analysis import cost, hardware
 from longattn.aot.kernels import cases, tpu
 from longattn.bench import attention, compare, trace
 from longattn.bench.compare import admission, measurement, roofline
+from longattn.cost import flops as cost
+from longattn.cost import hardware
 from longattn.mask import Causal
 from tests.analysis.compare.tiny import SHARED, TINY, quiet
 

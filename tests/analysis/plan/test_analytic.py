@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from longattn.analysis import plan
-from longattn.analysis.plan import analytic, checked, topology
+from longattn.analysis.plan import checked
 from longattn.aot import train_step
 from longattn.config import ByteLM, Config, Mesh, Model, Optimiser, Softmax
+from longattn.cost import step, topology
 from longattn.mask import Causal, Full, Window
 from tests.analysis.compilers import needs_cuda, needs_libtpu
 
@@ -46,7 +47,7 @@ def test_keys_values_and_their_gradients_are_sent_as_the_formula_says(case):
     gathered = sum(c["bytes"] for c in found if c["scope"].endswith("all_gather"))
     sums = [c for c in found if c["kind"] in ("reduce-scatter", "all-reduce")]
     summed = sum(c["bytes"] for c in sums if "reduce_sum" not in c["scope"])  # of norms' gains, and the loss
-    by_formula = analytic.messages(case.config, topology.parse(case.topology))
+    by_formula = step.messages(case.config, topology.parse(case.topology))
     assert gathered == by_formula.get("keys and values", 0)
     assert summed == by_formula.get("their gradients", 0)
 
@@ -67,13 +68,13 @@ def test_linear_attentions_products_and_messages_are_those_of_the_program():
     cases = [case for case in checked.CASES if found[case.name].get("linear_attention_flops")]
     assert len(cases) >= 4
     for case in cases:
-        assert found[case.name]["linear_attention_flops"] == sum(analytic.linear_flops(case.config)), case.name
+        assert found[case.name]["linear_attention_flops"] == sum(step.linear_flops(case.config)), case.name
         handed_on = [
             c["bytes"]
             for c in found[case.name]["collectives"]
             if c["kind"] == "collective-permute" and "/exchange/" in c["scope"]
         ]
-        by_formula = analytic.messages(case.config, topology.parse(case.topology))
+        by_formula = step.messages(case.config, topology.parse(case.topology))
         states = by_formula.get("states, forward", 0) + by_formula.get("states, backward", 0)
         assert states <= sum(handed_on) <= states + 8 * 4 * case.config.model.N, case.name
 
@@ -109,7 +110,7 @@ def test_estimates_need_no_compiler(monkeypatch, tmp_path, capsys):
 def test_layouts_and_strategies_divide_attention_unequally():
     """Of 4 T tokens in order the last device has 7 of 16 triangles of a causal mask, else each a quarter."""
     model, T = plan.MODELS["llama3_1b"], 8192
-    work = lambda **mesh: analytic.attention_flops(Config(model, ByteLM(T=T, B=1), Mesh(**mesh)))[0]
+    work = lambda **mesh: step.attention_flops(Config(model, ByteLM(T=T, B=1), Mesh(**mesh)))[0]
     alone = work()
     assert work(seq=4) == pytest.approx(alone * 7 / 16, rel=1e-3)
     assert work(ring=2, seq=2, strategy="usp") == pytest.approx(alone * 3 / 8, rel=1e-3)  # and half of the heads
@@ -122,7 +123,7 @@ def test_layouts_and_strategies_divide_attention_unequally():
 def test_more_tokens_need_more_and_more_devices_less():
     model = plan.MODELS["llama3_8b"]
     where = topology.parse("v5e:4x4")
-    need = lambda T, fsdp: analytic.memory(Config(model, ByteLM(T=T, B=64), Mesh(fsdp=fsdp, seq=2)), where)["total"]
+    need = lambda T, fsdp: step.memory(Config(model, ByteLM(T=T, B=64), Mesh(fsdp=fsdp, seq=2)), where)["total"]
     assert need(8192, 8) < need(16_384, 8) < need(65_536, 8)
     assert need(16_384, 8) > need(16_384, 16) > need(16_384, 64)
 
@@ -130,7 +131,7 @@ def test_more_tokens_need_more_and_more_devices_less():
 def test_messages_are_the_strategys():
     """A ring's by hand, in float32 back; a window's fewer hops; twice forward where remat repeats it."""
     model = Model(N=3, E=512, H=8, K=2, D=64, mixers=(Softmax(),), remat="attention")
-    of = lambda strategy, model=model: analytic.messages(
+    of = lambda strategy, model=model: step.messages(
         Config(model, ByteLM(T=8192, B=4), Mesh(fsdp=2, seq=4, strategy=strategy), Optimiser(accumulate=2)),
         topology.parse("h100:8"),
     )
@@ -147,7 +148,7 @@ def test_messages_are_the_strategys():
     assert of("ring", near)["attention, forward"] == 2 * hop
     assert of("all_gather")["their gradients"] == 3 * 4 * hop
     striped = Config(near, ByteLM(T=8192, B=4), Mesh(fsdp=2, seq=4, layout="striped"), Optimiser(accumulate=2))
-    assert analytic.messages(striped, topology.parse("h100:8"))["attention, forward"] == 3 * 2 * hop
+    assert step.messages(striped, topology.parse("h100:8"))["attention, forward"] == 3 * 2 * hop
     both_sides = dataclasses.replace(model, mixers=(Softmax(mask=Full()),))
     with pytest.raises(NotImplementedError, match="is for causal masks"):
         of("balanced", both_sides)
@@ -157,7 +158,7 @@ def test_a_rings_hops_take_one_link():
     """Keys and values in both passes, and in float32 their gradients one hop behind; a gather takes all links."""
     model = Model(N=3, E=512, H=8, K=2, D=64, mixers=(Softmax(),), remat="attention")
     where = topology.parse("v5e:4x4")
-    of = lambda strategy, model=model: analytic.estimate(
+    of = lambda strategy, model=model: step.estimate(
         Config(model, ByteLM(T=2**16, B=1), Mesh(seq=16, strategy=strategy)), where
     )
     shard = 3 * 2 * 2**12 * 2 * 64  # layers, k and v, tokens, heads, elements
@@ -165,7 +166,7 @@ def test_a_rings_hops_take_one_link():
     gather = of("all_gather")
     assert gather["seconds"]["link"] == pytest.approx(sum(gather["messages"].values()) / 200e9)
     ring = Config(model, ByteLM(T=2**16, B=1), Mesh(seq=8, strategy="ring"))
-    found = analytic.estimate(ring, topology.parse("h100:8"))  # a switch has no ways
+    found = step.estimate(ring, topology.parse("h100:8"))  # a switch has no ways
     assert found["seconds"]["link"] == pytest.approx(sum(found["messages"].values()) / 450e9)
     both_ways = dataclasses.replace(model, mixers=(Softmax(mask=Full() & Window(3 * 4096, 3 * 4096)),))  # 3 hops each
     assert of("ring", both_ways)["seconds"]["link"] == pytest.approx((2 * 3 * 2 + 2 * 4) * shard / 50e9)

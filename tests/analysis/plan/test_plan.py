@@ -8,10 +8,11 @@ import pytest
 from rich.console import Console
 
 from longattn import cli
-from longattn.analysis import cost, plan
+from longattn.analysis import plan
 from longattn.analysis.plan import command, show
 from longattn.aot import train_step
 from longattn.config import ByteLM, Config, Mesh, Model
+from longattn.cost import flops
 from tests.analysis.compilers import needs_cuda, needs_libtpu
 
 TINY = Model(N=2, E=512, F=1024, H=4, K=2, D=64, W=512, remat="attention")
@@ -59,7 +60,7 @@ def check(document: dict, devices: int) -> None:
     assert sizes["fsdp"] * sizes["seq"] == devices and DATA.B % sizes["fsdp"] == 0
 
     # By hand: float32 parameters and two moments, sliced over all devices but for the norms' gains; and the batch.
-    p = cost.parameters(TINY)
+    p = flops.parameters(TINY)
     sliced = 4 * (p.total - p.norms) / devices
     state = 3 * (sliced + 4 * p.norms)
     batch = 4 * 4 * DATA.B * DATA.T / devices
@@ -72,7 +73,7 @@ def check(document: dict, devices: int) -> None:
 
     # Products: three forwards and the remat policy's fourth (without the MLP's last), the head once more by nobody.
     tokens = DATA.B * DATA.T / devices
-    forward = cost.forward_flops(TINY, DATA.T)
+    forward = flops.forward_flops(TINY, DATA.T)
     layers, head = (forward.projections + forward.mlp) / DATA.T * tokens, forward.head / DATA.T * tokens
     last = forward.mlp / 3 / DATA.T * tokens
     outside = row["flops"] - row["attention_flops_by_formula"]
@@ -95,7 +96,7 @@ def test_a_small_model_on_a_tpu(on_tpu):
     row = document["rows"][0]
     # With one row to each device all of the sequence lies on it: what is sent are parameters, and sums.
     gathered = sum(c["bytes"] for c in row["collectives"] if c["kind"] in ("all-gather", "collective-permute"))
-    assert gathered > 2 * 3 / 4 * 2 * (cost.parameters(TINY).mixers + cost.parameters(TINY).mlp)  # bf16, both ways
+    assert gathered > 2 * 3 / 4 * 2 * (flops.parameters(TINY).mixers + flops.parameters(TINY).mlp)  # bf16, both ways
     assert "Fits:" in page and "Largest buffers" in page and "<svg" not in page
 
 

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from longattn import cli
-from longattn.analysis import cost, plan
-from longattn.analysis.plan import analytic, command, recurrent, show, topology
+from longattn.analysis import plan
+from longattn.analysis.plan import command, show
 from longattn.aot import train_step
 from longattn.config import (
     GLA,
@@ -27,6 +27,7 @@ from longattn.config import (
     Softmax,
     to_json,
 )
+from longattn.cost import flops, linear, step, topology
 from longattn.models import MIXERS
 from longattn.ops.linear.pallas_tpu.chunk import Statics
 from longattn.ops.linear.pallas_tpu.cost import of_chunk
@@ -58,13 +59,13 @@ def test_a_recurrent_model_on_a_tpu():
     of = lambda what: of_chunk(n, 32, 64, what)[0]
     chunk = of("out") + of("state") + of("gradients") + of("pull")  # forward, fold, backward, pull
     assert row["linear_attention_flops"] == 2 * 4 * 2 * (4 * chunk + 3 * of("state"))
-    assert row["linear_attention_flops"] == sum(analytic.linear_flops(config))
-    assert row["flops"] == pytest.approx(analytic.flops(config), rel=0.01)
+    assert row["linear_attention_flops"] == sum(step.linear_flops(config))
+    assert row["flops"] == pytest.approx(step.flops(config), rel=0.01)
 
     # A state of float32 from one device to the other, and back its gradient; nothing else is handed on.
-    assert exchanged(row) == 2 * 2 * (4 * 2 * 4 * 32 * 64) == sum(analytic._state_messages(config).values())
+    assert exchanged(row) == 2 * 2 * (4 * 2 * 4 * 32 * 64) == sum(step._state_messages(config).values())
     assert any("linear_attention/pallas_tpu/exchange" in c["scope"] for c in row["collectives"])
-    assert row["model_flops"] == cost.step_flops(config) / 4
+    assert row["model_flops"] == flops.step_flops(config) / 4
 
 
 @needs_libtpu
@@ -72,12 +73,12 @@ def test_a_hybrid_on_a_tpu():
     """Linear attention is counted in the program, softmax attention by formula: neither in the other's place."""
     config, row = accounts(HYBRID, Mesh(seq=4), 2048)
     assert row["not_counted"] == []
-    assert row["attention_flops_by_formula"] == pytest.approx(sum(analytic.attention_flops(config)))
-    assert row["linear_attention_flops"] == sum(analytic.linear_flops(config))
-    assert row["flops"] == pytest.approx(analytic.flops(config), rel=0.01)
+    assert row["attention_flops_by_formula"] == pytest.approx(sum(step.attention_flops(config)))
+    assert row["linear_attention_flops"] == sum(step.linear_flops(config))
+    assert row["flops"] == pytest.approx(step.flops(config), rel=0.01)
     # Besides states, their transitions [D D] in the first of two rounds, and 3 tokens before each of 3 convolutions,
     # the segment ids beside them, of 4 rows.
-    states, ids = sum(analytic._state_messages(config).values()), 4 * 4
+    states, ids = sum(step._state_messages(config).values()), 4 * 4
     assert states <= exchanged(row) <= states + 4 * ids
     scopes = {c["scope"] for c in row["collectives"]}
     assert any("/ring/" in scope for scope in scopes)
@@ -92,7 +93,7 @@ def test_a_hybrid_is_compiled_and_shown(tmp_path):
     console = Console(width=200, file=io.StringIO())
     (row,) = plan.run(options, "hybrid", console)["rows"]
     config = options.config(V5E)
-    assert row["fits"] and row["linear_attention_flops"] == sum(analytic.linear_flops(config))
+    assert row["fits"] and row["linear_attention_flops"] == sum(step.linear_flops(config))
     share = row["linear_attention_flops"] / row["flops"]
     said = console.file.getvalue()
     assert f"attention, by formula, {share:.0%} linear attention)" in said
@@ -107,7 +108,7 @@ def test_a_recurrent_model_on_gpus():
     options = plan.PlanOptions(topology="h100:2", model=model, data=ByteLM(T=1024, B=2), cache=False)
     (row,) = plan.run(options, "tiny", Console(file=io.StringIO()))["rows"]
     assert row["not_counted"] == [] and row["attention_flops_by_formula"] == 0
-    assert row["linear_attention_flops"] > cost.forward_flops(model, 1024).attention  # of one row, forward alone
+    assert row["linear_attention_flops"] > flops.forward_flops(model, 1024).attention  # of one row, forward alone
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_a_recurrent_model_on_gpus():
     ids=lambda x: type(x).__name__ if isinstance(x, GLA | Mamba2) else None,
 )
 def test_what_a_mixer_asks_for(mixer, H, D, V, decay, delta, channels):
-    r = recurrent.of(mixer, TINY, tensor=2)
+    r = linear.of(mixer, TINY, tensor=2)
     assert (r.Hq, r.Hk, r.Hv) == H and (r.D, r.V, r.decay, r.delta, r.channels) == (D, V, decay, delta, channels)
     assert r.taps == (4 if channels else 1)
     assert MIXERS[type(mixer).__name__].sizes(mixer, TINY)[0] == r.H * r.D * r.V * 2
@@ -134,7 +135,7 @@ def test_what_a_mixer_asks_for(mixer, H, D, V, decay, delta, channels):
 def test_messages_of_states_by_hand():
     """Of 8 devices 3 rounds: a state each, and in the first two a transition. They do not grow with the sequence."""
     state = 4 * 3 * (4 * 64 * 128)
-    sent = lambda mixer, remat="attention": recurrent.messages(
+    sent = lambda mixer, remat="attention": linear.messages(
         mixer, dataclasses.replace(TINY, remat=remat), rows=3, devices=8, tensor=1
     )
     assert sent(RetNet()) == (3 * state + 2 * 4 * 3 * 4,) * 2  # a decay per head
@@ -143,7 +144,7 @@ def test_messages_of_states_by_hand():
     assert sent(GatedDeltaNet()) == (scan + before, scan + 2 * before)
     assert sent(GatedDeltaNet(), "full") == (scan + before, 2 * (scan + before))
     assert sent(GatedDeltaNet(), "none") == (scan + before, scan + before)
-    assert recurrent.messages(RetNet(), TINY, rows=3, devices=1, tensor=1) == (0.0, 0.0)
+    assert linear.messages(RetNet(), TINY, rows=3, devices=1, tensor=1) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_an_estimate_needs_no_compiler(monkeypatch, tmp_path):
     )
     (row,) = plan.run(options, "tiny", console)["rows"]
     config = options.config(topology.parse("v5e:4x4"))
-    assert row["messages"]["states, forward"] == analytic._state_messages(config)["states, forward"] > 0
+    assert row["messages"]["states, forward"] == step._state_messages(config)["states, forward"] > 0
     assert "attention, forward" not in row["messages"] and "states, backward" in console.file.getvalue()
     assert row["flops"] > row["model_flops"] > 0
 

@@ -4,9 +4,9 @@ import textwrap
 
 import pytest
 
-from longattn.analysis.plan.torus import Torus
 from longattn.aot import hlo
 from longattn.aot.schedule import Rates, bound, walk
+from longattn.cost.torus import Torus
 
 # A product of [8 8] x [8 8] takes 1024 FLOP; copies of its result move 512 bytes each.
 RATES = Rates(flops=1024.0, hbm=1e9, link=64.0, network=16.0, node=4)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from longattn.analysis.plan.topology import parse
+from longattn.cost.topology import parse
 from tests.analysis.compilers import needs_libtpu
 
 

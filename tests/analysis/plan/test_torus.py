@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from longattn.analysis.plan import topology
-from longattn.analysis.plan.torus import Torus, ways
 from longattn.aot import hlo
+from longattn.cost import topology
+from longattn.cost.torus import Torus, ways
 from tests.analysis.compilers import needs_libtpu
 
 LINK, CHIP = 10.0, 60.0  # bytes/s

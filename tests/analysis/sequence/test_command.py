@@ -9,7 +9,6 @@ from rich.console import Console
 
 from longattn import cli
 from longattn.analysis import plan, report, sequence
-from longattn.analysis.plan import topology
 from longattn.analysis.sequence.compare import compare, recommended
 from longattn.analysis.sequence.problem import Problem
 from longattn.analysis.sequence.simulate import machine
@@ -17,6 +16,7 @@ from longattn.analysis.store import FILE
 from longattn.analysis.study import StudyOptions
 from longattn.analysis.study import run as run_study
 from longattn.config import ByteLM, Mesh, Model, Softmax
+from longattn.cost import topology
 from longattn.mask import Causal, Full, Window
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from longattn.analysis import hardware
 from longattn.aot.kernels import sweep
+from longattn.cost import hardware
 from longattn.ops.attention.pallas_tpu import Blocks, Tuning, tuned, tuning
 
 KEYS = [

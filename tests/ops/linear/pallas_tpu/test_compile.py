@@ -15,8 +15,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import longattn
-from longattn.analysis import hardware
 from longattn.aot import compilers
+from longattn.cost import hardware
 from tests.analysis.compilers import needs_libtpu
 from tests.ops import oracle
 

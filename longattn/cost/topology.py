@@ -9,10 +9,10 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from longattn.analysis import hardware
-from longattn.analysis.hardware import Chip
-from longattn.analysis.plan.torus import Torus
 from longattn.aot import compilers
+from longattn.cost import hardware
+from longattn.cost.hardware import Chip
+from longattn.cost.torus import Torus
 from longattn.shapes import suggest
 
 _POD = 16  # chips along each axis of a pod of those that have two

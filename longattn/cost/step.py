@@ -36,12 +36,12 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from longattn.analysis import cost
-from longattn.analysis.plan import recurrent
-from longattn.analysis.plan.topology import Topology
 from longattn.analysis.sequence import problem, traffic
 from longattn.aot.buffers import KINDS
 from longattn.config import Config, Mesh, Mixer, Model, Softmax
+from longattn.cost import flops as cost
+from longattn.cost import linear
+from longattn.cost.topology import Topology
 from longattn.mask import Mask
 from longattn.models.transformer import init_params
 from longattn.ops.attention.pallas_tpu.tiles import LANES
@@ -116,7 +116,7 @@ def kept(config: Config, where: Topology) -> float:
     """
     m, t, n, c = config.model, config.mesh.tensor, tokens(config), np.dtype(config.model.dtype).itemsize
     if (mixer := recurrence(m, where)) is not None:
-        part = 0.0 if m.remat == "full" else recurrent.kept(mixer, m, config.data.T // config.mesh.sequence, t)
+        part = 0.0 if m.remat == "full" else linear.kept(mixer, m, config.data.T // config.mesh.sequence, t)
         return n * (c * m.E + part) * (2 if m.remat == "offload" else m.N)
     one_row = n * config.mesh.sequence == config.data.T and config.mesh.strategy != "ulysses"  # which exchanges out
     minor = m.remat in ("dots", "none") or one_row
@@ -176,7 +176,7 @@ def memory(config: Config, where: Topology) -> dict[str, float]:
     }
     if (mixer := recurrence(m, where)) is not None:
         both = {"gradients": gradients, "gathered or cast parameters": casts}
-        each = recurrent.peaks(mixer, m, config.data.T // mesh.sequence, t, piece / n)
+        each = linear.peaks(mixer, m, config.data.T // mesh.sequence, t, piece / n)
         beside = sum((always | both).values()) + n * each.pop("beside")
         peaks = {"loss": peaks["loss"], **{name: {**both, "backward pass": n * x} for name, x in each.items()}}
     largest = max(peaks.values(), key=lambda parts: sum(parts.values()))
@@ -240,7 +240,7 @@ def linear_flops(config: Config) -> tuple[float, float]:
     """FLOPs of one step's linear attention on a TPU, (forward, backward), of one device: see `recurrent.flops`."""
     m, c = config.model, config.mesh
     rows, T = config.data.B / (c.data * c.fsdp), config.data.T // c.sequence
-    each = [(times, recurrent.flops(mixer, m, T, c.sequence, c.tensor)) for mixer, times in _recurrent(m).items()]
+    each = [(times, linear.flops(mixer, m, T, c.sequence, c.tensor)) for mixer, times in _recurrent(m).items()]
     forward, backward = (rows * sum(times * part[i] for times, part in each) for i in range(2))
     return forward, backward
 
@@ -258,7 +258,7 @@ def flops(config: Config) -> float:
     mlp = forward.mlp * share / mesh.tensor
     T = config.data.T
     projections = share * sum(_projections(mixer, m, T, mesh.tensor) for mixer in m.layers)
-    features = share * sum(recurrent.features(mixer, m, T, mesh.tensor) for mixer in m.layers)
+    features = share * sum(linear.features(mixer, m, T, mesh.tensor) for mixer in m.layers)
     # A rematerialised block runs forward again, without its last product, which no gradient asks for.
     again = (projections + 2 / 3 * mlp) * (m.remat not in ("none", "dots"))
     attention = sum(attention_flops(config)) + sum(linear_flops(config))
@@ -270,7 +270,7 @@ def _projections(mixer: Mixer, model: Model, T: int, tensor: int) -> float:
     whole = cost.layer_flops(mixer, model, T).projections
     if isinstance(mixer, Softmax) or tensor == 1:
         return whole / tensor
-    divided = 2.0 * T * sum(math.prod(shape) for shape in recurrent.divided(mixer, model).values())
+    divided = 2.0 * T * sum(math.prod(shape) for shape in linear.divided(mixer, model).values())
     return whole - divided * (1 - 1 / tensor)
 
 
@@ -311,9 +311,7 @@ def _sums(model: Model) -> int:
     the MLPs' inputs, and of the mixers'.
     """
     again = model.remat not in ("none", "dots")
-    return sum(
-        3 + again + (2 if isinstance(mixer, Softmax) else recurrent.sums(mixer, model)) for mixer in model.layers
-    )
+    return sum(3 + again + (2 if isinstance(mixer, Softmax) else linear.sums(mixer, model)) for mixer in model.layers)
 
 
 def _attention_messages(config: Config, where: Topology) -> dict[str, float]:
@@ -357,7 +355,7 @@ def _state_messages(config: Config) -> dict[str, float]:
     m, mesh, pieces = config.model, config.mesh, config.optimiser.accumulate
     rows = config.data.B // (mesh.data * mesh.fsdp * pieces)
     each = [
-        (pieces * times, recurrent.messages(mixer, m, rows, mesh.sequence, mesh.tensor))
+        (pieces * times, linear.messages(mixer, m, rows, mesh.sequence, mesh.tensor))
         for mixer, times in _recurrent(m).items()
     ]
     passes = enumerate(("forward", "backward"))

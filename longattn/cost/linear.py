@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longattn.analysis import cost
 from longattn.config import GLA, Based, Mamba2, Mixer, Model, Performer, RetNet
+from longattn.cost import flops as cost
 from longattn.models import MIXERS, Context
 from longattn.ops.linear.pallas_tpu.call import Call
 from longattn.ops.linear.pallas_tpu.chunk import SUBLANES
