@@ -16,9 +16,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from longattn import parallel
-from longattn.analysis.sequence.problem import Problem, Way, check
 from longattn.aot import hlo
 from longattn.aot.schedule import Rates, walk
+from longattn.cost.sequence.problem import Problem, Way, check
 from longattn.parallel.layout import SequenceLayout
 
 SCOPES = (

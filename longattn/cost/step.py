@@ -36,11 +36,11 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from longattn.analysis.sequence import problem, traffic
 from longattn.aot.buffers import KINDS
 from longattn.config import Config, Mesh, Mixer, Model, Softmax
 from longattn.cost import flops as cost
 from longattn.cost import linear
+from longattn.cost.sequence import problem, traffic
 from longattn.cost.topology import Topology
 from longattn.mask import Mask
 from longattn.models.transformer import init_params

@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from longattn.analysis.plan import search, show
-from longattn.analysis.sequence import compare as sequence
-from longattn.analysis.sequence import problem, simulate
 from longattn.aot import compilers, train_step
 from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, Softmax, to_json
 from longattn.cost import flops, topology
 from longattn.cost import step as analytic
+from longattn.cost.sequence import problem, timeline
+from longattn.cost.sequence import strategies as sequence
 from longattn.cost.topology import Topology
 from longattn.parallel.api import STRATEGIES
 from longattn.train.record import commit, write_whole
@@ -247,7 +247,7 @@ def _strategies(options: PlanOptions, where: Topology, compiler: _Compiler) -> d
     ways: list[dict[str, Any]] = []
     if mesh.sequence > 1:
         layers = problem.layers_of(model, options.data.T, rows, mesh.tensor)
-        ways = sequence.compare(layers, mesh.sequence, simulate.machine(where), remat=model.remat)
+        ways = sequence.compare(layers, mesh.sequence, timeline.machine(where), remat=model.remat)
     by_formula = {"sequence": ways, "recommended_by_formula": sequence.recommended(ways)}
     if options.analytic:
         return by_formula | {"rows": [compiler(where)], "recommended": by_formula["recommended_by_formula"]}

@@ -12,14 +12,14 @@ from rich.console import Console
 
 from longattn import mask as masks
 from longattn.analysis.sequence import packing, show
-from longattn.analysis.sequence.compare import compare, recommended
-from longattn.analysis.sequence.load import load
-from longattn.analysis.sequence.problem import Problem, Way, ways
-from longattn.analysis.sequence.simulate import LATENCY, machine, simulate
-from longattn.analysis.sequence.traffic import DIFFERS, traffic, units
 from longattn.aot import compilers
 from longattn.aot import messages as measured
 from longattn.cost import topology
+from longattn.cost.sequence.load import load
+from longattn.cost.sequence.problem import Problem, Way, ways
+from longattn.cost.sequence.strategies import compare, recommended
+from longattn.cost.sequence.timeline import LATENCY, machine, simulate
+from longattn.cost.sequence.traffic import DIFFERS, traffic, units
 from longattn.mask import Causal, Mask
 
 VERSION = 1

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from longattn.analysis.sequence.compare import named
+from longattn.cost.sequence.strategies import named
 from longattn.display import bytes_text, plain_table, seconds_text
 
 _STEPS, _RANKS = 40, 16  # of a schedule that are shown

@@ -9,14 +9,14 @@ from rich.console import Console
 
 from longattn import cli
 from longattn.analysis import plan, report, sequence
-from longattn.analysis.sequence.compare import compare, recommended
-from longattn.analysis.sequence.problem import Problem
-from longattn.analysis.sequence.simulate import machine
 from longattn.analysis.store import FILE
 from longattn.analysis.study import StudyOptions
 from longattn.analysis.study import run as run_study
 from longattn.config import ByteLM, Mesh, Model, Softmax
 from longattn.cost import topology
+from longattn.cost.sequence.problem import Problem
+from longattn.cost.sequence.strategies import compare, recommended
+from longattn.cost.sequence.timeline import machine
 from longattn.mask import Causal, Full, Window
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from longattn.analysis.sequence.load import ALL, load, visible
-from longattn.analysis.sequence.problem import Problem, Way, ways
 from longattn.cost import flops
+from longattn.cost.sequence.load import ALL, load, visible
+from longattn.cost.sequence.problem import Problem, Way, ways
 from longattn.mask import BlockSparse, Causal, Chunked, Dilated, Full, Global, Prefix, Window
 from longattn.parallel.layout import SequenceLayout
 

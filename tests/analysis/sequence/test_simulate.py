@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from longattn.analysis.sequence.problem import Problem, Way, ways
-from longattn.analysis.sequence.simulate import Machine, machine, seconds, simulate
-from longattn.analysis.sequence.traffic import Message, everyone, traffic
 from longattn.cost import flops, topology
+from longattn.cost.sequence.problem import Problem, Way, ways
+from longattn.cost.sequence.timeline import Machine, machine, seconds, simulate
+from longattn.cost.sequence.traffic import Message, everyone, traffic
 from longattn.mask import Causal, Full, Window
 
 FAST = Machine(flops=1e15, link=1e30, torus=True, network=1e30, node=1024, latency=0.0)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from longattn.analysis.sequence import traffic
-from longattn.analysis.sequence.problem import Problem, Way, ways
-from longattn.analysis.sequence.traffic import units
 from longattn.aot.messages import measured
+from longattn.cost.sequence import traffic
+from longattn.cost.sequence.problem import Problem, Way, ways
+from longattn.cost.sequence.traffic import units
 from longattn.mask import Causal, Window
 
 GQA8 = {"H": 16, "K": 2, "D": 4, "V": 6}  # eight query heads to a key/value head

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longattn.analysis.sequence.problem import Problem, Way, check
 from longattn.cost import flops
+from longattn.cost.sequence.problem import Problem, Way, check
 from longattn.mask import EMPTY, Mask
 from longattn.parallel import balanced, ring
 from longattn.parallel.exchange import heads

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from longattn.analysis.sequence.load import load
-from longattn.analysis.sequence.problem import Problem, Way, ways
-from longattn.analysis.sequence.simulate import Machine, Pass, seconds, simulate
-from longattn.analysis.sequence.traffic import Traffic, again, traffic
+from longattn.cost.sequence.load import load
+from longattn.cost.sequence.problem import Problem, Way, ways
+from longattn.cost.sequence.timeline import Machine, Pass, seconds, simulate
+from longattn.cost.sequence.traffic import Traffic, again, traffic
 from longattn.display import seconds_text
 
 

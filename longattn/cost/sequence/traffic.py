@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from longattn.analysis.sequence.problem import Problem, Way, check
+from longattn.cost.sequence.problem import Problem, Way, check
 from longattn.parallel import balanced, ring
 from longattn.parallel.exchange import heads
 from longattn.parallel.pairs import pairs

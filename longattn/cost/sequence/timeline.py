@@ -26,10 +26,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from longattn.analysis.sequence.load import load
-from longattn.analysis.sequence.problem import Problem, Way
-from longattn.analysis.sequence.traffic import Message, Traffic, traffic
 from longattn.cost import flops as cost
+from longattn.cost.sequence.load import load
+from longattn.cost.sequence.problem import Problem, Way
+from longattn.cost.sequence.traffic import Message, Traffic, traffic
 from longattn.cost.topology import Topology
 from longattn.cost.torus import ways
 
