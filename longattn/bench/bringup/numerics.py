@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from longattn.analysis import agreement
-from longattn.analysis.bringup.cases import problems
+from longattn import numerics
 from longattn.bench.bringup.options import BringupOptions
 from longattn.bench.bringup.report import Report
 from longattn.mask import Mask
+from longattn.numerics.cases import problems
 
 
 def run(options: BringupOptions, report: Report) -> None:
@@ -31,11 +31,11 @@ def run(options: BringupOptions, report: Report) -> None:
             part["rows"] += [{**about, "back_end": name, **over} for name in back_ends]
             continue
         report.at(f"the truth of {case!r}")
-        drawn = agreement.draws(problem)
-        truth, plain = _truth(problem, drawn, cpu), agreement.plain(problem, drawn)
+        drawn = numerics.draws(problem)
+        truth, plain = _truth(problem, drawn, cpu), numerics.plain(problem, drawn)
         for name in back_ends:
             report.at(f"{name} at {case!r}")
-            row = agreement.tried(problem, name, drawn, truth, plain)
+            row = numerics.tried(problem, name, drawn, truth, plain)
             part["rows"].append({**about, "back_end": name, **row})
             report.say(f"{name}, {case}: {row['outcome']}" + (f" ({row['reason']})" if "reason" in row else ""))
             report.write()
@@ -51,15 +51,13 @@ def _cpu() -> jax.Device | None:
         return None
 
 
-def _truth(
-    problem: agreement.AnyProblem, drawn: Sequence[agreement.Drawn], cpu: jax.Device | None
-) -> agreement.Results:
+def _truth(problem: numerics.AnyProblem, drawn: Sequence[numerics.Drawn], cpu: jax.Device | None) -> numerics.Results:
     if cpu is None:
-        return agreement.truth(problem, "reference", drawn, np.float32)
+        return numerics.truth(problem, "reference", drawn, np.float32)
     with jax.enable_x64(True), jax.default_device(cpu):
-        return agreement.truth(problem, "reference", drawn, np.float64)
+        return numerics.truth(problem, "reference", drawn, np.float64)
 
 
-def _json(problem: agreement.AnyProblem) -> dict[str, Any]:
+def _json(problem: numerics.AnyProblem) -> dict[str, Any]:
     plain = lambda x: str(x) if isinstance(x, Mask) else list(x) if isinstance(x, tuple) else x
     return {name: plain(x) for name, x in vars(problem).items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from longattn.analysis.bringup.cases import NAMES
+from longattn.numerics.cases import NAMES
 from longattn.ops import dispatch
 from longattn.shapes import suggest
 from longattn.train.bringup import CHECKOUT

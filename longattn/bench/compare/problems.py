@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from longattn.analysis.agreement import LinearProblem, draw
 from longattn.aot.kernels import cases
 from longattn.aot.kernels.cases.shape import KINDS
 from longattn.bench import attention
 from longattn.cost import flops as cost
+from longattn.numerics import LinearProblem, draw
 from longattn.shapes import suggest
 
 What = Literal["forward", "forward_backward"]

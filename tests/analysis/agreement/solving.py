@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from longattn.analysis import agreement
-from longattn.analysis.agreement import AnyProblem, Problem
+from longattn import numerics
 from longattn.mask import Causal, Window
+from longattn.numerics import AnyProblem, Problem
 
 PROBLEM = Problem(
     T=45, H=4, K=2, D=8, V=6, B=2, mask=Causal() & Window(20), documents=4, softcap=1.5, sinks=True, bias=(4, 1, 45)
@@ -24,14 +24,14 @@ _numbers = itertools.count()
 @functools.cache
 def solved(problem: AnyProblem) -> tuple:
     """(drawn, truth, plain) of a problem."""
-    drawn = agreement.draws(problem)
+    drawn = numerics.draws(problem)
     with jax.enable_x64(True):
-        truth = agreement.truth(problem, "reference", drawn, np.float64)
-    return drawn, truth, agreement.plain(problem, drawn)
+        truth = numerics.truth(problem, "reference", drawn, np.float64)
+    return drawn, truth, numerics.plain(problem, drawn)
 
 
 def tried(problem: AnyProblem, name: str) -> dict[str, Any]:
-    return agreement.tried(problem, name, *solved(problem))
+    return numerics.tried(problem, name, *solved(problem))
 
 
 def back_end(monkeypatch: pytest.MonkeyPatch, problem: AnyProblem, **changes: Any) -> str:

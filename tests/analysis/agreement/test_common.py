@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longattn.analysis import agreement
-from longattn.analysis.agreement import Problem
+from longattn import numerics
 from longattn.mask import Window
+from longattn.numerics import Problem
 from longattn.ops.attention import xla
 from tests.analysis.agreement.solving import PROBLEM, back_end, tried
 
@@ -96,6 +96,6 @@ def test_results_must_be_reproducible(monkeypatch) -> None:
 
 def test_shapes_are_compared() -> None:
     x = np.ones((2, 3), np.float32)
-    found = agreement.deviations({"out": x[:1]}, {"out": x}, {"out": x}, np.float32)
+    found = numerics.deviations({"out": x[:1]}, {"out": x}, {"out": x}, np.float32)
     assert not found["out"].agrees
     assert str(found["out"]) == "its shape is (1, 3), not (2, 3)"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longattn.analysis.agreement import LinearProblem, StateProblem
+from longattn.numerics import LinearProblem, StateProblem
 from longattn.ops.linear import xla
 from tests.analysis.agreement.solving import back_end, solved, tried
 from tests.ops import linear_oracle

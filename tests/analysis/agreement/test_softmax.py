@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longattn.analysis import agreement
-from longattn.analysis.agreement import PartsProblem, Problem
+from longattn import numerics
 from longattn.mask import Causal, Window
+from longattn.numerics import PartsProblem, Problem
 from longattn.ops.attention import xla
 from tests.analysis.agreement.solving import PROBLEM, back_end, solved, tried
 from tests.ops import oracle
@@ -33,7 +33,7 @@ def test_the_yardstick_is_that_of_a_textbook(dtype) -> None:
         assert ours < 2 * other + floor and other < 2 * ours + floor, (name, ours, other)
 
 
-def textbook(problem: Problem, drawn: agreement.Drawn, dtype: str) -> tuple[dict, dict]:
+def textbook(problem: Problem, drawn: numerics.Drawn, dtype: str) -> tuple[dict, dict]:
     """NumPy's (plain implementation, truth)."""
     ids, positions = drawn.ids["segment_ids"], drawn.ids["positions"]
     assert [len(set(row)) for row in ids] == [4, 4]
@@ -61,12 +61,12 @@ def test_a_right_back_end_passes(dtype) -> None:
 
 def test_prefixes_are_of_each_sequence() -> None:
     problem = Problem(T=40, H=2, D=8, B=3, prefix=30)
-    assert len(set(agreement.draw(problem).ids["prefix"].tolist())) == 3
+    assert len(set(numerics.draw(problem).ids["prefix"].tolist())) == 3
     assert tried(problem, "xla")["outcome"] == "passed"
 
 
 def test_logits_can_rise() -> None:
-    drawn = agreement.draw(Problem(T=64, H=2, D=8, rise=100.0))
+    drawn = numerics.draw(Problem(T=64, H=2, D=8, rise=100.0))
     first, last = (np.std(drawn.arrays["k"][:, part]) for part in (slice(0, 1), slice(-1, None)))
     assert 50 < last / first < 200
 

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from longattn import cli
-from longattn.analysis import agreement
+from longattn import numerics as agreement
 from longattn.aot import train_step
 from longattn.bench import compare
 from longattn.bench.bringup import BringupOptions, memory, numerics, report, run, show, timing

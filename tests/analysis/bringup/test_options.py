@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from longattn.analysis import agreement
-from longattn.analysis.agreement import LinearProblem, PartsProblem, StateProblem
+from longattn import numerics
 from longattn.bench.bringup import BringupOptions, cases
 from longattn.mask import Causal, Full, Window
+from longattn.numerics import LinearProblem, PartsProblem, StateProblem
 from longattn.train.bringup import CHECKOUT
 
 
@@ -50,7 +50,7 @@ def test_the_cases_cover_the_contract() -> None:
     """Each thing in both precisions where a kernel would have two paths, and every case is a valid call."""
     problems = cases.problems(64)
     for case, problem in problems.items():
-        agreement.check(problem, "xla")  # raises for what is no valid call
+        numerics.check(problem, "xla")  # raises for what is no valid call
         assert ("float32" in case) == (problem.dtype == "float32"), case
     states = [p for p in problems.values() if isinstance(p, StateProblem)]
     assert len({(p.decay, p.delta) for p in states}) == len(states) == 6

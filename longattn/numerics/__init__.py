@@ -1,6 +1,7 @@
 """Whether a back end computes what it should: results and all gradients, by a tolerance that is derived."""
 
-from longattn.analysis.agreement.common import (
+from longattn.numerics.attention import PartsProblem, Problem
+from longattn.numerics.compare import (
     AnyProblem,
     Deviation,
     Drawn,
@@ -14,8 +15,7 @@ from longattn.analysis.agreement.common import (
     tried,
     truth,
 )
-from longattn.analysis.agreement.linear import LinearProblem, StateProblem
-from longattn.analysis.agreement.softmax import PartsProblem, Problem
+from longattn.numerics.linear import LinearProblem, StateProblem
 
 __all__ = [
     "AnyProblem",

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from longattn.analysis.agreement import AnyProblem, LinearProblem, PartsProblem, Problem, StateProblem
 from longattn.mask import Causal, Full, Window
+from longattn.numerics import AnyProblem, LinearProblem, PartsProblem, Problem, StateProblem
 
 
 def problems(T: int) -> dict[str, AnyProblem]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision
 
-from longattn.analysis.agreement.common import Drawn, Results, packed
+from longattn.numerics.compare import Drawn, Results, packed
 from longattn.ops import dispatch
 from longattn.ops.linear import api
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision
 
-from longattn.analysis.agreement.common import Drawn, Results, packed
 from longattn.mask import Causal, Mask, Prefix
+from longattn.numerics.compare import Drawn, Results, packed
 from longattn.ops import partial as partials
 from longattn.ops.attention import api
 
