@@ -268,7 +268,7 @@ def _study(arguments: list[str]) -> int:
 
 
 def _plan(arguments: list[str]) -> int:
-    from longattn.analysis import plan
+    from longattn import plan
 
     known = ", ".join(plan.MODELS)
     if not arguments or arguments[0].startswith("-"):

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longattn.analysis.plan import MODELS, search
 from longattn.aot import train_step
 from longattn.config import ByteLM, Config, Mesh, Model, RoPE, Softmax, to_json
 from longattn.cost import topology
+from longattn.plan import MODELS, search
 
 RESULTS = Path(__file__).with_name("results.json")
 TIMEOUT = 900.0  # seconds for one program

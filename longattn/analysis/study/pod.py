@@ -13,15 +13,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from longattn.analysis.plan import checked
-from longattn.analysis.plan.checked import Case
-from longattn.analysis.plan.presets import MODELS
 from longattn.analysis.store import Number, Store
 from longattn.analysis.study.presets import PodPlan
 from longattn.analysis.study.work import Clock, Unit
 from longattn.aot import train_step
 from longattn.config import ByteLM, Config, Mesh
 from longattn.cost import topology
+from longattn.plan import calibration
+from longattn.plan.calibration import Case
+from longattn.plan.models import MODELS
 
 
 def _case(model: str, machine: str, T: int, B: int, **mesh: Any) -> Case:
@@ -80,4 +80,4 @@ def _compiled(case: Case, clock: Clock) -> tuple[dict[str, Any] | None, str]:
 
 
 if __name__ == "__main__":
-    checked.record(Path(str(resources.files("longattn.analysis.study").joinpath("pod.json"))), CASES)
+    calibration.record(Path(str(resources.files("longattn.analysis.study").joinpath("pod.json"))), CASES)

@@ -4,21 +4,21 @@ import dataclasses
 
 import pytest
 
-from longattn.analysis import plan
-from longattn.analysis.plan import checked
+from longattn import plan
 from longattn.aot import train_step
 from longattn.config import ByteLM, Config, Mesh, Model, Optimiser, Softmax
 from longattn.cost import step, topology
 from longattn.mask import Causal, Full, Window
+from longattn.plan import calibration
 from tests.analysis.compilers import needs_cuda, needs_libtpu
 
 
 def test_memory_is_within_fifteen_percent_of_what_compilers_need():
-    errors = {row["case"]: row["error"] for row in checked.errors()}
-    assert len(errors) == len(checked.CASES) >= 20
+    errors = {row["case"]: row["error"] for row in calibration.errors()}
+    assert len(errors) == len(calibration.CASES) >= 20
     exceptions = {  # out is kept tokens minor: see `analytic.kept`
         case.name
-        for case in checked.CASES
+        for case in calibration.CASES
         if case.config.mesh.sequence == 16 and case.config.mesh.strategy in ("ring", "usp") and "full" not in case.name
     }
     assert {name for name, e in errors.items() if abs(e) > 0.15} == exceptions
@@ -26,24 +26,24 @@ def test_memory_is_within_fifteen_percent_of_what_compilers_need():
 
 
 def test_compilers_peaks_are_named_almost_whole():
-    shares = {name: sum(c["by_kind"].values()) / c["hbm_bytes"] for name, c in checked.recorded().items()}
+    shares = {name: sum(c["by_kind"].values()) / c["hbm_bytes"] for name, c in calibration.recorded().items()}
     assert {name: share for name, share in shares.items() if not 0.9 < share <= 1} == {}
 
 
 def test_products_are_those_of_the_program():
     """What is left out are the few products that XLA merges or adds: a hundredth."""
-    compiled = [row for row in checked.errors() if "flops" in row]
+    compiled = [row for row in calibration.errors() if "flops" in row]
     assert len(compiled) >= 5
     for row in compiled:
         assert row["flops_by_formula"] == pytest.approx(row["flops"], rel=0.01), row["case"]
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in checked.CASES if "collectives" in checked.recorded()[c.name]], ids=lambda c: c.name
+    "case", [c for c in calibration.CASES if "collectives" in calibration.recorded()[c.name]], ids=lambda c: c.name
 )
 def test_keys_values_and_their_gradients_are_sent_as_the_formula_says(case):
     """Exactly. All else is a matter of how XLA gathers matrices and sums their gradients: see `messages`."""
-    found = [c for c in checked.recorded()[case.name]["collectives"] if c["axes"] == "seq"]
+    found = [c for c in calibration.recorded()[case.name]["collectives"] if c["axes"] == "seq"]
     gathered = sum(c["bytes"] for c in found if c["scope"].endswith("all_gather"))
     sums = [c for c in found if c["kind"] in ("reduce-scatter", "all-reduce")]
     summed = sum(c["bytes"] for c in sums if "reduce_sum" not in c["scope"])  # of norms' gains, and the loss
@@ -54,8 +54,8 @@ def test_keys_values_and_their_gradients_are_sent_as_the_formula_says(case):
 
 def test_messages_between_all_devices_are_those_of_the_program_but_for_its_rings():
     """Matrices that are passed around a ring of P devices are sent P / (P - 1) times as often as others."""
-    meshes = {case.name: case.config.mesh for case in checked.CASES}
-    for row in checked.errors():
+    meshes = {case.name: case.config.mesh for case in calibration.CASES}
+    for row in calibration.errors():
         if row.get("received"):
             P = meshes[row["case"]].fsdp * meshes[row["case"]].sequence
             least = min(0.85, (P - 1) / P if P > 1 else 1)
@@ -64,8 +64,8 @@ def test_messages_between_all_devices_are_those_of_the_program_but_for_its_rings
 
 def test_linear_attentions_products_and_messages_are_those_of_the_program():
     """Exactly, but for the segment ids of one row that convolutions and scans compare: 4 bytes each."""
-    found = checked.recorded()
-    cases = [case for case in checked.CASES if found[case.name].get("linear_attention_flops")]
+    found = calibration.recorded()
+    cases = [case for case in calibration.CASES if found[case.name].get("linear_attention_flops")]
     assert len(cases) >= 4
     for case in cases:
         assert found[case.name]["linear_attention_flops"] == sum(step.linear_flops(case.config)), case.name
@@ -82,18 +82,18 @@ def test_linear_attentions_products_and_messages_are_those_of_the_program():
 @needs_libtpu
 def test_the_recorded_figures_are_the_compilers():
     """A case that is refused, which takes seconds; another version of libtpu may differ by a little."""
-    case = next(c for c in checked.CASES if c.name.startswith("1b v5e"))
+    case = next(c for c in calibration.CASES if c.name.startswith("1b v5e"))
     found = train_step.facts(case.config, topology.parse(case.topology), 300)
-    old = checked.recorded()[case.name]
+    old = calibration.recorded()[case.name]
     assert found["hbm_bytes"] == pytest.approx(old["hbm_bytes"], rel=0.02) and found["fits"] == old["fits"]
 
 
 @needs_cuda
 @pytest.mark.slow
 def test_the_recorded_figures_are_those_of_gpus_too():
-    case = next(c for c in checked.CASES if "h100:1" in c.name)
+    case = next(c for c in calibration.CASES if "h100:1" in c.name)
     found = train_step.facts(case.config, topology.parse(case.topology), 600)
-    assert found["hbm_bytes"] == pytest.approx(checked.recorded()[case.name]["hbm_bytes"], rel=0.02)
+    assert found["hbm_bytes"] == pytest.approx(calibration.recorded()[case.name]["hbm_bytes"], rel=0.02)
 
 
 def test_estimates_need_no_compiler(monkeypatch, tmp_path, capsys):

@@ -7,12 +7,11 @@ import json
 import pytest
 from rich.console import Console
 
-from longattn import cli
-from longattn.analysis import plan
-from longattn.analysis.plan import command, show
+from longattn import cli, plan
 from longattn.aot import train_step
 from longattn.config import ByteLM, Config, Mesh, Model
 from longattn.cost import flops
+from longattn.plan import command, show
 from tests.analysis.compilers import needs_cuda, needs_libtpu
 
 TINY = Model(N=2, E=512, F=1024, H=4, K=2, D=64, W=512, remat="attention")

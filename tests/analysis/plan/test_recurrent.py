@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from longattn import cli
-from longattn.analysis import plan
-from longattn.analysis.plan import command, show
+from longattn import cli, plan
 from longattn.aot import train_step
 from longattn.config import (
     GLA,
@@ -31,6 +29,7 @@ from longattn.cost import flops, linear, step, topology
 from longattn.models import MIXERS
 from longattn.ops.linear.pallas_tpu.chunk import Statics
 from longattn.ops.linear.pallas_tpu.cost import of_chunk
+from longattn.plan import command, show
 from tests.analysis.compilers import needs_cuda, needs_libtpu
 
 TINY = Model(N=2, E=256, F=512, H=4, K=2, D=64, W=512, remat="attention", mixers=(GLA(),))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from longattn.analysis.plan.search import largest, smallest
+from longattn.plan.search import largest, smallest
 
 
 @pytest.mark.parametrize("start", [1, 96, 128, 1000, 100_000])

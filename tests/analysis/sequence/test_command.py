@@ -7,8 +7,8 @@ import json
 import pytest
 from rich.console import Console
 
-from longattn import cli
-from longattn.analysis import plan, report, sequence
+from longattn import cli, plan
+from longattn.analysis import report, sequence
 from longattn.analysis.store import FILE
 from longattn.analysis.study import StudyOptions
 from longattn.analysis.study import run as run_study

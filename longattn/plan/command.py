@@ -14,7 +14,6 @@ import jax
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from longattn.analysis.plan import search, show
 from longattn.aot import compilers, train_step
 from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, Softmax, to_json
 from longattn.cost import flops, topology
@@ -23,6 +22,7 @@ from longattn.cost.sequence import problem, timeline
 from longattn.cost.sequence import strategies as sequence
 from longattn.cost.topology import Topology
 from longattn.parallel.api import STRATEGIES
+from longattn.plan import search, show
 from longattn.train.record import commit, write_whole
 
 VERSION = 1

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from longattn.analysis.plan import checked
 from longattn.analysis.report.page import style
 from longattn.analysis.sequence import show as sequence
 from longattn.aot.buffers import KINDS
 from longattn.cost import hardware
 from longattn.display import seconds_text as seconds
+from longattn.plan import calibration
 
 _GiB = 2**30
 _SHOWN = 12  # buffers, and collectives
@@ -30,7 +30,7 @@ FOOT = (
 
 def formulas() -> str:
     """What estimates by formula are worth."""
-    errors = [abs(error) for error in checked.memory_errors().values()]
+    errors = [abs(error) for error in calibration.memory_errors().values()]
     return (
         f"By formula; over {len(errors)} compiled programs (scanned layers, causal masks) the memory was at most "
         f"{max(errors):.0%} off, {sum(errors) / len(errors):.0%} on average."

@@ -1,6 +1,6 @@
 """The analytic model against the compilers: programs compiled once, their figures kept in `checked.json`.
 
-`python -m longattn.analysis.plan.checked` compiles the cases that the file lacks, and prints the errors of all.
+`python -m longattn.plan.calibration` compiles the cases that the file lacks, and prints the errors of all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from longattn.analysis.plan.presets import MODELS
 from longattn.aot import train_step
 from longattn.config import (
     GLA,
@@ -35,6 +34,7 @@ from longattn.config import (
 )
 from longattn.cost import step, topology
 from longattn.display import plain_table
+from longattn.plan.models import MODELS
 
 _SMALL = Model(N=8, E=1024, F=2816, H=16, K=4, D=64, W=32_000, remat="attention")
 _WIDE = Model(N=12, E=1536, F=4096, H=12, K=4, D=128, W=50_304, tie=False, remat="attention")
