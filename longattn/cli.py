@@ -301,7 +301,7 @@ def _profile(arguments: list[str]) -> int:
         run_profile.run(_parse(run_profile.TraceOptions, arguments, "profile --trace RUN"))
         return 0
     if arguments and arguments[0].split("=")[0] == "--sequence":
-        from longattn.analysis import sequence
+        from longattn.plan import sequence
 
         named = len(arguments) > 1 and not arguments[1].startswith("-")
         words = arguments if named or "=" in arguments[0] else ["--sequence", "all", *arguments[1:]]

@@ -13,11 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from longattn.analysis.report.page import style
-from longattn.analysis.sequence import show as sequence
 from longattn.aot.buffers import KINDS
 from longattn.cost import hardware
 from longattn.display import seconds_text as seconds
 from longattn.plan import calibration
+from longattn.plan.sequence import show as sequence
 
 _GiB = 2**30
 _SHOWN = 12  # buffers, and collectives

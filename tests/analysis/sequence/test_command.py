@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from longattn import cli, plan
-from longattn.analysis import report, sequence
+from longattn.analysis import report
 from longattn.analysis.store import FILE
 from longattn.analysis.study import StudyOptions
 from longattn.analysis.study import run as run_study
@@ -18,6 +18,7 @@ from longattn.cost.sequence.problem import Problem
 from longattn.cost.sequence.strategies import compare, recommended
 from longattn.cost.sequence.timeline import machine
 from longattn.mask import Causal, Full, Window
+from longattn.plan import sequence
 
 
 def said(options: sequence.SequenceOptions) -> tuple[dict, str]:

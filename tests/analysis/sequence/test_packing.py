@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from longattn.analysis.sequence import packing
 from longattn.mask import Causal, Prefix, Window
 from longattn.parallel.layout import SequenceLayout
+from longattn.plan.sequence import packing
 from longattn.tasks import bytelm
 
 

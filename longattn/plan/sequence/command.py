@@ -11,7 +11,6 @@ import numpy as np
 from rich.console import Console
 
 from longattn import mask as masks
-from longattn.analysis.sequence import packing, show
 from longattn.aot import compilers
 from longattn.aot import messages as measured
 from longattn.cost import topology
@@ -21,6 +20,7 @@ from longattn.cost.sequence.strategies import compare, recommended
 from longattn.cost.sequence.timeline import LATENCY, machine, simulate
 from longattn.cost.sequence.traffic import DIFFERS, traffic, units
 from longattn.mask import Causal, Mask
+from longattn.plan.sequence import packing, show
 
 VERSION = 1
 _WIDTH = 120
@@ -135,7 +135,7 @@ def _measured(options: SequenceOptions, way: Way) -> dict[str, dict[str, list[fl
         "problem": {**asdict(options.problem), "mask": str(options.mask)},
         "way": {"strategy": way.strategy, "layout": way.layout, "sizes": list(way.sizes)},
     }
-    answer = compilers.call("longattn.analysis.sequence.command:count", request, {"JAX_PLATFORMS": "cpu"}, _TIMEOUT)
+    answer = compilers.call("longattn.plan.sequence.command:count", request, {"JAX_PLATFORMS": "cpu"}, _TIMEOUT)
     if "reason" in answer:
         raise ValueError(answer["reason"])
     return answer
