@@ -259,7 +259,7 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _study(arguments: list[str]) -> int:
-    from longattn.analysis import study
+    from longattn import study
 
     options = _parse(study.StudyOptions, arguments, "study")
     _compilation_cache()

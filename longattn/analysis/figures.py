@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from longattn.analysis.store import Number, Store, family
+from longattn.study.store import Number, Store, family
 
 # Stand-ins that become CSS variables: text, grid, panel, and one colour per way.
 INK, GRID, PANEL = "#010203", "#010204", "#010205"

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from longattn.analysis import report
-from longattn.analysis.store import FILE, Number, Store
-from longattn.analysis.study import compare
+from longattn.study import compare
+from longattn.study.store import FILE, Number, Store
 
 ENVIRONMENT = {
     "time": "2026-01-02T03:04:05+00:00",

@@ -15,12 +15,13 @@ from rich.console import Console
 from longattn import config
 from longattn.analysis import report
 from longattn.analysis.report import tables
-from longattn.analysis.store import FILE, Number, Store
-from longattn.analysis.study import StudyOptions, context, cost, main, memory, pod, recall, run, table
-from longattn.analysis.study.presets import PRESETS, SMOKE
-from longattn.analysis.study.work import Clock, Unit, share_interval, t_interval, wilson
 from longattn.aot import train_step
 from longattn.models import MIXERS
+from longattn.study import StudyOptions, context, cost, main, memory, pod, recall, run
+from longattn.study import ways as table
+from longattn.study.presets import PRESETS, SMOKE
+from longattn.study.store import FILE, Number, Store
+from longattn.study.units import Clock, Unit, share_interval, t_interval, wilson
 
 
 def fake(calls: list[str], fail: str = "", slow: str = "") -> main.Part:

@@ -8,7 +8,7 @@ import math
 from markupsafe import Markup, escape
 
 from longattn.analysis.report.study import Study
-from longattn.analysis.store import BADGES, Number, Store
+from longattn.study.store import BADGES, Number, Store
 
 
 def show(n: Number) -> str:

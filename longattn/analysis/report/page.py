@@ -21,7 +21,7 @@ from longattn.analysis.report.numbers import number_html, number_text, provenanc
 from longattn.analysis.report.sentences import sentences
 from longattn.analysis.report.study import Study, Table, device
 from longattn.analysis.report.tables import compared, headline, tables
-from longattn.analysis.store import BADGES, Number
+from longattn.study.store import BADGES, Number
 
 VERSION = 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from longattn.analysis.report.study import way_title
-from longattn.analysis.store import Number, Store
+from longattn.study.store import Number, Store
 
 UNRESOLVED = "not resolved by this preset"
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from longattn.analysis.store import FILE, Number, Store
 from longattn.config import Mixer
+from longattn.study.store import FILE, Number, Store
 
 Cell = Number | str | None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from longattn.analysis.report.sentences import UNRESOLVED, common_T, separate
 from longattn.analysis.report.study import Cell, Study, Table, way_title
-from longattn.analysis.store import Number, family
+from longattn.study.store import Number, family
 
 CHIPS = ("v5e", "h100")  # of the opening table; the memory section has all of them
 

@@ -9,9 +9,6 @@ from rich.console import Console
 
 from longattn import cli, plan
 from longattn.analysis import report
-from longattn.analysis.store import FILE
-from longattn.analysis.study import StudyOptions
-from longattn.analysis.study import run as run_study
 from longattn.config import ByteLM, Mesh, Model, Softmax
 from longattn.cost import topology
 from longattn.cost.sequence.problem import Problem
@@ -19,6 +16,9 @@ from longattn.cost.sequence.strategies import compare, recommended
 from longattn.cost.sequence.timeline import machine
 from longattn.mask import Causal, Full, Window
 from longattn.plan import sequence
+from longattn.study import StudyOptions
+from longattn.study import run as run_study
+from longattn.study.store import FILE
 
 
 def said(options: sequence.SequenceOptions) -> tuple[dict, str]:

@@ -2,7 +2,7 @@
 
 Nothing runs: `longattn plan` compiles the training step. Where its compilers are installed that is done anew;
 elsewhere, and where the budget does not allow it, the figures are those of `pod.json`, compiled earlier
-(`python -m longattn.analysis.study.pod` compiles the cases that the file lacks).
+(`python -m longattn.study.pod` compiles the cases that the file lacks).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from longattn.analysis.store import Number, Store
-from longattn.analysis.study.presets import PodPlan
-from longattn.analysis.study.work import Clock, Unit
 from longattn.aot import train_step
 from longattn.config import ByteLM, Config, Mesh
 from longattn.cost import topology
 from longattn.plan import calibration
 from longattn.plan.calibration import Case
 from longattn.plan.models import MODELS
+from longattn.study.presets import PodPlan
+from longattn.study.store import Number, Store
+from longattn.study.units import Clock, Unit
 
 
 def _case(model: str, machine: str, T: int, B: int, **mesh: Any) -> Case:

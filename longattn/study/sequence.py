@@ -8,14 +8,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 
-from longattn.analysis.store import Number, Store
-from longattn.analysis.study.presets import SequencePlan
-from longattn.analysis.study.work import Clock, Unit
 from longattn.cost import topology
 from longattn.cost.sequence.load import load
 from longattn.cost.sequence.problem import Problem, Way
 from longattn.cost.sequence.strategies import compare
 from longattn.cost.sequence.timeline import machine
+from longattn.study.presets import SequencePlan
+from longattn.study.store import Number, Store
+from longattn.study.units import Clock, Unit
 
 
 def units(plan: SequencePlan, store: Store) -> list[Unit]:

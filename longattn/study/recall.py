@@ -11,13 +11,13 @@ import dataclasses
 from collections.abc import Iterable
 
 from longattn import config
-from longattn.analysis.store import Number, Store
-from longattn.analysis.study.learn import learn, score
-from longattn.analysis.study.presets import RecallPlan
-from longattn.analysis.study.table import FIRST, READ, Way, trained, without_positions
-from longattn.analysis.study.work import Clock, Unit, share_interval
 from longattn.mask import Causal, Window
 from longattn.models import bytes_read_per_token, state_elements
+from longattn.study.learn import learn, score
+from longattn.study.presets import RecallPlan
+from longattn.study.store import Number, Store
+from longattn.study.units import Clock, Unit, share_interval
+from longattn.study.ways import FIRST, READ, Way, trained, without_positions
 from longattn.tasks import mqar, needle
 
 Task = config.MQAR | config.Needle

@@ -18,10 +18,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from longattn import mask
 from longattn.analysis import report
-from longattn.analysis.store import FILE, Number, Store
-from longattn.analysis.study import context, cost, memory, pod, recall, sequence
-from longattn.analysis.study.presets import PRESETS, Preset
-from longattn.analysis.study.work import Clock, Unit
+from longattn.study import context, cost, memory, pod, recall, sequence
+from longattn.study.presets import PRESETS, Preset
+from longattn.study.store import FILE, Number, Store
+from longattn.study.units import Clock, Unit
 from longattn.train.record import environment, write_whole
 
 

@@ -18,12 +18,12 @@ import jax
 import numpy as np
 
 from longattn import config
-from longattn.analysis.store import Number, Store
-from longattn.analysis.study.presets import MemoryPlan
-from longattn.analysis.study.table import FIRST, Way, ways
-from longattn.analysis.study.work import Clock, Unit
 from longattn.cost import hardware
 from longattn.models import MIXERS
+from longattn.study.presets import MemoryPlan
+from longattn.study.store import Number, Store
+from longattn.study.units import Clock, Unit
+from longattn.study.ways import FIRST, Way, ways
 from longattn.train.step import batch_shapes, state_shapes, train_step
 
 USABLE = 0.9  # of a chip's memory: the rest is taken by the runtime, the programs and fragmentation

@@ -14,12 +14,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from longattn import config
-from longattn.analysis.store import Number, Store
-from longattn.analysis.study.learn import Learned, evaluate, learn, score
-from longattn.analysis.study.presets import ContextPlan
-from longattn.analysis.study.table import FIRST, READ, Way, trained
-from longattn.analysis.study.work import Clock, Unit, t_interval
 from longattn.models import bytes_read_per_token, state_elements
+from longattn.study.learn import Learned, evaluate, learn, score
+from longattn.study.presets import ContextPlan
+from longattn.study.store import Number, Store
+from longattn.study.units import Clock, Unit, t_interval
+from longattn.study.ways import FIRST, READ, Way, trained
 from longattn.tasks.bytelm import BOS
 from longattn.train import data
 

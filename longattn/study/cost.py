@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from longattn import config
-from longattn.analysis.store import Badge, Number, Store
-from longattn.analysis.study.presets import CostPlan
-from longattn.analysis.study.table import FIRST, READ, Way, trained, ways
-from longattn.analysis.study.work import Unit
 from longattn.bench import attention
 from longattn.cost import flops as cost
 from longattn.models import MIXERS, bytes_read_per_token, sequential_steps, state_elements
+from longattn.study.presets import CostPlan
+from longattn.study.store import Badge, Number, Store
+from longattn.study.units import Unit
+from longattn.study.ways import FIRST, READ, Way, trained, ways
 from longattn.train.record import available_memory
 
 WIDTH = 8

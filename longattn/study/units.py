@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longattn.analysis.store import Number
+from longattn.study.store import Number
 
 # 97.5% points of Student's t for 1, 2, ... degrees of freedom: two-sided 95% intervals of means over a few seeds.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

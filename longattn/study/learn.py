@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from longattn.analysis.study.work import Clock
 from longattn.config import Config
+from longattn.study.units import Clock
 from longattn.train import data
 from longattn.train.step import State, eval_step, init_state, train_step
 
