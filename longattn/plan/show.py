@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from longattn.analysis.report.page import style
 from longattn.aot.buffers import KINDS
 from longattn.cost import hardware
 from longattn.display import seconds_text as seconds
 from longattn.plan import calibration
 from longattn.plan.sequence import show as sequence
+from longattn.study.report.page import style
 
 _GiB = 2**30
 _SHOWN = 12  # buffers, and collectives

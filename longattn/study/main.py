@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from longattn import mask
-from longattn.analysis import report
-from longattn.study import context, cost, memory, pod, recall, sequence
+from longattn.study import context, cost, memory, pod, recall, report, sequence
 from longattn.study.presets import PRESETS, Preset
 from longattn.study.store import FILE, Number, Store
 from longattn.study.units import Clock, Unit

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from longattn.analysis import report
-from longattn.study import compare
+from longattn.study import compare, report
 from longattn.study.store import FILE, Number, Store
 
 ENVIRONMENT = {

@@ -13,13 +13,12 @@ import pytest
 from rich.console import Console
 
 from longattn import config
-from longattn.analysis import report
-from longattn.analysis.report import tables
 from longattn.aot import train_step
 from longattn.models import MIXERS
-from longattn.study import StudyOptions, context, cost, main, memory, pod, recall, run
+from longattn.study import StudyOptions, context, cost, main, memory, pod, recall, report, run
 from longattn.study import ways as table
 from longattn.study.presets import PRESETS, SMOKE
+from longattn.study.report import tables
 from longattn.study.store import FILE, Number, Store
 from longattn.study.units import Clock, Unit, share_interval, t_interval, wilson
 

@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 from rich.console import Console
 
-from longattn.analysis.report.page import style
 from longattn.bench import attention
 from longattn.display import device_text, plain_table, seconds_text
+from longattn.study.report.page import style
 
 WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits
 _PLACES = 3  # named of those that a reason is for

@@ -8,7 +8,6 @@ import pytest
 from rich.console import Console
 
 from longattn import cli, plan
-from longattn.analysis import report
 from longattn.config import ByteLM, Mesh, Model, Softmax
 from longattn.cost import topology
 from longattn.cost.sequence.problem import Problem
@@ -16,7 +15,7 @@ from longattn.cost.sequence.strategies import compare, recommended
 from longattn.cost.sequence.timeline import machine
 from longattn.mask import Causal, Full, Window
 from longattn.plan import sequence
-from longattn.study import StudyOptions
+from longattn.study import StudyOptions, report
 from longattn.study import run as run_study
 from longattn.study.store import FILE
 

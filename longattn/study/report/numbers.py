@@ -7,7 +7,7 @@ import math
 
 from markupsafe import Markup, escape
 
-from longattn.analysis.report.study import Study
+from longattn.study.report.load import Study
 from longattn.study.store import BADGES, Number, Store
 
 

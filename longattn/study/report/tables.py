@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from longattn.analysis.report.sentences import UNRESOLVED, common_T, separate
-from longattn.analysis.report.study import Cell, Study, Table, way_title
+from longattn.study.report.load import Cell, Study, Table, way_title
+from longattn.study.report.sentences import UNRESOLVED, common_T, separate
 from longattn.study.store import Number, family
 
 CHIPS = ("v5e", "h100")  # of the opening table; the memory section has all of them

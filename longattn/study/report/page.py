@@ -16,11 +16,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from longattn.analysis import figures
-from longattn.analysis.report.numbers import number_html, number_text, provenance
-from longattn.analysis.report.sentences import sentences
-from longattn.analysis.report.study import Study, Table, device
-from longattn.analysis.report.tables import compared, headline, tables
+from longattn.study.report import figures
+from longattn.study.report.load import Study, Table, device
+from longattn.study.report.numbers import number_html, number_text, provenance
+from longattn.study.report.sentences import sentences
+from longattn.study.report.tables import compared, headline, tables
 from longattn.study.store import BADGES, Number
 
 VERSION = 1

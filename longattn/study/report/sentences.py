@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from longattn.analysis.report.study import way_title
+from longattn.study.report.load import way_title
 from longattn.study.store import Number, Store
 
 UNRESOLVED = "not resolved by this preset"
