@@ -184,7 +184,7 @@ def call(function: str, request: Mapping[str, Any], environment: Mapping[str, st
     with tempfile.TemporaryDirectory(prefix="longattn_aot_") as folder:
         answer = Path(folder) / "answer.json"
         child = subprocess.Popen(
-            [sys.executable, "-c", "from longattn.analysis import aot; aot.serve()", function, str(answer)],
+            [sys.executable, "-c", "from longattn.aot import compilers; compilers.serve()", function, str(answer)],
             env={**_inherited(), **environment, "PYTHONPATH": path},
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip

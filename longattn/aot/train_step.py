@@ -98,7 +98,7 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
     if not request["cache"]:
         return compiled() | {"cached": False}
     here = Path(__file__).parent
-    counting = [*here.glob("*.py"), *(here.parent / f"{name}.py" for name in ("hlo", "cost", "hardware"))]
+    counting = [*here.glob("*.py"), *(here.parent / "cost").rglob("*.py")]
     key = {
         "topology": where.name,
         "compiler": _compiler(where),

@@ -20,7 +20,7 @@ not short XLA uses: it then computes an MLP's gradients beside the mixer's.
 
 How many activations of each width are alive at once is a property of XLA's schedules: the counts below were read off
 compiled programs, and `checked.py` holds the errors against the compilers' own accounts. Messages are exact: what the
-strategies' formulas say (`analysis/sequence/traffic.py`), and for linear attention `recurrent.messages`.
+strategies' formulas say (`cost/sequence/traffic.py`), and for linear attention `recurrent.messages`.
 """
 
 from __future__ import annotations

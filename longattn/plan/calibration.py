@@ -1,4 +1,4 @@
-"""The analytic model against the compilers: programs compiled once, their figures kept in `checked.json`.
+"""The analytic model against the compilers: programs compiled once, their figures kept in `longattn/recorded`.
 
 `python -m longattn.plan.calibration` compiles the cases that the file lacks, and prints the errors of all.
 """
@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from longattn.config import (
 from longattn.cost import step, topology
 from longattn.display import plain_table
 from longattn.plan.models import MODELS
+from longattn.recorded import load, path
 
 _SMALL = Model(N=8, E=1024, F=2816, H=16, K=4, D=64, W=32_000, remat="attention")
 _WIDE = Model(N=12, E=1536, F=4096, H=12, K=4, D=128, W=50_304, tie=False, remat="attention")
@@ -146,7 +146,7 @@ KEPT = (
 
 def recorded() -> dict[str, dict[str, Any]]:
     """The compilers' figures by the case's name."""
-    return json.loads(resources.files("longattn.analysis.plan").joinpath("checked.json").read_text())
+    return load("calibration")
 
 
 def memory_errors() -> dict[str, float]:
@@ -179,9 +179,9 @@ def errors() -> list[dict[str, Any]]:
     return rows
 
 
-def record(path: Path, cases: Sequence[Case] = CASES, timeout: float = 3600.0) -> None:
+def record(file: Path, cases: Sequence[Case] = CASES, timeout: float = 3600.0) -> None:
     """Compile every case that the file lacks, and write it after each."""
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    found = json.loads(file.read_text()) if file.is_file() else {}
     found = {case.name: found[case.name] for case in cases if case.name in found}
     for case in cases:
         if case.name in found:
@@ -191,7 +191,7 @@ def record(path: Path, cases: Sequence[Case] = CASES, timeout: float = 3600.0) -
         if "reason" in answer:
             raise RuntimeError(f"{case.name}: {answer['reason']}")
         found[case.name] = {key: answer[key] for key in KEPT if key in answer}
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _print(console: Console) -> None:
@@ -209,5 +209,5 @@ def _print(console: Console) -> None:
 
 
 if __name__ == "__main__":
-    record(Path(str(resources.files("longattn.analysis.plan").joinpath("checked.json"))))
+    record(path("calibration"))
     _print(Console(width=150))

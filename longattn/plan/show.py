@@ -268,7 +268,7 @@ def _ways(console: Console, document: Mapping[str, Any]) -> None:
 
 def page(document: Mapping[str, Any]) -> str:
     """The plan as a page of HTML that needs nothing else."""
-    folder = resources.files("longattn.analysis.plan")
+    folder = resources.files("longattn.plan")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(folder.joinpath("page.html.j2").read_text())
     return template.render(document=document, show=globals(), style=style())

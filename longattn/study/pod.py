@@ -1,16 +1,13 @@
 """Part 5, on a pod: whether public models fit machines that the reader does not have, and what bounds their step.
 
 Nothing runs: `longattn plan` compiles the training step. Where its compilers are installed that is done anew;
-elsewhere, and where the budget does not allow it, the figures are those of `pod.json`, compiled earlier
+elsewhere, and where the budget does not allow it, the figures are those of `longattn/recorded/pods.json`, compiled earlier
 (`python -m longattn.study.pod` compiles the cases that the file lacks).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from longattn.aot import train_step
@@ -19,6 +16,7 @@ from longattn.cost import topology
 from longattn.plan import calibration
 from longattn.plan.calibration import Case
 from longattn.plan.models import MODELS
+from longattn.recorded import load, path
 from longattn.study.presets import PodPlan
 from longattn.study.store import Number, Store
 from longattn.study.units import Clock, Unit
@@ -41,7 +39,7 @@ CASES = (
 
 def recorded() -> dict[str, dict[str, Any]]:
     """What the compilers said earlier, by case."""
-    return json.loads(resources.files("longattn.analysis.study").joinpath("pod.json").read_text())
+    return load("pods")
 
 
 def units(plan: PodPlan, store: Store) -> list[Unit]:
@@ -80,4 +78,4 @@ def _compiled(case: Case, clock: Clock) -> tuple[dict[str, Any] | None, str]:
 
 
 if __name__ == "__main__":
-    calibration.record(Path(str(resources.files("longattn.analysis.study").joinpath("pod.json"))), CASES)
+    calibration.record(path("pods"), CASES)

@@ -1,6 +1,6 @@
 """Part 4, over devices: what it costs to spread attention along the sequence, counted from the strategies' schedules.
 
-Nothing runs: see `longattn.analysis.sequence`, and `longattn profile --sequence`.
+Nothing runs: see `longattn.cost.sequence`, and `longattn profile --sequence`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ their loops and branches, and how many slots of each unit a bundle fills. So
 
     static cycles = sum over regions of bundles x how often the region runs.
 
-Trip counts of loops stand in the schedule; how often branches run comes from the mask's geometry (`analysis/cases`),
+Trip counts of loops stand in the schedule; how often branches run comes from the mask's geometry (`aot/kernels/cases`),
 or, where it depends on the data, from kernels that were run (`rates.py`). What is declared must fit what was compiled:
 loops must run for the declared steps, and there must be as many branches as the source has.
 

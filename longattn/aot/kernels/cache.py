@@ -35,9 +35,9 @@ def versions(case: str) -> dict[str, str]:
 @functools.cache
 def _sources(ours: bool) -> str:
     """A hash of the sources that say what is compiled and how it is counted; for `ours` those of the kernels too."""
-    root = Path(__file__).parents[2]
-    counting = [root / "analysis" / "static" / f"{name}.py" for name in ("schedule", "tpu", "rates")]
-    facts = [root / "mask.py", *(root / "analysis" / f"{name}.py" for name in ("cost", "hardware"))]
-    kernels = [*(root / "analysis" / "cases").rglob("*.py"), *((root / "ops").rglob("*.py") if ours else ())]
+    here, root = Path(__file__).parent, Path(__file__).parents[2]
+    counting = [here / f"{name}.py" for name in ("bundles", "tpu", "rates")]
+    facts = [root / "mask.py", *(root / "cost" / f"{name}.py" for name in ("flops", "pairs", "hardware"))]
+    kernels = [*(here / "cases").rglob("*.py"), *((root / "ops").rglob("*.py") if ours else ())]
     kernels = [path for path in kernels if path.name != "tuned.py"]  # cases name their sizes
     return cache.sources([*counting, *facts, *kernels])

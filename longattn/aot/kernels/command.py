@@ -36,7 +36,7 @@ _BLOCKS = ("bT", "bS", "bC", "bR")
 class ProfileOptions:
     """Cycles of Pallas kernels on TPUs that are not there, by their compiler's own schedule. Nothing runs."""
 
-    cases: tuple[str, ...]  # what to compile; the names are in longattn/analysis/cases
+    cases: tuple[str, ...]  # what to compile; the names are in longattn/aot/kernels/cases
     static: Literal["tpu"] = "tpu"  # whose compiler
     chips: tuple[Literal["v5e", "v5p", "v6e", "tpu7x"], ...] = ("v5e", "v5p", "v6e", "tpu7x")
     T: int = 8192  # queries, and keys; matmul: the edge of its square matrices

@@ -143,7 +143,7 @@ def tables(console: Console, document: Mapping[str, Any], path: Path) -> None:
 
 def page(document: Mapping[str, Any]) -> str:
     """The report as a page of HTML that needs nothing else."""
-    folder = resources.files("longattn.analysis.bringup")
+    folder = resources.files("longattn.bench.bringup")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(folder.joinpath("page.html.j2").read_text())
     return template.render(document=document, show=globals(), style=style())

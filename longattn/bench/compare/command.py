@@ -3,7 +3,7 @@
 The contestants are this project's back ends and its rivals; of linear attention its back ends, and as a yardstick exact
 attention of as many tokens and heads. One that cannot run here is a row with the reason. Nothing is timed before its
 results (and gradients) were seen to agree with a float32 reference. Then they take turns, each call waited for, while
-the device writes down when each of its ops began and ended; `analysis/trace/` reads that back, so the times are the
+the device writes down when each of its ops began and ended; `bench/trace/` reads that back, so the times are the
 device's and not those of Python's dispatch.
 """
 

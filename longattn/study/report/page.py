@@ -27,14 +27,14 @@ VERSION = 1
 
 
 def _template() -> jinja2.Template:
-    text = resources.files("longattn.analysis.report").joinpath("page.html.j2").read_text()
+    text = resources.files("longattn.study.report").joinpath("page.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(text, globals={"style": style()})
 
 
 def style() -> Markup:
     """The look of every page of this project, as CSS."""
-    return Markup(resources.files("longattn.analysis.report").joinpath("style.css").read_text())
+    return Markup(resources.files("longattn.study.report").joinpath("style.css").read_text())
 
 
 def _figures(study: Study) -> dict[str, Markup]:

@@ -1,7 +1,7 @@
 """Named Pallas kernels for `longattn profile`: the function, its shapes, and how often each of its branches runs.
 
 What is declared of a kernel follows from its source and the mask's geometry, and is not read off the compiled program;
-`analysis/static` refuses a kernel whose compiled form disagrees, and tests count the branches of kernels that run in
+`aot/kernels` refuses a kernel whose compiled form disagrees, and tests count the branches of kernels that run in
 interpret mode.
 """
 
