@@ -21,7 +21,7 @@ from longattn.models.transformer import REMAT
 from longattn.ops.linear import pallas_tpu, xla
 from longattn.ops.linear.api import validate
 from longattn.parallel import linear_state
-from tests.analysis.compilers import needs_libtpu
+from tests.compilers import needs_libtpu
 from tests.ops import linear_oracle, oracle
 from tests.ops.contract.test_linear import HEADS, KINDS, Case, equations, expected, inputs, with_gradients, work
 from tests.ops.interpreter import as_on_tpu

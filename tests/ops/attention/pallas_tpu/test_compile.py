@@ -18,7 +18,7 @@ import longattn
 from longattn import mask as m
 from longattn.aot import compilers
 from longattn.cost import hardware
-from tests.analysis.compilers import needs_libtpu
+from tests.compilers import needs_libtpu
 from tests.ops import oracle
 
 pytestmark = needs_libtpu

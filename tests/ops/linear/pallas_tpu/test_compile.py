@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import longattn
 from longattn.aot import compilers
 from longattn.cost import hardware
-from tests.analysis.compilers import needs_libtpu
+from tests.compilers import needs_libtpu
 from tests.ops import oracle
 
 pytestmark = needs_libtpu
