@@ -40,6 +40,7 @@ from longattn.aot.buffers import KINDS
 from longattn.config import Config, Mesh, Mixer, Model, Softmax
 from longattn.cost import flops as cost
 from longattn.cost import linear
+from longattn.cost.pairs import pairs_by_part, visible_pairs
 from longattn.cost.sequence import problem, traffic
 from longattn.cost.topology import Topology
 from longattn.mask import Mask
@@ -205,12 +206,12 @@ def _exchanged(config: Config, q: float, q_filled: float, k_filled: float) -> fl
 def _pairs(mask: Mask, T: int, mesh: Mesh) -> float:
     """Visible pairs that the device with most of them computes, of all heads before `tensor` divides them."""
     if mesh.strategy in ("balanced", "ulysses") or mesh.layout == "striped":  # striped: up to the diagonal
-        return cost.visible_pairs(mask, T) / mesh.sequence
+        return visible_pairs(mask, T) / mesh.sequence
     if mesh.layout == "zigzag" and mesh.parts > 1:
-        halves = cost.pairs_by_part(mask, T, 2 * mesh.parts)
+        halves = pairs_by_part(mask, T, 2 * mesh.parts)
         most = max(early + late for early, late in zip(halves, reversed(halves), strict=True))
     else:
-        most = max(cost.pairs_by_part(mask, T, mesh.parts))
+        most = max(pairs_by_part(mask, T, mesh.parts))
     return most * mesh.parts / mesh.sequence  # the devices of a part divide the heads
 
 
