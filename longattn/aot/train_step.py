@@ -26,6 +26,7 @@ from longattn.aot.schedule import Rates, Totals, backward, bound, softmax, walk
 from longattn.config import Config, from_json, to_json
 from longattn.cost import flops, topology
 from longattn.cost import step as analytic
+from longattn.cost.collective import axes_of
 from longattn.cost.topology import Topology
 from longattn.models.context import Context
 from longattn.parallel import mesh as meshes
@@ -254,7 +255,7 @@ def collectives(totals: Totals, rates: Rates, mesh: Mesh | None) -> list[dict[st
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     times = rates.times(what for what, _ in totals.collectives)
     for (what, asynchronous), runs in totals.collectives.items():
-        axes = hlo.axes_of(what.pairs, mesh.shape) if mesh is not None and what.pairs else what.axes
+        axes = axes_of(what.pairs, mesh.shape) if mesh is not None and what.pairs else what.axes
         key = (what.kind, len(what.group), axes, memory.short(what.scope), asynchronous)
         row = rows.setdefault(
             key,

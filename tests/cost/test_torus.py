@@ -6,6 +6,7 @@ import pytest
 
 from longattn.aot import hlo
 from longattn.cost import topology
+from longattn.cost.collective import Collective
 from longattn.cost.torus import Torus, ways
 from tests.compilers import needs_libtpu
 
@@ -18,7 +19,7 @@ def slice_of(*sizes: int, rings: bool = True, each: int = 1) -> Torus:
     return Torus(sizes, (rings,) * len(sizes), LINK, CHIP, tuple(chips))
 
 
-def seconds(torus: Torus, *collectives: hlo.Collective) -> float:
+def seconds(torus: Torus, *collectives: Collective) -> float:
     """Of all at once, each link after the other."""
     times = torus.times(collectives)
     return float(sum(times[c] for c in collectives).max())
@@ -26,14 +27,14 @@ def seconds(torus: Torus, *collectives: hlo.Collective) -> float:
 
 def permute(pairs, bytes=20):
     pairs = tuple(pairs)
-    return hlo.Collective("collective-permute", bytes, tuple(sorted({i for p in pairs for i in p})), "", "", pairs)
+    return Collective("collective-permute", bytes, tuple(sorted({i for p in pairs for i in p})), "", "", pairs)
 
 
 def group(kind, devices, array=80):
     """Every device of the group has an array (all-gather: a shard) of these bytes."""
     n = len(devices)
     share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-broadcast": 1}.get(kind, (n - 1) / n)
-    return hlo.Collective(kind, round(array * share), tuple(devices), "", "")
+    return Collective(kind, round(array * share), tuple(devices), "", "")
 
 
 def rows(shift, n=4, lines=4):
