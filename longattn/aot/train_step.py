@@ -51,7 +51,7 @@ def facts(config: Config, where: Topology, timeout: float, cache: Path | None = 
       ValueError: where the machine's compiler is not installed.
     """
     request = {"config": to_json(config), "topology": where.name, "cache": None if cache is None else str(cache)}
-    return compilers.call("longattn.aot.train_step:compile_step", request, where.environment(), timeout)
+    return compilers.call("longattn.aot.train_step:compile_step", request, compilers.environment_of(where), timeout)
 
 
 def accounts(config: Config, where: Topology, timeout: float, cache: Path | None = None) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def accounts(config: Config, where: Topology, timeout: float, cache: Path | None
     request = {
         "config": to_json(config), "topology": where.name, "cache": None if cache is None else str(cache), "fill": True,
     }  # fmt: skip
-    return compilers.call("longattn.aot.train_step:compile_step", request, where.environment(), timeout)
+    return compilers.call("longattn.aot.train_step:compile_step", request, compilers.environment_of(where), timeout)
 
 
 def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
     A program that the compiler refuses for its memory has `fits` false and the memory it needs, but no time.
     """
     config, where = from_json(request["config"]), topology.parse(request["topology"])
-    devices = where.devices()
+    devices = compilers.devices_of(where)
     context, state, batch = _arguments(config, devices)
     began = time.perf_counter()
     step: Any = steps.train_step(config, context)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from longattn.aot import hlo
+from longattn.aot import compilers, hlo
 from longattn.cost import topology
 from longattn.cost.collective import Collective
 from longattn.cost.torus import Torus, ways
@@ -176,7 +176,7 @@ def test_programs_number_devices_as_the_mesh_does(name):
     from longattn.aot import compilers
 
     where = topology.parse(name)
-    answer = compilers.call("tests.cost.test_torus:ring", {"name": name}, where.environment(), 120)
+    answer = compilers.call("tests.cost.test_torus:ring", {"name": name}, compilers.environment_of(where), 120)
     assert answer["ids"] != sorted(answer["ids"]) and sorted(answer["ids"]) == list(range(where.size))
     assert answer["pairs"] == [[i, (i + 1) % where.size] for i in range(where.size)]
     chips = where.size // where.chip.devices
@@ -194,7 +194,7 @@ def ring(request):
     from longattn import parallel
 
     where = topology.parse(request["name"])
-    mesh = parallel.make_mesh(seq=where.size, devices=where.devices())
+    mesh = parallel.make_mesh(seq=where.size, devices=compilers.devices_of(where))
     hop = lambda x: jax.lax.ppermute(x, "seq", [(i, (i + 1) % where.size) for i in range(where.size)])
     shift = jax.jit(jax.shard_map(hop, mesh=mesh, in_specs=P("seq"), out_specs=P("seq")))
     x = jax.ShapeDtypeStruct((where.size * 2**18,), jnp.float32, sharding=NamedSharding(mesh, P("seq")))
