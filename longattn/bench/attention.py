@@ -29,6 +29,7 @@ from scipy.special import stdtrit
 
 from longattn.cost import flops as cost
 from longattn.cost import hardware
+from longattn.cost.pairs import visible_pairs
 from longattn.display import device_text, plain_table, seconds_text
 from longattn.mask import Causal, Full, Mask, Window
 from longattn.ops.attention.api import attention as ours
@@ -443,7 +444,7 @@ def _row(
 def flops(options: AttentionOptions, T: int, what: str, *, window: bool = False) -> float:
     """What the visible pairs cost, without recomputation: the same for every candidate, however it computes them."""
     mask = _window(options) if window else options.mask
-    parts = cost.attention_flops(cost.visible_pairs(mask, T), options.H * options.B, options.D)
+    parts = cost.attention_flops(visible_pairs(mask, T), options.H * options.B, options.D)
     return parts.forward + (parts.backward if what == "forward_backward" else 0)
 
 

@@ -135,7 +135,7 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
     """
     where = topology.parse(options.topology)
     if not options.analytic:
-        where.environment()  # a compiler that is not installed is told before anything else
+        compilers.environment_of(where)  # a compiler that is not installed is told before anything else
     document: dict[str, Any] = {
         "version": VERSION,
         "kind": "plan",
