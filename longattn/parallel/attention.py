@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from longattn import config
 from longattn.mask import Causal, Mask
 from longattn.ops import dispatch
 from longattn.ops import partial as partials
@@ -48,6 +49,30 @@ def strategy_of(name: str, axis: Axis) -> Strategy:
         wanted = "one axis" if found.axes == 1 else "two axes"
         outer = "" if found.axes == 1 else " (the outer one, then the inner one)"
         raise ValueError(f"{axis=} must be {wanted} of the mesh for strategy={name!r}{outer}")
+    return found
+
+
+def strategy_on(mesh: config.Mesh) -> Strategy:
+    """The strategy of a config's mesh.
+
+    Raises ValueError where `STRATEGIES` has none of this name, or it does not go with the mesh's ring or layout.
+    """
+    name = mesh.strategy
+    if name not in STRATEGIES:
+        raise ValueError(f"Mesh.strategy={name!r} must be a strategy of attention; {suggest(str(name), STRATEGIES)}")
+    found = STRATEGIES[name]
+    if (mesh.ring > 1) != (found.axes == 2):
+        two = [s.name for s in STRATEGIES.values() if s.axes == 2]
+        raise ValueError(
+            f"Mesh.ring={mesh.ring} with strategy={name!r}: {' or '.join(two)}, and no other, has shards that several "
+            f"devices hold, at least 2; set ring and strategy={two[0]!r}, or neither (of one shard, usp is "
+            "strategy='ulysses')"
+        )
+    if mesh.layout not in found.layouts:
+        raise ValueError(
+            f"Mesh.layout={mesh.layout!r} with strategy={name!r}, which serves {' or '.join(found.layouts)} alone: set "
+            f"layout={found.layouts[0]!r}, or strategy='ring'"
+        )
     return found
 
 

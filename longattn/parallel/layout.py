@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
+from longattn.config import LayoutName, layout_unit
 from longattn.shapes import suggest
 
-Name = Literal["contiguous", "zigzag", "striped"]
 Axis = str | tuple[str, ...]  # a mesh axis, or several, the devices in row-major order
 
 
@@ -42,15 +42,15 @@ def devices_on(mesh: Mesh | AbstractMesh, axis: Axis) -> int:
 class SequenceLayout:
     """The order of a sequence over P devices. Hashable and static."""
 
-    name: Name = "contiguous"
+    name: LayoutName = "contiguous"
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(Name):
-            raise ValueError(f"layout {self.name!r} must be one; {suggest(str(self.name), get_args(Name))}")
+        if self.name not in get_args(LayoutName):
+            raise ValueError(f"layout {self.name!r} must be one; {suggest(str(self.name), get_args(LayoutName))}")
 
     def unit(self, P: int) -> int:
-        """What divides every length that lies on P devices."""
-        return 2 * P if self.name == "zigzag" and P > 1 else P
+        """The number whose multiples the layout divides over P devices."""
+        return layout_unit(self.name, P)
 
     def check(self, length: int, P: int, name: str = "T") -> None:
         """Raises ValueError, naming the next length, where the layout does not divide this one."""

@@ -24,9 +24,10 @@ import jax
 from jax import lax
 from jaxtyping import Array
 
+from longattn.config import LayoutName
 from longattn.mask import Mask
 from longattn.ops.attention import attend_partial, attention_with_lse
-from longattn.parallel.layout import Axis, Name, SequenceLayout
+from longattn.parallel.layout import Axis, SequenceLayout
 
 Edges = list[tuple[int, int]]  # (from, to), devices along the axis
 
@@ -89,10 +90,10 @@ class Strategy:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     axes: int = 1  # mesh axes along which the sequence lies
-    layouts: tuple[str, ...] = get_args(Name)  # layouts that it serves
+    layouts: tuple[LayoutName, ...] = get_args(LayoutName)  # layouts that it serves
     bias: bool = False  # whether it takes one
-    even: bool = False  # whether devices share a causal mask's pairs evenly over every layout that it serves
-    exchanges_heads: bool = False  # whether devices on the innermost axis divide the heads, filled up to a multiple
+    even: bool = False  # devices share a causal mask's pairs evenly whatever the layout, so that layouts cost the same
+    exchanges_heads: bool = False  # devices on the last axis divide the heads, filled up to a multiple of their number
     check: Callable[[Mask, int, int, Call], None] = _no_reason  # its own refusals: raises NotImplementedError(reason)
 
     def refuse(self, mask: Mask, T: int, S: int, call: Call, bias: bool = False) -> None:

@@ -229,7 +229,7 @@ def compile_step(config: Config, shapes: State, context: Context | None = None) 
     itemsize = np.dtype(config.model.dtype).itemsize
     # Even full rematerialisation keeps each layer's input: refuse before tracing what would take hours to compile.
     mesh = config.mesh
-    tokens = config.data.B * config.data.T // config.optimiser.accumulate // (mesh.data * mesh.fsdp * mesh.sequence)
+    tokens = config.data.B * config.data.T // config.optimiser.accumulate // (mesh.data * mesh.fsdp * mesh.P)
     record.refuse_beyond_memory(config, held + tokens * config.model.E * itemsize * (config.model.N + 1))
     return record.compile_program(config, train_step(config, context), shapes, batch_shapes(config))
 

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from longattn.config import LayoutName
 from longattn.parallel import SequenceLayout, make_mesh
-from longattn.parallel.layout import Name, convert
+from longattn.parallel.layout import convert
 
-LAYOUTS = [SequenceLayout(name) for name in typing.get_args(Name)]
+LAYOUTS = [SequenceLayout(name) for name in typing.get_args(LayoutName)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from longattn.cost.sequence.problem import Problem, Way, check
+from longattn.cost.sequence.problem import Problem, Way, check, entry
 from longattn.parallel import balanced, ring
 from longattn.parallel.pairs import pairs
 from longattn.parallel.strategy import Call
@@ -84,8 +84,7 @@ def traffic(problem: Problem, way: Way) -> tuple[Traffic, Traffic]:
       ValueError, NotImplementedError: as `problem.check`.
     """
     call = check(problem, way)
-    made = {"ring": _ring, "balanced": _balanced, "all_gather": _all_gather, "ulysses": _heads, "usp": _heads}
-    passes = made[way.strategy](problem, call)
+    passes = entry(_MESSAGES, way, "traffic")(problem, call)
     if problem.ids and call.P > 1:
         ids = 2 * problem.B * problem.T // call.P * 4  # positions and segment ids, of queries and keys alike
         passes[0].append(Message("ids", "all-gather", everyone([range(call.P)]), ids))
@@ -192,6 +191,9 @@ def _heads(problem: Problem, call: Call) -> tuple[list[Message], list[Message]]:
         forward += onwards
         backward += back
     return forward, backward
+
+
+_MESSAGES = {"ring": _ring, "balanced": _balanced, "all_gather": _all_gather, "ulysses": _heads, "usp": _heads}
 
 
 def units(strategy: str, P: int, group: int = 1) -> tuple[float, float] | None:
