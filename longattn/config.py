@@ -303,11 +303,15 @@ if typing.TYPE_CHECKING:
     StrategyName = str
 else:
 
-    class StrategyName(str):
-        """Type of a field that names a strategy of `longattn.parallel.STRATEGIES`, which lies above this module.
+    class _AnyString(type):
+        def __instancecheck__(cls, value: object) -> bool:
+            return isinstance(value, str)
 
-        Values are plain strings. Whoever builds devices from a config checks the name, and the command line lists the
-        names by this type.
+    class StrategyName(metaclass=_AnyString):
+        """Any string, as the type of a field that names a strategy of `longattn.parallel.STRATEGIES`.
+
+        That table lies above this module, which therefore cannot check the name: whoever makes a mesh from a config
+        does. The command line knows by this type where to list the names.
         """
 
 
