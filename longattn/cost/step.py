@@ -195,13 +195,23 @@ def _exchanged(config: Config, q: float, q_filled: float, k_filled: float) -> fl
     """Bytes per token of a device in attention's backward pass: q, out's gradient, q's, keys, values and theirs."""
     m, mesh, c = config.model, config.mesh, np.dtype(config.model.dtype).itemsize
     own, P = 2 * c * q_filled + _F32 * q, mesh.P
-    if P == 1 or mesh.strategy == "all_gather":
-        return own + 2 * (c + _F32) * k_filled * P
-    if _whole_sequences(mesh):
+    keys = 2 * (c + _F32) * k_filled
+    if P == 1:
+        return own + keys
+
+    def exchanged() -> float:
         given = ulysses.heads(m.H // mesh.tensor, m.K // mesh.tensor, P)
-        more_q, more_k = given.each * P / given.H, len(given.keys) * mesh.tensor / m.K
-        return own * more_q + 2 * (c + _F32) * k_filled * more_k
-    return own + 36 * k_filled + 28 * q  # of bfloat16; float32 has a few more
+        return own * given.each * P / given.H + keys * len(given.keys) * mesh.tensor / m.K
+
+    travelling = lambda: own + 36 * k_filled + 28 * q  # of bfloat16; float32 has a few more
+    buffers = {
+        "ring": travelling,
+        "balanced": travelling,
+        "all_gather": lambda: own + keys * P,
+        "ulysses": exchanged,
+        "usp": travelling,
+    }
+    return problem.entry(buffers, problem.way_of(mesh), "buffers")()
 
 
 def _whole_sequences(mesh: Mesh) -> bool:
