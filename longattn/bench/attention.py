@@ -31,9 +31,9 @@ from longattn.cost import flops as cost
 from longattn.cost import hardware
 from longattn.cost.pairs import visible_pairs
 from longattn.display import device_text, plain_table, seconds_text
+from longattn.environment import available_memory, environment
 from longattn.mask import Causal, Full, Mask, Window
 from longattn.ops.attention.api import attention as ours
-from longattn.train.record import available_memory, environment
 
 VERSION = 1
 WORKER = Path(__file__).with_name("torch_worker.py")

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from longattn import config
 from longattn.bench import attention
 from longattn.cost import flops as cost
+from longattn.environment import available_memory
 from longattn.models import MIXERS, bytes_read_per_token, sequential_steps, state_elements
 from longattn.study.presets import CostPlan
 from longattn.study.store import Badge, Number, Store
 from longattn.study.units import Unit
 from longattn.study.ways import FIRST, READ, Way, trained, ways
-from longattn.train.record import available_memory
 
 WIDTH = 8
 FITTED = 3  # sizes that an exponent is fitted on: the largest, because small ones are all overhead

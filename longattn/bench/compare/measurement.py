@@ -23,9 +23,9 @@ from longattn.bench.compare.picture import plot
 from longattn.bench.compare.roofline import static_seconds
 from longattn.cost import hardware
 from longattn.display import seconds_text
+from longattn.environment import environment
 from longattn.ops.attention.api import BACK_ENDS
 from longattn.ops.linear.api import BACK_ENDS as LINEAR_BACK_ENDS
-from longattn.train.record import environment
 
 VERSION = 1
 FILE = "compare.jsonl"
