@@ -11,8 +11,7 @@ import jinja2
 from rich.console import Console
 
 from longattn.bench import attention
-from longattn.display import device_text, plain_table, seconds_text
-from longattn.study.report.page import style
+from longattn.display import device_text, plain_table, seconds_text, style
 
 WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits
 _PLACES = 3  # named of those that a reason is for
