@@ -144,7 +144,7 @@ def _train_here(config: Config, as_json: bool) -> int:
     _compilation_cache(scopes=config.run.profile is not None)
     _keep_freed_memory()
     from longattn.train import distributed
-    from longattn.train.bringup import Disagreement
+    from longattn.train.kernel_check import Disagreement
     from longattn.train.run import train
 
     try:
@@ -358,7 +358,8 @@ def _parse(kind: Any, arguments: list[str], command: str, default: Any = None) -
     """A dataclass from command-line arguments; a mistake exits with 2 and says which name was meant."""
     import tyro
 
-    from longattn import config, mask, parallel
+    from longattn import mask, parallel
+    from longattn.config.mesh import StrategyName
 
     registry = tyro.constructors.ConstructorRegistry()
 
@@ -376,7 +377,7 @@ def _parse(kind: Any, arguments: list[str], command: str, default: Any = None) -
 
     @registry.primitive_rule
     def strategy_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-        if info.type is not config.StrategyName:
+        if info.type is not StrategyName:
             return None
         names = tuple(parallel.STRATEGIES)
         return tyro.constructors.PrimitiveConstructorSpec(

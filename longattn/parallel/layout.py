@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from longattn.config import LayoutName, layout_unit
+from longattn.config.mesh import LayoutName, layout_unit
 from longattn.shapes import suggest
 
 Axis = str | tuple[str, ...]  # a mesh axis, or several, the devices in row-major order

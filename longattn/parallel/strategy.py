@@ -24,7 +24,7 @@ import jax
 from jax import lax
 from jaxtyping import Array
 
-from longattn.config import LayoutName
+from longattn.config.mesh import LayoutName
 from longattn.mask import Mask
 from longattn.ops.attention import attend_partial, attention_with_lse
 from longattn.parallel.layout import Axis, SequenceLayout

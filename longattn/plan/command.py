@@ -21,9 +21,9 @@ from longattn.cost import step as analytic
 from longattn.cost.sequence import problem, timeline
 from longattn.cost.sequence import strategies as sequence
 from longattn.cost.topology import Topology
+from longattn.environment import commit, write_whole
 from longattn.parallel.attention import STRATEGIES, strategy_on
 from longattn.plan import search, show
-from longattn.train.record import commit, write_whole
 
 VERSION = 1
 _LONGEST = 2**27  # tokens; positions are int32, and nobody has asked for more

@@ -15,9 +15,9 @@ from rich.table import Table
 from longattn.cost import hardware
 from longattn.cost.collective import BUFFER_KINDS
 from longattn.display import seconds_text as seconds
+from longattn.display import style
 from longattn.plan import calibration
 from longattn.plan.sequence import show as sequence
-from longattn.study.report.page import style
 
 _GiB = 2**30
 _SHOWN = 12  # buffers, and collectives

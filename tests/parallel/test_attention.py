@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import longattn
 from longattn import config, parallel
+from longattn.config.mesh import LayoutName
 from longattn.cost.sequence.problem import Problem, Way, check
 from longattn.parallel.attention import strategy_on
 from longattn.train.step import context_of
@@ -123,7 +124,7 @@ def test_meshes_of_configs_are_refused(mesh, message):
 
 @pytest.mark.parametrize("strategy", parallel.STRATEGIES.values(), ids=lambda strategy: strategy.name)
 def test_the_layouts_of_a_strategy_are_those_that_it_serves(strategy):
-    for layout in typing.get_args(config.LayoutName):
+    for layout in typing.get_args(LayoutName):
         ring = 2 if strategy.axes == 2 else 1
         way = Way(strategy.name, layout, (2, 2) if ring == 2 else (4,))
         served = layout in strategy.layouts

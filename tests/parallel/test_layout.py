@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from longattn.config import LayoutName
+from longattn.config.mesh import LayoutName
 from longattn.parallel import SequenceLayout, make_mesh
 from longattn.parallel.layout import convert
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from longattn.config import LayoutName, Mesh, Model, Softmax
+from longattn.config import Mesh, Model, Softmax
+from longattn.config.mesh import LayoutName
 from longattn.mask import Causal, Mask
 from longattn.parallel.attention import STRATEGIES, strategy_on
 from longattn.parallel.layout import SequenceLayout

@@ -13,7 +13,7 @@ from rich.console import Console
 from longattn import mask as masks
 from longattn.aot import compilers
 from longattn.aot import messages as measured
-from longattn.config import LayoutName
+from longattn.config.mesh import LayoutName
 from longattn.cost import topology
 from longattn.cost.sequence.load import load
 from longattn.cost.sequence.problem import Problem, Way, ways

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from longattn import config
-from longattn.config import LayoutName
+from longattn.config.mesh import LayoutName
 from longattn.cost.pairs import of_distance
 from longattn.mask import Causal, Mask
 from longattn.parallel.layout import SequenceLayout
