@@ -201,7 +201,7 @@ def _exchanged(config: Config, q: float, q_filled: float, k_filled: float) -> fl
 
     def exchanged() -> float:
         given = ulysses.heads(m.H // mesh.tensor, m.K // mesh.tensor, P)
-        return own * given.each * P / given.H + keys * len(given.keys) * mesh.tensor / m.K
+        return own * (given.each * P / given.H) + keys * (len(given.keys) * mesh.tensor / m.K)
 
     travelling = lambda: own + 36 * k_filled + 28 * q  # of bfloat16; float32 has a few more
     buffers = {
