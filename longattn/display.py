@@ -1,0 +1,52 @@
+"""How numbers, tables and pages look, the same in all commands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+
+def plain_table(title: str) -> Table:
+    """An empty table in the style of all."""
+    return Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def digits(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:,.0f}"
+
+
+def seconds_text(seconds: float) -> str:
+    """Three digits with a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{digits(seconds / size)} {unit}"
+    return f"{digits(seconds * 1e9)} ns" if seconds else "0"
+
+
+def bytes_text(n: float) -> str:
+    """Three digits with a unit."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= size:
+            return f"{digits(n / size)} {unit}"
+    return f"{n:.0f} B"
+
+
+def device_text(environment: Mapping[str, Any]) -> str:
+    """The device of `train.record.environment`, a CPU by its model."""
+    device = environment["device"]
+    return environment["host"]["cpu"] if device["platform"] == "cpu" else device["kind"]
+
+
+def style() -> Markup:
+    """Returns the CSS of every page of this project."""
+    from markupsafe import Markup  # here: only pages need it, and it comes with the extra `study`
+
+    return Markup(resources.files("longattn").joinpath("style.css").read_text())
