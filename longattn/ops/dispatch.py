@@ -128,13 +128,13 @@ def check_tuning(tuning: Any, implementation: Any, names: Sequence[str], table: 
         raise ValueError(f"{tuning=} must be None or a Tuning of {names[0]!r}")
 
 
-def choose(names: Sequence[str], table: Mapping[str, Any], accepts: Callable[[Any], None]) -> str:
-    """The first of `names` whose back end `accepts` does not refuse.
+def choose(names: Sequence[str], table: Mapping[str, Any], accepts: Callable[[Any], Any]) -> tuple[str, Any]:
+    """Returns the first of `names` whose back end accepts the call, and its plan.
 
     Args:
       names: candidates, best first.
       table: back ends by name.
-      accepts: calls the back end's check, which raises NotImplementedError(reason).
+      accepts: calls the back end's check, which returns a plan or raises NotImplementedError(reason).
 
     Raises:
       NotImplementedError: with the reason of each candidate, if all refuse.
@@ -142,9 +142,7 @@ def choose(names: Sequence[str], table: Mapping[str, Any], accepts: Callable[[An
     reasons = []
     for name in names:
         try:
-            accepts(table[name])
+            return name, accepts(table[name])
         except NotImplementedError as refusal:
             reasons.append(f"{name}: {refusal}")
-        else:
-            return name
     raise NotImplementedError("no back end accepts this call; " + "; ".join(reasons))

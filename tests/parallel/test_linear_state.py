@@ -131,8 +131,8 @@ def test_several_axes_are_one():
 
     def local(ids, arrays, cotangents):
         def attend(**arrays):
-            given, spec, names = validate(**arrays, **options | {"segment_ids": ids}, implementation=None, tuning=None)
-            return linear_state.attend(*given, ("a", "b"), spec, names)
+            x, given, names = validate(**arrays, **options | {"segment_ids": ids}, implementation=None, tuning=None)
+            return linear_state.attend(x, ("a", "b"), given, names)
 
         return with_gradients(attend, arrays, cotangents)
 

@@ -111,7 +111,7 @@ def _prepare(
 ) -> tuple[Array, Array, Array, Array | None, Visibility, Options, str]:
     """`validate`, and the back end that serves the call."""
     q, k, v, sinks, visibility, options, names = validate(q, k, v, sinks=sinks, **arguments)
-    name = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(q, k, v, visibility, options))
+    name, _ = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(q, k, v, visibility, options))
     return q, k, v, sinks, visibility, options, name
 
 

@@ -5,8 +5,8 @@
                                NotImplementedError(reason) where it cannot serve the call. It reads shapes and dtypes
                                alone: arrays may be ShapeDtypeStructs. Without x.q the plan is one for `fold`
     attend(x, options, plan)   returns (out in options.out_dtype, final_state); reverse mode goes through both once
-    fold(x, options, plan)     returns final_state alone, without the work for outputs: x.q is None. The initial state is
-                               [B H D X] with X >= V, and zeros are written into its columns after V. Not differentiable
+    fold(x, options, plan)     returns final_state alone, without the work for outputs: x.q is None. The initial state
+                               is [B H D X] with X >= V; zeros are written into its columns after V. Not differentiable
     pull(x, do, dfinal_state, options, plan)
                                returns the gradient of the initial state alone, which x.initial_state is not needed
                                for: `attend` is affine in it. Not differentiable

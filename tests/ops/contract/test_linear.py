@@ -319,27 +319,28 @@ def test_parts_of_a_pass(back_end, kind, heads, dtype):
     """The states alone, into whose further columns zeros are written, and the gradient of the initial state alone."""
     case = back_end.nearest(Case(kind, heads, state="from a state", ids="segments", dtype=dtype))
     arrays, options, cotangents = inputs(case)
-    (q, k, v, g, beta, S, ids), options, _ = api.validate(
+    x, given, _ = api.validate(
         **{"log_decay": None, "beta": None, "segment_ids": None} | arrays | options,
         implementation=back_end.name, tuning=back_end.tunings[0],
     )  # fmt: skip
-    module, further = api.BACK_ENDS[back_end.name], np.flip(S, (0, 3))
+    module, further = api.BACK_ENDS[back_end.name], np.flip(x.initial_state, (0, 3))
 
     @jax.jit
-    def f(q, k, v, g, beta, S, do, dS):
-        wide = jnp.concatenate([S, further], 3)
-        return module.fold(k, v, g, beta, wide, ids, options), module.pull(q, k, v, g, beta, ids, do, dS, options)
+    def f(x, do, dS):
+        wide = x._replace(q=None, initial_state=jnp.concatenate([x.initial_state, further], 3))
+        after = module.fold(wide, given, api.check_fold(module, x, 2 * V, given))
+        return after, module.pull(x, do, dS, given, module.check(x, given))
 
-    after, dS = f(q, k, v, g, beta, S, *cotangents.values())
+    after, dS = f(x, *cotangents.values())
     got = {"final_state": after[..., :V], "dinitial_state": dS}
     oracle.assert_accurate(got, *expected(case, back_end.rounds), np.float32)
-    given = arrays | options | {"v": np.zeros_like(arrays["v"]), "initial_state": further}
+    beyond_v = arrays | options | {"v": np.zeros_like(arrays["v"]), "initial_state": further}
     do, dS = cotangents.values()
     beyond = (
-        linear_oracle.linear_attention(**given, do=do, dS=dS, dtype=exact, factors=factors)
+        linear_oracle.linear_attention(**beyond_v, do=do, dS=dS, dtype=exact, factors=factors)
         for exact, factors in (
             (np.float64, None),
-            (q.dtype, q.dtype if back_end.rounds and dtype == "bfloat16" else None),
+            (x.q.dtype, x.q.dtype if back_end.rounds and dtype == "bfloat16" else None),
         )
     )
     oracle.assert_accurate({"final_state": after[..., V:]}, *beyond, np.float32)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from longattn.ops import dispatch
 from longattn.ops.linear.contract import Arrays, Options, Out, State
 from longattn.ops.linear.pallas_tpu import backward as backward_kernels
 from longattn.ops.linear.pallas_tpu import forward as forward_kernel
-from longattn.ops.linear.pallas_tpu.call import Call, plan
+from longattn.ops.linear.pallas_tpu.call import Call, plan_call
 from longattn.ops.linear.pallas_tpu.statics import Tokens
 from longattn.ops.linear.pallas_tpu.tuning import Problem
 
@@ -36,7 +37,7 @@ def check(x: Arrays, options: Options) -> Call:
         V = x.initial_state.shape[3]
     decay = "none" if x.log_decay is None else "scalar" if x.log_decay.ndim == 3 else "vector"
     problem = Problem(B, x.H, Hq, Hk, Hv, T, D, V, decay, x.beta is not None, x.k.dtype)
-    return plan(problem, options.scale, options.tuning)
+    return plan_call(problem, options.scale, options.tuning)
 
 
 # ---- the kernels' layout
@@ -71,6 +72,12 @@ def _tokens(n: Call, x: Arrays) -> Tokens:
     return Tokens(q, k, v, g, None if x.beta is None else _scalars(n, x.beta))
 
 
+def _over_batch(f: Callable[..., Any], x: Arrays, *arrays: Array) -> Any:
+    """Calls f(x, *arrays), with vmap's axis folded into B."""
+    whole = lambda k, x, *arrays: f(x._replace(k=k), *arrays)  # the first argument has to be an array [B ...]
+    return dispatch.fold_vmap(whole, x.k, x._replace(k=None), *arrays)
+
+
 def _sized(n: Call, x: Arrays) -> Call:
     """The plan for the arrays' batch, into which vmap may have folded an axis."""
     return dataclasses.replace(n, B=x.k.shape[0])
@@ -94,9 +101,7 @@ def _with_states(x: Arrays, n: Call, out_dtype: str) -> tuple[Array, Array, Arra
 
 def _backward(x: Arrays, states: Array, do: Array, dfinal_state: Array, n: Call) -> Arrays:
     n = _sized(n, x)
-    inputs = backward_kernels.Inputs(
-        _tokens(n, x), _starts(n, x.segment_ids), states, do.swapaxes(1, 2), dfinal_state
-    )
+    inputs = backward_kernels.Inputs(_tokens(n, x), _starts(n, x.segment_ids), states, do.swapaxes(1, 2), dfinal_state)
     found = backward_kernels.backward(n, dispatch.vary_together(inputs))
 
     def whole(d: Array, y: Array) -> Array:
@@ -130,11 +135,11 @@ def _pull(x: Arrays, do: Array, dfinal_state: Array, n: Call) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _attend(x: Arrays, n: Call, out_dtype: str) -> tuple[Array, Array]:
-    return dispatch.fold_vmap(functools.partial(_out_and_state, n=n, out_dtype=out_dtype), x)
+    return _over_batch(functools.partial(_out_and_state, n=n, out_dtype=out_dtype), x)
 
 
 def _attend_forward(x: Arrays, n: Call, out_dtype: str) -> Any:
-    f = functools.partial(dispatch.fold_vmap, functools.partial(_with_states, n=n, out_dtype=out_dtype))
+    f = functools.partial(_over_batch, functools.partial(_with_states, n=n, out_dtype=out_dtype))
     out, final_state, states = dispatch.once(f, x)
     given = x.initial_state is not None
     return (out, final_state), (x._replace(initial_state=None), given, checkpoint_name(states, "linear_state"))
@@ -142,7 +147,7 @@ def _attend_forward(x: Arrays, n: Call, out_dtype: str) -> Any:
 
 def _attend_backward(n: Call, out_dtype: str, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Arrays]:
     x, given, states = residuals
-    f = functools.partial(dispatch.fold_vmap, functools.partial(_backward, n=n))
+    f = functools.partial(_over_batch, functools.partial(_backward, n=n))
     gradients = dispatch.once(f, x, states, *cotangents)
     return (gradients if given else gradients._replace(initial_state=None),)
 
@@ -157,9 +162,9 @@ def attend(x: Arrays, options: Options, plan: Call) -> tuple[Out, State]:
 
 def fold(x: Arrays, options: Options, plan: Call) -> State:
     """Returns the state after the last token; zeros are written into its columns after V."""
-    return dispatch.fold_vmap(functools.partial(_fold, n=plan), x)
+    return _over_batch(functools.partial(_fold, n=plan), x)
 
 
 def pull(x: Arrays, do: Out, dfinal_state: State, options: Options, plan: Call) -> State:
     """Returns the gradient of the state before the first token."""
-    return dispatch.fold_vmap(functools.partial(_pull, n=plan), x._replace(initial_state=None), do, dfinal_state)
+    return _over_batch(functools.partial(_pull, n=plan), x._replace(initial_state=None), do, dfinal_state)

@@ -61,7 +61,7 @@ class Call(Problem):
         return max(self.block_H * heads // self.H, 1)
 
 
-def plan(problem: Problem, scale: float, tuning: Tuning | None = None) -> Call:
+def plan_call(problem: Problem, scale: float, tuning: Tuning | None = None) -> Call:
     """Returns the plan of a call. Raises NotImplementedError if no block sizes fit."""
     return Call(**vars(problem), scale=scale, **choose(problem, tuning)._asdict())
 

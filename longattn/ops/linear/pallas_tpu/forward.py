@@ -68,9 +68,7 @@ def forward(n: Call, x: Inputs, save: bool) -> Outputs:
     """Runs the kernel. With `save` it returns the states before the spans."""
     specs, has_q = Specs(n, reverse=False), x.tokens.q is not None
     operand = lambda array, spec: None if array is None else Operand(array, spec)
-    inputs = Inputs(
-        specs.arrays(x.tokens), operand(x.starts, specs.starts()), operand(x.initial_state, specs.state())
-    )
+    inputs = Inputs(specs.arrays(x.tokens), operand(x.starts, specs.starts()), operand(x.initial_state, specs.state()))
     out = jax.ShapeDtypeStruct((n.B, n.H, n.T, n.V), n.dtype)
     outputs = Outputs(
         Operand(float32(n.B, n.H, n.D, n.V), specs.state()),
