@@ -203,7 +203,7 @@ def attend(
         if beta is not None and rounds(lax.axis_size(axis)) > 1:
             check_fold(back_end, shaped, V + D, options)
 
-    name = dispatch.choose(names, BACK_ENDS, accepts)
+    name, _ = dispatch.choose(names, BACK_ENDS, accepts)
     with jax.named_scope("linear_attention"), jax.named_scope(name):
         out, S = _attend(tuple(arrays), S, ids, axis, name, options)
         return out, last(S, axis)

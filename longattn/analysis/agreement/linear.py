@@ -149,7 +149,8 @@ class StateProblem(LinearProblem):
             back_end.check(*shaped, options)
             api.check_fold(back_end, shaped, S.shape[3], options)
 
-        back_end = api.BACK_ENDS[dispatch.choose(names, api.BACK_ENDS, accepts)]
+        name, _ = dispatch.choose(names, api.BACK_ENDS, accepts)
+        back_end = api.BACK_ENDS[name]
         both = back_end.fold(*tokens[1:], S, ids, options)
         found = {"final_state": both[..., :columns], "dinitial_state": back_end.pull(*tokens, ids, do, dS, options)}
         return found | ({"transition": both[..., columns:]} if self.delta else {})

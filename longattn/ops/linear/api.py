@@ -178,7 +178,7 @@ def linear_attention(
     )  # fmt: skip
     if 0 in arrays[0].shape[:2]:
         return tuple(_nothing(arrays, options=options))
-    name = dispatch.choose(
+    name, _ = dispatch.choose(
         names, BACK_ENDS, lambda back_end: back_end.check(*jax.eval_shape(prepared, arrays), options)
     )
     return tuple(_linear_attention(arrays, options=options, name=name))
