@@ -62,7 +62,7 @@ def previous(x: Array, axis: Axis, hop: int = 1, *, reverse: bool = False) -> Ar
 
 
 def continues(segment_ids: Ids, axis: Axis) -> Bool[Array, "B"]:
-    """Whether this device's first token is in the segment of the previous device's last; True on the first device."""
+    """Returns whether this device's first token continues the previous device's segment; True on the first device."""
     return (previous(segment_ids[:, -1], axis) == segment_ids[:, 0]) | (lax.axis_index(axis) == 0)
 
 
@@ -90,7 +90,7 @@ def scan(state: State, transition: Array | None, axis: Axis, *, reverse: bool = 
 
     Args:
       state, transition: the map of this device's tokens, see `Affine`. One or two devices need no transition.
-      axis: of the devices.
+      axis: mesh axis of the devices.
     """
     arrived = functools.partial(previous, axis=axis, reverse=reverse)
     last_round, before = rounds(lax.axis_size(axis)) - 1, None
