@@ -31,6 +31,7 @@ from longattn.ops.linear.pallas_tpu.call import (
     run,
 )
 from longattn.ops.linear.pallas_tpu.chunk import chunk
+from longattn.ops.linear.pallas_tpu.cost import Pass
 from longattn.ops.linear.pallas_tpu.statics import Tokens
 
 
@@ -122,7 +123,7 @@ def backward(n: Call, x: Inputs) -> Gradients:
     outputs = Gradients(tokens, Operand(float32(n.B, n.H, n.D, n.V), specs.state()))
     inverses = pltpu.VMEM((n.M, n.block_H, n.C, n.C), jnp.float32) if n.delta else None
     scratch = Scratch(pltpu.VMEM((n.M + 1, n.block_H, n.D, n.V), jnp.float32), inverses)
-    passes = {"state": n.recomputed, "gradients": n.M}
+    passes: dict[Pass, int] = {"state": n.recomputed, "gradients": n.M}
     return run(n, "longattn_linear_backward", _kernel, inputs, outputs, passes, scratch)
 
 

@@ -31,16 +31,19 @@ def chunk_cost(n: Statics, D: int, V: int, what: Pass) -> tuple[int, int]:
     t = Tokens(
         None if what == "state" else array(n.C, D), array(n.C, D), array(n.C, V), g, array(1, n.C) if n.delta else None
     )
-    S, out, known = array(D, V), array(n.C, V), array(n.C, n.C) if n.delta and what == "gradients" else None
+    S, out, known = array(D, V), array(n.C, V), None
+    if n.delta and what == "gradients":
+        known = array(n.C, n.C)  # the backward kernel has the inverse from its pass over the span
 
-    def gradients(t: Tokens, S: Any, known: Any, do: Any) -> Any:
+    def run(t: Tokens, S: Any, known: Any, do: Any) -> Any:
+        forward = lambda t, S: chunk(n, t, S, None, known)[:2]
         if what == "pull":
-            return jax.vjp(lambda S: chunk(n, t, S, None, known)[:2], S)[1]((do, S))
-        return jax.vjp(lambda t, S: chunk(n, t, S, None, known)[:2], t, S)[1]((do, S))
+            return jax.vjp(functools.partial(forward, t), S)[1]((do, S))
+        if what == "gradients":
+            return jax.vjp(forward, t, S)[1]((do, S))
+        return forward(t, S)
 
-    both = lambda t, S, known, do: chunk(n, t, S, None, known)[:2]
-    f = both if what in ("out", "state") else gradients
-    traced = jax.make_jaxpr(f)(t, S, known, out).jaxpr
+    traced = jax.make_jaxpr(run)(t, S, known, out).jaxpr
     needed, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
     return _count(needed)
 

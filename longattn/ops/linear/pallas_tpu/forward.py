@@ -25,6 +25,7 @@ from longattn.ops.linear.pallas_tpu.call import (
     run,
 )
 from longattn.ops.linear.pallas_tpu.chunk import chunk
+from longattn.ops.linear.pallas_tpu.cost import Pass
 from longattn.ops.linear.pallas_tpu.statics import Tokens
 
 
@@ -76,4 +77,5 @@ def forward(n: Call, x: Inputs, save: bool) -> Outputs:
         Operand(float32(n.B, n.H, n.J, n.D, n.V), specs.states()) if save else None,
     )
     name = f"longattn_linear_{'forward' if has_q else 'fold'}"
-    return run(n, name, _kernel, inputs, outputs, {"out" if has_q else "state": n.M})
+    passes: dict[Pass, int] = {"out" if has_q else "state": n.M}
+    return run(n, name, _kernel, inputs, outputs, passes)
