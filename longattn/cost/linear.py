@@ -17,10 +17,10 @@ import numpy as np
 from longattn.config import GLA, Based, Mamba2, Mixer, Model, Performer, RetNet
 from longattn.cost import flops as cost
 from longattn.models import MIXERS, Context
-from longattn.ops.linear.pallas_tpu.call import Call
-from longattn.ops.linear.pallas_tpu.chunk import SUBLANES
-from longattn.ops.linear.pallas_tpu.cost import of_chunk
-from longattn.ops.linear.pallas_tpu.tuning import LANES, SPAN, choose
+from longattn.ops.linear.pallas_tpu.call import Call, plan_call
+from longattn.ops.linear.pallas_tpu.cost import chunk_cost
+from longattn.ops.linear.pallas_tpu.products import SUBLANES
+from longattn.ops.linear.pallas_tpu.tuning import LANES, SPAN, Problem
 from longattn.parallel.linear_state import rounds
 from longattn.parallel.mesh import PARAMETERS
 
@@ -88,10 +88,7 @@ def of(mixer: Mixer, model: Model, tensor: int = 1) -> Recurrence:
 
 def _call(r: Recurrence, T: int, V: int, dtype: Any) -> Call:
     """Of one sequence of T tokens, with values of V numbers."""
-    heads = r.Hq, r.Hk, r.Hv
-    sizes = choose(None, 1, r.H, heads, T, r.D, V, dtype.itemsize, r.decay, r.delta)
-    chunk, span, block_h, vmem = sizes
-    return Call(1, r.H, *heads, T, r.D, V, chunk, span, block_h, r.decay, r.delta, r.scale, dtype, vmem)
+    return plan_call(Problem(1, r.H, r.Hq, r.Hk, r.Hv, T, r.D, V, r.decay, r.delta, dtype), r.scale)
 
 
 def _chained(r: Recurrence, rounds: int) -> float:
@@ -108,13 +105,13 @@ def flops(mixer: Mixer, model: Model, T: int, devices: int, tensor: int) -> tupl
     """
     r, dtype = of(mixer, model, tensor), jnp.dtype(model.dtype)
     n = _call(r, T, r.V, dtype)
-    one = lambda n, what: r.H * n.spans * of_chunk(n.statics, n.D, n.V, what)[0]
-    forward = n.span * one(n, "out")
-    backward = n.again * one(n, "state") + n.span * one(n, "gradients")
+    one = lambda n, what: r.H * n.J * chunk_cost(n.statics, n.D, n.V, what)[0]
+    forward = n.M * one(n, "out")
+    backward = n.recomputed * one(n, "state") + n.M * one(n, "gradients")
     if devices > 1:
         wide = _call(r, T, r.V + r.D * (r.delta and rounds(devices) > 1), dtype)
-        forward += n.span * one(wide, "state")
-        backward += n.span * one(n, "pull")
+        forward += n.M * one(wide, "state")
+        backward += n.M * one(n, "pull")
         forward, backward = (x + r.H * r.delta * _chained(r, rounds(devices)) for x in (forward, backward))
     backward += forward * (model.remat == "full")
     return forward, backward

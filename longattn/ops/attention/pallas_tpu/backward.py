@@ -130,7 +130,7 @@ def _kernel(n: Call, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any,
                 ds = ds * slope
             if tile.masked:
                 visible = tiles.visible(
-                    n.shows(first_list.own, tile.sparse), n.numbers,
+                    n.mask_of(first_list.own, tile.sparse), n.numbers,
                     number_ring.at[slot] if n.numbers else None, k_numbers,
                     i * n.block_q + tile.queries.start, row * n.block_k + tile.keys.start, tile.queries.start,
                     tile.keys.start, tq, tk, n.S if n.S % n.block_k else None,
@@ -248,10 +248,10 @@ def _kernel(n: Call, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any,
 
 
 def backward(
-    n: Call, walk: Array, q: Array, k: Array, v: Array, do: Array, stats: Array, k_numbers: Array | None,
-    q_numbers: Array | None, bias: Array | None,
+    n: Call, out_dtype: Any, walk: Array, q: Array, k: Array, v: Array, do: Array, stats: Array,
+    k_numbers: Array | None, q_numbers: Array | None, bias: Array | None,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """dq / scale [B H D rows*block_q] in float32, dk [B K S D] and dv [B K S V] in n.out_dtype.
+    """dq / scale [B H D rows*block_q] in float32, dk [B K S D] and dv [B K S V] in out_dtype.
 
     Blocks of queries that the walk never visits are left as they were found: the caller knows which.
 
@@ -263,7 +263,7 @@ def backward(
       k_numbers, q_numbers: int32 [B numbers S], [B numbers rows*block_q], where the kernel reads any.
       bias: [B|1 H|1 rows*block_q|1 columns*block_k], where there is one.
     """
-    Bw, Hw, columns, W = walk.shape
+    B, (Bw, Hw, columns, W) = q.shape[0], walk.shape
     heads = max(Hw // n.K, 1)  # whose lists a row has
     T = n.rows_q * n.block_q
     shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
@@ -281,13 +281,13 @@ def backward(
     return pl.pallas_call(
         functools.partial(_kernel, n),
         name="longattn_attention_backward",
-        grid=(n.B * n.K, columns),
+        grid=(B * n.K, columns),
         in_specs=[walk_spec, by_row(n.D), by_row(n.V), hbm, hbm, hbm, *(number_specs if numbers else []), *added_specs],
         out_specs=[hbm, by_row(n.D), by_row(n.V)],
         out_shape=[
-            shape((n.B, n.H, n.D, T), jnp.float32),
-            shape((n.B, n.K, n.S, n.D), n.out_dtype),
-            shape((n.B, n.K, n.S, n.V), n.out_dtype),
+            shape((B, n.H, n.D, T), jnp.float32),
+            shape((B, n.K, n.S, n.D), out_dtype),
+            shape((B, n.K, n.S, n.V), out_dtype),
         ],
         scratch_shapes=[
             pltpu.VMEM((RING, n.block_q, n.D), q.dtype),
@@ -305,5 +305,5 @@ def backward(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=n.vmem_bytes
         ),
-        cost_estimate=n.cost(5, q.dtype.itemsize),
+        cost_estimate=n.cost(B, 5, q.dtype.itemsize),
     )(walk, k, v, q, do, stats, *numbers, *added)

@@ -126,7 +126,7 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
     ) -> Array:
         """Visible pairs, bool [keys tile_q], of keys from `first` on in block j, that a BlockSparse shows or not."""
         return tiles.visible(
-            n.shows(of_mask, sparse), n.numbers, q_numbers, number_ring.at[slot] if n.numbers else None,
+            n.mask_of(of_mask, sparse), n.numbers, q_numbers, number_ring.at[slot] if n.numbers else None,
             row * n.block_q + strip * tq, j * n.block_k + first, tiles.multiple(strip, tq), first, tq, keys,
             n.S if n.S % n.block_k else None,
         )  # fmt: skip
@@ -349,10 +349,10 @@ def _kernel(n: Call, walk: Any, q_ref: Any, k_hbm: Any, v_hbm: Any, *rest: Any) 
 
 
 def forward(
-    n: Call, walk: Array, q: Array, k: Array, v: Array, q_numbers: Array | None, k_numbers: Array | None,
-    bias: Array | None,
+    n: Call, out_dtype: Any, walk: Array, q: Array, k: Array, v: Array, q_numbers: Array | None,
+    k_numbers: Array | None, bias: Array | None,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """out [B H T V] in n.out_dtype and lse float32 [B H T], in n.unit.
+    """out [B H T V] in out_dtype and lse float32 [B H T], in n.unit.
 
     Args:
       walk: int32 [B|1 H|1 rows W], of `blocks.lists`; its own numbers are whether the row's logits are bounded, and
@@ -361,7 +361,7 @@ def forward(
       q_numbers, k_numbers: int32 [B numbers T], [B numbers columns*block_k], where the kernel reads any.
       bias: [B|1 H|1 rows*block_q|1 columns*block_k], where there is one.
     """
-    Bw, Hw, rows, W = walk.shape
+    B, (Bw, Hw, rows, W) = q.shape[0], walk.shape
     strips, chunk = n.block_q // n.tile_q, n.block_k // 2
     shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # where copies overlap; XLA might put it elsewhere
@@ -382,10 +382,10 @@ def forward(
     out, lse = pl.pallas_call(
         functools.partial(_kernel, n),
         name="longattn_attention_forward",
-        grid=(n.B * n.H, rows),
+        grid=(B * n.H, rows),
         in_specs=[walk_spec, by_row(n.block_q, n.D), hbm, hbm, *(number_specs if numbers else []), *added_specs],
         out_specs=[by_row(n.block_q, n.V), by_row(1, n.block_q, last=True)],
-        out_shape=[shape((n.B, n.H, n.T, n.V), n.out_dtype), shape((n.B, n.H, 1, n.T), jnp.float32)],
+        out_shape=[shape((B, n.H, n.T, n.V), out_dtype), shape((B, n.H, 1, n.T), jnp.float32)],
         scratch_shapes=[
             pltpu.VMEM((RING, n.block_k, n.D), k.dtype),
             pltpu.VMEM((RING, n.block_k, n.V), v.dtype),
@@ -403,6 +403,6 @@ def forward(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=n.vmem_bytes
         ),
-        cost_estimate=n.cost(2, q.dtype.itemsize),
+        cost_estimate=n.cost(B, 2, q.dtype.itemsize),
     )(walk.reshape(Bw, Hw * rows, 1, W), q, k, v, *numbers, *added)
     return out, lse[:, :, 0]
