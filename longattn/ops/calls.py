@@ -6,7 +6,7 @@ messages, or checks a kernel, reads them from there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from longattn.mask import Causal, Mask
@@ -28,6 +28,10 @@ class AttentionCall:
     scale: float | None = None  # of the logits; None: D**-0.5
     softcap: float | None = None
     sinks: bool = False  # float32 [H]
+
+    def shared(self, devices: int) -> AttentionCall:
+        """The call on one of `devices` that share heads."""
+        return replace(self, H=self.H // devices, K=self.heads // devices)
 
     @property
     def keys(self) -> int:
@@ -66,6 +70,11 @@ class LinearCall:
         """The number of heads of the state."""
         return max(self.Hq, self.Hk, self.Hv)
 
+    def shared(self, devices: int) -> LinearCall:
+        """The call on one of `devices` that share heads; heads of an array that they do not divide are on each."""
+        Hq, Hk, Hv = (_own(heads, devices) for heads in (self.Hq, self.Hk, self.Hv))
+        return replace(self, Hq=Hq, Hk=Hk, Hv=Hv)
+
 
 @dataclass(frozen=True)
 class ConvolutionCall:
@@ -77,6 +86,14 @@ class ConvolutionCall:
     taps: int
     B: int = 1  # sequences
     dtype: str = "float32"  # of x
+
+    def shared(self, devices: int) -> ConvolutionCall:
+        """The call on one of `devices` that share heads, which are on each where the devices do not divide them."""
+        return replace(self, H=_own(self.H, devices))
+
+
+def _own(heads: int, devices: int) -> int:
+    return heads // devices if heads % devices == 0 else heads
 
 
 Call = AttentionCall | LinearCall | ConvolutionCall
