@@ -15,12 +15,12 @@ On TPUs the minor axis of an array in device memory is filled up to 128 lanes. A
 [B H T D], keys' gradients too, so heads narrower than that cost as much as heads of 128. So does what layers keep in
 that layout: `kept` says when.
 
-Where all layers are of one kind of linear attention the moments are those that `recurrent.peaks` names. Memory that is
+Where all layers are of one kind of linear attention the moments are those that `linear.peaks` names. Memory that is
 not short XLA uses: it then computes an MLP's gradients beside the mixer's.
 
 How many activations of each width are alive at once is a property of XLA's schedules: the counts below were read off
-compiled programs, and `checked.py` holds the errors against the compilers' own accounts. Messages are exact: what the
-strategies' formulas say (`cost/sequence/traffic.py`), and for linear attention `recurrent.messages`.
+compiled programs, and `plan/calibration.py` holds the errors against the compilers' own accounts. Messages are exact: what the
+strategies' formulas say (`cost/sequence/traffic.py`), and for linear attention `linear.messages`.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def attention_flops(config: Config) -> tuple[float, float]:
 
 
 def linear_flops(config: Config) -> tuple[float, float]:
-    """FLOPs of one step's linear attention on a TPU, (forward, backward), of one device: see `recurrent.flops`."""
+    """FLOPs of one step's linear attention on a TPU, (forward, backward), of one device: see `linear.flops`."""
     m, c = config.model, config.mesh
     rows, T = config.data.B / (c.data * c.fsdp), config.data.T // c.P
     each = [(times, linear.flops(mixer, m, T, c.P, c.tensor)) for mixer, times in Counter(m.layers).items()]
@@ -373,7 +373,7 @@ def _hops(config: Config) -> float:
 
 
 def _state_messages(config: Config) -> dict[str, float]:
-    """Bytes that linear attention sends along the sequence in a step: see `recurrent.messages`."""
+    """Bytes that linear attention sends along the sequence in a step: see `linear.messages`."""
     m, mesh, pieces = config.model, config.mesh, config.optimiser.accumulate
     rows = config.data.B // (mesh.data * mesh.fsdp * pieces)
     each = [
