@@ -15,12 +15,12 @@ On TPUs the minor axis of an array in device memory is filled up to 128 lanes. A
 [B H T D], keys' gradients too, so heads narrower than that cost as much as heads of 128. So does what layers keep in
 that layout: `kept` says when.
 
-Where all layers are of one kind of linear attention the moments are those that `recurrent.peaks` names. Memory that is
+Where all layers are of one kind of linear attention the moments are those that `linear.peaks` names. Memory that is
 not short XLA uses: it then computes an MLP's gradients beside the mixer's.
 
 How many activations of each width are alive at once is a property of XLA's schedules: the counts below were read off
-compiled programs, and `checked.py` holds the errors against the compilers' own accounts. Messages are exact: what the
-strategies' formulas say (`cost/sequence/traffic.py`), and for linear attention `recurrent.messages`.
+compiled programs, and `plan/calibration.py` holds the errors against the compilers' own accounts. Messages are exact: what the
+strategies' formulas say (`cost/sequence/traffic.py`), and for linear attention `linear.messages`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from longattn.config import Config, Mesh, Mixer, Model, Softmax
+from longattn.config import Config, Mesh, Mixer, Model
 from longattn.cost import flops as cost
 from longattn.cost import linear
 from longattn.cost.collective import BUFFER_KINDS
@@ -44,9 +44,11 @@ from longattn.cost.pairs import pairs_by_part, visible_pairs
 from longattn.cost.sequence import problem, traffic
 from longattn.cost.topology import Topology
 from longattn.mask import Mask
+from longattn.models.mixers import calls, module_of
+from longattn.models.sharding import shardings
 from longattn.models.transformer import init_params
 from longattn.ops.attention.pallas_tpu.tiles import LANES
-from longattn.parallel import mesh as meshes
+from longattn.ops.calls import AttentionCall
 from longattn.parallel import ulysses
 from longattn.parallel.attention import strategy_on
 
@@ -64,7 +66,7 @@ def _held(config: Config) -> tuple[int, int]:
     """(all parameters that one device holds, those of the layers)."""
     c, shapes = config.mesh, _parameters(replace(config.model, remat="none", dtype="float32", mlp_chunk=None))
     mesh = AbstractMesh(tuple(c.sizes.values()), tuple(c.sizes), axis_types=(AxisType.Auto,) * len(c.sizes))
-    lies = jax.tree.leaves(meshes.shardings(mesh, shapes))
+    lies = jax.tree.leaves(shardings(mesh, shapes, config.model))
     sizes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(sharding.shard_shape(x.shape))
         for (path, x), sharding in zip(jax.tree_util.tree_leaves_with_path(shapes), lies, strict=True)
@@ -84,13 +86,18 @@ def _filled(D: int, where: Topology) -> int:
 
 
 def recurrence(model: Model, where: Topology) -> Mixer | None:
-    """The mixer of all layers where it is none of Softmax; None where all are.
+    """The mixer of all layers where it calls linear attention; None where all layers call softmax attention.
 
     Raises:
-      NotImplementedError: for linear attention whose memory no formula knows: the compiler does.
+      NotImplementedError: for layers whose memory no formula knows.
     """
     (mixer, *others), remedy = dict.fromkeys(model.layers), "leave --analytic out, and the step is compiled"
-    if all(isinstance(m, Softmax) for m in (mixer, *others)):
+    for one in (mixer, *others):
+        if not (_attends(one, model) or linear.known(one, model)):
+            raise NotImplementedError(
+                f"layers of {type(one).__name__}: no formula says how much memory they take; {remedy}"
+            )
+    if all(_attends(one, model) for one in (mixer, *others)):
         return None
     if others:
         raise NotImplementedError(
@@ -105,6 +112,12 @@ def recurrence(model: Model, where: Topology) -> Mixer | None:
             "choose 'attention', 'offload' or 'full'"
         )
     return mixer
+
+
+def _attends(mixer: Mixer, model: Model) -> bool:
+    """Whether a layer calls softmax attention once, with the model's heads, and nothing else."""
+    found = [(c.H, c.heads, c.D, c.values) for c in calls(mixer, model, 1, AttentionCall)]
+    return found == [(model.H, model.K, model.D, model.D)] and len(module_of(mixer).calls(mixer, model, 1)) == 1
 
 
 def kept(config: Config, where: Topology) -> float:
@@ -242,30 +255,23 @@ def attention_flops(config: Config) -> tuple[float, float]:
     model, c = config.model, config.mesh
     rows = config.data.B / (c.data * c.fsdp)
     forward = backward = 0.0
-    for mixer in model.layers:
-        if not isinstance(mixer, Softmax):
-            continue
-        heads = model.H // c.tensor
+    for call in (call for mixer in model.layers for call in calls(mixer, model, config.data.T, AttentionCall)):
+        heads = call.H // c.tensor
         if strategy_on(c).exchanges_heads:  # filled up
             heads = -(-heads // c.seq) * c.seq
-        flops = cost.attention_flops(_pairs(mixer.mask, config.data.T, c), heads, model.D)
+        flops = cost.attention_flops(_pairs(call.mask, call.T, c), heads, call.D, call.V)
         forward += rows * flops.forward
         backward += rows * (flops.backward + flops.recompute + flops.forward * (model.remat == "full"))
     return forward, backward
 
 
 def linear_flops(config: Config) -> tuple[float, float]:
-    """FLOPs of one step's linear attention on a TPU, (forward, backward), of one device: see `recurrent.flops`."""
+    """FLOPs of one step's linear attention on a TPU, (forward, backward), of one device: see `linear.flops`."""
     m, c = config.model, config.mesh
     rows, T = config.data.B / (c.data * c.fsdp), config.data.T // c.P
-    each = [(times, linear.flops(mixer, m, T, c.P, c.tensor)) for mixer, times in _recurrent(m).items()]
+    each = [(times, linear.flops(mixer, m, T, c.P, c.tensor)) for mixer, times in Counter(m.layers).items()]
     forward, backward = (rows * sum(times * part[i] for times, part in each) for i in range(2))
     return forward, backward
-
-
-def _recurrent(model: Model) -> Counter[Mixer]:
-    """Layers of each mixer other than Softmax."""
-    return Counter(mixer for mixer in model.layers if not isinstance(mixer, Softmax))
 
 
 def flops(config: Config) -> float:
@@ -276,18 +282,16 @@ def flops(config: Config) -> float:
     mlp = forward.mlp * share / mesh.tensor
     T = config.data.T
     projections = share * sum(_projections(mixer, m, T, mesh.tensor) for mixer in m.layers)
-    features = share * sum(linear.features(mixer, m, T, mesh.tensor) for mixer in m.layers)
+    own = share * sum(linear.own_flops(mixer, m, T, mesh.tensor) for mixer in m.layers)
     # A rematerialised block runs forward again, without its last product, which no gradient asks for.
     again = (projections + 2 / 3 * mlp) * (m.remat not in ("none", "dots"))
     attention = sum(attention_flops(config)) + sum(linear_flops(config))
-    return 3 * (projections + mlp) + again + 3 * forward.head * share + features + attention
+    return 3 * (projections + mlp) + again + 3 * forward.head * share + own + attention
 
 
 def _projections(mixer: Mixer, model: Model, T: int, tensor: int) -> float:
     """Forward FLOPs of a mixer's matrices over one sequence, on one of the devices that share heads."""
     whole = cost.layer_flops(mixer, model, T).projections
-    if isinstance(mixer, Softmax) or tensor == 1:
-        return whole / tensor
     divided = 2.0 * T * sum(math.prod(shape) for shape in linear.divided(mixer, model).values())
     return whole - divided * (1 - 1 / tensor)
 
@@ -329,7 +333,7 @@ def _sums(model: Model) -> int:
     the MLPs' inputs, and of the mixers'.
     """
     again = model.remat not in ("none", "dots")
-    return sum(3 + again + (2 if isinstance(mixer, Softmax) else linear.sums(mixer, model)) for mixer in model.layers)
+    return sum(3 + again + (2 if _attends(mixer, model) else linear.sums(mixer, model)) for mixer in model.layers)
 
 
 def _attention_messages(config: Config, where: Topology) -> dict[str, float]:
@@ -369,11 +373,12 @@ def _hops(config: Config) -> float:
 
 
 def _state_messages(config: Config) -> dict[str, float]:
-    """Bytes that linear attention sends along the sequence in a step: see `recurrent.messages`."""
+    """Bytes that linear attention sends along the sequence in a step: see `linear.messages`."""
     m, mesh, pieces = config.model, config.mesh, config.optimiser.accumulate
     rows = config.data.B // (mesh.data * mesh.fsdp * pieces)
     each = [
-        (pieces * times, linear.messages(mixer, m, rows, mesh.P, mesh.tensor)) for mixer, times in _recurrent(m).items()
+        (pieces * times, linear.messages(mixer, m, rows, mesh.P, mesh.tensor))
+        for mixer, times in Counter(m.layers).items()
     ]
     passes = enumerate(("forward", "backward"))
     return {f"states, {name}": sum(times * sent[i] for times, sent in each) for i, name in passes}

@@ -235,7 +235,7 @@ def compile_step(config: Config, shapes: State, context: Context | None = None) 
 
 
 def ideal_seconds(config: Config, documents: Mapping[int, float]) -> float | None:
-    """Seconds of one step at the devices' peak rate; None where the peak, or what a mixer costs, is not known.
+    """Seconds of one step at the devices' peak rate; None where the peak is not known.
 
     Model FLOPs: attention counts the pairs that its mask and the packed `documents` (as for `cost.step_flops`) show,
     recomputation is not counted.
@@ -243,7 +243,7 @@ def ideal_seconds(config: Config, documents: Mapping[int, float]) -> float | Non
     from longattn.cost import flops, hardware
 
     peak = hardware.detect().peak_flops
-    if not peak or not flops.known(config.model):
+    if not peak:
         return None
     return flops.step_flops(config, documents) / (peak * config.mesh.size)
 

@@ -19,9 +19,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from longattn.config import Config, Optimiser
+from longattn.config import Config, Model, Optimiser
 from longattn.models.context import Context
-from longattn.models.mixers import layout_of
+from longattn.models.mixers import layout_of, module_of
+from longattn.models.sharding import shardings
 from longattn.models.transformer import Transformer, head, init_params
 from longattn.ops import dispatch
 from longattn.parallel import SequenceLayout
@@ -58,23 +59,28 @@ def learning_rate(config: Optimiser, steps: int) -> Callable[[Int[Array, ""]], F
     return schedule
 
 
-def decays(params: Params) -> Params:
-    """Which parameters weight decay shrinks: a tree of bools, True for matrices.
+def decays(params: Params, model: Model) -> Params:
+    """Which parameters weight decay shrinks, a tree of bools: all but the gains of norms and what mixers exempt.
 
-    Scanned layers stack their parameters along a leading axis, so a gain is a vector by its name, not by its rank.
+    Names decide, not ranks: scanned layers stack their parameters along a leading axis.
     """
 
-    def matrix(path: tuple[Any, ...], leaf: Array) -> bool:
-        name = path[-1].key
-        return leaf.ndim >= 2 and not name.endswith("bias") and name not in ("scale", "sinks", "skip", "decay_log")
+    def shrinks(path: tuple[Any, ...], leaf: Array) -> bool:
+        names = [entry.key for entry in path]
+        if "mixer" not in names:
+            return names[-1] != "scale"
+        at = names.index("mixer")
+        mixer = model.layers[int(names[at - 1].removeprefix("layer_"))]
+        return "/".join(names[at + 1 :]) not in module_of(mixer).decay_free(mixer, model)
 
-    return jax.tree_util.tree_map_with_path(matrix, params)
+    return jax.tree_util.tree_map_with_path(shrinks, params)
 
 
 def optimiser(config: Config) -> optax.GradientTransformation:
     """Clipping, AdamW and the learning-rate schedule of a config."""
     c = config.optimiser
-    adamw = optax.adamw(learning_rate(c, config.run.steps), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decays)
+    mask = functools.partial(decays, model=config.model)
+    adamw = optax.adamw(learning_rate(c, config.run.steps), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=mask)
     return optax.chain(optax.clip_by_global_norm(c.clip), adamw) if c.clip else adamw
 
 
@@ -126,7 +132,7 @@ def _init(config: Config, context: Context | None) -> Callable[[Any], State]:
 
     if not _spread(context):
         return jax.jit(init)
-    return jax.jit(init, out_shardings=meshes.shardings(context.mesh, jax.eval_shape(init, 0)))
+    return jax.jit(init, out_shardings=shardings(context.mesh, jax.eval_shape(init, 0), config.model))
 
 
 def state_shapes(config: Config, context: Context | None = None) -> State:
@@ -134,7 +140,7 @@ def state_shapes(config: Config, context: Context | None = None) -> State:
     shapes = jax.eval_shape(lambda: _init(config, None)(0))
     if not _spread(context):
         return shapes
-    lies = meshes.shardings(context.mesh, shapes)
+    lies = shardings(context.mesh, shapes, config.model)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lies)
 
 
