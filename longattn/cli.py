@@ -231,15 +231,15 @@ def _bench(arguments: list[str]) -> int:
     if not arguments or arguments[0] != "attention":
         given = f"{arguments[0]!r}" if arguments else "nothing"
         return _fail(f"bench needs what to measure, given {given}; it knows: attention")
-    from longattn.analysis import bench
+    from longattn.bench import attention
 
-    options = _parse(bench.AttentionOptions, arguments[1:], "bench attention")
-    bench.attention(options)
+    options = _parse(attention.AttentionOptions, arguments[1:], "bench attention")
+    attention.attention(options)
     return 0
 
 
 def _compare(arguments: list[str]) -> int:
-    from longattn.analysis import compare
+    from longattn.bench import compare
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--case", *arguments]
@@ -259,7 +259,7 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _study(arguments: list[str]) -> int:
-    from longattn.analysis import study
+    from longattn import study
 
     options = _parse(study.StudyOptions, arguments, "study")
     _compilation_cache()
@@ -268,7 +268,7 @@ def _study(arguments: list[str]) -> int:
 
 
 def _plan(arguments: list[str]) -> int:
-    from longattn.analysis import plan
+    from longattn import plan
 
     known = ", ".join(plan.MODELS)
     if not arguments or arguments[0].startswith("-"):
@@ -296,29 +296,30 @@ def _plan(arguments: list[str]) -> int:
 
 def _profile(arguments: list[str]) -> int:
     if any(a.split("=")[0] == "--trace" for a in arguments):
-        from longattn.analysis import steps
+        from longattn.bench import run_profile
 
-        steps.run(_parse(steps.TraceOptions, arguments, "profile --trace RUN"))
+        run_profile.run(_parse(run_profile.TraceOptions, arguments, "profile --trace RUN"))
         return 0
     if arguments and arguments[0].split("=")[0] == "--sequence":
-        from longattn.analysis import sequence
+        from longattn.plan import sequence
 
         named = len(arguments) > 1 and not arguments[1].startswith("-")
         words = arguments if named or "=" in arguments[0] else ["--sequence", "all", *arguments[1:]]
         sequence.run(_parse(sequence.SequenceOptions, words, "profile --sequence [STRATEGY]"))
         return 0
     if arguments[:2] == ["--static", "gpu"]:
-        from longattn.analysis.cases import gpu
-        from longattn.analysis.static import gpu_command
+        from longattn.aot.kernels import gpu_command
+        from longattn.aot.kernels.cases import gpu
 
         return _static("gpu", arguments, gpu_command.ProfileOptions, gpu_command.run, gpu.CASES)
-    from longattn.analysis import cases, static
+    from longattn.aot import kernels
+    from longattn.aot.kernels import cases
 
-    return _static("tpu", arguments, static.ProfileOptions, static.run, cases.CASES)
+    return _static("tpu", arguments, kernels.ProfileOptions, kernels.run, cases.CASES)
 
 
 def _bringup(arguments: list[str]) -> int:
-    from longattn.analysis import bringup
+    from longattn.bench import bringup
 
     options = _parse(bringup.BringupOptions, arguments, "bringup")
     _compilation_cache()
@@ -431,7 +432,7 @@ def _compilation_cache(*, scopes: bool = False) -> None:
     """
     import jax
 
-    from longattn.analysis import cache
+    from longattn import cache
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache.folder("jax")))

@@ -163,7 +163,7 @@ def test_mistaken_comparisons_are_one_line(capsys, arguments: list[str], message
 
 
 def test_compare_takes_names_with_commas_or_spaces(monkeypatch) -> None:
-    from longattn.analysis import compare
+    from longattn.bench import compare
 
     given = []
     monkeypatch.setattr(compare, "run", given.append)

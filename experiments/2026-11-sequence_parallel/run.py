@@ -1,7 +1,7 @@
 """Training steps of long sequences on TPU slices that are not there: what fits, what is sent, what hides it.
 
 `python experiments/2026-11-sequence_parallel/run.py [GROUP ...]` asks the compiler for its account of the cases that
-`results.json` lacks (`longattn.analysis.plan.program.accounts`), one at a time, writes it after each, and prints the
+`results.json` lacks (`longattn.aot.train_step.accounts`), one at a time, writes it after each, and prints the
 README's table.
 """
 
@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longattn.analysis.plan import MODELS, program, search, topology
+from longattn.aot import train_step
 from longattn.config import ByteLM, Config, Mesh, Model, RoPE, Softmax, to_json
+from longattn.cost import topology
+from longattn.plan import MODELS, search
 
 RESULTS = Path(__file__).with_name("results.json")
 TIMEOUT = 900.0  # seconds for one program
@@ -81,7 +83,7 @@ def compiled(one: Case) -> dict[str, Any]:
     found = recorded()
     if one.name not in found:
         print(one.name, file=sys.stderr, flush=True)
-        answer = program.accounts(one.config, topology.parse(one.topology), TIMEOUT)
+        answer = train_step.accounts(one.config, topology.parse(one.topology), TIMEOUT)
         row = {"group": one.group, "topology": one.topology, "config": json.loads(to_json(one.config))["config"]}
         found[one.name] = row | {key: answer[key] for key in KEPT if key in answer}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longattn.analysis.plan import program, topology
+from longattn.aot import train_step
 from longattn.config import ByteLM, Config, Mesh, Model, RoPE, Softmax, to_json
+from longattn.cost import topology
 
 RESULTS = Path(__file__).with_name("results.json")
 KEPT = (
@@ -56,7 +57,7 @@ def main() -> None:
         if case.name in found:
             continue
         print(case.name, file=sys.stderr, flush=True)
-        answer = program.facts(case.config, topology.parse(case.topology), 1800.0, program.cache_folder())
+        answer = train_step.facts(case.config, topology.parse(case.topology), 1800.0, train_step.cache_folder())
         measured = {"seconds": case.seconds, "tflops_per_second": case.tflops}
         row = {"topology": case.topology, "measured": measured, "config": json.loads(to_json(case.config))["config"]}
         found[case.name] = row | {key: answer[key] for key in KEPT if key in answer}

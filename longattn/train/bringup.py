@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from longattn.analysis import agreement, cache, hardware
-from longattn.analysis.agreement import LinearProblem
+from longattn import cache, numerics
 from longattn.config import Config, Mixer, Softmax
+from longattn.cost import hardware
 from longattn.models import MIXERS
 from longattn.models.context import Context
 from longattn.models.layers import rope_temperature
 from longattn.models.linear import Linear
+from longattn.numerics import LinearProblem
 from longattn.ops import dispatch
 
 KIND, VERSION = "bringup", 2  # of the reports; since 2 rows of the numerics say of which operation they are
@@ -53,7 +54,7 @@ def folders() -> tuple[Path, ...]:
     return CHECKOUT / "experiments" / "bringup", cache.folder("bringup")
 
 
-def report(name: str, back_end: str, op: str = agreement.Problem.op) -> Path | None:
+def report(name: str, back_end: str, op: str = numerics.Problem.op) -> Path | None:
     """A report of the chip generation `name` that passed and in which `back_end` of the operation ran, or None."""
     for path in sorted((p for folder in folders() for p in folder.glob("*.json")), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a file of another kind is no report
@@ -69,12 +70,12 @@ def report(name: str, back_end: str, op: str = agreement.Problem.op) -> Path | N
 # ---- before step 0
 
 
-def problems(config: Config) -> dict[str, agreement.AnyProblem]:
+def problems(config: Config) -> dict[str, numerics.AnyProblem]:
     """The attention, linear or not, of each kind of layer of the model, as one device meets it: by its name."""
     m, T = config.model, config.data.T
-    found: dict[str, agreement.AnyProblem] = {}
+    found: dict[str, numerics.AnyProblem] = {}
     for mixer in dict.fromkeys(x for x in m.layers if isinstance(x, Softmax)):
-        found[f"{mixer.mask}, T {T:,}"] = agreement.Problem(
+        found[f"{mixer.mask}, T {T:,}"] = numerics.Problem(
             T=T, H=m.H // config.mesh.tensor, K=m.K // config.mesh.tensor, D=m.D, dtype=m.dtype, mask=mixer.mask,
             documents=min(4, T), scale=m.D**-0.5 * rope_temperature(mixer.rope), softcap=mixer.softcap,
             sinks=mixer.sinks,
@@ -139,16 +140,16 @@ def check(config: Config, context: Context | None, console: Console) -> dict[str
     return verdict
 
 
-def chosen(problem: agreement.AnyProblem, names: Iterable[str]) -> str | None:
+def chosen(problem: numerics.AnyProblem, names: Iterable[str]) -> str | None:
     """The first of these back ends that accepts the problem on this device, as a call would choose it."""
     for name in names:
         with contextlib.suppress(NotImplementedError):
-            agreement.check(problem, name)
+            numerics.check(problem, name)
             return name
     return None
 
 
-def compare(wanted: dict[str, tuple[str, agreement.AnyProblem]], seconds: float = _SECONDS) -> dict[str, Any]:
+def compare(wanted: dict[str, tuple[str, numerics.AnyProblem]], seconds: float = _SECONDS) -> dict[str, Any]:
     """Results and gradients of back ends against those of XLA's own programs at float32.
 
     Args:
@@ -166,9 +167,9 @@ def compare(wanted: dict[str, tuple[str, agreement.AnyProblem]], seconds: float 
         if rows and time.monotonic() > end:
             rows.append({**row, "outcome": "not run", "reason": f"{seconds:g} s were over"})
             continue
-        drawn = agreement.draws(problem)
-        truth = agreement.truth(problem, "xla", drawn, np.float32)
-        rows.append(row | agreement.tried(problem, name, drawn, truth, agreement.plain(problem, drawn)))
+        drawn = numerics.draws(problem)
+        truth = numerics.truth(problem, "xla", drawn, np.float32)
+        rows.append(row | numerics.tried(problem, name, drawn, truth, numerics.plain(problem, drawn)))
     outcome = "failed" if any(row["outcome"] == "failed" for row in rows) else "passed"
     return {"against": "xla, float32", "device": dispatch.target().kind, "outcome": outcome, "rows": rows}
 

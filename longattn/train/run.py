@@ -240,12 +240,12 @@ def ideal_seconds(config: Config, documents: Mapping[int, float]) -> float | Non
     Model FLOPs: attention counts the pairs that its mask and the packed `documents` (as for `cost.step_flops`) show,
     recomputation is not counted.
     """
-    from longattn.analysis import cost, hardware
+    from longattn.cost import flops, hardware
 
     peak = hardware.detect().peak_flops
-    if not peak or not cost.known(config.model):
+    if not peak or not flops.known(config.model):
         return None
-    return cost.step_flops(config, documents) / (peak * config.mesh.size)
+    return flops.step_flops(config, documents) / (peak * config.mesh.size)
 
 
 def _summary(folder: Path, config: Config, status: Any, steps: int, history: list[dict[str, Any]]) -> Summary:

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 from longattn import config as c
-from longattn.analysis.study.learn import learn, score
-from longattn.analysis.study.work import Clock
 from longattn.models import (
     MIXERS,
     Context,
@@ -24,6 +22,8 @@ from longattn.models import (
 )
 from longattn.models.layers import rope_frequencies
 from longattn.ops.linear.xla import Tuning
+from longattn.study.learn import learn, score
+from longattn.study.units import Clock
 from longattn.train.loss import cross_entropy, labels_and_weights
 from longattn.train.step import decays
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from longattn.analysis import agreement
+from longattn import numerics
 
 
 def attention(q, k, v, visible, *, scale, softcap=None, bias=None, sinks=None, do, dlse, dtype=np.float64, saved=False):
@@ -86,7 +86,7 @@ def assert_accurate(got: Mapping[str, Any], truth: Mapping[str, Any], plain: Map
 
     What is allowed is derived as for `longattn bringup`: see `agreement.deviations`.
     """
-    for name, deviation in agreement.deviations(got, truth, plain, work).items():
+    for name, deviation in numerics.deviations(got, truth, plain, work).items():
         assert deviation.agrees, f"{name}: {deviation}"
 
 

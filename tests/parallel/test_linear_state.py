@@ -16,12 +16,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longattn import parallel
-from longattn.analysis import aot
+from longattn.aot import compilers
 from longattn.models.transformer import REMAT
 from longattn.ops.linear import pallas_tpu, xla
 from longattn.ops.linear.api import validate
 from longattn.parallel import linear_state
-from tests.analysis.compilers import needs_libtpu
+from tests.compilers import needs_libtpu
 from tests.ops import linear_oracle, oracle
 from tests.ops.contract.test_linear import HEADS, KINDS, Case, equations, expected, inputs, with_gradients, work
 from tests.ops.interpreter import as_on_tpu
@@ -250,7 +250,7 @@ KERNELS = ("fold", "forward", "pull", "backward")
 @pytest.mark.parametrize("kind", ["scalar, delta", pytest.param("vector", marks=pytest.mark.slow)])
 def test_compiles_for_tpus(kind):
     """Gated DeltaNet and GLA: one kernel for each pass, and what is sent on a CPU."""
-    answer = aot.call(f"{__name__}:compile_for_tpu", {"kind": kind}, aot.tpu_environment(), 600)
+    answer = compilers.call(f"{__name__}:compile_for_tpu", {"kind": kind}, compilers.tpu_environment(), 600)
     assert answer == {
         "kernels": dict.fromkeys(KERNELS, 1), "collectives": {"collective-permute": 7, "all-reduce": 1},
     }  # fmt: skip

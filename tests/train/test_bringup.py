@@ -12,9 +12,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from longattn import cli
-from longattn.analysis import agreement
-from longattn.analysis.agreement import LinearProblem
+from longattn import cli, numerics
 from longattn.config import (
     GLA,
     ByteLM,
@@ -33,6 +31,7 @@ from longattn.config import (
 )
 from longattn.mask import Causal, Window
 from longattn.models.context import Context
+from longattn.numerics import LinearProblem
 from longattn.ops import dispatch
 from longattn.ops.attention import api, xla
 from longattn.ops.linear import api as linear_api
@@ -208,7 +207,7 @@ LINEAR = {  # what they ask of linear attention in the model below: heads of q, 
 def test_the_linear_problems_are_the_models_own(tmp_path) -> None:
     problems = bringup.problems(config(tmp_path, N=7, mixers=(Softmax(), *LINEAR), dtype="bfloat16"))
     attention, *linear = problems.values()
-    assert isinstance(attention, agreement.Problem)
+    assert isinstance(attention, numerics.Problem)
     assert [(p.heads, p.D, p.V, p.decay, p.delta) for p in linear] == list(LINEAR.values())
     assert {(p.T, p.H, p.documents, p.dtype) for p in linear} == {(32, 2, 4, "bfloat16"), (32, 4, 4, "bfloat16")}
     assert linear[1].scale == 8**-0.5 and linear[4].scale == 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from longattn import parallel
-from longattn.analysis import hlo
+from longattn.aot import hlo
 from longattn.config import ByteLM, Config, Mesh, Model
 from longattn.train.data import Batch
 from longattn.train.step import _sum_loss, batch_sharding, context_of, state_shapes

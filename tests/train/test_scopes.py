@@ -11,7 +11,7 @@ import re
 import jax
 import pytest
 
-from longattn.analysis import trace
+from longattn.bench import trace
 from longattn.config import ByteLM, Config, Mesh, Model, Optimiser, Run
 from longattn.train.step import batch_shapes, context_of, state_shapes, train_step
 

@@ -1,6 +1,6 @@
 """Sizes (block_q, block_k, tile_q, tile_k): by chip, pass, class of mask, head size, length.
 
-Written by `python -m longattn.analysis.static.sweep`. SWEPT has the entries that it found, each with the static cycles
+Written by `python -m longattn.aot.kernels.sweep`. SWEPT has the entries that it found, each with the static cycles
 of 8 heads (compiled, not run) and of how many sizes these are the least. An entry that it lacks has the sizes of the
 other length if those were swept, else a guess.
 """

@@ -16,8 +16,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import longattn
 from longattn import mask as m
-from longattn.analysis import aot, hardware
-from tests.analysis.compilers import needs_libtpu
+from longattn.aot import compilers
+from longattn.cost import hardware
+from tests.compilers import needs_libtpu
 from tests.ops import oracle
 
 pytestmark = needs_libtpu
@@ -79,7 +80,7 @@ def compile_here(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def compiles(case: dict[str, Any]) -> None:
-    answer = aot.call(f"{__name__}:compile_here", case, aot.tpu_environment(), 600)
+    answer = compilers.call(f"{__name__}:compile_here", case, compilers.tpu_environment(), 600)
     assert answer == {"kernels": ["forward", "backward"]}
 
 
@@ -134,7 +135,10 @@ def default_here(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_default_is_chosen_for_the_target_and_not_for_this_host():
-    assert aot.call(f"{__name__}:default_here", CASE, aot.tpu_environment(), 300) == {"tpu": True, "cpu": False}
+    assert compilers.call(f"{__name__}:default_here", CASE, compilers.tpu_environment(), 300) == {
+        "tpu": True,
+        "cpu": False,
+    }
 
 
 def over_mesh_here(request: dict[str, Any]) -> dict[str, Any]:
@@ -156,11 +160,11 @@ def over_mesh_here(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_shard_map_over_batch_and_heads_compiles():
-    answer = aot.call(f"{__name__}:over_mesh_here", {"shard_map": True}, aot.tpu_environment(), 300)
+    answer = compilers.call(f"{__name__}:over_mesh_here", {"shard_map": True}, compilers.tpu_environment(), 300)
     assert answer == {"kernels": True, "collectives": False}
 
 
 def test_sharded_inputs_without_shard_map_are_an_error():
     """GSPMD cannot cut a kernel: it says so, and computes nothing wrong."""
-    answer = aot.call(f"{__name__}:over_mesh_here", {"shard_map": False}, aot.tpu_environment(), 300)
+    answer = compilers.call(f"{__name__}:over_mesh_here", {"shard_map": False}, compilers.tpu_environment(), 300)
     assert "Mosaic kernels cannot be automatically partitioned" in answer["reason"]

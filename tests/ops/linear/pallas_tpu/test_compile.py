@@ -15,8 +15,9 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import longattn
-from longattn.analysis import aot, hardware
-from tests.analysis.compilers import needs_libtpu
+from longattn.aot import compilers
+from longattn.cost import hardware
+from tests.compilers import needs_libtpu
 from tests.ops import oracle
 
 pytestmark = needs_libtpu
@@ -70,7 +71,7 @@ def compile_here(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def compiles(case: dict[str, Any]) -> None:
-    answer = aot.call(f"{__name__}:compile_here", case, aot.tpu_environment(), 600)
+    answer = compilers.call(f"{__name__}:compile_here", case, compilers.tpu_environment(), 600)
     assert answer == {"kernels": ["forward", "backward"]}
 
 
@@ -117,7 +118,10 @@ def default_here(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_default_is_chosen_for_the_target_and_not_for_this_host():
-    assert aot.call(f"{__name__}:default_here", CASE, aot.tpu_environment(), 300) == {"tpu": True, "cpu": False}
+    assert compilers.call(f"{__name__}:default_here", CASE, compilers.tpu_environment(), 300) == {
+        "tpu": True,
+        "cpu": False,
+    }
 
 
 def over_mesh_here(_: dict[str, Any]) -> dict[str, Any]:
@@ -140,5 +144,5 @@ def over_mesh_here(_: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_shard_map_over_batch_and_heads_compiles():
-    answer = aot.call(f"{__name__}:over_mesh_here", {}, aot.tpu_environment(), 300)
+    answer = compilers.call(f"{__name__}:over_mesh_here", {}, compilers.tpu_environment(), 300)
     assert answer == {"kernels": True, "collectives": False}

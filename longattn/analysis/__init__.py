@@ -1,1 +1,0 @@
-"""What attention and models cost: counted by formula, measured, and reported."""

@@ -1,6 +1,0 @@
-"""Kernels on a chip that they have not run on: are they right, how fast, within how much memory."""
-
-from longattn.analysis.bringup.command import run
-from longattn.analysis.bringup.options import BringupOptions
-
-__all__ = ["BringupOptions", "run"]

@@ -1,5 +1,0 @@
-"""What sequence parallelism costs, counted: who computes what when, what is sent, how long it takes by formula."""
-
-from longattn.analysis.sequence.command import SequenceOptions, run
-
-__all__ = ["SequenceOptions", "run"]

@@ -1,5 +1,0 @@
-"""The study: what attention costs and what it remembers, measured side by side on this machine."""
-
-from longattn.analysis.study.main import StudyOptions, compare, run
-
-__all__ = ["StudyOptions", "compare", "run"]

@@ -1,0 +1,1 @@
+"""What compilers say about programs and kernels, also for devices that are not attached."""

@@ -1,0 +1,227 @@
+"""The compilers of accelerators that are not there: where they are, and how to call them.
+
+libtpu compiles for any TPU without one, jax's CUDA plugin for any GPU. They read their flags once, when they load, and
+a compiler may abort or never end, which must not take the rest of a table with it: so each compilation is a process of
+its own, with a time limit. Only there are they to be found: a jax that sees them without a device complains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.experimental import topologies
+
+from longattn.cost import hardware
+
+FOLDER = "LONGATTN_AOT"  # a folder that `pip install --target` put the compilers into
+
+
+def _folder(module: str, marker: str, kind: str, name: str, packages: str) -> Path:
+    """The folder that holds a compiler's packages: `LONGATTN_AOT`, else where `module` is installed beside jax.
+
+    Raises:
+      ValueError: where there is none, with the remedy.
+    """
+    if named := os.environ.get(FOLDER):
+        if not (Path(named) / marker).exists():
+            raise ValueError(f"{FOLDER}={named} holds no {kind}: pip install --no-deps --target {named} {packages}")
+        return Path(named).resolve()
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of the package that the module would be in
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            f'{name} is not installed: pip install "longattn[aot]"; or, leaving other commands alone, pip install '
+            f"--no-deps --target FOLDER {packages} and {FOLDER}=FOLDER, as make does in a clone"
+        )
+    return Path(spec.origin).parents[module.count(".") + 1]
+
+
+def libtpu_folder() -> Path:
+    """The folder that holds the package libtpu. Raises ValueError, with the remedy, where there is none."""
+    return _folder("libtpu", "libtpu/libtpu.so", "libtpu", "libtpu, the compiler for TPUs,", "libtpu")
+
+
+def libtpu_version() -> str:
+    """libtpu's version."""
+    found = importlib.metadata.distributions(name="libtpu", path=[str(libtpu_folder())])
+    return next((d.version for d in found), "unknown")
+
+
+def tpu_environment(flags: str = "") -> dict[str, str]:
+    """The variables under which a process compiles for TPUs and computes on its CPU; `flags` are libtpu's."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_LIBRARY_PATH": str(libtpu_folder() / "libtpu" / "libtpu.so"),
+        "LIBTPU_INIT_ARGS": flags,
+        # No machine with a TPU is asked who it is.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    }
+
+
+def cuda_folder() -> Path:
+    """The folder that holds jax's plugin for CUDA. Raises ValueError, with the remedy, where there is none."""
+    return _folder(
+        "jax_plugins.xla_cuda13",
+        "jax_plugins/xla_cuda13",
+        "compiler for GPUs",
+        "jax's plugin for CUDA, the compiler for GPUs,",
+        "jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-nvdisasm",
+    )
+
+
+def cuda_tool(name: str) -> Path:
+    """ptxas or nvdisasm: the one beside jax's plugin for CUDA, else the one on PATH.
+
+    Raises:
+      ValueError: where there is none, with the remedy.
+    """
+    pinned = cuda_folder() / "nvidia" / "cu13" / "bin" / name
+    if pinned.is_file():
+        return pinned
+    if found := shutil.which(name):
+        return Path(found)
+    package = {"ptxas": "nvidia-cuda-nvcc"}.get(name, f"nvidia-cuda-{name}")
+    raise ValueError(f"{name} is neither in {cuda_folder()} nor on PATH: pip install --no-deps {package} there")
+
+
+def cuda_versions() -> dict[str, str]:
+    """Versions of the compilers for GPUs, by name."""
+    found = importlib.metadata.distributions(name="jax-cuda13-plugin", path=[str(cuda_folder())])
+    versions = {"jax-cuda13-plugin": next((d.version for d in found), "unknown")}
+    for tool in ("ptxas", "nvdisasm"):
+        said = subprocess.run([cuda_tool(tool), "--version"], capture_output=True, text=True, check=False).stdout
+        number = re.search(r"\bV(\d[\d.]*)", said)
+        versions[tool] = number[1] if number else "unknown"
+    return versions
+
+
+def cuda_environment() -> dict[str, str]:
+    """The variables under which a process compiles for GPUs and computes on its CPU."""
+    ptxas = cuda_tool("ptxas")
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(cuda_folder()),
+        # XLA and Mosaic write the dialect of PTX that the ptxas they find can read: it must be the one that is used.
+        "CUDA_ROOT": str(ptxas.parents[1]),
+        "PATH": os.pathsep.join([str(ptxas.parent), os.environ.get("PATH", os.defpath)]),
+    }
+
+
+def gpu_topology(name: str, hosts: int = 1, devices: int = 1) -> topologies.TopologyDescription:
+    """`hosts` hosts of `devices` GPUs of the kind `name` that are not there; NVLink connects those of one host.
+
+    Works in a process that has `cuda_environment()`. What is to be compiled is traced and lowered under
+    `jax.default_device(topology.devices[0])`: Pallas asks that device, and not the mesh, what it lowers for.
+
+    Args:
+      name: a key of `hardware.GPUS`.
+      hosts: whose GPUs have one `process_index`; jax reports no slices here.
+      devices: of one host.
+
+    Raises:
+      ValueError: where there is no such GPU or number of them.
+    """
+    if name not in hardware.GPUS:
+        raise ValueError(f"{name!r} is no GPU that can be compiled for; those are {', '.join(hardware.GPUS)}")
+    if hosts < 1 or devices < 1:
+        raise ValueError(f"{hosts=} and {devices=} must be at least 1")
+    return topologies.get_topology_desc(
+        topology_name=name,
+        platform="cuda",
+        topology=f"{hosts}x1x{devices}",  # slices, hosts of a slice, devices of a host
+        target_config=hardware.gpu_target(name),
+    )
+
+
+def _inherited() -> dict[str, str]:
+    """This process's variables without those that change what a compiler makes: an answer depends on what was asked."""
+    return {name: x for name, x in os.environ.items() if not name.startswith(("JAX_", "XLA_FLAGS", "LIBTPU_INIT_ARGS"))}
+
+
+_children: set[subprocess.Popen[str]] = set()
+
+
+def stop() -> None:
+    """End the compilations that other threads of this process wait for."""
+    for child in list(_children):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def call(function: str, request: Mapping[str, Any], environment: Mapping[str, str], timeout: float) -> dict[str, Any]:
+    """`function(request)` in a process of its own: its answer, or {"reason": why there is none}.
+
+    Args:
+      function: "module:name" of a function from JSON to JSON.
+      request: what it is given.
+      environment: variables to set, beside this process's own.
+      timeout: seconds.
+    """
+    paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(filter(None, paths))
+    with tempfile.TemporaryDirectory(prefix="longattn_aot_") as folder:
+        answer = Path(folder) / "answer.json"
+        child = subprocess.Popen(
+            [sys.executable, "-c", "from longattn.aot import compilers; compilers.serve()", function, str(answer)],
+            env={**_inherited(), **environment, "PYTHONPATH": path},
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        _children.add(child)
+        try:
+            _, said = child.communicate(json.dumps(request), timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return {"reason": f"the compiler took more than {timeout:g} s"}
+        finally:
+            _children.discard(child)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        if not answer.is_file():
+            # What a compiler says as it aborts stands before the stack that its signal handler prints.
+            lines = [line.strip() for line in said.split("\n*** ")[0].splitlines() if line.strip()]
+            ended = f"the compiler ended with {child.returncode}"
+            return {"reason": f"{ended}: {lines[-1] if lines else 'it said nothing'}"}
+        found = json.loads(answer.read_text())
+        where = found.pop("traceback", None)
+        if where and os.environ.get("LONGATTN_TRACEBACK"):
+            print(where, file=sys.stderr)
+        return found
+
+
+def serve() -> None:
+    """The child of `call`: a request on stdin, the answer in the file that is named. It ends when its parent does."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Compilers abort, and an image of their memory would lie in the caller's folder.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    function, path = sys.argv[1:]
+    module, name = function.split(":")
+    request = json.load(sys.stdin)
+    try:
+        answer = getattr(importlib.import_module(module), name)(request)
+    except Exception as error:  # the compilers' refusals are of many classes; each becomes a row with its reason
+        answer = {"reason": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    Path(path).write_text(json.dumps(answer))

@@ -1,0 +1,12 @@
+"""Named Pallas kernels for `longattn profile`: the function, its shapes, and how often each of its branches runs.
+
+What is declared of a kernel follows from its source and the mask's geometry, and is not read off the compiled program;
+`aot/kernels` refuses a kernel whose compiled form disagrees, and tests count the branches of kernels that run in
+interpret mode.
+"""
+
+from longattn.aot.kernels.cases.kernel import Branch, Case, Kernel
+from longattn.aot.kernels.cases.registry import CASES
+from longattn.aot.kernels.cases.shape import Shape
+
+__all__ = ["CASES", "Branch", "Case", "Kernel", "Shape"]

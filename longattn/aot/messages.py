@@ -1,0 +1,88 @@
+"""What devices along the sequence send each other in one layer's attention: bytes counted in the compiled program.
+
+The programs of the forward pass and of the backward pass are compiled for CPU devices of this process, and each
+collective counts as often as its loop runs. Two programs, as in a scan over layers: where both passes are one, XLA may
+find that the first hop back is the first hop forward, and keep its keys. The local attention is the reference, so that
+programs are small: what is sent does not depend on it. float32 and float16 are sent as they are; XLA for CPUs sends
+bfloat16 as float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from longattn import parallel
+from longattn.aot import hlo
+from longattn.aot.schedule import Rates, walk
+from longattn.cost.sequence.problem import Problem, Way, check
+from longattn.parallel.layout import SequenceLayout
+
+SCOPES = (
+    "hop", "behind", "home", "keys", "queries", "results", "gradients", "gather", "scatter", "exchange",
+)  # fmt: skip
+_COUNTED = Rates(flops=1.0, hbm=1.0, link=1.0, network=1.0, node=2**30)  # only the counts are read
+
+
+def measured(problem: Problem, way: Way) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(forward, backward): by scope, the bytes that each device receives [P]; what is in no scope is "ids".
+
+    Raises:
+      ValueError: where this process has too few devices; and with NotImplementedError, as `problem.check`.
+    """
+    check(problem, way)
+    if jax.device_count() < way.P:
+        raise ValueError(f"{way.P} devices must be there, not {jax.device_count()}: set jax_num_cpu_devices")
+    names = ("seq",) if len(way.sizes) == 1 else ("ring", "seq")
+    devices = np.array(jax.devices()[: way.P]).reshape(way.sizes)
+    mesh = Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+    lies = NamedSharding(mesh, PartitionSpec(None, names))
+    shape = lambda *sizes, dtype=problem.dtype: jax.ShapeDtypeStruct(
+        (problem.B, problem.T, *sizes), dtype, sharding=lies
+    )
+    q, k, v, do = (
+        shape(heads, size)
+        for heads, size in (
+            (problem.H, problem.D), (problem.K, problem.D), (problem.K, problem.value), (problem.H, problem.value)
+        )
+    )  # fmt: skip
+    ids = {name: shape(dtype="int32") for name in ("segment_ids", "positions") if problem.ids}
+
+    def attend(q: Any, k: Any, v: Any, ids: Any) -> Any:
+        return parallel.attention(
+            q, k, v, mesh=mesh, axis=names if len(names) > 1 else "seq", strategy=way.strategy,
+            layout=SequenceLayout(way.layout), mask=problem.mask, implementation="reference", **ids,
+        )  # fmt: skip
+
+    def forward(q: Any, k: Any, v: Any, ids: Any) -> Any:
+        return jax.vjp(lambda q, k, v: attend(q, k, v, ids), q, k, v)
+
+    there = _compiled(forward, q, k, v, ids)
+    pull = jax.tree.map(
+        lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies),
+        jax.eval_shape(forward, q, k, v, ids),
+        there.output_shardings,
+    )[1]
+    back = _compiled(lambda pull, do: pull(do), pull, do)
+    return _received(there, way.P), _received(back, way.P)
+
+
+def _compiled(function: Any, *arguments: Any) -> Any:
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # it is never run
+    return jax.jit(function).lower(*arguments).compile(compiler_options=options)
+
+
+def _received(compiled: Any, P: int) -> dict[str, np.ndarray]:
+    totals = walk(hlo.parse(compiled.as_text()), _COUNTED)
+    found: dict[str, np.ndarray] = {}
+    for (what, _), runs in totals.collectives.items():
+        scope = next((part for part in reversed(what.scope.split("/")) if part in SCOPES), "ids")
+        mine = found.setdefault(scope, np.zeros(P))
+        if what.pairs:
+            np.add.at(mine, [to for _, to in what.pairs], runs * what.bytes)
+        else:
+            mine += runs * what.bytes
+    return found

@@ -1,0 +1,1 @@
+"""What clocks say: timings, traces and comparisons, measured on this machine."""

@@ -1,0 +1,146 @@
+"""The report of a bring-up, on disk after every step, and the end of a bring-up that a device does not let go on."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from longattn import cache
+from longattn.bench.bringup import show
+from longattn.ops import dispatch
+from longattn.train.bringup import KIND, VERSION, generation
+from longattn.train.record import environment, write_whole
+
+GRACE = 30.0  # seconds after the last deadline until a call that has not returned is taken not to return
+
+
+class Report:
+    """The document, and the files NAME.json and NAME.html that always hold it as it was after the last step.
+
+    Use as a context manager: within it, a step that does not return ends the process, the report says which.
+    """
+
+    def __init__(self, options: dict[str, Any], parts: tuple[str, ...], folder: Path, seconds: float):
+        target = dispatch.target()
+        name = generation(target.kind)
+        began = datetime.datetime.now(datetime.UTC)
+        self.path = folder / f"{name}_{began:%Y-%m-%d_%H%M%S}.json"
+        self.document: dict[str, Any] = {
+            "version": VERSION,
+            "kind": KIND,
+            "generation": name,
+            "verdict": "incomplete",
+            "findings": [],
+            "options": options,
+            "environment": environment(),
+            "platform_version": jax.devices()[0].client.platform_version,
+            **{part: {"status": "not run", "rows": []} for part in parts},
+        }
+        self.deadline = time.monotonic() + seconds  # of the present part
+        self._end = self.deadline
+        self._parts, self._part, self._step, self._since = parts, "", "starting", time.monotonic()
+        self._console = Console(stderr=True)
+        self._writing = threading.Lock()
+        self._returned = threading.Event()
+
+    # ---- what parts use
+
+    def part(self, name: str) -> dict[str, Any]:
+        """Where a part writes what it finds."""
+        return self.document[name]
+
+    @property
+    def late(self) -> bool:
+        """Whether the present part's time is over."""
+        return time.monotonic() > self.deadline
+
+    def at(self, step: str) -> None:
+        """Say what is under way, in case it does not return."""
+        self._step, self._since = step, time.monotonic()
+
+    def say(self, line: str) -> None:
+        """A line of progress."""
+        self._console.print(f"{self._part}: {line}", highlight=False, markup=False, soft_wrap=True)
+
+    # ---- the course of things
+
+    def begin(self, name: str, share: float) -> None:
+        """A part begins that may take this share of the time that is left."""
+        left = max(0.0, self._end - time.monotonic())
+        self.deadline = time.monotonic() + share * left
+        self._part, self._began = name, time.monotonic()
+        self.document[name]["status"] = "running"
+        self.at(name)
+        self.write()
+
+    def end(self, error: Exception | None = None) -> None:
+        """The part is done, or raised this."""
+        part = self.document[self._part]
+        part |= {"status": "done" if error is None else "failed", "seconds": time.monotonic() - self._began}
+        if error is not None:
+            part["reason"] = f"{self._step}: {type(error).__name__}: {' '.join(str(error).split())[:1000]}"
+            self.say(part["reason"])
+        self.write()
+
+    def write(self) -> None:
+        """Replace both files."""
+        with self._writing:
+            self.document["verdict"], self.document["findings"] = verdict(self.document, self._parts)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, json.dumps(self.document, indent=1) + "\n")
+            write_whole(self.path.with_suffix(".html"), show.page(self.document))
+
+    def finish(self) -> None:
+        """Keep a report that passed in the user's cache folder too, where training looks for it from anywhere."""
+        self.write()
+        if self.document["verdict"] == "passed":
+            kept = cache.folder("bringup")
+            kept.mkdir(parents=True, exist_ok=True)
+            write_whole(kept / self.path.name, self.path.read_text())
+
+    def __enter__(self) -> Report:
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._returned.set()
+
+    def _watch(self) -> None:
+        """Ends the process, by os._exit as a thread that waits for a device hears of nothing else, if it is stuck."""
+        if self._returned.wait(self._end + GRACE - time.monotonic()):
+            return
+        reason = f"{self._step} has not returned after {time.monotonic() - self._since:.0f} s"
+        self.document[self._part] |= {"status": "failed", "reason": reason}
+        self.write()
+        print(f"longattn: {self._part}: {reason}; the report is {self.path}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def verdict(document: dict[str, Any], parts: tuple[str, ...]) -> tuple[str, list[str]]:
+    """The verdict, and what speaks against "passed", a sentence each.
+
+    "failed" where something is wrong, else "passed" where all cases of the numerics were tried, else "incomplete".
+    """
+    wrong, missing = [], []
+    for name in parts:
+        part = document[name]
+        if part["status"] == "failed":
+            wrong.append(f"{name}: {part['reason']}")
+        for row in part["rows"]:
+            if row.get("outcome") == "failed":
+                what = ", ".join(row[key] for key in ("back_end", "contestant", "case", "what", "step") if key in row)
+                wrong.append(f"{name}: {what}: {row['reason']}")
+    numerics = document.get("numerics", {"status": "not run", "rows": []})
+    tried = {row["case"] for row in numerics["rows"] if row["outcome"] != "not run"}
+    if numerics["status"] != "done" or len(tried) < numerics.get("of", 1):
+        missing.append(f"numerics: {len(tried)} of {numerics.get('of', 'all')} cases were tried")
+    return ("failed" if wrong else "incomplete" if missing else "passed"), wrong + missing

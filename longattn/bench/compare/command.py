@@ -1,0 +1,111 @@
+"""`longattn compare CASE`: attention kernels side by side on this machine's device, under one jax.profiler trace.
+
+The contestants are this project's back ends and its rivals; of linear attention its back ends, and as a yardstick exact
+attention of as many tokens and heads. One that cannot run here is a row with the reason. Nothing is timed before its
+results (and gradients) were seen to agree with a float32 reference. Then they take turns, each call waited for, while
+the device writes down when each of its ops began and ended; `bench/trace/` reads that back, so the times are the
+device's and not those of Python's dispatch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from longattn.bench import attention
+from longattn.bench.compare.measurement import measure
+from longattn.bench.compare.options import CompareOptions, heading
+from longattn.bench.trace import opening, parts_table
+from longattn.display import device_text, digits, plain_table, seconds_text
+
+WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits
+TOP = 5  # kernels shown of each contestant, and of the differences twice as many
+
+
+def run(options: CompareOptions, console: Console | None = None) -> dict[str, Any]:
+    """`measure`, then the tables (or the JSON document) on stdout; gives the document."""
+    document = measure(options)
+    if options.json:
+        print(json.dumps(document))
+    else:
+        _print(console or Console(width=max(WIDTH, Console().width)), document)
+    return document
+
+
+def _print(console: Console, document: Mapping[str, Any]) -> None:
+    options, rows = document["options"], document["rows"]
+    table = plain_table(heading(options))
+    headings = (
+        "contestant", "device time", "quartiles", "ratio", "idle", "GFLOP/s", "of peak", "GB/s", "of HBM", "vs static",
+        "error",
+    )  # fmt: skip
+    for column in headings:
+        table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
+    notes, ran = [], [row for row in rows if "samples" in row]
+    for row in rows:
+        error = f"{row['error']:.0e}" if "error" in row else ""
+        if "samples" not in row:
+            table.add_row(row["contestant"], *["-"] * 9, error)
+            notes.append(f"{row['contestant']}: {row['reason']}.")
+            continue
+        s = row["device_seconds"]
+        table.add_row(
+            row["contestant"],
+            seconds_text(s["median"]),
+            f"{seconds_text(s['low'])} .. {seconds_text(s['high'])}",
+            str(attention.Interval(**row["ratio"])),
+            f"{row['idle']:.0%}",
+            digits(row["flops_per_second"] / 1e9),
+            _percent(row["share_of_peak_flops"]),
+            digits(row["bytes_per_second"] / 1e9),
+            _percent(row["share_of_bandwidth"]),
+            "-" if row["static_ratio"] is None else f"{row['static_ratio']:.2f}",
+            error,
+        )
+        if row["static_note"]:
+            notes.append(f"{row['contestant']}: no static cycles: {row['static_note']}")
+    console.print(table, markup=False)
+    for row in ran:
+        total = sum(kernel["seconds"] for kernel in row["kernels"])
+        console.print(parts_table(f"{row['contestant']}: top kernels", row["kernels"][:TOP], total), markup=False)
+    if document["differences"]:
+        table = plain_table(f"Largest differences to {ran[0]['contestant']} by named scope")
+        for column in ("contestant", "scope", "pass", "its time", ran[0]["contestant"], "difference"):
+            left = column in ("contestant", "scope", "pass")
+            table.add_column(column, justify="left" if left else "right", no_wrap=True)
+        for d in document["differences"][: 2 * TOP]:
+            sign = "+" if d["difference"] > 0 else "-"
+            table.add_row(
+                d["contestant"], d["scope"], d["phase"], seconds_text(d["seconds"]), seconds_text(d["first_seconds"]),
+                sign + seconds_text(abs(d["difference"])),
+            )  # fmt: skip
+        console.print(table, markup=False)
+    environment = document["environment"]
+    peak = document["peak"]
+    if peak["flops"]:
+        how = "a float32 matrix product measured here" if peak["measured"] else "published, bfloat16"
+        notes.append(f"Peak {peak['flops'] / 1e9:,.0f} GFLOP/s ({how}); GB/s count each argument and result once.")
+    if ran:
+        notes += [
+            f"The ratio is of median device times to that of {ran[0]['contestant']}, its 95% interval in brackets; "
+            "idle: no op ran, within a call.",
+            f"Before timing, results agreed with {document['checked_against']}; the error is the largest relative one.",
+        ]
+    notes.append(
+        f"{device_text(environment)}, load {document['load']:.1f} before; {options['rounds']} rounds in turns; jax "
+        f"{environment['versions']['jax']}; commit {(environment['commit'] or 'unknown')[:12]}."
+    )
+    console.print("\n".join(notes), highlight=False, markup=False, soft_wrap=True)
+    if document["trace"]:
+        console.print(opening(document["trace"]), highlight=False, markup=False, soft_wrap=True)
+        if document["plot"]:
+            console.print(f"Plot: {document['plot']}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        console.print("Nothing could be timed here.", highlight=False)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

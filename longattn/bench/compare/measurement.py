@@ -1,0 +1,187 @@
+"""The comparison: contestants take turns under one trace; what it says of each; what is left in the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from longattn.bench import attention, trace
+from longattn.bench.compare.admission import admit
+from longattn.bench.compare.options import CompareOptions
+from longattn.bench.compare.picture import plot
+from longattn.bench.compare.roofline import static_seconds
+from longattn.cost import hardware
+from longattn.display import seconds_text
+from longattn.ops.attention.api import BACK_ENDS
+from longattn.ops.linear.api import BACK_ENDS as LINEAR_BACK_ENDS
+from longattn.train.record import environment
+
+VERSION = 1
+FILE = "compare.jsonl"
+
+
+def measure(options: CompareOptions) -> dict[str, Any]:
+    """The comparison; writes plot and JSONL, and keeps the trace.
+
+    Raises:
+      ValueError: for inputs beyond this machine's memory.
+    """
+    progress = Console(stderr=True)
+    options = options.resolved()
+    attention.check_memory(options.problem.numbers(), options.T)
+    folder, load = Path(options.out), os.getloadavg()[0]
+    device = hardware.detect()
+    with progress.status("compiling, and comparing results with the reference"), _compiled_anew():
+        against, fns, known = admit(options)
+    rows = [{"contestant": name, "about": options.known[name].about, **known[name]} for name in options.names]
+    document: dict[str, Any] = {
+        "version": VERSION,
+        "kind": "compare",
+        "options": {**asdict(options), "mask": str(options.mask)},
+        "environment": environment(),
+        "load": load,  # what else the machine was doing
+        "checked_against": f"{against}, float32",
+        "peak": {
+            "flops": device.peak_flops,
+            "measured": device.measured,
+            "hbm_bandwidth": device.chip.hbm_bandwidth / device.chip.devices if device.chip else None,
+        },
+        "trace": None,
+        "rows": rows,
+    }
+    if fns:
+        folder.mkdir(parents=True, exist_ok=True)
+        with progress.status(f"{options.rounds} rounds of {', '.join(fns)}"):
+            host, session = _record(fns, options.rounds, folder)
+        document["trace"] = str(session)
+        recorded = trace.read(trace.find(session).read_bytes())
+        base: list[float] = []
+        for row in rows:
+            if (name := row["contestant"]) not in fns:
+                continue
+            row["host_seconds"] = host[name]
+            executions = recorded.of(f"jit_compare_{name}")
+            if len(executions) != options.rounds + 1:
+                row["reason"] = f"the trace shows {len(executions)} executions of {options.rounds + 1} calls"
+                if recorded.unknown_seconds:
+                    row["reason"] += (
+                        f"; {seconds_text(recorded.unknown_seconds)} of kernels name no program, as in CUDA graphs: "
+                        "launch them one by one with XLA_FLAGS=--xla_gpu_enable_command_buffer="
+                    )
+                continue
+            row |= _row(name, options, executions[1:], device)
+            base = base or row["samples"]
+            row["ratio"] = asdict(attention.ratio(row["samples"], base))
+    document["differences"] = differences(rows)
+    _write(document, folder)
+    return document
+
+
+@contextlib.contextmanager
+def _compiled_anew() -> Iterator[None]:
+    """No program is taken that was compiled before from sources with other scopes, which its key would not tell."""
+    before = jax.config.jax_compilation_cache_include_metadata_in_key
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", before)
+
+
+def _record(fns: Mapping[str, Callable[[], Any]], rounds: int, folder: Path) -> tuple[dict[str, list[float]], Path]:
+    """Runs them in turns under one trace, each with one warming call in it; gives the host's seconds and where it is.
+
+    The trace has a folder of its own, for another comparison may be writing beside it.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # Python's own calls are no business of this and slow it down
+    options.session_id = f"{time.strftime('%Y_%m_%d_%H_%M_%S')}_{uuid.uuid4().hex[:8]}"
+    with jax.profiler.trace(str(folder), profiler_options=options):
+        seconds = attention.interleave(fns, rounds)
+    return seconds, folder / "plugins" / "profile" / options.session_id
+
+
+def _row(
+    name: str, options: CompareOptions, executions: Sequence[trace.Execution], device: hardware.Device
+) -> dict[str, Any]:
+    """What the trace says about one contestant."""
+    samples = [e.seconds for e in executions]
+    seconds = trace.Spread.of(samples)
+    problem = options.given(name)
+    flops, moved = problem.flops(options.what), problem.least_bytes(options.what)
+    chip = device.chip
+    bandwidth = chip.hbm_bandwidth / chip.devices if chip else None
+    by_compute = flops / device.peak_flops if device.peak_flops else None
+    by_memory = moved / bandwidth if bandwidth else None
+    static, why = static_seconds(name, options, device)
+    return {
+        "samples": samples,
+        "device_seconds": asdict(seconds),
+        "idle": float(np.median([1 - e.busy / e.seconds for e in executions])),
+        "flops": flops,
+        "flops_per_second": flops / seconds.median,
+        "share_of_peak_flops": None if by_compute is None else by_compute / seconds.median,
+        "bytes": moved,
+        "bytes_per_second": moved / seconds.median,
+        "share_of_bandwidth": None if by_memory is None else by_memory / seconds.median,
+        "roofline": None if by_compute is None else max(by_compute, by_memory or 0.0) / seconds.median,
+        "bound": None if by_compute is None or by_memory is None else "memory" if by_memory > by_compute else "compute",
+        "static_seconds": static,
+        "static_ratio": None if static is None else seconds.median / static,
+        "static_note": why,
+        "kernels": [asdict(p) for p in trace.kernels(executions)],
+        "scopes": [asdict(p) for p in trace.scopes(executions, _align)],
+    }
+
+
+def _align(scope: trace.Scope) -> str:
+    """A scope without the names of attention and its back end, so that the parts of two back ends meet."""
+    op, *path = scope.path or ("",)
+    if op not in ("attention", "linear_attention"):
+        return str(scope)
+    if path and path[0] in {**BACK_ENDS, **LINEAR_BACK_ENDS}:
+        path = path[1:]
+    return "/".join(path) or op
+
+
+def differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By how much each scope of each contestant differs from the first that ran, largest first."""
+    ran = [row for row in rows if "scopes" in row]
+    result = []
+    parts = lambda row: {(p["name"], p["phase"]): p["seconds"] for p in row["scopes"]}
+    for row in ran[1:]:
+        mine, first = parts(row), parts(ran[0])
+        for key in dict.fromkeys([*mine, *first]):
+            a, b = mine.get(key, 0.0), first.get(key, 0.0)
+            result.append(
+                {"contestant": row["contestant"], "scope": key[0], "phase": key[1], "seconds": a, "first_seconds": b,
+                 "difference": a - b}
+            )  # fmt: skip
+    return sorted(result, key=lambda d: -abs(d["difference"]))
+
+
+def _write(document: dict[str, Any], folder: Path) -> None:
+    """A line per contestant in FILE, and the plot; nothing where nothing ran."""
+    document["plot"] = None
+    if document["trace"] is None:
+        return
+    shared = {k: v for k, v in document.items() if k not in ("rows", "differences", "plot")}
+    with open(folder / FILE, "a") as file:
+        file.write("".join(json.dumps({**shared, **row}) + "\n" for row in document["rows"]))
+    if not any("samples" in row for row in document["rows"]):
+        return
+    path = Path(document["trace"]) / "compare.png"
+    plot(document).savefig(path, dpi=150)
+    document["plot"] = str(path)

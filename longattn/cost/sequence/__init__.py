@@ -1,0 +1,1 @@
+"""What each strategy of sequence parallelism sends, computes and waits for, by formula."""

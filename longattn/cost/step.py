@@ -1,0 +1,383 @@
+"""A training step's memory and messages by formula, at once: what `longattn plan --analytic` prints.
+
+Bytes of one device, for n = B T / (data fsdp ring seq accumulate) tokens of a micro-batch on it, t = tensor, c bytes of
+the compute dtype, and p parameters that it holds. XLA needs most memory at one of three moments, each with the state
+(12 p: parameters and AdamW's moments, float32) and with what all N layers have kept of the forward pass:
+
+    the loss        the head gathered, its gradient in float32 (4 W E), and one chunk's logits
+    an MLP          backward: the layers' gradients, the head's, cast parameters (c p), one layer's gathered, and
+                    activations of width F and E
+    attention       backward: the same parameters, q, out's gradient, q's in float32, and what the strategy exchanges:
+                    keys and values of the whole sequence gathered, and their gradients in float32; or those of two
+                    hops, with sums of all gradients; or whole sequences of some heads
+
+On TPUs the minor axis of an array in device memory is filled up to 128 lanes. Attention's kernels read and write
+[B H T D], keys' gradients too, so heads narrower than that cost as much as heads of 128. So does what layers keep in
+that layout: `kept` says when.
+
+Where all layers are of one kind of linear attention the moments are those that `recurrent.peaks` names. Memory that is
+not short XLA uses: it then computes an MLP's gradients beside the mixer's.
+
+How many activations of each width are alive at once is a property of XLA's schedules: the counts below were read off
+compiled programs, and `checked.py` holds the errors against the compilers' own accounts. Messages are exact: what the
+strategies' formulas say (`cost/sequence/traffic.py`), and for linear attention `recurrent.messages`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from longattn.aot.buffers import KINDS
+from longattn.config import Config, Mesh, Mixer, Model, Softmax
+from longattn.cost import flops as cost
+from longattn.cost import linear
+from longattn.cost.sequence import problem, traffic
+from longattn.cost.topology import Topology
+from longattn.mask import Mask
+from longattn.models.transformer import init_params
+from longattn.ops.attention.pallas_tpu.tiles import LANES
+from longattn.parallel import exchange
+from longattn.parallel import mesh as meshes
+
+_F32 = 4
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(model: Model) -> Any:
+    """Shapes of a model's parameters."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+@functools.lru_cache(maxsize=256)
+def _held(config: Config) -> tuple[int, int]:
+    """(all parameters that one device holds, those of the layers)."""
+    c, shapes = config.mesh, _parameters(replace(config.model, remat="none", dtype="float32", mlp_chunk=None))
+    mesh = AbstractMesh(tuple(c.sizes.values()), tuple(c.sizes), axis_types=(AxisType.Auto,) * len(c.sizes))
+    lies = jax.tree.leaves(meshes.shardings(mesh, shapes))
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(sharding.shard_shape(x.shape))
+        for (path, x), sharding in zip(jax.tree_util.tree_leaves_with_path(shapes), lies, strict=True)
+    }
+    return sum(sizes.values()), sum(n for name, n in sizes.items() if "mixer" in name or "mlp" in name)
+
+
+def tokens(config: Config) -> float:
+    """Tokens of a micro-batch on one device."""
+    c = config.mesh
+    return config.data.B * config.data.T / (c.data * c.fsdp * c.sequence * config.optimiser.accumulate)
+
+
+def _filled(D: int, where: Topology) -> int:
+    """The size of a head in an array whose minor axis it is."""
+    return D if where.is_gpu else -(-D // LANES) * LANES
+
+
+def recurrence(model: Model, where: Topology) -> Mixer | None:
+    """The mixer of all layers where it is none of Softmax; None where all are.
+
+    Raises:
+      NotImplementedError: for linear attention whose memory no formula knows: the compiler does.
+    """
+    (mixer, *others), remedy = dict.fromkeys(model.layers), "leave --analytic out, and the step is compiled"
+    if all(isinstance(m, Softmax) for m in (mixer, *others)):
+        return None
+    if others:
+        raise NotImplementedError(
+            "layers of several mixers with linear attention: XLA computes parts of several of them side by side, and "
+            f"no formula says how much memory that takes; {remedy}"
+        )
+    if where.is_gpu:
+        raise NotImplementedError(f"linear attention on {where.name}: the formulas are those of TPU kernels; {remedy}")
+    if model.remat in ("none", "dots"):
+        raise NotImplementedError(
+            f"model.remat={model.remat!r} with linear attention: no formula says what XLA keeps of it; {remedy}, or "
+            "choose 'attention', 'offload' or 'full'"
+        )
+    return mixer
+
+
+def kept(config: Config, where: Topology) -> float:
+    """Bytes that one device keeps of the forward pass of all layers, by the remat policy.
+
+    XLA keeps out as TPU kernels give it, heads filled up, where the device has one row of the batch, and tokens minor
+    where it has more, or where ulysses exchanges out; where q, k and v are kept too, all stay as the kernels want them.
+    (In two recorded programs of 16 devices along the sequence it keeps one row's out tokens minor, too, and needs a
+    quarter less than this says.) Of what is offloaded, two layers' part is there, on its way to the host's memory or
+    back.
+    """
+    m, t, n, c = config.model, config.mesh.tensor, tokens(config), np.dtype(config.model.dtype).itemsize
+    if (mixer := recurrence(m, where)) is not None:
+        part = 0.0 if m.remat == "full" else linear.kept(mixer, m, config.data.T // config.mesh.sequence, t)
+        return n * (c * m.E + part) * (2 if m.remat == "offload" else m.N)
+    one_row = n * config.mesh.sequence == config.data.T and config.mesh.strategy != "ulysses"  # which exchanges out
+    minor = m.remat in ("dots", "none") or one_row
+    D = _filled(m.D, where) if minor else m.D
+    E, F, q, k = m.E, m.F / t, m.H * D / t, m.K * D / t
+    attention = c * q + _F32 * m.H / t  # out and lse
+    per_token = {
+        "full": c * E,
+        "attention": c * E + attention,
+        "dots": 2 * c * E + c * (q + 2 * k) + attention + 2 * c * F,
+        "none": (2 * c + 6 * _F32) * E + c * (q + 2 * k) + attention + 6 * c * F,  # norms are computed in float32
+    }
+    per_token["offload"] = per_token["attention"] * 2 / m.N
+    return m.N * n * per_token[m.remat]
+
+
+def memory(config: Config, where: Topology) -> dict[str, float]:
+    """Bytes of one device at the peak, by kind as in `memory.KINDS`, and their sum as "total"."""
+    m, mesh, n = config.model, config.mesh, tokens(config)
+    c, t, E = np.dtype(m.dtype).itemsize, mesh.tensor, m.E
+    F, q = m.F / t, m.H * m.D / t
+    q_filled, k_filled = (heads * _filled(m.D, where) / t for heads in (m.H, m.K))
+    p, layers = _held(config)
+    sequence = n * mesh.sequence  # keys of the device's rows, those of other devices too
+    head = m.W * E
+    sums = _F32 * p if config.optimiser.accumulate > 1 else 0.0
+    spread = mesh.fsdp * mesh.sequence > 1
+    always = {
+        "parameters": _F32 * p,
+        "moments": 2 * _F32 * p,
+        "batch": 4 * _F32 * n * config.optimiser.accumulate,
+        "forward pass": kept(config, where),
+    }
+    chunk = min(config.optimiser.loss_chunk, n)
+    rows = sequence / config.data.T
+    piece = n if m.mlp_chunk is None else min(n, m.mlp_chunk * rows)  # tokens that the MLP sees at once
+    full = m.remat == "full"  # attention's forward pass runs again, and what it gives is alive beside the rest
+    wide, narrow = {"full": (4, 3), "attention": (4, 5), "offload": (4, 5)}.get(m.remat, (2, 6))
+    gradients = sums + _F32 * layers + _F32 * head
+    casts = c * layers * (c < _F32) + 2 * c * E * F * spread  # two of a layer's largest matrices, gathered
+    peaks = {
+        "loss": {
+            "gradients": sums + _F32 * head,
+            "gathered or cast parameters": c * layers * (c < _F32) + 2 * c * head,
+            "backward pass": 2 * c * E * n + 3 * _F32 * chunk * m.W,
+        },
+        "MLP": {
+            "gradients": gradients,
+            "gathered or cast parameters": casts,
+            "backward pass": c * (wide * F * piece + (narrow * E + full * 2 * (q_filled + k_filled)) * n),
+        },
+        "attention": {
+            "gradients": gradients,
+            "gathered or cast parameters": casts,
+            "backward pass": (2 * c * E + full * c * (q + E)) * n + _exchanged(config, q, q_filled, k_filled) * n,
+        },
+    }
+    if (mixer := recurrence(m, where)) is not None:
+        both = {"gradients": gradients, "gathered or cast parameters": casts}
+        each = linear.peaks(mixer, m, config.data.T // mesh.sequence, t, piece / n)
+        beside = sum((always | both).values()) + n * each.pop("beside")
+        peaks = {"loss": peaks["loss"], **{name: {**both, "backward pass": n * x} for name, x in each.items()}}
+    largest = max(peaks.values(), key=lambda parts: sum(parts.values()))
+    parts = always | largest
+    total = sum(parts.values())
+    if mixer is not None and total < (most := min(where.hbm_bytes, beside)):
+        parts = always | both
+        parts["backward pass"] = most - sum(parts.values())
+        total = most
+    return {**parts, "total": total}
+
+
+def _exchanged(config: Config, q: float, q_filled: float, k_filled: float) -> float:
+    """Bytes per token of a device in attention's backward pass: q, out's gradient, q's, keys, values and theirs."""
+    m, mesh, c = config.model, config.mesh, np.dtype(config.model.dtype).itemsize
+    own, P = 2 * c * q_filled + _F32 * q, mesh.sequence
+    if P == 1 or mesh.strategy == "all_gather":
+        return own + 2 * (c + _F32) * k_filled * P
+    if mesh.strategy == "ulysses":
+        given = exchange.heads(m.H // mesh.tensor, m.K // mesh.tensor, P)
+        more_q, more_k = given.each * P / given.H, len(given.keys) * mesh.tensor / m.K
+        return own * more_q + 2 * (c + _F32) * k_filled * more_k
+    return own + 36 * k_filled + 28 * q  # of bfloat16; float32 has a few more
+
+
+def _pairs(mask: Mask, T: int, mesh: Mesh) -> float:
+    """Visible pairs that the device with most of them computes, of all heads before `tensor` divides them."""
+    if mesh.strategy in ("balanced", "ulysses") or mesh.layout == "striped":  # striped: up to the diagonal
+        return cost.visible_pairs(mask, T) / mesh.sequence
+    if mesh.layout == "zigzag" and mesh.parts > 1:
+        halves = cost.pairs_by_part(mask, T, 2 * mesh.parts)
+        most = max(early + late for early, late in zip(halves, reversed(halves), strict=True))
+    else:
+        most = max(cost.pairs_by_part(mask, T, mesh.parts))
+    return most * mesh.parts / mesh.sequence  # the devices of a part divide the heads
+
+
+def attention_flops(config: Config) -> tuple[float, float]:
+    """FLOPs of one step's softmax attention, (forward, backward), on the device that has most of it.
+
+    The backward pass includes what it recomputes. Under a causal mask the last part of the sequence sees most keys:
+    in a contiguous layout one device has it, and balanced and ulysses divide the pairs all the same. Heads that ulysses
+    fills up count.
+    """
+    model, c = config.model, config.mesh
+    rows = config.data.B / (c.data * c.fsdp)
+    forward = backward = 0.0
+    for mixer in model.layers:
+        if not isinstance(mixer, Softmax):
+            continue
+        heads = model.H // c.tensor
+        if c.strategy in ("ulysses", "usp"):  # filled up
+            heads = -(-heads // c.seq) * c.seq
+        flops = cost.attention_flops(_pairs(mixer.mask, config.data.T, c), heads, model.D)
+        forward += rows * flops.forward
+        backward += rows * (flops.backward + flops.recompute + flops.forward * (model.remat == "full"))
+    return forward, backward
+
+
+def linear_flops(config: Config) -> tuple[float, float]:
+    """FLOPs of one step's linear attention on a TPU, (forward, backward), of one device: see `recurrent.flops`."""
+    m, c = config.model, config.mesh
+    rows, T = config.data.B / (c.data * c.fsdp), config.data.T // c.sequence
+    each = [(times, linear.flops(mixer, m, T, c.sequence, c.tensor)) for mixer, times in _recurrent(m).items()]
+    forward, backward = (rows * sum(times * part[i] for times, part in each) for i in range(2))
+    return forward, backward
+
+
+def _recurrent(model: Model) -> Counter[Mixer]:
+    """Layers of each mixer other than Softmax."""
+    return Counter(mixer for mixer in model.layers if not isinstance(mixer, Softmax))
+
+
+def flops(config: Config) -> float:
+    """FLOPs of one device's step as the program computes them, recomputation included."""
+    m, mesh = config.model, config.mesh
+    share = config.data.B / (mesh.data * mesh.fsdp * mesh.sequence)  # of the batch's rows, heads and width apart
+    forward = cost.forward_flops(m, config.data.T)
+    mlp = forward.mlp * share / mesh.tensor
+    T = config.data.T
+    projections = share * sum(_projections(mixer, m, T, mesh.tensor) for mixer in m.layers)
+    features = share * sum(linear.features(mixer, m, T, mesh.tensor) for mixer in m.layers)
+    # A rematerialised block runs forward again, without its last product, which no gradient asks for.
+    again = (projections + 2 / 3 * mlp) * (m.remat not in ("none", "dots"))
+    attention = sum(attention_flops(config)) + sum(linear_flops(config))
+    return 3 * (projections + mlp) + again + 3 * forward.head * share + features + attention
+
+
+def _projections(mixer: Mixer, model: Model, T: int, tensor: int) -> float:
+    """Forward FLOPs of a mixer's matrices over one sequence, on one of the devices that share heads."""
+    whole = cost.layer_flops(mixer, model, T).projections
+    if isinstance(mixer, Softmax) or tensor == 1:
+        return whole / tensor
+    divided = 2.0 * T * sum(math.prod(shape) for shape in linear.divided(mixer, model).values())
+    return whole - divided * (1 - 1 / tensor)
+
+
+def messages(config: Config, where: Topology) -> dict[str, float]:
+    """Bytes that one device receives in a step, by what they are; of attention those of the device with most of it.
+
+    Attention: the strategy's formula (`sequence.traffic`), which programs bear out to the byte, but for one thing. TPU
+    kernels give gradients with heads before tokens, and what XLA:TPU is to scatter along an axis that is not the first
+    in memory it sums by all-reduce and slices, which sends twice as much: so all_gather's gradients. Matrices are
+    gathered in the compute dtype, forward and backward, and their gradients summed in it, by reduce-scatter where they
+    are sliced and by all-reduce over `data`. There programs differ from the formula: XLA may pass slices around a ring
+    of P devices P times instead of P - 1, inside the products that use them, and may sum by all-reduce what
+    is then sliced, which sends twice as much.
+    """
+    m, mesh, n = config.model, config.mesh, tokens(config)
+    c, pieces = np.dtype(m.dtype).itemsize, config.optimiser.accumulate
+    slices = mesh.fsdp * mesh.sequence
+    others = lambda devices: (devices - 1) / devices
+    held, layers = _held(config)
+    matrices = layers * slices  # of one tensor slice, whole
+    found = {
+        **_attention_messages(config, where),
+        **_state_messages(config),
+        "matrices": 2 * pieces * c * matrices * others(slices),
+        "their gradients, slices": pieces * c * matrices * others(slices),
+        "their gradients, replicas": 2 * (c * layers + _F32 * (held - layers)) * others(mesh.data),
+        "activations over tensor": pieces * _sums(m) * 2 * c * n * m.E * others(mesh.tensor),
+        "embedding": 2 * pieces * c * n * m.E * others(slices),
+        "head": pieces * (c + _F32) * m.W * m.E * others(slices),
+    }
+    return {name: size for name, size in found.items() if size}
+
+
+def _sums(model: Model) -> int:
+    """How many arrays of activations [tokens, E] the devices of `tensor` sum in a micro-batch.
+
+    Forward the results of mixers and MLPs, the former again where remat computes them again; backward the gradients of
+    the MLPs' inputs, and of the mixers'.
+    """
+    again = model.remat not in ("none", "dots")
+    return sum(3 + again + (2 if isinstance(mixer, Softmax) else linear.sums(mixer, model)) for mixer in model.layers)
+
+
+def _attention_messages(config: Config, where: Topology) -> dict[str, float]:
+    """Bytes that attention sends along the sequence in a step; keys and values and their gradients apart if gathered.
+
+    Raises:
+      NotImplementedError: with the strategy's reason, where it does not serve a mask of the model.
+    """
+    most = dict.fromkeys(("forward", "backward", "gradients"), 0.0)
+    for times, forward, backward in _passes(config):
+        most["forward"] += times * forward.most
+        most["backward"] += times * backward.most
+        most["gradients"] += times * backward.received("scatter").max()
+    if config.mesh.strategy == "all_gather":
+        values = most["forward"] + most["backward"] - most["gradients"]
+        return {"keys and values": values, "their gradients": most["gradients"] * (1 if where.is_gpu else 2)}
+    return {"attention, forward": most["forward"], "attention, backward": most["backward"]}
+
+
+def _passes(config: Config) -> Iterator[tuple[int, traffic.Traffic, traffic.Traffic]]:
+    """For layers that are alike: how often a step runs them, and what their passes send along the sequence."""
+    mesh, pieces = config.mesh, config.optimiser.accumulate
+    rows = config.data.B // (mesh.data * mesh.fsdp * pieces)
+    for layer, times in problem.layers_of(config.model, config.data.T, rows, mesh.tensor).items():
+        forward, backward = traffic.traffic(layer, problem.way_of(mesh))
+        again = traffic.again(forward, config.model.remat).messages
+        yield pieces * times, forward, traffic.Traffic(forward.P, (*backward.messages, *again))
+
+
+def _hops(config: Config) -> float:
+    """Bytes that a ring sends to its neighbours in a step, in the busier of its directions: over one link."""
+    sent = defaultdict[int, float](float)
+    for times, *passes in _passes(config):
+        for message in (m for one in passes for m in one.messages if m.scope in ("hop", "behind")):
+            sent[message.step] += times * message.bytes
+    return max(sent.values(), default=0.0)
+
+
+def _state_messages(config: Config) -> dict[str, float]:
+    """Bytes that linear attention sends along the sequence in a step: see `recurrent.messages`."""
+    m, mesh, pieces = config.model, config.mesh, config.optimiser.accumulate
+    rows = config.data.B // (mesh.data * mesh.fsdp * pieces)
+    each = [
+        (pieces * times, linear.messages(mixer, m, rows, mesh.sequence, mesh.tensor))
+        for mixer, times in _recurrent(m).items()
+    ]
+    passes = enumerate(("forward", "backward"))
+    return {f"states, {name}": sum(times * sent[i] for times, sent in each) for i, name in passes}
+
+
+def estimate(config: Config, where: Topology) -> dict[str, Any]:
+    """What `program.facts` says of a compiled program, by formula; messages take all links, a ring's hops one."""
+    parts = memory(config, where)
+    total = parts.pop("total")
+    work, sent = flops(config), messages(config, where)
+    model = cost.step_flops(config) / where.size
+    products = work / where.peak_flops
+    link = max(sum(sent.values()) / where.link_bandwidth, _hops(config) / where.one_link)
+    return {
+        "fits": total <= where.hbm_bytes,
+        "hbm_bytes": round(total),
+        "hbm_limit": where.hbm_bytes,
+        "by_kind": {kind: round(parts.get(kind, 0.0)) for kind in KINDS},
+        "messages": {name: round(size) for name, size in sent.items()},
+        "flops": work,
+        "model_flops": model,
+        "seconds": {"bound": max(products, link), "products": products, "link": link},
+        "mfu_bound": model / where.peak_flops / max(products, link),
+    }

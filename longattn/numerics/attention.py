@@ -1,0 +1,193 @@
+"""Problems of attention: of all keys at once, and of keys in parts."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.lax import Precision
+
+from longattn.mask import Causal, Mask, Prefix
+from longattn.numerics.compare import Drawn, Results, packed
+from longattn.ops import partial as partials
+from longattn.ops.attention import api
+
+_LOGITS = 2**25  # that exist at once where a problem must be quickly compared
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call of attention with everything that is differentiable, drawn from the normal distribution."""
+
+    op: ClassVar[str] = "attention"
+    api: ClassVar[Any] = api
+
+    T: int  # queries
+    H: int  # query heads
+    D: int  # head size of queries and keys
+    B: int = 1  # sequences
+    S: int | None = None  # keys; none: T
+    K: int | None = None  # key/value heads; none: H
+    V: int | None = None  # head size of values; none: D
+    dtype: str = "float32"  # of q, k, v
+    mask: Mask = Causal()
+    prefix: int = 0  # tokens that everybody sees, at most: another number in each sequence; 0: no prefix
+    documents: int = 0  # that share each sequence, positions restarting at each, as in training; 0: no segment ids
+    scale: float | None = None  # of the logits; none: D**-0.5
+    softcap: float | None = None
+    sinks: bool = False  # float32 [H]
+    bias: tuple[int, ...] | None = None  # its shape, which broadcasts to [B H T S]; float32
+    rise: float = 1.0  # keys grow along the sequence to so many times their size at its start, and logits with them
+
+    @property
+    def keys(self) -> int:
+        return self.T if self.S is None else self.S
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads."""
+        return self.H if self.K is None else self.K
+
+    @property
+    def values(self) -> int:
+        """Head size of values."""
+        return self.D if self.V is None else self.V
+
+    def shaped(self) -> Drawn:
+        p, array = self, jax.ShapeDtypeStruct
+        arrays = {
+            "q": array((p.B, p.T, p.H, p.D), p.dtype),
+            "k": array((p.B, p.keys, p.heads, p.D), p.dtype),
+            "v": array((p.B, p.keys, p.heads, p.values), p.dtype),
+        }
+        if p.sinks:
+            arrays["sinks"] = array((p.H,), jnp.float32)
+        if p.bias is not None:
+            arrays["bias"] = array(p.bias, jnp.float32)
+        ids = dict.fromkeys(("segment_ids", "positions") if p.documents else (), array((p.B, p.T), jnp.int32))
+        if p.prefix:
+            ids["prefix"] = array((p.B,), jnp.int32)
+        cotangents = {"out": array((p.B, p.T, p.H, p.values), p.dtype), "lse": array((p.B, p.T, p.H), jnp.float32)}
+        return Drawn(arrays, ids, cotangents)
+
+    def fill(self, arrays: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        arrays["k"] *= np.linspace(1, self.rise, self.keys, dtype=np.float32)[:, None, None]
+        ids = {}
+        if self.documents:
+            ids["segment_ids"], ids["positions"] = packed(self.B, self.T, self.documents, rng)
+        if self.prefix:
+            ids["prefix"] = rng.integers(1, self.prefix + 1, self.B, dtype=np.int32)
+        return ids
+
+    def _mask(self, ids: Any) -> Mask:
+        return self.mask | Prefix(ids["prefix"]) if self.prefix else self.mask
+
+    def call(self, arrays: Any, ids: Any, implementation: str) -> dict[str, Any]:
+        out, lse = api.attention_with_lse(
+            **arrays, mask=self._mask(ids), segment_ids=ids.get("segment_ids"), positions=ids.get("positions"),
+            scale=self.scale, softcap=self.softcap, implementation=implementation,
+        )  # fmt: skip
+        return {"out": out, "lse": lse}
+
+    def plain(self, arrays: Any, ids: Any) -> dict[str, Any]:
+        """The whole matrix at once, each result rounded to the problem's dtype, forwards and backwards.
+
+        Products are exact but for their sum in float32, so that on any device its error is what this precision costs
+        there.
+        """
+        p, bits = self, jnp.finfo(self.dtype)
+        # Factors that were rounded to bfloat16 are exact in any device's products, and compiled in a third of the time.
+        product = functools.partial(jnp.einsum, precision=None if p.dtype == "bfloat16" else Precision.HIGHEST)
+
+        def r(x: Any) -> Any:  # its transpose rounds cotangents
+            return jax.lax.reduce_precision(x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
+
+        q, k, v = (arrays[name].astype(jnp.float32) for name in "qkv")
+        k, v = (jnp.repeat(x, p.H // p.heads, axis=2) for x in (k, v))
+        scale = p.D**-0.5 if p.scale is None else p.scale
+        s = r(scale * r(product("BTHD,BSHD->BHTS", q, k)))
+        if p.softcap is not None:
+            s = r(p.softcap * r(jnp.tanh(r(s / p.softcap))))
+        if p.bias is not None:
+            s = r(s + arrays["bias"].reshape((1,) * (4 - len(p.bias)) + p.bias))
+        positions = ids.get("positions", jnp.arange(max(p.T, p.keys), dtype=jnp.int32)[None])
+        visible = p._mask(ids)(positions[:, None, : p.T, None], positions[:, None, None, : p.keys])
+        if "segment_ids" in ids:
+            visible &= ids["segment_ids"][:, None, :, None] == ids["segment_ids"][:, None, None, :]
+        s = jnp.where(visible, s, -jnp.inf)
+        sink = (arrays["sinks"] if p.sinks else jnp.full(p.H, -jnp.inf))[None, :, None]
+        m = jax.lax.stop_gradient(jnp.maximum(s.max(-1), sink))
+        m = jnp.where(m == -jnp.inf, 0.0, m)
+        e = jnp.exp(s - m[..., None])
+        total = e.sum(-1) + jnp.exp(sink - m)
+        empty = total == 0
+        total = jnp.where(empty, 1.0, total)
+        out = r(product("BHTS,BSHV->BTHV", r(e / total[..., None]), v))
+        return {"out": out, "lse": jnp.where(empty, -jnp.inf, m + jnp.log(total)).transpose(0, 2, 1)}
+
+    def units(self, truth: Results) -> float:
+        """Of the longest sums, and of an lse that is kept for the backward pass, whose rounding, in proportion to its
+        size, is in every weight there.
+        """
+        p, lse = self, truth["lse"][np.isfinite(truth["lse"])]
+        terms = p.B * p.H * max(p.T, p.keys, p.D, p.values)
+        return max(terms, 1024) ** 0.5 + (float(np.sqrt(np.mean(np.square(lse)))) if lse.size else 0.0)
+
+    def shorter(self) -> Problem:
+        """So short that few logits exist at once, and a multiple of 128 unless it was as short before."""
+        T = max(128, math.isqrt(_LOGITS // self.H) // 128 * 128)
+        return replace(self, T=min(self.T, T))
+
+
+@dataclass(frozen=True)
+class PartsProblem(Problem):
+    """The keys in two parts, as the devices of a ring hold them: partial results are merged, partial gradients summed.
+
+    The reference attends to all keys at once.
+    """
+
+    op: ClassVar[str] = "attention in parts"
+
+    def __post_init__(self) -> None:
+        if self.sinks or self.bias is not None:
+            raise ValueError(f"{self.sinks=} and {self.bias=} must be off: partial gradients are of q, k and v alone")
+
+    def call(self, arrays: Any, ids: Any, implementation: str) -> dict[str, Any]:
+        if implementation == "reference":
+            return super().call(arrays, ids, implementation)
+        p, half = self, self.keys // 2
+        positions = ids.get("positions", jnp.tile(jnp.arange(max(p.T, p.keys), dtype=jnp.int32)[None], (p.B, 1)))
+        segments = ids.get("segment_ids")
+        parts: list[tuple[slice, dict[str, Any]]] = []
+        for keys in (slice(0, half), slice(half, p.keys)):
+            pair = lambda x, keys=keys: (x[:, : p.T], x[:, keys])
+            parts.append((keys, {
+                "mask": p._mask(ids), "positions": pair(positions), "scale": p.scale, "softcap": p.softcap,
+                "segment_ids": None if segments is None else pair(segments), "implementation": implementation,
+            }))  # fmt: skip
+
+        @jax.custom_vjp
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            return forward(q, k, v)[0]
+
+        def forward(q: Any, k: Any, v: Any) -> Any:
+            found = (api.attend_partial(q, k[:, keys], v[:, keys], **options) for keys, options in parts)
+            out, lse = partials.finish(functools.reduce(partials.merge, found), dtype=q.dtype)
+            return (out, lse), (q, k, v, out, lse)
+
+        def backward(kept: Any, cotangents: Any) -> Any:
+            q, k, v, *results = kept
+            given = *results, *cotangents
+            found = [api.backward_partial(q, k[:, keys], v[:, keys], *given, **options) for keys, options in parts]
+            (dq, *first), (more, *second) = found
+            gradients = dq + more, *(jnp.concatenate(both, 1) for both in zip(first, second))
+            return tuple(d.astype(q.dtype) for d in gradients)
+
+        attend.defvjp(forward, backward)
+        out, lse = attend(**arrays)
+        return {"out": out, "lse": lse}

@@ -1,0 +1,204 @@
+"""Problems of linear attention: every kind of decay, with and without the delta rule."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.lax import Precision
+
+from longattn.numerics.compare import Drawn, Results, packed
+from longattn.ops import dispatch
+from longattn.ops.linear import api
+
+_STATES = 2**25  # numbers of the plain implementation's states, one a token, where a problem must be quickly compared
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """A call of linear attention with everything that is differentiable; with the delta rule keys have length 1."""
+
+    op: ClassVar[str] = "linear attention"
+    api: ClassVar[Any] = api
+
+    T: int  # tokens
+    H: int  # heads of the state, the largest of those of q, k and v
+    D: int  # head size of queries and keys
+    B: int = 1  # sequences
+    V: int | None = None  # head size of values; none: D
+    heads: tuple[int, int, int] | None = None  # of q, k and v; none: H each
+    decay: str = "none"  # none, scalar (a head's) or vector (a channel's)
+    delta: bool = False
+    rate: float = 0.1  # mean of -log_decay
+    state: bool = False  # an initial one
+    documents: int = 0  # that share each sequence; 0: no segment ids
+    dtype: str = "float32"  # of q, k, v
+    scale: float = 1.0  # of the output
+
+    def shaped(self) -> Drawn:
+        p, array = self, jax.ShapeDtypeStruct
+        (q, k, v), V = p.heads or (p.H,) * 3, p.V or p.D
+        sizes = {"q": (q, p.D), "k": (k, p.D), "v": (v, V)}
+        arrays = {name: array((p.B, p.T, *size), p.dtype) for name, size in sizes.items()}
+        state = array((p.B, p.H, p.D, V), jnp.float32)
+        if p.decay != "none":
+            arrays["log_decay"] = array((p.B, p.T, p.H, *([p.D] if p.decay == "vector" else [])), jnp.float32)
+        if p.delta:
+            arrays["beta"] = array((p.B, p.T, p.H), jnp.float32)
+        if p.state:
+            arrays["initial_state"] = state
+        ids = {"segment_ids": array((p.B, p.T), jnp.int32)} if p.documents else {}
+        return Drawn(arrays, ids, {"out": array((p.B, p.T, p.H, V), p.dtype), "final_state": state})
+
+    def fill(self, arrays: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        if self.delta:
+            arrays["k"] /= np.linalg.norm(arrays["k"], axis=-1, keepdims=True)
+            arrays["beta"] = 1 / (1 + np.exp(-arrays["beta"]))
+        if self.decay != "none":
+            arrays["log_decay"] = -self.rate * rng.exponential(size=arrays["log_decay"].shape)
+        return {"segment_ids": packed(self.B, self.T, self.documents, rng)[0]} if self.documents else {}
+
+    def call(self, arrays: Any, ids: Any, implementation: str) -> dict[str, Any]:
+        out, state = api.linear_attention(**arrays, **ids, scale=self.scale, implementation=implementation)
+        return {"out": out, "final_state": state}
+
+    def plain(self, arrays: Any, ids: Any) -> dict[str, Any]:
+        """Token by token, the factors of every product rounded to the problem's dtype, forwards and backwards.
+
+        Sums, and the state from token to token, are float32. The reference keeps factors as they are, which no product
+        of half precision does: what it errs is the rounding of results alone.
+        """
+        p, dtype = self, jnp.float32
+        product, decayed = _rounding(p.dtype)
+        q, k, v = (jnp.repeat(x, p.H // x.shape[2], axis=2).astype(dtype) for x in (arrays[name] for name in "qkv"))
+        a, ids = arrays.get("log_decay"), ids.get("segment_ids")
+        if a is not None:
+            a = jnp.broadcast_to(a if p.decay == "vector" else a[..., None], k.shape)
+        starts = None if ids is None else jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
+        S = arrays.get("initial_state", jnp.zeros((p.B, p.H, p.D, v.shape[3]), dtype))
+
+        def step(S: Any, token: Any) -> tuple[Any, Any]:
+            q, k, v, a, beta, starts = token
+            if starts is not None:
+                S = jnp.where(starts[:, None, None, None], 0.0, S)
+            if a is not None:
+                S = decayed(a, S)
+            if beta is not None:
+                v = beta[..., None] * (v - product("BHD,BHDV->BHV", k, S))
+            S = S + product("BHD,BHV->BHDV", k, v)
+            return S, product("BHD,BHDV->BHV", q, S, p.scale)
+
+        tokens = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, a, arrays.get("beta"), starts))
+        S, out = jax.lax.scan(step, S, tokens)
+        return {"out": out.swapaxes(0, 1).astype(p.dtype), "final_state": S}
+
+    def units(self, truth: Results) -> float:
+        """Of the longest sums, over tokens and heads."""
+        return max(self.B * self.H * max(self.T, self.D, self.V or self.D), 1024) ** 0.5
+
+    def shorter(self) -> LinearProblem:
+        """So short that few states exist at once, and a multiple of 128 unless it was as short before."""
+        T = max(128, _STATES // (self.H * self.D * (self.V or self.D)) // 128 * 128)
+        return replace(self, T=min(self.T, T))
+
+
+@dataclass(frozen=True)
+class StateProblem(LinearProblem):
+    """What devices that share a sequence compute of the state alone, by a back end's `fold` and `pull`.
+
+    The state after the tokens, from the initial one; with the delta rule the transition from any other, which the same
+    fold makes of the identity beside it; and the gradient of the initial state, of both results. The last sequence is
+    one document: where others begin there is no transition.
+    """
+
+    op: ClassVar[str] = "linear attention in parts"
+
+    state: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.state:
+            raise ValueError("state=False must be True: a fold starts from a state")
+
+    def shaped(self) -> Drawn:
+        s = super().shaped()
+        return Drawn(s.arrays | {f"d{name}": x for name, x in s.cotangents.items()}, s.ids, {})
+
+    def fill(self, arrays: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        ids = super().fill(arrays, rng)
+        if ids:
+            ids["segment_ids"][-1] = 0
+        return ids
+
+    def call(self, arrays: Any, ids: Any, implementation: str) -> dict[str, Any]:
+        do, dS, given = _cotangents(arrays)
+        absent = dict.fromkeys(("log_decay", "beta", "segment_ids"))
+        operands, options, names = api.validate(
+            **(absent | given | ids), scale=self.scale, implementation=implementation, tuning=None
+        )
+        shaped, columns = jax.eval_shape(api.prepared, operands), dS.shape[3]
+        *tokens, S, ids = api.prepared(operands)
+        if self.delta:
+            S = jnp.concatenate([S, self._identity(S.dtype)], 3)
+
+        def accepts(back_end: Any) -> None:
+            back_end.check(*shaped, options)
+            api.check_fold(back_end, shaped, S.shape[3], options)
+
+        back_end = api.BACK_ENDS[dispatch.choose(names, api.BACK_ENDS, accepts)]
+        both = back_end.fold(*tokens[1:], S, ids, options)
+        found = {"final_state": both[..., :columns], "dinitial_state": back_end.pull(*tokens, ids, do, dS, options)}
+        return found | ({"transition": both[..., columns:]} if self.delta else {})
+
+    def plain(self, arrays: Any, ids: Any) -> dict[str, Any]:
+        """Each from whole passes over the tokens."""
+        do, dS, given = _cotangents(arrays)
+        after = lambda S, **other: super(StateProblem, self).plain(given | {"initial_state": S} | other, ids)
+        S = given["initial_state"]
+        found, pull = jax.vjp(after, S)
+        (before,) = pull({"out": do, "final_state": dS})
+        made = {"final_state": found["final_state"], "dinitial_state": before}
+        if self.delta:
+            nothing = jnp.zeros((*given["v"].shape[:3], self.D), given["v"].dtype)
+            made["transition"] = after(self._identity(S.dtype), v=nothing)["final_state"]
+        return made
+
+    def _identity(self, dtype: Any) -> Any:
+        """[B H D D]"""
+        return jnp.broadcast_to(jnp.eye(self.D, dtype=dtype)[None, None], (self.B, self.H, self.D, self.D))
+
+
+def _cotangents(arrays: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Those of a `StateProblem`'s results, of all tokens' outputs and of the state; and what else there is."""
+    given = dict(arrays)
+    return given.pop("dout"), given.pop("dfinal_state"), given
+
+
+def _rounding(dtype: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Of float32 arrays, einsum of two and exp(a [B H D]) S [B H D V], with their factors rounded to `dtype`.
+
+    Gradients have factors too: cotangents are rounded where they are one. The decay itself scales float32.
+    """
+    bits = jnp.finfo(dtype)
+    einsum = functools.partial(jnp.einsum, precision=None if dtype == "bfloat16" else Precision.HIGHEST)
+    r = functools.partial(jax.lax.reduce_precision, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
+
+    def product(equation: str, a: Any, b: Any, scale: float = 1.0) -> Any:
+        @jax.custom_gradient
+        def of(a: Any, b: Any) -> Any:
+            x, pull = jax.vjp(functools.partial(einsum, equation), r(a), r(b))
+            return scale * x, lambda dx: tuple(scale * d for d in pull(r(dx)))
+
+        return of(a, b)
+
+    @jax.custom_gradient
+    def decayed(a: Any, S: Any) -> Any:
+        decay = jnp.exp(a)[..., None]
+        after = decay * S
+        return after, lambda dS: ((r(dS) * r(after)).sum(-1), decay * dS)
+
+    return product, decayed

@@ -1,0 +1,314 @@
+"""`longattn plan`: the options, the machine's shape, the search, the document."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from longattn.aot import compilers, train_step
+from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, Softmax, to_json
+from longattn.cost import flops, topology
+from longattn.cost import step as analytic
+from longattn.cost.sequence import problem, timeline
+from longattn.cost.sequence import strategies as sequence
+from longattn.cost.topology import Topology
+from longattn.parallel.api import STRATEGIES
+from longattn.plan import search, show
+from longattn.train.record import commit, write_whole
+
+VERSION = 1
+_LONGEST = 2**27  # tokens; positions are int32, and nobody has asked for more
+_WIDTH = 116  # the tables': a narrower terminal wraps them
+_TILE = 128  # lengths searched are multiples of this on each device
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What one training step needs and takes on a machine that need not be there: it is compiled for it, not run.
+
+    Models of any mixers. --strategies needs layers of softmax attention; --analytic knows models all of softmax
+    attention, and on TPUs those all of one kind of linear attention that are rematerialised.
+    --T, --B, --remat and --dtype are short for --data.T, --data.B, --model.remat and --model.dtype.
+    """
+
+    topology: str = "v5e:4x4"  # v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, h100:8, h100:8x8 (hosts x GPUs), ...
+    search: Literal["max-length", "max-batch", "min-devices"] | None = None  # the largest, or the fewest, that fit
+    strategies: Literal["all"] | None = None  # every way to spread softmax attention; of all layouts, by formula
+    html: str = ""  # also write this page
+    cache: bool = True  # keep what was found out of each program in the user's cache folder
+    timeout: float = 1800.0  # seconds for one compilation
+    analytic: bool = False  # by formula, at once, instead of by the compiler
+    json: bool = False  # print one JSON document instead of the tables
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=ByteLM)  # only T and B are read
+    mesh: Mesh = field(default_factory=Mesh)  # all 1: rows over fsdp as far as they go, positions over seq
+    optimiser: Optimiser = field(default_factory=Optimiser)
+
+    def __post_init__(self) -> None:
+        where = topology.parse(self.topology)
+        if self.timeout <= 0:
+            raise ValueError(f"timeout={self.timeout:g} must be positive")
+        if self.search is not None and self.strategies is not None:
+            raise ValueError(f"search={self.search} and strategies={self.strategies}: ask for one of them at a time")
+        if self.search == "min-devices" and self.mesh.size > 1:
+            raise ValueError(f"search=min-devices chooses the mesh for each machine: leave {self.mesh=} out")
+        if self.strategies is not None and not any(isinstance(mixer, Softmax) for mixer in self.model.layers):
+            others = sorted({type(mixer).__name__ for mixer in self.model.layers})
+            raise ValueError(
+                f"strategies={self.strategies} for {others}: strategies spread softmax attention, of which there is "
+                "none; linear attention has one way, handing on its state: leave --strategies out"
+            )
+        if self.analytic:
+            analytic.recurrence(self.model, where)  # refuses what no formula knows
+        if self.mesh.size not in (1, where.size):
+            raise ValueError(
+                f"the mesh has {self.mesh.size} devices, {where.name} has {where.size}: change the sizes of the mesh, "
+                "or leave them out"
+            )
+
+    @property
+    def bare(self) -> Config:
+        """What is asked for, without a mesh."""
+        return Config(model=self.model, data=self.data, optimiser=self.optimiser)
+
+    def config(self, where: Topology, **changes: Any) -> Config:
+        """What is to be compiled for `where`; `changes`: T, B, strategy.
+
+        Raises:
+          ValueError: where no mesh of that many devices divides the rows and the positions.
+        """
+        data = dataclasses.replace(self.data, **{k: v for k, v in changes.items() if k in ("T", "B")})
+        mesh = self.mesh
+        if mesh.size == 1 and where.size > 1:
+            mesh = _chosen(self.model, data.T, data.B // self.optimiser.accumulate, where, mesh)
+        if "strategy" in changes:
+            mesh = problem.with_strategy(mesh, changes["strategy"], self.model.K)
+        return Config(model=self.model, data=data, mesh=mesh, optimiser=self.optimiser)
+
+
+def with_mesh(options: PlanOptions, mesh: Mesh) -> PlanOptions:
+    """The options with a config file's mesh, where no other is asked for and it has as many devices as the machine."""
+    if mesh.size == 1 or options.mesh.size > 1 or options.search == "min-devices":
+        return options
+    where = topology.parse(options.topology)
+    if mesh.size != where.size:
+        print(f"longattn: the config's mesh of {mesh.size} devices is not used for {where.size}", file=sys.stderr)
+        return options
+    return dataclasses.replace(options, mesh=mesh)
+
+
+def _chosen(model: Model, T: int, rows: int, where: Topology, mesh: Mesh) -> Mesh:
+    """Rows go over fsdp as far as they go, what devices are left over take parts of the sequence."""
+    n = where.size
+    if model.E % n:
+        raise ValueError(
+            f"{n} devices must divide {model.E=} to share the parameters: say the mesh, such as --mesh.data"
+        )
+    hosts = where.dims[0] if where.is_gpu else 1  # the sequence stays within a host
+    for fsdp in sorted((f for f in range(hosts, n + 1, hosts) if n % f == 0 and rows % f == 0), reverse=True):
+        chosen = dataclasses.replace(mesh, fsdp=fsdp, seq=n // fsdp)
+        if T % chosen.unit == 0:
+            return chosen
+    within = f", which {hosts} hosts must divide," if hosts > 1 else ""
+    unit = dataclasses.replace(mesh, seq=n).unit
+    raise ValueError(
+        f"{n} devices cannot share {rows} rows{within} of {T=}: choose multiples of {unit}, or say the mesh"
+    )
+
+
+def run(options: PlanOptions, name: str, console: Console | None = None) -> dict[str, Any]:
+    """Compile, and print tables (or, with `json`, the document that is returned).
+
+    Args:
+      options: what to compile.
+      name: of the model, for titles.
+      console: where to print.
+    """
+    where = topology.parse(options.topology)
+    if not options.analytic:
+        where.environment()  # a compiler that is not installed is told before anything else
+    document: dict[str, Any] = {
+        "version": VERSION,
+        "kind": "plan",
+        "model": name,
+        "parameters": flops.parameters(options.model).total,
+        "topology": where.name,
+        "options": {
+            "search": options.search,
+            "strategies": options.strategies,
+            "analytic": options.analytic,
+            "config": json.loads(to_json(options.config(where) if options.search is None else options.bare))["config"],
+        },
+        "versions": {"jax": jax.__version__, **({} if options.analytic else _compilers(where))},
+        "commit": commit(),
+    }
+    with _Compiler(options) as compiler:
+        if options.search is not None:
+            document |= _search(options, where, compiler)
+        elif options.strategies is not None:
+            document |= _strategies(options, where, compiler)
+        else:
+            document["rows"] = [compiler(where)]
+    if [("reason" in row) for row in document["rows"]] == [True]:
+        raise ValueError(document["rows"][0]["reason"])
+    if options.json:
+        print(json.dumps(document))
+    else:
+        show.tables(console or Console(width=max(_WIDTH, Console().width)), document)
+    if options.html:
+        write_whole(Path(options.html), show.page(document))
+        print(f"wrote {options.html}", file=sys.stderr)
+    return document
+
+
+def _compilers(where: Topology) -> dict[str, str]:
+    return compilers.cuda_versions() if where.is_gpu else {"libtpu": compilers.libtpu_version()}
+
+
+class _Compiler:
+    """Compiles and says on stderr what it is at."""
+
+    def __init__(self, options: PlanOptions):
+        self.options = options
+        self.progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True),
+            transient=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> _Compiler:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.stop()
+
+    def __call__(self, where: Topology, **changes: Any) -> dict[str, Any]:
+        """One row of the document: what was asked for, and what came out or the reason why nothing did."""
+        o = self.options
+        asked = {
+            "topology": where.name, "T": o.data.T, "B": o.data.B, "strategy": o.mesh.strategy, "layout": o.mesh.layout,
+            **changes,
+        }  # fmt: skip
+        try:
+            config = o.config(where, **changes)
+        except ValueError as error:
+            return {**asked, "devices": where.size, "reason": str(error)}
+        row = {**asked, "layout": config.mesh.layout, "devices": where.size, "mesh": config.mesh.sizes}
+        if o.analytic:
+            return row | analytic.estimate(config, where)
+        said = f"{where.name}, T {config.data.T:,}, B {config.data.B:,}, {config.mesh.strategy}, {config.mesh.layout}"
+        task = self.progress.add_task(f"compiling for {said}")
+        row |= train_step.facts(config, where, o.timeout, train_step.cache_folder() if o.cache else None)
+        self.progress.remove_task(task)
+        verdict = "no program" if "reason" in row else f"{row['hbm_bytes'] / 2**30:.2f} GiB"
+        self.progress.console.print(f"{said}: {verdict}", highlight=False)
+        return row
+
+
+def _search(options: PlanOptions, where: Topology, compiler: _Compiler) -> dict[str, Any]:
+    """{"rows": every program tried, "found": the one searched for or None, "beyond": the next, which does not fit}.
+
+    Raises:
+      ValueError: where there is no program to ask, with the compiler's reason.
+    """
+    rows: dict[Any, dict[str, Any]] = {}
+    if options.search == "min-devices":
+        machines = [machine for machine in where.smaller() if _shares(options, machine)]
+        if not machines:
+            options.config(where)  # says why not
+
+        def fits(i: int) -> bool:
+            rows[i] = compiler(machines[i])
+            return _fits(rows[i], machines[i].name)
+
+        at = search.smallest(fits, len(machines))
+        found, beyond = (None, len(machines) - 1) if at is None else (at, at - 1)
+    else:
+        found, beyond = _largest(options, where, compiler, rows)
+    return {"rows": list(rows.values()), "found": rows.get(found), "beyond": rows.get(beyond)}
+
+
+def _strategies(options: PlanOptions, where: Topology, compiler: _Compiler) -> dict[str, Any]:
+    """{"rows": every strategy's program, "sequence": every strategy over every layout, by formula, "recommended": why}.
+
+    By formula alone, `rows` has what is asked for.
+    """
+    model, mesh = options.model, options.config(where).mesh
+    rows = options.data.B // (mesh.data * mesh.fsdp * options.optimiser.accumulate)
+    ways: list[dict[str, Any]] = []
+    if mesh.sequence > 1:
+        layers = problem.layers_of(model, options.data.T, rows, mesh.tensor)
+        ways = sequence.compare(layers, mesh.sequence, timeline.machine(where), remat=model.remat)
+    by_formula = {"sequence": ways, "recommended_by_formula": sequence.recommended(ways)}
+    if options.analytic:
+        return by_formula | {"rows": [compiler(where)], "recommended": by_formula["recommended_by_formula"]}
+    compiled = [compiler(where, strategy=s) for s in STRATEGIES]
+    return by_formula | {"rows": compiled, "recommended": _recommended(compiled)}
+
+
+def _fits(row: dict[str, Any], asked: str) -> bool:
+    """A row's answer. Raises ValueError, with the reason, where there is no program: that is no lack of memory."""
+    if "reason" in row:
+        raise ValueError(f"{asked}: {row['reason']}")
+    return row["fits"]
+
+
+def _shares(options: PlanOptions, where: Topology) -> bool:
+    """Whether the devices of a machine can share the work."""
+    try:
+        options.config(where)
+    except ValueError:
+        return False
+    return True
+
+
+def _largest(
+    options: PlanOptions, where: Topology, compiler: _Compiler, rows: dict[Any, dict[str, Any]]
+) -> tuple[int | None, int | None]:
+    """`search.largest` of T or B; programs go into `rows` by it."""
+    key, data, mesh = "T" if options.search == "max-length" else "B", options.data, options.mesh
+    pieces = options.optimiser.accumulate
+    if mesh.size == 1 and where.size > 1:  # the mesh stays while T or B grows
+        T = where.size * _TILE if key == "T" else data.T
+        mesh = _chosen(options.model, T, data.B // pieces, where, mesh)
+        compiler.options = dataclasses.replace(options, mesh=mesh)
+
+    def fits(n: int) -> bool:
+        rows[n] = compiler(where, **{key: n})
+        return _fits(rows[n], f"{key} = {n:,} on {where.name}")
+
+    def expected(n: int) -> bool:  # by formula
+        return analytic.memory(compiler.options.config(where, **{key: n}), where)["total"] <= where.hbm_bytes
+
+    unit = mesh.sequence * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
+    limit = max(unit, _LONGEST if key == "T" else _LONGEST // data.T * where.size)
+    guess: int | None = getattr(data, key)
+    with contextlib.suppress(NotImplementedError):  # no formula: from what is asked for
+        guess, _ = search.largest(expected, getattr(data, key), unit, limit)
+    return search.largest(fits, guess or unit, unit, limit)
+
+
+def _recommended(rows: list[dict[str, Any]]) -> str:
+    """One sentence: which strategy, and why."""
+    fit = [row for row in rows if row.get("fits")]
+    if not fit:
+        least = min((row for row in rows if "hbm_bytes" in row), key=lambda row: row["hbm_bytes"], default=None)
+        if least is None:
+            return "None: no strategy accepts this model on this mesh."
+        over = (least["hbm_bytes"] - least["hbm_limit"]) / 2**30
+        return f"None fits: {least['strategy']} needs least, and {over:.2f} GiB more than there are."
+    best = min(fit, key=lambda row: row["seconds"]["bound"])
+    others = [row for row in fit if row is not best]
+    bound = f"{best['seconds']['bound']:.3g} s a step"
+    why = f"its bound of {bound} is the lowest of {len(fit)} that fit" if others else f"it fits, and no other ({bound})"
+    waits = best["seconds"]["exposed"] / best["seconds"]["bound"]
+    return f"{best['strategy']}: {why}; at published rates devices wait for each other {waits:.0%} of it."

@@ -1,0 +1,198 @@
+"""Part 1, cost against T: time, scratch memory, FLOPs and throughput of one attention layer, and attention's share of
+a model.
+
+What is timed is the mixer's own module with a model width of `WIDTH`, so that its projections cost next to nothing
+and any mixer can be timed, whatever its arguments.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from longattn import config
+from longattn.bench import attention
+from longattn.cost import flops as cost
+from longattn.models import MIXERS, bytes_read_per_token, sequential_steps, state_elements
+from longattn.study.presets import CostPlan
+from longattn.study.store import Badge, Number, Store
+from longattn.study.units import Unit
+from longattn.study.ways import FIRST, READ, Way, trained, ways
+from longattn.train.record import available_memory
+
+WIDTH = 8
+FITTED = 3  # sizes that an exponent is fitted on: the largest, because small ones are all overhead
+SEVEN_BILLION = config.Model(N=32, E=4096, F=11008, H=32, K=32, D=128, W=32000, tie=False)  # arXiv:2302.13971
+
+
+def units(plan: CostPlan, store: Store) -> list[Unit]:
+    """The formulas, then a unit per length with all ways taking turns, shortest first, then the fits."""
+    made = [Unit("cost/share", lambda clock: _share(plan), weight=0.02 * plan.lengths[-1])]
+    made.append(Unit("cost/state", lambda clock: _state(plan), weight=0.02 * plan.lengths[-1]))
+    for T in plan.lengths:
+        made.append(Unit(f"cost/T={T}", lambda clock, T=T: _length(plan, T), weight=T))
+    for T in [T for T in plan.lengths if plan.tokens >= T]:
+        made.append(Unit(f"cost/tokens/T={T}", lambda clock, T=T: _throughput(plan, T), weight=0.2 * plan.lengths[-1]))
+    made.append(Unit("cost/fit", lambda clock: _fits(plan, store), weight=0.02 * plan.lengths[-1], always=True))
+    return made
+
+
+def _model(plan: CostPlan, way: Way) -> config.Model:
+    return config.Model(N=1, E=WIDTH, F=1, H=plan.H, K=plan.H, D=plan.D, mixers=(way.mixer,), dtype=plan.dtype)
+
+
+def _at(plan: CostPlan, T: int) -> list[Way]:
+    """The ways to measure at T: those that store every score only up to a limit, those beyond FIRST at one length."""
+    single = plan.lengths[-2] if len(plan.lengths) > 1 else plan.lengths[-1]
+    table = ways(plan.windows, plan.without)
+    return [
+        w
+        for i, w in enumerate(table)
+        if (w.memory_exponent != 2 or plan.dense_limit >= T) and (plan.every or i < FIRST or single == T)
+    ]
+
+
+def _programs(plan: CostPlan, way: Way, B: int, T: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Compiled forward and forward + backward of one layer, with their arguments."""
+    model = _model(plan, way)
+    module = MIXERS[type(way.mixer).__name__](way.mixer, model, way.context)
+    x = jax.random.normal(jax.random.key(T), (B, T, WIDTH), jnp.dtype(plan.dtype))
+    params = module.init(jax.random.key(0), x[:, :1])
+
+    def forward(params: Any, x: Any) -> Any:
+        return module.apply(params, x)[0]
+
+    def both(params: Any, x: Any) -> Any:
+        y, pull = jax.vjp(forward, params, x)
+        return y, pull(y)
+
+    return {
+        name: (jax.jit(f).lower(params, x).compile(), (params, x))
+        for name, f in (("forward", forward), ("forward_backward", both))
+    }
+
+
+def _all_programs(plan: CostPlan, chosen: Sequence[Way], B: int, T: int) -> dict[str, Any]:
+    """The programs of several ways; XLA compiles outside the interpreter's lock, so two at a time."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip([w.name for w in chosen], pool.map(lambda w: _programs(plan, w, B, T), chosen), strict=True))
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """Order statistics that hold the median with at least 95%, or the whole range of fewer than six samples."""
+    ordered, n, k, below = sorted(samples), len(samples), 0, 0.5 ** len(samples)
+    while 2 * (below + math.comb(n, k + 1) * 0.5**n) <= 0.05:
+        k += 1
+        below += math.comb(n, k) * 0.5**n
+    return ordered[k], ordered[n - 1 - k]
+
+
+def _timed(fns: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
+    """Median, interval and samples of each callable, in seconds."""
+    result = {}
+    for name, samples in attention.interleave(fns, repeats).items():
+        low, high = median_interval(samples)
+        result[name] = {"value": statistics.median(samples), "low": low, "high": high, "samples": tuple(samples)}
+    return result
+
+
+def _length(plan: CostPlan, T: int) -> Iterable[Number]:
+    fns: dict[str, Callable[[], Any]] = {}
+    chosen = _at(plan, T)
+    programs = _all_programs(plan, chosen, 1, T)
+    for way in chosen:
+        for what, (program, arguments) in programs[way.name].items():
+            scratch = program.memory_analysis().temp_size_in_bytes
+            note = "" if _fits_here(scratch) else "not run: it does not fit into the memory of this device"
+            yield Number("cost", f"scratch_{what}", way.name, scratch, "B", "compiled", {"T": T}, note=note)
+            if not note:
+                fns[f"{what}/{way.name}"] = functools.partial(program, *arguments)
+            if what == "forward" and way.implementation == "reference":
+                flops = program.cost_analysis().get("flops")  # exact where the program has no loops
+                if flops:
+                    yield Number("cost", "flops_forward", way.name, flops, "FLOP", "compiled", {"T": T})
+        if way.implementation != "reference":
+            try:
+                flops = cost.layer_flops(way.mixer, _model(plan, way), T).attention
+            except KeyError:  # a mixer without a formula yet
+                continue
+            yield Number("cost", "flops_forward", way.name, flops, "FLOP", "predicted", {"T": T})
+    for name, numbers in _timed(fns, plan.repeats).items():
+        what, way_name = name.split("/")
+        yield Number("cost", f"seconds_{what}", way_name, unit="s", badge="measured", at={"T": T}, **numbers)
+
+
+def _fits_here(scratch: int) -> bool:
+    free = available_memory()
+    return free is None or scratch < 0.7 * free
+
+
+def _throughput(plan: CostPlan, T: int) -> Iterable[Number]:
+    fns, B = {}, plan.tokens // T
+    for name, programs in _all_programs(plan, _at(plan, T), B, T).items():
+        program, arguments = programs["forward_backward"]
+        if _fits_here(program.memory_analysis().temp_size_in_bytes):
+            fns[name] = functools.partial(program, *arguments)
+    for name, timed in _timed(fns, plan.repeats).items():
+        rate = {"value": B * T / timed["value"], "low": B * T / timed["high"], "high": B * T / timed["low"]}
+        samples = tuple(B * T / s for s in timed["samples"])
+        at = {"T": T, "tokens": B * T}
+        yield Number(
+            "cost", "tokens_per_second", name, unit="tokens/s", badge="measured", at=at, samples=samples, **rate
+        )
+
+
+def _share(plan: CostPlan) -> Iterable[Number]:
+    for way in ways(plan.share_windows, plan.without):
+        if way.same_as is None:
+            for T in plan.share_lengths:
+                model = config.Model(**{**vars(SEVEN_BILLION), "mixers": (way.mixer,)})
+                try:
+                    share = cost.attention_share(model, T)
+                except KeyError:
+                    continue
+                yield Number("cost", "attention_share", way.name, share, "share", "predicted", {"T": T})
+
+
+def _state(plan: CostPlan) -> Iterable[Number]:
+    """What a layer of each way keeps and reads, and how far it is serial: of all mixers, for it takes no time."""
+    for way in trained(plan.windows):
+        model = _model(plan, way)
+        for T in plan.lengths:
+            number = functools.partial(Number, "cost", way=way.name, badge="predicted", at={"T": T})
+            elements, read = state_elements(way.mixer, model, T), bytes_read_per_token(way.mixer, model, T)
+            yield number(quantity="state_elements", value=elements, unit="elements")
+            yield number(quantity="bytes_read", value=read, unit="B", note=READ)
+            yield number(
+                quantity="sequential_steps", value=sequential_steps(way.mixer, model, T), unit="steps",
+                note="one layer, forward",
+            )  # fmt: skip
+
+
+def _fits(plan: CostPlan, store: Store) -> Iterable[Number]:
+    """Exponents of time and scratch memory on the three largest sizes, beside the theory's."""
+    for way in ways(plan.windows, plan.without):
+        for name, quantity, theory in (
+            ("time", "seconds_forward", way.time_exponent),
+            ("time_training", "seconds_forward_backward", way.time_exponent),
+            ("memory", "scratch_forward_backward", way.memory_exponent),
+        ):
+            numbers = sorted(store.select("cost", quantity, way.name), key=lambda n: n.at["T"])[-FITTED:]
+            if len(numbers) < FITTED or min(n.value for n in numbers) <= 0:
+                continue
+            sizes = [n.at["T"] for n in numbers]
+            fit = attention.fit_exponent(sizes, [n.samples or [n.value] for n in numbers])
+            note = f"fitted on T = {', '.join(map(str, sizes))}"
+            badge: Badge = "measured" if numbers[0].samples else "compiled"
+            yield Number(
+                "cost", f"exponent_{name}", way.name, fit.value, "", badge, low=fit.low, high=fit.high, note=note
+            )
+            if theory is not None:
+                yield Number("cost", f"theory_{name}", way.name, theory, "", "predicted")

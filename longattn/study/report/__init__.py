@@ -1,0 +1,19 @@
+"""Reports: a study's page, its summary in the terminal, its JSON document, and the comparison of two studies."""
+
+from longattn.study.report.load import Study, load
+from longattn.study.report.page import compare_document, compare_page, compare_summary, document, page, summary
+from longattn.study.report.sentences import UNRESOLVED, ranking, separate
+
+__all__ = [
+    "UNRESOLVED",
+    "Study",
+    "compare_document",
+    "compare_page",
+    "compare_summary",
+    "document",
+    "load",
+    "page",
+    "ranking",
+    "separate",
+    "summary",
+]

@@ -1,0 +1,93 @@
+"""What a report is made of: a study's numbers, the recorded ones beside them, and tables of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from longattn.config import Mixer
+from longattn.study.store import FILE, Number, Store
+
+Cell = Number | str | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study's numbers, and the recorded ones to show beside it."""
+
+    name: str
+    preset: str
+    store: Store
+    recorded: tuple[Study, ...] = ()
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What each way is called in words."""
+        names = {n.way: "" for n in self.store.numbers.values() if n.way}
+        return {name: way_title(name) for name in names}
+
+    @property
+    def label(self) -> str:
+        """For legends: where a recorded study was made."""
+        return f"recorded, {device(self.store)}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of words and numbers; a None is an empty cell."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+
+
+def way_title(way: str) -> str:
+    """What a way is called in words."""
+    name, _, size = way.partition("_")
+    known = {cls.__name__.lower(): cls.__name__ for cls in get_args(Mixer)}
+    known |= {"exact": "exact, blockwise", "dense": "exact, dense", "window": f"window {size}".strip()}
+    return known.get(name, way.replace("_", " "))
+
+
+def device(store: Store) -> str:
+    """The device that the newest start of a study ran on, in words."""
+    if not store.environments:
+        return "unknown device"
+    e = list(store.environments.values())[-1]
+    d = e["device"]
+    return (
+        f"{e['host']['cpu']}, {e['host']['cores']} cores" if d["platform"] == "cpu" else f"{d['count']} x {d['kind']}"
+    )
+
+
+def load(folder: Path, recorded: str = "") -> Study:
+    """A study's folder, and the studies recorded under `recorded`. Raises ValueError where there is none."""
+    about = folder / "study.json"
+    if not about.is_file() or not (folder / FILE).is_file():
+        raise ValueError(
+            f"{folder} is no study: it has no study.json and {FILE}; give a folder that `longattn study` wrote"
+        )
+    others = []
+    for path in sorted(Path(recorded).glob(f"*/{FILE}")) if recorded else []:
+        if path.parent.resolve() == folder.resolve():
+            continue
+        try:
+            old = load(path.parent)
+        except ValueError as error:  # what stands beside this study must not cost it its own page
+            print(f"longattn: left out a recorded study: {error}", file=sys.stderr)
+            continue
+        others.append(dataclasses.replace(old, store=_as_recorded(old.store)))
+    return Study(folder.name, json.loads(about.read_text())["preset"], Store(folder / FILE), tuple(others))
+
+
+def _as_recorded(store: Store) -> Store:
+    store.numbers = {
+        key: dataclasses.replace(n, badge="recorded") if n.badge == "measured" else n
+        for key, n in store.numbers.items()
+    }
+    return store

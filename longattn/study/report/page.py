@@ -1,0 +1,244 @@
+"""The study's page, its summary in the terminal, and the page that compares two studies: all read from study.jsonl.
+
+A number on the page is an element `<data value=... data-key=...>` whose value is the JSONL's, and whose title says
+where it comes from. Nothing is computed here that is not in the JSONL, but for the words around it.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from longattn.study.report import figures
+from longattn.study.report.load import Study, Table, device
+from longattn.study.report.numbers import number_html, number_text, provenance
+from longattn.study.report.sentences import sentences
+from longattn.study.report.tables import compared, headline, tables
+from longattn.study.store import BADGES, Number
+
+VERSION = 1
+
+
+def _template() -> jinja2.Template:
+    text = resources.files("longattn.study.report").joinpath("page.html.j2").read_text()
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(text, globals={"style": style()})
+
+
+def style() -> Markup:
+    """The look of every page of this project, as CSS."""
+    return Markup(resources.files("longattn.study.report").joinpath("style.css").read_text())
+
+
+def _figures(study: Study) -> dict[str, Markup]:
+    """The SVGs by section."""
+    old = [(r.label, r.store) for r in study.recorded]
+    made: dict[str, str | None] = {
+        "headline": figures.recall(study.store, study.titles, old),
+        "cost": figures.cost(study.store, study.titles, old),
+        "share": figures.share(study.store, study.titles),
+        "memory": figures.memory(study.store, study.titles),
+        "context": figures.context(study.store, study.titles),
+        "sequence": figures.schedules(study.store),
+    }
+    return {name: Markup(svg) for name, svg in made.items() if svg}
+
+
+TEXTS = {
+    "cost": (
+        "Cost against length",
+        "One attention layer, its projections shrunk to nothing, so that any mixer is timed the same way. Ways take "
+        "turns; bands hold the median with 95%. Exact attention costs the square of T either way; blockwise "
+        "only keeps the memory linear. What a whole model costs is a matter of attention's share.",
+    ),
+    "memory": (
+        "Memory of a training step",
+        "The training step is compiled from shapes alone; dots are compiled programs, lines are fitted to the three "
+        "shortest and checked at the longest. Remat policies say what the backward pass recomputes: nothing (none), "
+        "all but attention (attention), everything (full).",
+    ),
+    "recall": (
+        "Recall",
+        "Two-layer models: the first layer sees two tokens and is the same for all, the second is the way under test. "
+        "Intervals are the wider of the one over seeds and the one over questions.",
+    ),
+    "context": (
+        "Real text",
+        "A byte-level language model. Loss by position suggests what more context is worth; the control tells if it "
+        "is used: the same last bytes are predicted with everything further back than k bytes before them taken from "
+        "another document.",
+    ),
+    "sequence": (
+        "Over devices along the sequence",
+        "One layer's causal attention, its sequence spread over devices: what each computes at each step, from the "
+        "schedules that the strategies walk along. Idle is the share of the devices' time spent waiting for the "
+        "slowest at each step; received is what the device with most of it gets, a layer; times are products and "
+        "messages at published rates and nothing else. Nothing here has run.",
+    ),
+    "pod": (
+        "On a pod",
+        "Public models whose training step, forward, backward and optimiser, is compiled for machines that need not be "
+        "there: what each device needs of its memory, and at published peaks the least time that a step takes. Nothing "
+        "here has run.",
+    ),
+}
+
+
+def _sections(study: Study) -> list[dict[str, Any]]:
+    pictures = {
+        "cost": ("cost", "share"),
+        "memory": ("memory",),
+        "recall": (),
+        "context": ("context",),
+        "sequence": ("sequence",),
+        "pod": (),
+    }
+    drawn, tabled = _figures(study), tables(study)
+    sections = []
+    for name, (title, text) in TEXTS.items():
+        part = study.store.parts.get(name, {})
+        if any(n.part == name for n in study.store.numbers.values()):
+            sections.append(
+                {
+                    "name": name,
+                    "title": title,
+                    "text": text,
+                    "figures": [drawn[f] for f in pictures[name] if f in drawn],
+                    "tables": tabled[name],
+                    "skipped": part.get("skipped", []),
+                }
+            )
+    return sections
+
+
+def _facts(study: Study) -> list[tuple[str, str]]:
+    """Device, versions and commit of every start."""
+    facts = []
+    for e in study.store.environments.values():
+        d, v = e["device"], e["versions"]
+        where = (
+            f"{e['host']['cpu']}, {e['host']['cores']} cores"
+            if d["platform"] == "cpu"
+            else f"{d['count']} x {d['kind']}"
+        )
+        facts.append(
+            (
+                e["time"],
+                f"{where}; " + ", ".join(f"{k} {x}" for k, x in v.items()) + f"; commit {e['commit']}; {e['command']}",
+            )
+        )
+    return facts
+
+
+def page(study: Study) -> str:
+    """The study as one self-contained HTML page."""
+    return _template().render(
+        mode="study",
+        study=study,
+        figure=_figures(study).get("headline"),
+        headline=headline(study),
+        sentences=sentences(study.store),
+        sections=_sections(study),
+        facts=_facts(study),
+        badges=BADGES,
+        numbers=list(study.store.numbers.values()),
+        n=lambda x, interval=True: number_html(x, study, interval),
+        is_number=lambda x: isinstance(x, Number),
+        provenance=lambda x: provenance(x, study.store),
+        device=device(study.store),
+    )
+
+
+def document(study: Study) -> dict[str, Any]:
+    """The study as one versioned JSON document."""
+    return {
+        "version": VERSION,
+        "kind": "study",
+        "name": study.name,
+        "preset": study.preset,
+        "sentences": ["".join(p if isinstance(p, str) else number_text(p) for p in s) for s in sentences(study.store)],
+        "environments": study.store.environments,
+        "parts": study.store.parts,
+        "numbers": [{"key": n.key, **vars(n)} for n in study.store.numbers.values()],
+    }
+
+
+def _rich(table: Table) -> RichTable:
+    made = RichTable(
+        title=table.title, title_justify="left", box=box.SIMPLE_HEAD, caption=table.note or None, caption_justify="left"
+    )
+    for i, heading in enumerate(table.head):
+        made.add_column(heading, justify="right" if i else "left")
+    for row in table.rows:
+        made.add_row(*(number_text(c) if isinstance(c, Number) else c or "" for c in row))
+    return made
+
+
+def summary(study: Study, console: Console, page: Path) -> None:
+    """The opening table and sentences, in the terminal."""
+    console.print(f"[bold]{study.name}[/] · preset {study.preset} · {device(study.store)}")
+    console.print(_rich(headline(study)))
+    for s in sentences(study.store):
+        console.print(
+            "• " + "".join(p if isinstance(p, str) else number_text(p) for p in s), soft_wrap=True, markup=False
+        )
+    console.print("Badges: " + "; ".join(f"{b[0].upper()} {b}" for b in BADGES), style="dim")
+    console.print(f"{page}", soft_wrap=True)
+
+
+# ---- two studies
+
+
+def compare_page(a: Study, b: Study) -> str:
+    """Two studies on one page, figure by figure and number by number."""
+    drawn = [_figures(a), _figures(b)]
+    pairs: list[dict[str, Any]] = []
+    for name, title in (("headline", "Recall"), ("cost", "Cost"), ("memory", "Memory"), ("context", "Real text")):
+        # Both pages' figures have the same ids: the second one's are renamed.
+        prefix = "recall" if name == "headline" else name
+        both = [
+            (study.name, Markup(str(made[name]).replace(f"{prefix}-", f"{prefix}-{i}-")))
+            for i, (study, made) in enumerate(zip((a, b), drawn, strict=True))
+            if name in made
+        ]
+        if both:
+            pairs.append({"title": title, "figures": both})
+    stores = {id(n): s for s in (a, b) for n in s.store.numbers.values()}
+    return _template().render(
+        mode="compare",
+        a=a,
+        b=b,
+        pairs=pairs,
+        tables=[(s.name, headline(s)) for s in (a, b)],
+        compared=compared(a, b),
+        facts=_facts(a) + _facts(b),
+        badges=BADGES,
+        n=lambda x, interval=True: number_html(x, stores[id(x)], interval),
+        is_number=lambda x: isinstance(x, Number),
+        device=None,
+    )
+
+
+def compare_document(a: Study, b: Study) -> dict[str, Any]:
+    """Two studies as one versioned JSON document: every number that both have."""
+    rows = compared(a, b).rows
+    numbers = [{"key": key, "a": vars(x), "b": vars(y), "intervals": verdict} for key, x, y, _, verdict in rows]
+    return {"version": VERSION, "kind": "study comparison", "a": a.name, "b": b.name, "numbers": numbers}
+
+
+def compare_summary(a: Study, b: Study, console: Console, page: Path) -> None:
+    """What differs beyond the intervals, in the terminal."""
+    table = compared(a, b)
+    apart: list[tuple[Any, ...]] = [row for row in table.rows if row[-1] == "apart"]
+    console.print(f"[bold]{a.name}[/] ({device(a.store)}) and [bold]{b.name}[/] ({device(b.store)})")
+    console.print(f"{len(table.rows)} numbers in both, the intervals of {len(apart)} are apart")
+    for key, x, y, ratio, _ in apart[:20]:
+        console.print(f"  {key}: {number_text(x)}, {number_text(y)}, x{ratio}", soft_wrap=True, markup=False)
+    console.print(f"{page}", soft_wrap=True)

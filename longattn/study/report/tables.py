@@ -1,0 +1,238 @@
+"""The tables of a report: the opening one, those of each section, and the comparison of two studies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from longattn.study.report.load import Cell, Study, Table, way_title
+from longattn.study.report.sentences import UNRESOLVED, common_T, separate
+from longattn.study.store import Number, family
+
+CHIPS = ("v5e", "h100")  # of the opening table; the memory section has all of them
+
+
+def headline(study: Study) -> Table:
+    """Per family of ways: time, memory, recall, longest T."""
+    store, T = study.store, common_T(study.store)
+    names = list(dict.fromkeys(family(w) for w in study.titles))
+    first = lambda numbers, name: next((n for n in numbers if family(n.way) == name), None)
+    head = [
+        "way to attend",
+        f"forward + backward, T = {T:,}" if T else "forward + backward",
+        "time ~ T^",
+        "scratch",
+        "scratch ~ T^",
+    ]
+    head += [*(f"longest T on {c}" for c in CHIPS), "MQAR recall"]
+    rows = []
+    for name in names:
+        longest = [
+            first([n for n in store.select("memory", "longest_T", chip=c) if n.at["remat"] == "attention"], name)
+            for c in CHIPS
+        ]
+        recalled = [n for n in store.select("recall", "accuracy", task="mqar") if family(n.way) == name]
+        cells = (
+            first(store.select("cost", "seconds_forward_backward", T=T), name),
+            first(store.select("cost", "exponent_time_training"), name),
+            first(store.select("cost", "scratch_forward_backward", T=T), name),
+            first(store.select("cost", "exponent_memory"), name),
+            *longest,
+            recalled[0] if recalled else ("as exact, blockwise" if name == "dense" else None),
+        )
+        if any(cells):
+            rows.append((_name(name, cells), *cells))
+    return Table("At a glance", tuple(head), tuple(rows))
+
+
+def _name(name: str, cells: Sequence[Cell]) -> str:
+    """What a row is called: its way, or the size of each part's where a family's numbers are of several sizes."""
+    found = {n.part: n.way for n in cells if isinstance(n, Number)}
+    if len(set(found.values())) < 2:
+        return way_title(next(iter(found.values()), name))
+    sizes = ", ".join(f"{way.partition('_')[2]} in {part}" for part, way in found.items())
+    return f"{way_title(name)} ({sizes})"
+
+
+def _matrix(
+    study: Study,
+    title: str,
+    part: str,
+    columns: Sequence[tuple[str, str, dict[str, Any]]],
+    rows: Sequence[tuple[str, dict[str, Any]]],
+    note: str = "",
+) -> Table:
+    """Rows (way, labels) by columns (heading, quantity, labels), of this study and of the recorded ones."""
+    made: list[tuple[Cell, ...]] = []
+    for label, source in [("", study.store), *((r.label, r.store) for r in study.recorded)]:
+        for way, labels in rows:
+            cells = tuple(source.one(part, quantity, way, **{**labels, **more}) for _, quantity, more in columns)
+            if any(cells):
+                name = ", ".join([way_title(way), *(f"{k} {v}" for k, v in labels.items())])
+                made.append((name + (f" ({label})" if label else ""), *cells))
+    return Table(title, ("way", *(heading for heading, *_ in columns)), tuple(made), note)
+
+
+def _rows(study: Study, part: str, quantity: str, labels: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for s in (study, *study.recorded):
+        for n in s.store.select(part, quantity):
+            row = n.way, {k: n.at[k] for k in labels if k in n.at}
+            found.setdefault(repr(row), row)
+    return list(found.values())
+
+
+def tables(study: Study) -> dict[str, list[Table]]:
+    """The tables of each section of the page."""
+    exponents = [
+        (f"{title}{kind}", f"{what}_{name}", {})
+        for name, title in (
+            ("time", "forward time"),
+            ("time_training", "forward + backward time"),
+            ("memory", "scratch memory"),
+        )
+        for what, kind in (("exponent", ""), ("theory", ", theory"))
+    ]
+    chips = list(dict.fromkeys(n.at["chip"] for n in study.store.select("memory", "chip_bytes")))
+    held = [(name, f"held_{name}", {}) for name in ("parameters", "optimiser", "gradients", "attention", "activations")]
+    policies = _rows(study, "memory", "longest_T", ["remat"])
+    stated = sorted({n.at["T"] for n in study.store.select("cost", "state_elements")})[-1:]
+    checked = {n.at["T"] for n in study.store.select("memory", "fit_error")}
+    batch = {n.at["T"] for n in study.store.select("memory", "largest_batch")}
+    recalled = _rows(study, "recall", "accuracy", ["task", "T", "pairs", "digits"])
+    lengths = sorted({n.at["T"] for s in (study, *study.recorded) for n in s.store.select("context", "bits_per_byte")})
+    ks = sorted({n.at["k"] for s in (study, *study.recorded) for n in s.store.select("context", "tail_excess")})
+    made = {
+        "cost": [
+            _matrix(
+                study,
+                "Exponents of T",
+                "cost",
+                exponents,
+                _rows(study, "cost", "exponent_time_training", []),
+                "Least squares in logarithms over the three largest lengths.",
+            ),
+            _matrix(
+                study,
+                f"What one layer keeps and reads at T = {'/'.join(f'{t:,}' for t in stated)}",
+                "cost",
+                [
+                    ("state, elements", "state_elements", {}),
+                    ("read per token", "bytes_read", {}),
+                    ("steps that wait for each other", "sequential_steps", {}),
+                ],
+                [(way, {"T": T}) for T in stated for way, _ in _rows(study, "cost", "state_elements", [])],
+                "Keys and values are bfloat16, states of recurrences float32; steps are those of a forward pass.",
+            ),
+        ],
+        "memory": [
+            _matrix(
+                study,
+                "Longest T of one sequence",
+                "memory",
+                [(c, "longest_T", {"chip": c}) for c in chips],
+                policies,
+                "Tokens; 90% of the memory of one device.",
+            ),
+            _matrix(
+                study,
+                f"Largest batch at T = {'/'.join(f'{b:,}' for b in batch)}",
+                "memory",
+                [(c, "largest_batch", {"chip": c}) for c in chips],
+                policies,
+                "Sequences.",
+            ),
+            _matrix(
+                study,
+                f"What a step holds at T = {'/'.join(f'{c:,}' for c in checked)}",
+                "memory",
+                [*held, ("error of the fit there", "fit_error", {})],
+                policies,
+                "Attention: scratch of one layer, compiled alone.",
+            ),
+        ],
+        "recall": [
+            _matrix(
+                study,
+                "Recall",
+                "recall",
+                [
+                    ("right", "accuracy", {}),
+                    ("chance", "chance", {}),
+                    ("state, elements per layer", "state_elements", {}),
+                    ("read per token", "bytes_read", {}),
+                ],
+                recalled,
+            )
+        ],
+        "context": [
+            _matrix(
+                study,
+                "Held-out bits per byte",
+                "context",
+                [(f"T = {T:,}", "bits_per_byte", {"T": T}) for T in lengths],
+                _rows(study, "context", "bits_per_byte", []),
+            ),
+            _matrix(
+                study,
+                "Extra bits per byte when all further back than k is replaced",
+                "context",
+                [(f"k = {k}", "tail_excess", {"k": k}) for k in ks],
+                _rows(study, "context", "tail_excess", []),
+            ),
+        ],
+    }
+    made["sequence"] = [_sequence(study)]
+    made["pod"] = [_pod(study)]
+    return {section: [t for t in found if t.rows] for section, found in made.items()}
+
+
+def _sequence(study: Study) -> Table:
+    """Strategies and layouts by cost."""
+    store = study.store
+    rows: list[tuple[Cell, ...]] = []
+    machines = list(dict.fromkeys(n.at["machine"] for n in store.select("sequence", "total")))
+    for idle in store.select("sequence", "idle"):
+        number = lambda quantity, at=idle.at, **more: store.one("sequence", quantity, "", **at, **more)
+        cells = [number(f"received_{passed}") for passed in ("forward", "backward")]
+        for machine in machines:
+            cells += [number(quantity, machine=machine) for quantity in ("exposed", "total")]
+        rows.append((f"{idle.at['strategy']}, {idle.at['layout']}", idle, *cells))
+    times = (heading for m in machines for heading in (f"exposed on {m}", f"all on {m}"))
+    head = ("strategy, layout", "idle", "received, forward", "backward", *times)
+    note = "A layer, forward and backward. Exposed: by which messages make it longer."
+    return Table("Ways to spread attention along the sequence", head, tuple(rows), note)
+
+
+def _pod(study: Study) -> Table:
+    """Models by machines."""
+    rows: list[tuple[Cell, ...]] = []
+    for needs in study.store.select("pod", "needs"):
+        number = lambda quantity, at=needs.at: study.store.one("pod", quantity, "", **at)
+        has = number("has")
+        fits = "yes" if needs.value <= has.value else "no"
+        name = f"{needs.at['model']}, T = {needs.at['T']:,}, B = {needs.at['B']:,} on {needs.at['machine']}"
+        rows.append((name, needs, has, fits, number("step_bound"), number("mfu_bound")))
+    head = ("model and machine", "needs, per device", "has", "fits", "step, at least", "MFU, at most")
+    return Table("Training steps of public models", head, tuple(rows), "Parameters float32, products bfloat16, AdamW.")
+
+
+def compared(a: Study, b: Study) -> Table:
+    """Every number that both have and that has an interval, or differs: values, ratio, and whether the intervals
+    separate.
+    """
+    rows: list[tuple[Cell, ...]] = []
+    for key, x in a.store.numbers.items():
+        y = b.store.numbers.get(key)
+        if y is None or (x.badge == "predicted" and x.value == y.value):
+            continue
+        ratio = f"{y.value / x.value:.3g}" if x.value else "-"
+        verdict = (
+            ("apart" if separate(x, y) else UNRESOLVED.replace("preset", "pair"))
+            if x.low is not None
+            else ("equal" if x.value == y.value else "")
+        )
+        rows.append((key, x, y, ratio, verdict))
+    return Table(
+        "Every number that both have", ("number", a.name, b.name, f"{b.name} / {a.name}", "intervals"), tuple(rows)
+    )

@@ -1,0 +1,223 @@
+"""The study's parts: resumable, within their budget, and the same for a mixer that joins later."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from longattn import config
+from longattn.aot import train_step
+from longattn.models import MIXERS
+from longattn.study import StudyOptions, context, cost, main, memory, pod, recall, report, run
+from longattn.study import ways as table
+from longattn.study.presets import PRESETS, SMOKE
+from longattn.study.report import tables
+from longattn.study.store import FILE, Number, Store
+from longattn.study.units import Clock, Unit, share_interval, t_interval, wilson
+
+
+def fake(calls: list[str], fail: str = "", slow: str = "") -> main.Part:
+    """A part of three units that note that they ran; `fail` is interrupted, `slow` asks for more time than there is."""
+
+    def work(key: str, clock: Clock) -> list[Number]:
+        if key == fail:
+            raise KeyboardInterrupt
+        calls.append(key)
+        return [Number("", "value", "exact", float(len(calls)), "", "measured", {"key": key})]
+
+    def units(plan: object, store: Store) -> list[Unit]:
+        made = [Unit(k, lambda clock, k=k: work(k, clock)) for k in ("a", "b", "c")]
+        return [*made, Unit("fit", lambda clock: work("fit", clock), always=True)]
+
+    return main.Part("cost", "a part", units)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def test_interrupted_part_goes_on_and_done_part_rests(tmp_path: Path) -> None:
+    calls: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        main.run_part(fake(calls, fail="b"), SMOKE, Store(tmp_path / FILE), "e0", quiet())
+    with open(tmp_path / FILE, "a") as file:  # killed while it wrote: a number without its unit, and a torn line
+        file.write(json.dumps({"kind": "number", "unit_of_work": "b", "key": "k"}) + "\n" + '{"kind": "num')
+    store = Store(tmp_path / FILE)
+    store.trim()
+    assert list(store.units) == ["a"]
+    main.run_part(fake(calls), SMOKE, store, "e1", quiet())
+    assert calls == ["a", "b", "c", "fit"]
+    again = Store(tmp_path / FILE)
+    main.run_part(fake(calls), SMOKE, again, "e2", quiet())
+    assert calls == ["a", "b", "c", "fit"]
+    assert [n.environment for n in again.numbers.values()] == ["e0", "e1", "e1", "e1"]
+    assert {n.part for n in again.numbers.values()} == {"cost"}
+    assert again.numbers == store.numbers
+
+
+def test_budget_skips_and_says_so(tmp_path: Path) -> None:
+    calls: list[str] = []
+    store = Store(tmp_path / FILE)
+    preset = dataclasses.replace(SMOKE, cost=dataclasses.replace(SMOKE.cost, seconds=0))
+    main.run_part(fake(calls), preset, store, "e0", quiet())
+    assert calls == ["fit"]  # what sums up is always done
+    assert store.parts["cost"]["skipped"] == ["a", "b", "c"]
+
+
+def test_store_refuses_another_version(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text('{"kind": "environment", "id": "e0", "version": 99}\n')
+    with pytest.raises(ValueError, match="version 99"):
+        Store(tmp_path / FILE)
+
+
+def test_folder_of_another_preset_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "study.json").write_text('{"preset": "quick", "plan": {}}')
+    before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(ValueError, match="preset quick"):
+        run(StudyOptions(preset="smoke", name="s", dir=str(tmp_path)))
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_a_new_mixer_joins_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Nothing(config.Softmax):
+        pass
+
+    monkeypatch.setitem(MIXERS, "Nothing", object)
+    monkeypatch.setattr(config, "Nothing", Nothing, raising=False)
+    store, quick, full = Store(tmp_path / FILE), PRESETS["quick"], PRESETS["full"]
+    assert table.ways((16,))[-1].name == "nothing"
+    for units, name in ((memory.units, "memory"), (recall.units, "recall"), (context.units, "context")):
+        few, many = (sum("nothing" in u.key for u in units(getattr(p, name), store)) for p in (quick, full))
+        assert 1 <= few <= 3  # a point per part; text counts two ways before it
+        assert many >= few
+    assert sum("nothing" in [w.name for w in cost._at(quick.cost, T)] for T in quick.cost.lengths) == 1
+    assert sum("nothing" in [w.name for w in cost._at(full.cost, T)] for T in full.cost.lengths) == len(
+        full.cost.lengths
+    )
+
+
+@pytest.mark.parametrize("fit", [memory.Fit(1e9, 2e5, 0.0), memory.Fit(1e9, 2e5, 48.0)])
+def test_memory_fit(fit: memory.Fit) -> None:
+    T = (2048, 4096, 8192)
+    found = memory.fit(T, [fit(t) for t in T])
+    assert found(65536) == pytest.approx(fit(65536), rel=1e-6)
+    assert (found.c == 0) == (fit.c == 0)
+    limit = 16 * 2**30
+    longest = found.longest(limit)
+    assert longest % 128 == 0
+    assert found(longest) <= limit < found(longest + 128)
+    batch = found.largest_batch(4096, limit)
+    assert found(4096, batch) <= limit < found(4096, batch + 1)
+    assert found.longest(found.a / 2) == 0
+    assert found.largest_batch(4096, found.a / 2) == 0
+
+
+def test_intervals() -> None:
+    assert t_interval([1.0]) == (-math.inf, math.inf)
+    low, high = t_interval([0.8, 0.9, 1.0])
+    assert (low, high) == pytest.approx((0.9 - 4.303 * 0.1 / 3**0.5, 0.9 + 4.303 * 0.1 / 3**0.5))
+    assert wilson(0, 100)[0] == 0 < wilson(0, 100)[1] < 0.05
+    assert share_interval([100, 100], 100)[1] == 1
+    assert share_interval([50, 90], 100) == (0, 1)  # two seeds that far apart say nothing
+    assert cost.median_interval([3, 1, 2]) == (1, 3)
+    assert cost.median_interval(range(12)) == (2, 9)  # P(fewer than 3 of 12 below the median) = 1.9%
+
+
+def test_control_replaces_only_what_is_further_back() -> None:
+    rows = np.arange(12, dtype=np.int32).reshape(3, 4)
+    assert (context.replace_before(rows, 0) == rows).all()
+    assert (context.replace_before(rows, 3) == [[4, 5, 6, 3], [8, 9, 10, 7], [0, 1, 2, 11]]).all()
+    found = context.documents(config.ByteLM(T=64, max_bytes=2_000_000), 3)
+    assert found.shape == (3, 64)
+    assert (found[:, 0] == 256).all()
+    assert len({bytes(r[1:].astype(np.uint8)) for r in found}) == 3
+
+
+def test_smoke(tmp_path: Path) -> None:
+    """The recall part and the page, as the command runs them; a second start only writes the page again."""
+    options = StudyOptions(preset="smoke", name="s", dir=str(tmp_path), parts=("recall",), recorded="")
+    page = run(options)
+    lines = (tmp_path / "s" / FILE).read_text().splitlines()
+    store = report.load(tmp_path / "s").store
+    assert {n.way for n in store.select("recall", "accuracy")} == {"exact", "window_4"}
+    for n in store.select("recall", "accuracy"):
+        assert 0 <= n.low <= n.value <= n.high <= 1
+        assert n.seeds == (0, 1)
+        assert len(n.samples) == 2
+    page.unlink()
+    assert run(options).is_file()
+    assert (tmp_path / "s" / FILE).read_text().splitlines()[: len(lines)] == lines
+    assert len(Store(tmp_path / "s" / FILE).numbers) == len(store.numbers)
+
+
+def test_quick_counts_all_mixers_and_times_some(tmp_path: Path) -> None:
+    plan, store = PRESETS["quick"].cost, Store(tmp_path / FILE)
+    store.unit("cost/state", list(cost._state(plan)), part="cost", seconds=0.0)
+    ways = {w.name: w for w in table.trained(plan.windows)}
+    assert {n.way for n in store.select("cost", "state_elements")} == set(ways)
+    assert (
+        {"retnet", "gateddeltanet"} < {w.name for T in plan.lengths for w in cost._at(plan, T)} < set(ways) | {"dense"}
+    )
+    for name, way in ways.items():
+        elements = [store.one("cost", "state_elements", name, T=T).value for T in plan.lengths]
+        steps = [store.one("cost", "sequential_steps", name, T=T).value for T in plan.lengths]
+        if isinstance(way.mixer, config.Softmax):
+            assert steps == [1] * len(steps)
+        else:
+            assert len(set(elements)) == 1
+            assert steps[-1] == 8 * steps[0] > 8
+    study = report.Study("a", "quick", store)
+    (shown,) = (t for t in tables.tables(study)["cost"] if t.title.startswith("What one layer keeps"))
+    assert [row[0] for row in shown.rows][:2] == ["exact, blockwise, T 8192", "window 256, T 8192"]
+    assert {"GatedDeltaNet, T 8192", "Based, T 8192"} < {row[0] for row in shown.rows}
+
+
+@pytest.mark.slow
+def test_smoke_of_every_part(tmp_path: Path) -> None:
+    run(StudyOptions(preset="smoke", name="s", dir=str(tmp_path), recorded=""))
+    store = Store(tmp_path / "s" / FILE)
+    assert set(store.parts) == {"cost", "memory", "recall", "context", "sequence", "pod"}
+    assert not any(p["skipped"] for p in store.parts.values())
+    assert abs(store.select("memory", "fit_error", "exact")[0].value) < 0.05
+    for n in store.select("context", "tail_excess"):
+        assert n.low <= n.value <= n.high
+    assert store.select("context", "tail_excess", "exact", k=64 - 16)[0].value == 0
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_pods_are_compiled_anew_where_the_compilers_are(tmp_path: Path, monkeypatch, there: bool) -> None:
+    """And figures compiled earlier are shown as such where they are not."""
+    monkeypatch.setattr(pod.topology.Topology, "environment", lambda self: {} if there else _missing())
+    monkeypatch.setattr(
+        train_step, "facts", lambda c, where, *rest: {"fits": False, "hbm_bytes": 2 * where.hbm_bytes, "hbm_limit": 1}
+    )
+    store = Store(tmp_path / FILE)
+    part = next(p for p in main.PARTS if p.name == "pod")
+    preset = dataclasses.replace(SMOKE, pod=dataclasses.replace(SMOKE.pod, seconds=60))
+    main.run_part(part, preset, store, "e0", quiet())
+    needs = store.select("pod", "needs")
+    assert len(needs) == SMOKE.pod.cases == 2
+    for case, n in zip(pod.CASES, needs, strict=False):
+        earlier = pod.recorded()[case.name]
+        assert n.badge == ("compiled" if there else "recorded")
+        assert there or (n.value == earlier["hbm_bytes"] and "not installed" in n.note)
+        bounds = store.select("pod", "step_bound", **n.at)
+        assert len(bounds) == (0 if there else int(earlier["fits"]))
+
+
+def _missing() -> dict[str, str]:
+    raise ValueError("no compiler")
+
+
+def test_every_case_of_the_pods_is_recorded() -> None:
+    assert set(pod.recorded()) == {case.name for case in pod.CASES}
