@@ -144,7 +144,7 @@ def _train_here(config: Config, as_json: bool) -> int:
     _compilation_cache(scopes=config.run.profile is not None)
     _keep_freed_memory()
     from longattn.train import distributed
-    from longattn.train.bringup import Disagreement
+    from longattn.train.kernel_check import Disagreement
     from longattn.train.run import train
 
     try:

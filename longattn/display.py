@@ -1,12 +1,16 @@
-"""Numbers and tables for people, alike in all commands."""
+"""How numbers, tables and pages look, the same in all commands."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from importlib import resources
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 
 def plain_table(title: str) -> Table:
@@ -39,3 +43,10 @@ def device_text(environment: Mapping[str, Any]) -> str:
     """The device of `train.record.environment`, a CPU by its model."""
     device = environment["device"]
     return environment["host"]["cpu"] if device["platform"] == "cpu" else device["kind"]
+
+
+def style() -> Markup:
+    """Returns the CSS of every page of this project."""
+    from markupsafe import Markup  # here: only pages need it, and it comes with the extra `study`
+
+    return Markup(resources.files("longattn").joinpath("style.css").read_text())

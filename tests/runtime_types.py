@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from beartype import BeartypeConf, beartype
 
-# Modules and functions that check their arguments themselves.
+# Packages, modules and functions that check their arguments themselves.
 PUBLIC = {
     "longattn.cli",
     "longattn.config",
@@ -34,6 +34,8 @@ _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a flo
 
 def checked(f: Callable) -> Callable:
     """`f` with run-time type checks, or as it is where it is public."""
-    if {f.__module__, f"{f.__module__}.{f.__qualname__}"} & PUBLIC or f.__name__ in PUBLIC_NAMES:
+    parts = f"{f.__module__}.{f.__qualname__}".split(".")
+    within = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+    if within & PUBLIC or f.__name__ in PUBLIC_NAMES:
         return f
     return _beartype(f)

@@ -13,13 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longattn.aot.hlo import Array, Computation, Instruction, Program, Type
-
-# What a buffer is: the state's parts by their paths, copies and gradients of parameters by their shapes, the rest by
-# the pass that computes it.
-KINDS = (
-    "parameters", "moments", "batch", "gradients", "gathered or cast parameters", "forward pass", "backward pass",
-    "other",
-)  # fmt: skip
+from longattn.cost.collective import BUFFER_KINDS
 
 _TOTAL = re.compile(r"^Total bytes(?: used)?: (\d+)", re.MULTILINE)
 _ALLOCATION = re.compile(r"^allocation (\d+): size \d+(?:, color (\d+))?")
@@ -32,7 +26,7 @@ class Buffer:
     """A value that is alive at the peak."""
 
     name: str  # a path in the state, or the scope of what computed it
-    kind: str  # one of KINDS
+    kind: str  # one of BUFFER_KINDS
     type: str  # such as bf16[8,4096]
     bytes: int
 
@@ -174,6 +168,6 @@ _NOISE = {"while", "body", "eval_jaxpr", "checkpoint", "rematted_computation", "
 
 
 def by_kind(buffers: Iterable[Buffer]) -> Mapping[str, int]:
-    """Bytes by kind, in the order of KINDS."""
+    """Bytes by kind, in the order of BUFFER_KINDS."""
     buffers = list(buffers)
-    return {kind: sum(b.bytes for b in buffers if b.kind == kind) for kind in KINDS}
+    return {kind: sum(b.bytes for b in buffers if b.kind == kind) for kind in BUFFER_KINDS}

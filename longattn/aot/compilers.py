@@ -29,6 +29,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from longattn.cost import hardware
+from longattn.cost.topology import Topology
 
 FOLDER = "LONGATTN_AOT"  # a folder that `pip install --target` put the compilers into
 
@@ -153,6 +154,18 @@ def gpu_topology(name: str, hosts: int = 1, devices: int = 1) -> topologies.Topo
         topology=f"{hosts}x1x{devices}",  # slices, hosts of a slice, devices of a host
         target_config=hardware.gpu_target(name),
     )
+
+
+def environment_of(where: Topology) -> dict[str, str]:
+    """The variables of a process that compiles for `where`. Raises ValueError if its compiler is not installed."""
+    return cuda_environment() if where.is_gpu else tpu_environment()
+
+
+def devices_of(where: Topology) -> list[Any]:
+    """The devices of `where`, in a process that has `environment_of(where)`."""
+    if where.is_gpu:
+        return list(gpu_topology(where.chip.name, *where.dims).devices)
+    return list(topologies.get_topology_desc(topology_name=where.name, platform="tpu").devices)
 
 
 def _inherited() -> dict[str, str]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from longattn.cost.collective import Collective
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -436,18 +438,6 @@ def _written(computation: Computation) -> int:
 # ---- what devices send each other
 
 
-@dataclass(frozen=True)
-class Collective:
-    """One collective in the schedule."""
-
-    kind: str  # one of KINDS
-    bytes: int  # that each device receives in one run
-    group: tuple[int, ...]  # the devices of the first group, by their place in the program's order
-    axes: str  # of the mesh, where the program names them: not of a collective-permute, see `axes_of`
-    scope: str
-    pairs: tuple[tuple[int, int], ...] = ()  # of a collective-permute: who sends to whom
-
-
 def collective(program: Program, computation: Computation, instruction: Instruction) -> Collective | None:
     """The collective that an instruction is, starts or wraps; None where it is none."""
     kind = instruction.opcode.removesuffix("-start")
@@ -499,12 +489,6 @@ def _group(text: str) -> tuple[tuple[int, ...], str, tuple[tuple[int, int], ...]
             ring.append(receivers[ring[-1]])
         return tuple(sorted(ring)), "", pairs
     raise ValueError(f"{text[:80]!r}: this form of a collective's groups is not known")
-
-
-def axes_of(pairs: Iterable[tuple[int, int]], sizes: Mapping[str, int]) -> str:
-    """The axes of a mesh along which pairs of its devices, by their place in it, lie apart, with commas."""
-    ends = np.unravel_index(np.array([*pairs], dtype=int).reshape(-1, 2).T, tuple(sizes.values()))
-    return ",".join(name for name, (a, b) in zip(sizes, ends, strict=True) if (a != b).any())
 
 
 def _of_mesh(axes: str, ids: str | None, used: str) -> tuple[tuple[int, ...], str]:

@@ -44,13 +44,13 @@ def compiled(
       collectives: as in a plan's row; exposed: seconds; instructions: of the program; or {"reason": why there is none}.
     """
     request = {"topology": where.name, "strategy": strategy, "layout": layout, "T": T, "H": H, "K": K, "D": D}
-    return compilers.call("longattn.aot.overlap:layer", request, where.environment(), timeout)
+    return compilers.call("longattn.aot.overlap:layer", request, compilers.environment_of(where), timeout)
 
 
 def layer(request: Mapping[str, Any]) -> dict[str, Any]:
     """The child's side of `compiled`."""
     where = topology.parse(request["topology"])
-    devices = where.devices()
+    devices = compilers.devices_of(where)
     mesh = parallel.make_mesh(seq=len(devices), devices=devices)
     lies = NamedSharding(mesh, P(None, "seq"))
     attend = functools.partial(

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from longattn.aot import hlo
-from longattn.aot.hlo import Collective, Computation, Instruction, Program
+from longattn.aot.hlo import Computation, Instruction, Program
+from longattn.cost.collective import Collective
 from longattn.cost.torus import Torus
 
 LINEAR = "linear_attention"  # in the scopes of all that linear attention computes and sends

@@ -26,6 +26,7 @@ from longattn.aot.schedule import Rates, Totals, backward, bound, softmax, walk
 from longattn.config import Config, from_json, to_json
 from longattn.cost import flops, topology
 from longattn.cost import step as analytic
+from longattn.cost.collective import axes_of
 from longattn.cost.topology import Topology
 from longattn.models.context import Context
 from longattn.parallel import mesh as meshes
@@ -50,7 +51,7 @@ def facts(config: Config, where: Topology, timeout: float, cache: Path | None = 
       ValueError: where the machine's compiler is not installed.
     """
     request = {"config": to_json(config), "topology": where.name, "cache": None if cache is None else str(cache)}
-    return compilers.call("longattn.aot.train_step:compile_step", request, where.environment(), timeout)
+    return compilers.call("longattn.aot.train_step:compile_step", request, compilers.environment_of(where), timeout)
 
 
 def accounts(config: Config, where: Topology, timeout: float, cache: Path | None = None) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def accounts(config: Config, where: Topology, timeout: float, cache: Path | None
     request = {
         "config": to_json(config), "topology": where.name, "cache": None if cache is None else str(cache), "fill": True,
     }  # fmt: skip
-    return compilers.call("longattn.aot.train_step:compile_step", request, where.environment(), timeout)
+    return compilers.call("longattn.aot.train_step:compile_step", request, compilers.environment_of(where), timeout)
 
 
 def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
     A program that the compiler refuses for its memory has `fits` false and the memory it needs, but no time.
     """
     config, where = from_json(request["config"]), topology.parse(request["topology"])
-    devices = where.devices()
+    devices = compilers.devices_of(where)
     context, state, batch = _arguments(config, devices)
     began = time.perf_counter()
     step: Any = steps.train_step(config, context)
@@ -254,7 +255,7 @@ def collectives(totals: Totals, rates: Rates, mesh: Mesh | None) -> list[dict[st
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     times = rates.times(what for what, _ in totals.collectives)
     for (what, asynchronous), runs in totals.collectives.items():
-        axes = hlo.axes_of(what.pairs, mesh.shape) if mesh is not None and what.pairs else what.axes
+        axes = axes_of(what.pairs, mesh.shape) if mesh is not None and what.pairs else what.axes
         key = (what.kind, len(what.group), axes, memory.short(what.scope), asynchronous)
         row = rows.setdefault(
             key,

@@ -36,10 +36,11 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from longattn.aot.buffers import KINDS
 from longattn.config import Config, Mesh, Mixer, Model, Softmax
 from longattn.cost import flops as cost
 from longattn.cost import linear
+from longattn.cost.collective import BUFFER_KINDS
+from longattn.cost.pairs import pairs_by_part, visible_pairs
 from longattn.cost.sequence import problem, traffic
 from longattn.cost.topology import Topology
 from longattn.mask import Mask
@@ -134,7 +135,7 @@ def kept(config: Config, where: Topology) -> float:
 
 
 def memory(config: Config, where: Topology) -> dict[str, float]:
-    """Bytes of one device at the peak, by kind as in `memory.KINDS`, and their sum as "total"."""
+    """Bytes of one device at the peak, by kind as in `BUFFER_KINDS`, and their sum as "total"."""
     m, mesh, n = config.model, config.mesh, tokens(config)
     c, t, E = np.dtype(m.dtype).itemsize, mesh.tensor, m.E
     F, q = m.F / t, m.H * m.D / t
@@ -205,12 +206,12 @@ def _exchanged(config: Config, q: float, q_filled: float, k_filled: float) -> fl
 def _pairs(mask: Mask, T: int, mesh: Mesh) -> float:
     """Visible pairs that the device with most of them computes, of all heads before `tensor` divides them."""
     if mesh.strategy in ("balanced", "ulysses") or mesh.layout == "striped":  # striped: up to the diagonal
-        return cost.visible_pairs(mask, T) / mesh.sequence
+        return visible_pairs(mask, T) / mesh.sequence
     if mesh.layout == "zigzag" and mesh.parts > 1:
-        halves = cost.pairs_by_part(mask, T, 2 * mesh.parts)
+        halves = pairs_by_part(mask, T, 2 * mesh.parts)
         most = max(early + late for early, late in zip(halves, reversed(halves), strict=True))
     else:
-        most = max(cost.pairs_by_part(mask, T, mesh.parts))
+        most = max(pairs_by_part(mask, T, mesh.parts))
     return most * mesh.parts / mesh.sequence  # the devices of a part divide the heads
 
 
@@ -374,7 +375,7 @@ def estimate(config: Config, where: Topology) -> dict[str, Any]:
         "fits": total <= where.hbm_bytes,
         "hbm_bytes": round(total),
         "hbm_limit": where.hbm_bytes,
-        "by_kind": {kind: round(parts.get(kind, 0.0)) for kind in KINDS},
+        "by_kind": {kind: round(parts.get(kind, 0.0)) for kind in BUFFER_KINDS},
         "messages": {name: round(size) for name, size in sent.items()},
         "flops": work,
         "model_flops": model,

@@ -7,9 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from jax.experimental import topologies
-
-from longattn.aot import compilers
 from longattn.cost import hardware
 from longattn.cost.hardware import Chip
 from longattn.cost.torus import Torus
@@ -103,16 +100,6 @@ class Topology:
     def host_bandwidth(self) -> float:
         """Bytes/s that one device sends to the host's memory, and as many back at the same time."""
         return self.chip.host_bandwidth / self.chip.devices
-
-    def environment(self) -> dict[str, str]:
-        """The variables of a process that compiles for it. Raises ValueError where its compiler is not installed."""
-        return compilers.cuda_environment() if self.is_gpu else compilers.tpu_environment()
-
-    def devices(self) -> list[Any]:
-        """Its devices, in a process that has `environment()`."""
-        if self.is_gpu:
-            return list(compilers.gpu_topology(self.chip.name, *self.dims).devices)
-        return list(topologies.get_topology_desc(topology_name=self.name, platform="tpu").devices)
 
     def smaller(self) -> list[Topology]:
         """This machine and those of its kind with fewer devices, smallest first, each half the one after."""

@@ -28,7 +28,7 @@ from functools import cached_property
 
 import numpy as np
 
-from longattn.aot.hlo import Collective
+from longattn.cost.collective import Collective
 
 
 def ways(start: int, end: int, n: int, ring: bool = True) -> list[tuple[int, list[int]]]:

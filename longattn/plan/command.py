@@ -21,9 +21,9 @@ from longattn.cost import step as analytic
 from longattn.cost.sequence import problem, timeline
 from longattn.cost.sequence import strategies as sequence
 from longattn.cost.topology import Topology
+from longattn.environment import commit, write_whole
 from longattn.parallel.api import STRATEGIES
 from longattn.plan import search, show
-from longattn.train.record import commit, write_whole
 
 VERSION = 1
 _LONGEST = 2**27  # tokens; positions are int32, and nobody has asked for more
@@ -135,7 +135,7 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
     """
     where = topology.parse(options.topology)
     if not options.analytic:
-        where.environment()  # a compiler that is not installed is told before anything else
+        compilers.environment_of(where)  # a compiler that is not installed is told before anything else
     document: dict[str, Any] = {
         "version": VERSION,
         "kind": "plan",

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from longattn.aot.buffers import KINDS
 from longattn.cost import hardware
+from longattn.cost.collective import BUFFER_KINDS
 from longattn.display import seconds_text as seconds
+from longattn.display import style
 from longattn.plan import calibration
 from longattn.plan.sequence import show as sequence
-from longattn.study.report.page import style
 
 _GiB = 2**30
 _SHOWN = 12  # buffers, and collectives
@@ -66,7 +66,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 def memory_rows(row: Mapping[str, Any]) -> list[tuple[str, int]]:
     """What the memory is made of at its peak; the last part is what lies between buffers."""
-    parts = [(kind, row["by_kind"][kind]) for kind in KINDS if row["by_kind"][kind]]
+    parts = [(kind, row["by_kind"][kind]) for kind in BUFFER_KINDS if row["by_kind"][kind]]
     between = row["hbm_bytes"] - sum(n for _, n in parts)
     return [*parts, ("between buffers", between)] if between > 0 else parts
 

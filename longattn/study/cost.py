@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from longattn import config
-from longattn.bench import attention
+from longattn.bench.timing import fit_exponent, interleave
 from longattn.cost import flops as cost
+from longattn.environment import available_memory
 from longattn.models import MIXERS, bytes_read_per_token, sequential_steps, state_elements
 from longattn.study.presets import CostPlan
 from longattn.study.store import Badge, Number, Store
 from longattn.study.units import Unit
 from longattn.study.ways import FIRST, READ, Way, trained, ways
-from longattn.train.record import available_memory
 
 WIDTH = 8
 FITTED = 3  # sizes that an exponent is fitted on: the largest, because small ones are all overhead
@@ -97,7 +97,7 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float]:
 def _timed(fns: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
     """Median, interval and samples of each callable, in seconds."""
     result = {}
-    for name, samples in attention.interleave(fns, repeats).items():
+    for name, samples in interleave(fns, repeats).items():
         low, high = median_interval(samples)
         result[name] = {"value": statistics.median(samples), "low": low, "high": high, "samples": tuple(samples)}
     return result
@@ -188,7 +188,7 @@ def _fits(plan: CostPlan, store: Store) -> Iterable[Number]:
             if len(numbers) < FITTED or min(n.value for n in numbers) <= 0:
                 continue
             sizes = [n.at["T"] for n in numbers]
-            fit = attention.fit_exponent(sizes, [n.samples or [n.value] for n in numbers])
+            fit = fit_exponent(sizes, [n.samples or [n.value] for n in numbers])
             note = f"fitted on T = {', '.join(map(str, sizes))}"
             badge: Badge = "measured" if numbers[0].samples else "compiled"
             yield Number(

@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from longattn import mask
+from longattn.environment import environment, write_whole
 from longattn.study import context, cost, memory, pod, recall, report, sequence
 from longattn.study.presets import PRESETS, Preset
 from longattn.study.store import FILE, Number, Store
 from longattn.study.units import Clock, Unit
-from longattn.train.record import environment, write_whole
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from longattn.aot import train_step
+from longattn.aot import compilers, train_step
 from longattn.config import ByteLM, Config, Mesh
 from longattn.cost import topology
 from longattn.plan import calibration
@@ -68,7 +68,7 @@ def _compiled(case: Case, clock: Clock) -> tuple[dict[str, Any] | None, str]:
     """(what the compiler says now, or None and why not)."""
     where = topology.parse(case.topology)
     try:
-        where.environment()
+        compilers.environment_of(where)
     except ValueError:
         return None, "compiled earlier: the machine's compiler is not installed here"
     if clock.over:

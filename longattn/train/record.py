@@ -9,15 +9,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import resource
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +21,8 @@ import numpy as np
 from rich.console import Console
 
 from longattn.config import Config, from_json, to_json
+from longattn.environment import available_memory, environment, peak_memory, write_whole
 
-ENVIRONMENT_VERSION = 1
 # Of Run, what does not change what is computed: a run goes on with other values of these. So it does on another mesh.
 _FREE = ("name", "dir", "log_every", "save_every", "keep", "profile", "tensorboard")
 
@@ -112,92 +106,6 @@ def claim(folder: Path, config: Config) -> Iterator[None]:
         if not (folder / "config.json").exists():
             write_whole(folder / "config.json", to_json(config) + "\n")
         yield
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill at any moment leaves the old or the new one, never a part."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-# ---- the environment
-
-
-def environment(data: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Versions, device, commit, command and data of this process, for a record that can be repeated."""
-    packages = ("longattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    versions = {"python": platform.python_version()}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    device = jax.devices()[0]
-    return {
-        "version": ENVIRONMENT_VERSION,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": ["longattn", *sys.argv[1:]],  # no path of this machine
-        "versions": versions,
-        "device": {
-            "platform": device.platform,
-            "kind": device.device_kind,
-            "count": jax.device_count(),
-            "processes": jax.process_count(),
-        },
-        "host": {"system": platform.platform(), "cpu": _cpu_name(), "cores": os.cpu_count()},
-        "commit": commit(),
-        "data": data or {},
-    }
-
-
-def commit() -> str | None:
-    """The git commit of this package's sources, with "+" where they have changed since; None outside git."""
-    here = Path(__file__).parent.parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True).stdout
-
-    try:
-        git("ls-files", "--error-unmatch", "config.py")  # an installed copy may lie inside somebody else's repository
-        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--", ".").strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-# ---- memory
-
-
-def available_memory() -> int | None:
-    """Bytes that a program may still take on the default device; None where the system does not say."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    found = []
-    with contextlib.suppress(OSError):
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        found.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # a container's limit, "max" where there is none
-        group = Path("/sys/fs/cgroup")
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))  # a cache
-        found.append(int((group / "memory.max").read_text()) - used)
-    return min(found, default=None)
-
-
-def peak_memory() -> int:
-    """Bytes: the most the default device held so far; on a CPU the most this process held."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def compile_program(config: Config, jitted: Any, *shapes: Any) -> Any:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from longattn.config import Config, to_json
 from longattn.models.context import Context
-from longattn.train import bringup, data, distributed, record
+from longattn.train import data, distributed, kernel_check, record
 from longattn.train.checkpoint import Checkpoints, goes_on, whole_steps
 from longattn.train.evaluate import evaluation_config, initial_params, run_evaluation
 from longattn.train.step import (
@@ -79,7 +79,7 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
 
         with distributed.together():
             stack.enter_context(record.claim(folder, config))
-            kernels = bringup.check(config, job.context, console)
+            kernels = kernel_check.check(config, job.context, console)
         with distributed.together() as facts:
             facts["run folder"] = {"is there": (folder / "config.json").exists()}
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.run.keep))
@@ -102,7 +102,7 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
             )
         )
         with distributed.together():
-            bringup.insist(kernels)
+            kernel_check.insist(kernels)
         agreed = distributed.Agreed(stop or stack.enter_context(_sigterm()))
         done = _loop(config, state, job.step_fn, job.eval_fn, job.sources, checkpoints, recorder, agreed)
         checkpoints.wait()

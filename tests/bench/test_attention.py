@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from longattn.bench import attention
+from longattn.bench.timing import Seconds, cores, fit_exponent, interleave, ratio, temp_bytes
 from longattn.cost import flops
 from longattn.mask import Causal, Chunked, Window
 
@@ -25,43 +26,43 @@ TINY = {"T": (16, 32), "B": 1, "H": 2, "D": 8, "repeats": 3, "window": 4}
 def test_interleave_takes_turns_after_warming_up():
     calls = []
     fns = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = attention.interleave(fns, 3, warm=2, pause=0)
+    seconds = interleave(fns, 3, warm=2, pause=0)
     assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"
     assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 def test_interleave_measures_the_call_or_takes_its_own_word():
-    fns = {"sleeps": lambda: time.sleep(0.02), "says": lambda: attention.Seconds(7.0), "jax": lambda: jnp.ones(3)}
-    seconds = attention.interleave(fns, 2, pause=0)
+    fns = {"sleeps": lambda: time.sleep(0.02), "says": lambda: Seconds(7.0), "jax": lambda: jnp.ones(3)}
+    seconds = interleave(fns, 2, pause=0)
     assert all(0.02 <= s < 2 for s in seconds["sleeps"])
     assert seconds["says"] == [7.0, 7.0]
 
 
 def test_ratio_is_of_medians_within_its_interval():
-    r = attention.ratio([2.0, 2.2, 2.1, 9.0, 2.0], [1.0, 1.1, 1.0, 1.0, 1.0])
+    r = ratio([2.0, 2.2, 2.1, 9.0, 2.0], [1.0, 1.1, 1.0, 1.0, 1.0])
     assert r.value == pytest.approx(2.1)
     assert r.low <= r.value <= r.high
-    exact = attention.ratio([3.0] * 5, [2.0] * 5)
+    exact = ratio([3.0] * 5, [2.0] * 5)
     assert (exact.value, exact.low, exact.high) == (1.5, 1.5, 1.5)
 
 
 def test_fit_exponent_recovers_power_laws():
     sizes = [1024, 2048, 4096, 8192]
     for e in (0.5, 1, 2):
-        fit = attention.fit_exponent(sizes, [3.0 * s**e for s in sizes])
+        fit = fit_exponent(sizes, [3.0 * s**e for s in sizes])
         assert fit.value == pytest.approx(e)
         assert fit.high - fit.low < 1e-6
     rng = np.random.default_rng(0)
-    fit = attention.fit_exponent(sizes, [[s**2 * f for f in rng.uniform(0.9, 1.1, 15)] for s in sizes])
+    fit = fit_exponent(sizes, [[s**2 * f for f in rng.uniform(0.9, 1.1, 15)] for s in sizes])
     assert fit.low < 2 < fit.high
     assert 0 < fit.high - fit.low < 0.3
-    assert math.isnan(attention.fit_exponent(sizes[:2], [1, 2]).low)
+    assert math.isnan(fit_exponent(sizes[:2], [1, 2]).low)
 
 
 @pytest.mark.parametrize(("sizes", "values"), [([1], [1]), ([1, 2], [1, 0]), ([1, 2, 3], [1, 2])])
 def test_fit_exponent_refuses_what_has_no_slope(sizes, values):
     with pytest.raises(ValueError, match="must be at least two"):
-        attention.fit_exponent(sizes, values)
+        fit_exponent(sizes, values)
 
 
 def test_temp_bytes_counts_scratch_and_runs_nothing():
@@ -71,14 +72,14 @@ def test_temp_bytes_counts_scratch_and_runs_nothing():
     def f(x):
         return jax.nn.softmax(x @ x.T) @ x
 
-    assert T * T * 4 <= attention.temp_bytes(f, x) <= 4 * T * T * 4
-    assert attention.temp_bytes(jax.jit(f), x) == attention.temp_bytes(f, x)
+    assert T * T * 4 <= temp_bytes(f, x) <= 4 * T * T * 4
+    assert temp_bytes(jax.jit(f), x) == temp_bytes(f, x)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux can pin threads to cores")
 def test_cores_pins_every_thread_and_lets_go():
     before = os.sched_getaffinity(0)
-    with attention.cores(1) as n:
+    with cores(1) as n:
         assert n == 1
         assert {len(os.sched_getaffinity(int(t))) for t in os.listdir("/proc/self/task")} == {1}
     assert os.sched_getaffinity(0) == before

@@ -24,6 +24,7 @@ from longattn.config import (
     Softmax,
 )
 from longattn.cost import flops as cost
+from longattn.cost.pairs import visible_pairs
 from longattn.mask import (
     And,
     BlockSparse,
@@ -60,7 +61,7 @@ lengths = st.integers(0, 150)
 @given(mask=masks, T=lengths, S=lengths)
 @settings(max_examples=300, deadline=None)
 def test_visible_pairs_equal_the_dense_mask(mask, T, S):
-    assert cost.visible_pairs(mask, T, S) == mask.dense(T, S).sum()
+    assert visible_pairs(mask, T, S) == mask.dense(T, S).sum()
 
 
 @given(mask=masks, documents=st.lists(st.integers(0, 40), max_size=5), padding=small)
@@ -70,7 +71,7 @@ def test_packed_documents_see_themselves_with_restarting_positions(mask, documen
     segments = np.repeat(np.arange(len(documents) + 1), [*documents, 0])
     positions = np.concatenate([np.arange(n) for n in [*documents, 0]]).astype(np.int32)
     visible = mask(positions[:, None], positions[None]) & (segments[:, None] == segments[None])
-    assert cost.visible_pairs(mask, T, documents=documents) == visible.sum()
+    assert visible_pairs(mask, T, documents=documents) == visible.sum()
 
 
 def _parity(q, k):
@@ -78,12 +79,12 @@ def _parity(q, k):
 
 
 def test_visible_pairs_of_a_function_and_of_arrays():
-    assert cost.visible_pairs(Fn(_parity), 70, 50) == Fn(_parity).dense(70, 50).sum()
+    assert visible_pairs(Fn(_parity), 70, 50) == Fn(_parity).dense(70, 50).sum()
     visible = np.random.default_rng(0).random((2, 3, 5, 4)) < 0.5
     for mask in (BlockSparse(16, visible), BlockSparse(16, jax.numpy.asarray(visible)) & Causal()):
-        assert cost.visible_pairs(mask, 75, 61) == pytest.approx(np.asarray(mask.dense(75, 61)).sum((2, 3)).mean())
+        assert visible_pairs(mask, 75, 61) == pytest.approx(np.asarray(mask.dense(75, 61)).sum((2, 3)).mean())
     mask = Prefix(np.array([3, 40], np.int32)) | Causal()
-    assert cost.visible_pairs(mask, 75, 61) == pytest.approx(mask.dense(75, 61).sum((2, 3)).mean())
+    assert visible_pairs(mask, 75, 61) == pytest.approx(mask.dense(75, 61).sum((2, 3)).mean())
 
 
 @pytest.mark.parametrize(
@@ -98,17 +99,17 @@ def test_visible_pairs_of_a_function_and_of_arrays():
 )
 def test_a_million_tokens_are_counted_without_a_dense_mask(mask, expected):
     start = time.perf_counter()
-    assert cost.visible_pairs(mask, 2**20) == expected(2**20)
+    assert visible_pairs(mask, 2**20) == expected(2**20)
     assert time.perf_counter() - start < 30  # 2**40 pairs one by one would take hours
 
 
 def test_lengths_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="must not be negative"):
-        cost.visible_pairs(Causal(), -1)
+        visible_pairs(Causal(), -1)
     with pytest.raises(ValueError, match="must fit into T=10"):
-        cost.visible_pairs(Causal(), 10, documents=[6, 5])
+        visible_pairs(Causal(), 10, documents=[6, 5])
     with pytest.raises(ValueError, match="packed for queries and keys alike"):
-        cost.visible_pairs(Causal(), 10, 11, documents=[5])
+        visible_pairs(Causal(), 10, 11, documents=[5])
 
 
 def test_attention_flops_are_4_8_and_2_per_pair_and_channel():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from longattn.aot import compilers
 from longattn.cost.topology import parse
 from tests.compilers import needs_libtpu
 
@@ -55,7 +56,7 @@ def test_libtpu_knows_the_sizes(name):
     from longattn.aot import compilers
 
     where = parse(name)
-    answer = compilers.call("tests.cost.test_topology:described", {"name": name}, where.environment(), 120)
+    answer = compilers.call("tests.cost.test_topology:described", {"name": name}, compilers.environment_of(where), 120)
     assert answer == {"devices": where.size, "usable": pytest.approx(where.hbm_bytes / 2**30, abs=0.011)}
 
 
@@ -65,7 +66,7 @@ def described(request):
 
     import jax
 
-    devices = parse(request["name"]).devices()
+    devices = compilers.devices_of(parse(request["name"]))
     x = jax.ShapeDtypeStruct((2**20, 2**18), "float32", sharding=jax.sharding.SingleDeviceSharding(devices[0]))
     try:
         jax.jit(lambda x: x + 1).trace(x).lower().compile()

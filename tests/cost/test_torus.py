@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
-from longattn.aot import hlo
+from longattn.aot import compilers, hlo
 from longattn.cost import topology
+from longattn.cost.collective import Collective
 from longattn.cost.torus import Torus, ways
 from tests.compilers import needs_libtpu
 
@@ -18,7 +19,7 @@ def slice_of(*sizes: int, rings: bool = True, each: int = 1) -> Torus:
     return Torus(sizes, (rings,) * len(sizes), LINK, CHIP, tuple(chips))
 
 
-def seconds(torus: Torus, *collectives: hlo.Collective) -> float:
+def seconds(torus: Torus, *collectives: Collective) -> float:
     """Of all at once, each link after the other."""
     times = torus.times(collectives)
     return float(sum(times[c] for c in collectives).max())
@@ -26,14 +27,14 @@ def seconds(torus: Torus, *collectives: hlo.Collective) -> float:
 
 def permute(pairs, bytes=20):
     pairs = tuple(pairs)
-    return hlo.Collective("collective-permute", bytes, tuple(sorted({i for p in pairs for i in p})), "", "", pairs)
+    return Collective("collective-permute", bytes, tuple(sorted({i for p in pairs for i in p})), "", "", pairs)
 
 
 def group(kind, devices, array=80):
     """Every device of the group has an array (all-gather: a shard) of these bytes."""
     n = len(devices)
     share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-broadcast": 1}.get(kind, (n - 1) / n)
-    return hlo.Collective(kind, round(array * share), tuple(devices), "", "")
+    return Collective(kind, round(array * share), tuple(devices), "", "")
 
 
 def rows(shift, n=4, lines=4):
@@ -175,7 +176,7 @@ def test_programs_number_devices_as_the_mesh_does(name):
     from longattn.aot import compilers
 
     where = topology.parse(name)
-    answer = compilers.call("tests.cost.test_torus:ring", {"name": name}, where.environment(), 120)
+    answer = compilers.call("tests.cost.test_torus:ring", {"name": name}, compilers.environment_of(where), 120)
     assert answer["ids"] != sorted(answer["ids"]) and sorted(answer["ids"]) == list(range(where.size))
     assert answer["pairs"] == [[i, (i + 1) % where.size] for i in range(where.size)]
     chips = where.size // where.chip.devices
@@ -193,7 +194,7 @@ def ring(request):
     from longattn import parallel
 
     where = topology.parse(request["name"])
-    mesh = parallel.make_mesh(seq=where.size, devices=where.devices())
+    mesh = parallel.make_mesh(seq=where.size, devices=compilers.devices_of(where))
     hop = lambda x: jax.lax.ppermute(x, "seq", [(i, (i + 1) % where.size) for i in range(where.size)])
     shift = jax.jit(jax.shard_map(hop, mesh=mesh, in_specs=P("seq"), out_specs=P("seq")))
     x = jax.ShapeDtypeStruct((where.size * 2**18,), jnp.float32, sharding=NamedSharding(mesh, P("seq")))

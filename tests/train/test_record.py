@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from longattn.config import Config, Model, Run, to_json
+from longattn.environment import available_memory, peak_memory
 from longattn.train import record
 
 
@@ -106,8 +107,8 @@ def test_folders_of_other_runs_are_refused(tmp_path: Path) -> None:
 
 
 def test_memory_is_known() -> None:
-    assert record.peak_memory() > 2**20
-    available = record.available_memory()
+    assert peak_memory() > 2**20
+    available = available_memory()
     assert available is None or available > 2**20
 
 

@@ -22,8 +22,8 @@ from longattn.aot.kernels.rates import small
 from longattn.aot.kernels.tpu import profile
 from longattn.cost import hardware
 from longattn.display import plain_table
+from longattn.environment import commit
 from longattn.mask import Causal, Mask
-from longattn.train.record import commit
 
 VERSION = 2
 HEADING = "static cycles (no DMA wait, not run)"

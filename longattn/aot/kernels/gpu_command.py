@@ -16,8 +16,8 @@ from longattn.aot.kernels.cases.gpu import CASES, Shape
 from longattn.aot.kernels.gpu import profile
 from longattn.cost import hardware
 from longattn.display import plain_table
+from longattn.environment import commit
 from longattn.mask import Causal, Mask
-from longattn.train.record import commit
 
 VERSION = 1
 HEADING = "compiled, not run"

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from longattn.numerics.cases import NAMES
 from longattn.ops import dispatch
 from longattn.shapes import suggest
-from longattn.train.bringup import CHECKOUT
+from longattn.train.kernel_check import CHECKOUT
 
 Part = Literal["numerics", "memory", "timing"]
 PARTS: tuple[Part, ...] = get_args(Part)

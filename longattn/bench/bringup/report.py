@@ -16,9 +16,9 @@ from rich.console import Console
 
 from longattn import cache
 from longattn.bench.bringup import show
+from longattn.environment import environment, write_whole
 from longattn.ops import dispatch
-from longattn.train.bringup import KIND, VERSION, generation
-from longattn.train.record import environment, write_whole
+from longattn.train.kernel_check import KIND, VERSION, generation
 
 GRACE = 30.0  # seconds after the last deadline until a call that has not returned is taken not to return
 

@@ -10,9 +10,8 @@ from typing import Any
 import jinja2
 from rich.console import Console
 
-from longattn.bench import attention
-from longattn.display import device_text, plain_table, seconds_text
-from longattn.study.report.page import style
+from longattn.bench.timing import Interval
+from longattn.display import device_text, plain_table, seconds_text, style
 
 WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits
 _PLACES = 3  # named of those that a reason is for
@@ -69,7 +68,7 @@ def timing(document: Mapping[str, Any]) -> Rows:
         ratio = row.get("static_ratio")
         rows.append(
             (*first, seconds_text(row["seconds"]), row["clock"],
-             str(attention.Interval(**row["ratio"])) if "ratio" in row else "-",
+             str(Interval(**row["ratio"])) if "ratio" in row else "-",
              percent(row.get("share_of_peak_flops")), percent(row.get("share_of_bandwidth")),
              cycles(row.get("static_cycles")), cycles(row.get("measured_cycles")), f"{ratio:.2f}" if ratio else "-")
         )  # fmt: skip

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from longattn.bench import attention, compare
+from longattn.bench import compare
 from longattn.bench.bringup.options import BringupOptions
 from longattn.bench.bringup.report import Report
 from longattn.bench.compare.admission import admit
+from longattn.bench.timing import interleave
 from longattn.cost import hardware
 from longattn.ops import dispatch
 from longattn.ops.attention.api import BACK_ENDS
@@ -63,7 +64,7 @@ def _by_the_host(options: compare.CompareOptions) -> list[dict[str, Any]]:
     """The contestants' seconds by the host's clock, as far as they are right."""
     options = options.resolved()
     _, fns, known = admit(options)
-    seconds = attention.interleave(fns, options.rounds)
+    seconds = interleave(fns, options.rounds)
     return [
         {"contestant": name, **known[name], **({"host_seconds": seconds[name]} if name in fns else {})}
         for name in options.names

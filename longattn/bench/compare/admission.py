@@ -15,9 +15,9 @@ from longattn.bench import attention
 from longattn.bench.compare.options import CompareOptions
 from longattn.bench.compare.peers import CONTESTANTS, LINEAR, Contestant
 from longattn.bench.compare.problems import Linear, Problem, What
+from longattn.environment import available_memory
 from longattn.ops import dispatch
 from longattn.ops.attention.api import BACK_ENDS
-from longattn.train.record import available_memory
 
 _OURS = {*BACK_ENDS, *LINEAR}
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from rich.console import Console
 
-from longattn.bench import attention
 from longattn.bench.compare.measurement import measure
 from longattn.bench.compare.options import CompareOptions, heading
+from longattn.bench.timing import Interval
 from longattn.bench.trace import opening, parts_table
 from longattn.display import device_text, digits, plain_table, seconds_text
 
@@ -56,7 +56,7 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
             row["contestant"],
             seconds_text(s["median"]),
             f"{seconds_text(s['low'])} .. {seconds_text(s['high'])}",
-            str(attention.Interval(**row["ratio"])),
+            str(Interval(**row["ratio"])),
             f"{row['idle']:.0%}",
             digits(row["flops_per_second"] / 1e9),
             _percent(row["share_of_peak_flops"]),

@@ -21,11 +21,12 @@ from longattn.bench.compare.admission import admit
 from longattn.bench.compare.options import CompareOptions
 from longattn.bench.compare.picture import plot
 from longattn.bench.compare.roofline import static_seconds
+from longattn.bench.timing import interleave, ratio
 from longattn.cost import hardware
 from longattn.display import seconds_text
+from longattn.environment import environment
 from longattn.ops.attention.api import BACK_ENDS
 from longattn.ops.linear.api import BACK_ENDS as LINEAR_BACK_ENDS
-from longattn.train.record import environment
 
 VERSION = 1
 FILE = "compare.jsonl"
@@ -82,7 +83,7 @@ def measure(options: CompareOptions) -> dict[str, Any]:
                 continue
             row |= _row(name, options, executions[1:], device)
             base = base or row["samples"]
-            row["ratio"] = asdict(attention.ratio(row["samples"], base))
+            row["ratio"] = asdict(ratio(row["samples"], base))
     document["differences"] = differences(rows)
     _write(document, folder)
     return document
@@ -109,7 +110,7 @@ def _record(fns: Mapping[str, Callable[[], Any]], rounds: int, folder: Path) -> 
     options.python_tracer_level = 0  # Python's own calls are no business of this and slow it down
     options.session_id = f"{time.strftime('%Y_%m_%d_%H_%M_%S')}_{uuid.uuid4().hex[:8]}"
     with jax.profiler.trace(str(folder), profiler_options=options):
-        seconds = attention.interleave(fns, rounds)
+        seconds = interleave(fns, rounds)
     return seconds, folder / "plugins" / "profile" / options.session_id
 
 

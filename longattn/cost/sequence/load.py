@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longattn.cost import flops
+from longattn.cost.pairs import pairs_between
 from longattn.cost.sequence.problem import Problem, Way, check
 from longattn.mask import EMPTY, Mask
 from longattn.parallel import balanced, ring
@@ -26,11 +26,11 @@ def visible(mask: Mask, layout: SequenceLayout, T: int, P: int) -> np.ndarray:
     """int64 [P P]: the visible pairs of device i's queries and device j's keys, of T tokens in the layout.
 
     Raises:
-      NotImplementedError, ValueError: as `cost.pairs_between`.
+      NotImplementedError, ValueError: as `pairs.pairs_between`.
     """
     step = P if layout.name == "striped" else 1
     tokens = [[range(a, b + 1, step) for a, b in layout.runs(i, T, P)] for i in range(P)]
-    count = lambda i, j: sum(flops.pairs_between(mask, q, k) for q in tokens[i] for k in tokens[j])
+    count = lambda i, j: sum(pairs_between(mask, q, k) for q in tokens[i] for k in tokens[j])
     return np.array([[count(i, j) for j in range(P)] for i in range(P)], np.int64)
 
 
@@ -93,7 +93,7 @@ def load(problem: Problem, way: Way) -> Load:
     """The schedule of a strategy over a layout.
 
     Raises:
-      ValueError, NotImplementedError: as `problem.check` and `cost.pairs_between`.
+      ValueError, NotImplementedError: as `problem.check` and `pairs.pairs_between`.
     """
     call = check(problem, way)
     outer = call.outer

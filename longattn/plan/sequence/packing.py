@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from longattn import config
-from longattn.cost import flops
+from longattn.cost.pairs import of_distance
 from longattn.mask import Causal, Mask
 from longattn.parallel.layout import Name, SequenceLayout
 from longattn.tasks import bytelm
@@ -27,7 +27,7 @@ def document_work(mask: Mask, n: int) -> np.ndarray:
     Raises:
       ValueError: for a mask that is no rule of q - k.
     """
-    if not flops.of_distance(mask):
+    if not of_distance(mask):
         raise ValueError(f"{mask=} must be a rule of q - k, such as Causal() & Window(1024), for packed documents")
     d = np.arange(1 - n, n)
     seen = np.concatenate([[0], np.cumsum(np.asarray(mask(d, np.zeros_like(d)), np.int64))])

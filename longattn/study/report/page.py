@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from longattn.display import style
 from longattn.study.report import figures
 from longattn.study.report.load import Study, Table, device
 from longattn.study.report.numbers import number_html, number_text, provenance
@@ -30,11 +31,6 @@ def _template() -> jinja2.Template:
     text = resources.files("longattn.study.report").joinpath("page.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(text, globals={"style": style()})
-
-
-def style() -> Markup:
-    """The look of every page of this project, as CSS."""
-    return Markup(resources.files("longattn.study.report").joinpath("style.css").read_text())
 
 
 def _figures(study: Study) -> dict[str, Markup]:

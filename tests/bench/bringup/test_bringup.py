@@ -24,7 +24,7 @@ from longattn.bench.bringup import BringupOptions, memory, numerics, report, run
 from longattn.cost import hardware
 from longattn.ops import dispatch
 from longattn.ops.attention import api, xla
-from longattn.train import bringup as reports
+from longattn.train import kernel_check as reports
 
 ROOT = Path(__file__).parents[3]
 SMALL = {"T": 64, "timed_T": 128, "rounds": 1}

@@ -11,7 +11,7 @@ from longattn import numerics
 from longattn.bench.bringup import BringupOptions, cases
 from longattn.mask import Causal, Full, Window
 from longattn.numerics import LinearProblem, PartsProblem, StateProblem
-from longattn.train.bringup import CHECKOUT
+from longattn.train.kernel_check import CHECKOUT
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from longattn.aot.kernels import cases
 from longattn.bench import attention
 from longattn.bench.compare.problems import Attention, Linear
 from longattn.cost import flops
+from longattn.cost.pairs import visible_pairs
 from longattn.mask import Causal
 from tests.bench.compare.tiny import linear, problem
 
@@ -40,7 +41,7 @@ def test_flops_are_those_of_the_kernels_case(kind) -> None:
     assert o.flops("forward") == forward.flops
     assert o.flops("forward_backward") == forward.flops + backward.flops
     exact = problem(T=256)
-    assert exact.flops("forward") == flops.attention_flops(flops.visible_pairs(Causal(), 256), 2, 128).forward
+    assert exact.flops("forward") == flops.attention_flops(visible_pairs(Causal(), 256), 2, 128).forward
 
 
 def test_what_is_drawn() -> None:

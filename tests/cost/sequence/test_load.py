@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from longattn.cost import flops
+from longattn.cost.pairs import pairs_between, visible_pairs
 from longattn.cost.sequence.load import ALL, load, visible
 from longattn.cost.sequence.problem import Problem, Way, ways
 from longattn.mask import BlockSparse, Causal, Chunked, Dilated, Full, Global, Prefix, Window
@@ -40,7 +40,7 @@ def test_every_visible_pair_is_computed_once(mask):
             continue
         found = load(problem, way)
         served += 1
-        assert found.pairs.sum() == pytest.approx(flops.visible_pairs(mask, problem.T))
+        assert found.pairs.sum() == pytest.approx(visible_pairs(mask, problem.T))
         if way.strategy in ("ring", "balanced"):
             seen = visible(mask, SequenceLayout(way.layout), problem.T, 4)
             times = np.zeros((4, 4), int)
@@ -72,7 +72,7 @@ def test_critical_paths_of_1024_tokens_on_8_devices():
     problem = Problem(T=1024, H=8, K=8, D=8)
     found = {layout: load(problem, Way("ring", layout, (8,))).critical for layout in LAYOUTS}
     assert found == {"contiguous": 122_944, "striped": 66_048, "zigzag": 65_600}
-    assert flops.visible_pairs(Causal(), 1024) / 8 == found["zigzag"]
+    assert visible_pairs(Causal(), 1024) / 8 == found["zigzag"]
     assert load(problem, Way("all_gather", "contiguous", (8,))).critical == found["contiguous"]  # the last device's own
 
 
@@ -95,11 +95,11 @@ def test_squares_of_kernels():
 def test_heads_filled_in_are_work_too():
     problem = Problem(T=60, H=33, K=33, D=8)  # of 33 heads on 16 devices a third is padding (arXiv:2310.03294)
     even = load(Problem(T=64, H=33, K=33, D=8), Way("ulysses", "contiguous", (16,)))
-    assert even.pairs.sum() / flops.visible_pairs(Causal(), 64) == pytest.approx(48 / 33)
+    assert even.pairs.sum() / visible_pairs(Causal(), 64) == pytest.approx(48 / 33)
     assert (even.keys == ALL).all() and even.idle_share == 0
     usp = load(problem, Way("usp", "contiguous", (3, 2)))
     assert usp.pairs.shape == (3, 6) and (usp.pairs[:, ::2] == usp.pairs[:, 1::2]).all()
-    assert usp.pairs.sum() / flops.visible_pairs(Causal(), 60) == pytest.approx(34 / 33)
+    assert usp.pairs.sum() / visible_pairs(Causal(), 60) == pytest.approx(34 / 33)
 
 
 def test_windows_leave_out_hops():
@@ -123,6 +123,6 @@ def test_refusals():
     with pytest.raises(NotImplementedError, match="balances the contiguous layout"):
         load(causal(4), Way("balanced", "zigzag", (4,)))
     with pytest.raises(NotImplementedError, match="its pairs at every 2th position are many"):
-        flops.pairs_between(Prefix(3), range(0, 2**16, 2), range(1, 2**16, 2))
+        pairs_between(Prefix(3), range(0, 2**16, 2), range(1, 2**16, 2))
     with pytest.raises(ValueError, match="must have one step"):
-        flops.pairs_between(Causal(), range(4), range(0, 8, 2))
+        pairs_between(Causal(), range(4), range(0, 8, 2))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from longattn.cost import flops, topology
+from longattn.cost.pairs import visible_pairs
 from longattn.cost.sequence.problem import Problem, Way, ways
 from longattn.cost.sequence.timeline import Machine, machine, seconds, simulate
 from longattn.cost.sequence.traffic import Message, everyone, traffic
@@ -18,7 +19,7 @@ LAYER = Problem(T=4096, H=32, K=8, D=128)
 @pytest.mark.parametrize("way", ways(P, 8), ids=str)
 def test_with_free_messages_devices_wait_for_the_slowest(way):
     for found, work in zip(simulate(LAYER, way, FAST), (1.0, 2.5), strict=True):
-        whole = flops.attention_flops(flops.visible_pairs(Causal(), LAYER.T), 32, 128).forward * work / 1e15 / P
+        whole = flops.attention_flops(visible_pairs(Causal(), LAYER.T), 32, 128).forward * work / 1e15 / P
         assert found.compute == pytest.approx(whole) and found.exposed == pytest.approx(0, abs=1e-12)
         assert found.total == pytest.approx(found.compute + found.imbalance)
     if (way.strategy, way.layout) == ("ring", "contiguous"):  # the last device is never idle
@@ -42,7 +43,7 @@ def test_with_free_products_it_takes_what_the_busiest_chain_of_messages_takes(wa
 
 def test_a_ring_hides_its_hops_behind_equal_work():
     way, kv = Way("ring", "zigzag", (P,)), LAYER.T / P * 8 * 256 * 2
-    hop = flops.attention_flops(flops.visible_pairs(Causal(), LAYER.T) / P**2, 32, 128).forward / 1e12
+    hop = flops.attention_flops(visible_pairs(Causal(), LAYER.T) / P**2, 32, 128).forward / 1e12
     at = lambda link: simulate(LAYER, way, Machine(1e12, link, True, 1e30, 1024, 0.0))[0]
     assert at(kv / hop * 1.05).exposed == pytest.approx(0, abs=1e-9)
     slow = at(kv / hop / 3)  # a hop takes three pairs' time: of each two are seen

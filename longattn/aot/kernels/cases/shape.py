@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from longattn.cost import flops
+from longattn.cost.pairs import visible_pairs
 from longattn.mask import EMPTY, Causal, Full, Mask, Window, parse
 
 KINDS = tuple(f"{decay}{delta}" for decay in ("none", "scalar", "vector") for delta in ("", "_delta"))
@@ -110,4 +110,4 @@ class Shape:
         """Visible (query, key) pairs of one head."""
         if self.documents and not isinstance(self.mask, Causal | Full | Window):
             raise NotImplementedError(f"documents are counted under masks of q - k only, mask is {self.mask}")
-        return float(flops.visible_pairs(self.mask, self.T, documents=self.lengths or None))
+        return float(visible_pairs(self.mask, self.T, documents=self.lengths or None))

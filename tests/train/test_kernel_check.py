@@ -36,7 +36,7 @@ from longattn.ops import dispatch
 from longattn.ops.attention import api, xla
 from longattn.ops.linear import api as linear_api
 from longattn.ops.linear import xla as linear_xla
-from longattn.train import bringup, data, train
+from longattn.train import data, kernel_check, train
 
 SOURCES = str(Path(__file__).parents[2] / "longattn" / "train" / "*.py")
 MIXERS = (Softmax(), Softmax(mask=Causal() & Window(9), softcap=2.0, sinks=True, rope=RoPE(scaling="yarn", factor=4.0)))
@@ -73,7 +73,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory):
 def own_folders(monkeypatch, tmp_path) -> Path:
     """No reports but those that a test writes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(bringup, "CHECKOUT", tmp_path / "checkout")
+    monkeypatch.setattr(kernel_check, "CHECKOUT", tmp_path / "checkout")
     return tmp_path / "checkout" / "experiments" / "bringup"
 
 
@@ -82,7 +82,7 @@ def on_a_chip(monkeypatch: pytest.MonkeyPatch, back_end: str, kind: str = V5E, *
     monkeypatch.setitem(api.BACK_ENDS, back_end, types.SimpleNamespace(**{**vars(xla), **changes}))
     monkeypatch.setattr(api, "DEFAULT", (back_end, "xla"))
     seen = types.SimpleNamespace(**{**vars(dispatch), "target": lambda: dispatch.Target("tpu", kind)})
-    monkeypatch.setattr(bringup, "dispatch", seen)
+    monkeypatch.setattr(kernel_check, "dispatch", seen)
 
 
 def wrong(q, k, v, visibility, options):
@@ -107,7 +107,7 @@ def write_report(folder: Path, name: str = "v5e_2026-01-01.json", **changes) -> 
 
 
 def test_only_reports_that_passed_on_this_generation_count(own_folders) -> None:
-    assert bringup.report("v5e", "kernel") is None
+    assert kernel_check.report("v5e", "kernel") is None
     own_folders.mkdir(parents=True)
     (own_folders / "cut.json").write_text('{"kind": "brin')
     (own_folders / "list.json").write_text("[]")
@@ -117,21 +117,21 @@ def test_only_reports_that_passed_on_this_generation_count(own_folders) -> None:
     write_report(own_folders, "3.json", generation="v6e")
     write_report(own_folders, "4.json", version=1)
     write_report(own_folders, "5.json", kind="compare")
-    assert bringup.report("v5e", "kernel") is None
-    assert bringup.report("v6e", "kernel") == own_folders / "3.json"
+    assert kernel_check.report("v5e", "kernel") is None
+    assert kernel_check.report("v6e", "kernel") == own_folders / "3.json"
     write_report(own_folders)
-    assert bringup.report("v5e", "kernel") == own_folders / "v5e_2026-01-01.json"
-    assert bringup.report("v5e", "choosy") is None  # it refused everything
-    assert bringup.report("v5e", "newer") is None
-    assert bringup.report("v5e", "kernel", "linear attention") is None  # one operation's kernel is not another's
+    assert kernel_check.report("v5e", "kernel") == own_folders / "v5e_2026-01-01.json"
+    assert kernel_check.report("v5e", "choosy") is None  # it refused everything
+    assert kernel_check.report("v5e", "newer") is None
+    assert kernel_check.report("v5e", "kernel", "linear attention") is None  # one operation's kernel is not another's
     rows = [{"op": "linear attention", "back_end": "kernel", "outcome": "passed"}]
     write_report(own_folders, "5.json", numerics={"rows": rows})
-    assert bringup.report("v5e", "kernel", "linear attention") == own_folders / "5.json"
+    assert kernel_check.report("v5e", "kernel", "linear attention") == own_folders / "5.json"
 
 
 def test_reports_of_the_cache_count_too(own_folders) -> None:
-    write_report(bringup.folders()[1])
-    assert bringup.report("v5e", "kernel").parent != own_folders
+    write_report(kernel_check.folders()[1])
+    assert kernel_check.report("v5e", "kernel").parent != own_folders
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_reports_of_the_cache_count_too(own_folders) -> None:
     ],
 )
 def test_generations(kind, name) -> None:
-    assert bringup.generation(kind) == name
+    assert kernel_check.generation(kind) == name
 
 
 # ---- the comparison
@@ -153,19 +153,19 @@ def test_generations(kind, name) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_reference_agrees_with_xla(tmp_path, dtype) -> None:
-    problems = bringup.problems(config(tmp_path, dtype=dtype))
+    problems = kernel_check.problems(config(tmp_path, dtype=dtype))
     assert len(problems) == 2  # kinds of layers
-    verdict = bringup.compare({layer: ("reference", p) for layer, p in problems.items()}, seconds=600)
+    verdict = kernel_check.compare({layer: ("reference", p) for layer, p in problems.items()}, seconds=600)
     assert verdict["outcome"] == "passed"
     assert [row["outcome"] for row in verdict["rows"]] == ["passed", "passed"]
     assert set(verdict["rows"][1]["results"]) == {"out", "lse", "dq", "dk", "dv", "dsinks"}
-    assert "reference at Causal(), T 32" in bringup.sentence(verdict["rows"][0])
-    bringup.insist(verdict)
-    bringup.insist(None)
+    assert "reference at Causal(), T 32" in kernel_check.sentence(verdict["rows"][0])
+    kernel_check.insist(verdict)
+    kernel_check.insist(None)
 
 
 def test_the_problems_are_the_models_own(tmp_path) -> None:
-    first, second = bringup.problems(config(tmp_path, H=4, K=2)).values()
+    first, second = kernel_check.problems(config(tmp_path, H=4, K=2)).values()
     assert (first.T, first.H, first.heads, first.D, first.dtype) == (32, 4, 2, 8, "float32")
     assert first.documents == 4
     assert second.mask == MIXERS[1].mask
@@ -174,7 +174,7 @@ def test_the_problems_are_the_models_own(tmp_path) -> None:
 
 
 def test_long_sequences_are_compared_short(tmp_path) -> None:
-    problem = dataclasses.replace(next(iter(bringup.problems(config(tmp_path)).values())), T=2**20, H=8)
+    problem = dataclasses.replace(next(iter(kernel_check.problems(config(tmp_path)).values())), T=2**20, H=8)
     assert problem.shorter().T == 2048
     assert dataclasses.replace(problem, H=32).shorter().T == 1024
     assert dataclasses.replace(problem, T=1000).shorter().T == 1000
@@ -185,11 +185,11 @@ def test_long_sequences_are_compared_short(tmp_path) -> None:
 
 
 def test_when_time_is_over_the_rest_is_left_and_said(tmp_path) -> None:
-    problems = bringup.problems(config(tmp_path))
-    verdict = bringup.compare({layer: ("reference", p) for layer, p in problems.items()}, seconds=0)
+    problems = kernel_check.problems(config(tmp_path))
+    verdict = kernel_check.compare({layer: ("reference", p) for layer, p in problems.items()}, seconds=0)
     assert [row["outcome"] for row in verdict["rows"]] == ["passed", "not run"]
-    assert bringup.sentence(verdict["rows"][1]).endswith("not run: 0 s were over")
-    bringup.insist(verdict)
+    assert kernel_check.sentence(verdict["rows"][1]).endswith("not run: 0 s were over")
+    kernel_check.insist(verdict)
 
 
 # ---- mixers of the linear family
@@ -205,7 +205,7 @@ LINEAR = {  # what they ask of linear attention in the model below: heads of q, 
 
 
 def test_the_linear_problems_are_the_models_own(tmp_path) -> None:
-    problems = bringup.problems(config(tmp_path, N=7, mixers=(Softmax(), *LINEAR), dtype="bfloat16"))
+    problems = kernel_check.problems(config(tmp_path, N=7, mixers=(Softmax(), *LINEAR), dtype="bfloat16"))
     attention, *linear = problems.values()
     assert isinstance(attention, numerics.Problem)
     assert [(p.heads, p.D, p.V, p.decay, p.delta) for p in linear] == list(LINEAR.values())
@@ -217,7 +217,7 @@ def test_the_linear_problems_are_the_models_own(tmp_path) -> None:
 def test_heads_are_those_of_one_device(tmp_path) -> None:
     """A head that all others read is on each."""
     c = dataclasses.replace(config(tmp_path, N=2, K=2, mixers=(GLA(), Mamba2())), mesh=Mesh(tensor=2))
-    assert [p.heads for p in bringup.problems(c).values()] == [(1, 1, 1), (1, 1, 2)]
+    assert [p.heads for p in kernel_check.problems(c).values()] == [(1, 1, 1), (1, 1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -229,12 +229,12 @@ def test_linear_kernels_are_compared_where_the_model_has_their_mixers(monkeypatc
         return (out * 1.01).astype(out.dtype), state
 
     seen = types.SimpleNamespace(**{**vars(dispatch), "target": lambda: dispatch.Target("tpu", V5E)})
-    monkeypatch.setattr(bringup, "dispatch", seen)
+    monkeypatch.setattr(kernel_check, "dispatch", seen)
     for name, changes in (("right_linear", {}), ("wrong_linear", {"attend": scaled})):
         module = types.SimpleNamespace(**{**vars(linear_xla), **changes})
         monkeypatch.setitem(linear_api.BACK_ENDS, name, module)
         monkeypatch.setattr(linear_api, "DEFAULT", (name, "xla"))
-        verdict = bringup.check(config(tmp_path, N=1, mixers=mixers), None, Console(quiet=True))
+        verdict = kernel_check.check(config(tmp_path, N=1, mixers=mixers), None, Console(quiet=True))
         if not compared:
             assert verdict is None
             continue
@@ -243,8 +243,10 @@ def test_linear_kernels_are_compared_where_the_model_has_their_mixers(monkeypatc
         assert row["outcome"] == ("passed" if name == "right_linear" else "failed"), row
         assert set(row["results"]) == {"out", "final_state", "dq", "dk", "dv", "dlog_decay", "dbeta"}
     if compared:
-        with pytest.raises(bringup.Disagreement, match="wrong_linear does not agree with xla on TPU v5 lite, Gated"):
-            bringup.insist(verdict)
+        with pytest.raises(
+            kernel_check.Disagreement, match="wrong_linear does not agree with xla on TPU v5 lite, Gated"
+        ):
+            kernel_check.insist(verdict)
 
 
 # ---- training
@@ -252,10 +254,10 @@ def test_linear_kernels_are_compared_where_the_model_has_their_mixers(monkeypatc
 
 def test_a_cpu_and_programs_of_xla_need_no_comparison(monkeypatch, tmp_path) -> None:
     c, console = config(tmp_path), Console(quiet=True)
-    assert bringup.check(c, None, console) is None
+    assert kernel_check.check(c, None, console) is None
     on_a_chip(monkeypatch, "fresh")
-    assert bringup.check(c, Context(implementation=("xla", "fresh")), console) is None
-    assert bringup.check(c, None, console)["outcome"] == "passed"
+    assert kernel_check.check(c, Context(implementation=("xla", "fresh")), console) is None
+    assert kernel_check.check(c, None, console)["outcome"] == "passed"
 
 
 def test_a_back_end_that_refuses_the_model_is_not_compared(monkeypatch, tmp_path) -> None:
@@ -263,7 +265,7 @@ def test_a_back_end_that_refuses_the_model_is_not_compared(monkeypatch, tmp_path
         raise NotImplementedError("too small")
 
     on_a_chip(monkeypatch, "choosy", check=refuse)
-    assert bringup.check(config(tmp_path), None, Console(quiet=True)) is None
+    assert kernel_check.check(config(tmp_path), None, Console(quiet=True)) is None
 
 
 def test_training_goes_on_after_agreement_and_keeps_the_verdict(monkeypatch, tmp_path) -> None:
@@ -283,7 +285,7 @@ def test_training_stops_before_step_0_on_a_mismatch(monkeypatch, tmp_path, capsy
     on_a_chip(monkeypatch, "wrong_in_training", attend=wrong)
     c = config(tmp_path, **PLAIN)
     with pytest.raises(
-        bringup.Disagreement, match="wrong_in_training does not agree with xla on TPU v5 lite"
+        kernel_check.Disagreement, match="wrong_in_training does not agree with xla on TPU v5 lite"
     ) as caught:
         train(c, quiet=True)
     assert "\n" not in str(caught.value) and "longattn bringup" in str(caught.value)
@@ -320,7 +322,7 @@ def test_a_run_goes_on_only_with_kernels_that_agree(monkeypatch, tmp_path) -> No
         with pytest.raises(EOFError):
             train(c, quiet=True)
     on_a_chip(monkeypatch, "wrong_on_resuming", attend=wrong)
-    with pytest.raises(bringup.Disagreement):
+    with pytest.raises(kernel_check.Disagreement):
         train(c, quiet=True)
     _, start = json.loads((tmp_path / "a" / "env.json").read_text())["starts"]
     assert (start["step"], start["kernels"]["outcome"]) == (2, "failed")

@@ -1,0 +1,164 @@
+"""One dataclass for each way to attend: what `Model.mixers` holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from longattn import mask as masks
+from longattn.config.checks import above_zero, increasing, positive
+
+
+@dataclass(frozen=True)
+class RoPE:
+    """Rotary position embedding (arXiv:2104.09864) and how it is stretched to longer contexts."""
+
+    base: float = 10_000.0  # period base: angle of pair i at position p is p * base ** (-2 i / D)
+    scaling: Literal["none", "linear", "yarn"] = "none"  # linear: arXiv:2306.15595; yarn: arXiv:2309.00071
+    factor: float = 1.0  # how many times longer than original_T the context becomes (linear, yarn)
+    original_T: int = 2048  # the context length of the original training (yarn)
+
+    def __post_init__(self) -> None:
+        positive(self, "original_T")
+        if self.base <= 1:
+            raise ValueError(f"RoPE.base={self.base} must exceed 1")
+        if self.factor < 1:
+            raise ValueError(f"RoPE.factor={self.factor} must be at least 1: it stretches the context")
+        if self.scaling == "none" and self.factor != 1:
+            raise ValueError(f"RoPE.factor={self.factor} has no effect with scaling='none'; choose 'linear' or 'yarn'")
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Exact softmax attention with any mask."""
+
+    mask: masks.Mask = masks.Causal()  # an expression on the command line: "Causal() & Window(512)"
+    rope: RoPE | None = RoPE()  # None: no position encoding
+    qk_norm: bool = False  # RMSNorm of q and k per head, before RoPE
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+    sinks: bool = False  # one learned extra logit per head in the denominator
+
+    def __post_init__(self) -> None:
+        try:
+            whole = masks.parse(str(self.mask)) == self.mask
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError(
+                f"Softmax.mask={self.mask} cannot be written to a run's config.json: build it of the masks of "
+                "longattn.mask without arrays and without Fn"
+            )
+
+
+@dataclass(frozen=True)
+class LinearAttention:
+    """Softmax replaced by the product of positive features, elu(x) + 1 (arXiv:2006.16236)."""
+
+    eps: float = 1e-6  # added to the sum of weights that divides the output
+
+    def __post_init__(self) -> None:
+        above_zero(self, "eps")
+
+
+@dataclass(frozen=True)
+class Performer:
+    """Softmax estimated with positive orthogonal random features, FAVOR+ (arXiv:2009.14794)."""
+
+    features: int = 256  # random features of a head
+    seed: int = 0  # of the features, which are no parameters
+    eps: float = 1e-6  # added to the sum of weights that divides the output
+
+    def __post_init__(self) -> None:
+        positive(self, "features")
+        above_zero(self, "eps")
+
+
+@dataclass(frozen=True)
+class Based:
+    """exp(q k) replaced by its Taylor series up to the square (arXiv:2402.18668)."""
+
+    features: int = 16  # size of a query/key head before the feature map
+    eps: float = 1e-6  # added to the sum of weights that divides the output
+
+    def __post_init__(self) -> None:
+        positive(self, "features")
+        above_zero(self, "eps")
+
+
+@dataclass(frozen=True)
+class RetNet:
+    """Retention: a fixed decay per head (arXiv:2307.08621)."""
+
+    V: int | None = None  # size of a value head; None: 2 * Model.D
+    fastest: float = 1 / 32  # what the first head forgets per token
+    slowest: float = 1 / 512  # what the last head forgets per token; those between in equal ratios
+    rope: RoPE | None = RoPE()  # None: no position encoding but the decay
+
+    def __post_init__(self) -> None:
+        positive(self, "V")
+        if not 0 < self.slowest <= self.fastest < 1:
+            raise ValueError(
+                f"RetNet.slowest={self.slowest} and fastest={self.fastest} must be 0 < slowest <= fastest < 1"
+            )
+
+
+@dataclass(frozen=True)
+class GLA:
+    """Gated linear attention: a decay per channel that depends on the token (arXiv:2312.06635)."""
+
+    D: int | None = None  # size of a query/key head; None: Model.D / 2
+    rank: int = 16  # of the decay's projection
+    temperature: float = 16.0  # decays are sigmoid(.) ** (1 / temperature)
+
+    def __post_init__(self) -> None:
+        positive(self, "D", "rank")
+        above_zero(self, "temperature")
+
+
+@dataclass(frozen=True)
+class Mamba2:
+    """State-space duality: a decay per head that depends on the token (arXiv:2405.21060)."""
+
+    expand: int = 2  # heads, in multiples of Model.H
+    state: int = 128  # size of a query/key head: the paper's N
+    groups: int = 1  # query/key heads
+    taps: int = 4  # of the short convolutions
+    steps: tuple[float, float] = (1e-3, 0.1)  # range of the step size at initialisation, log-uniform
+    rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
+
+    def __post_init__(self) -> None:
+        positive(self, "expand", "state", "groups", "taps")
+        increasing(self, "steps", "rates")
+
+
+@dataclass(frozen=True)
+class GatedDeltaNet:
+    """The delta rule with a decay per head that depends on the token (arXiv:2412.06464)."""
+
+    V: int | None = None  # size of a value head; None: 2 * Model.D
+    taps: int = 4  # of the short convolutions
+    steps: tuple[float, float] = (1e-3, 0.1)  # range of the step size at initialisation, log-uniform
+    rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
+
+    def __post_init__(self) -> None:
+        positive(self, "V", "taps")
+        increasing(self, "steps", "rates")
+
+
+@dataclass(frozen=True)
+class KimiDeltaAttention:
+    """The delta rule with a decay per channel that depends on the token (arXiv:2510.26692)."""
+
+    V: int | None = None  # size of a value head; None: Model.D
+    rank: int | None = None  # of the projections of decay and output gate; None: Model.D
+    taps: int = 4  # of the short convolutions
+    steps: tuple[float, float] = (1e-3, 0.1)  # range of the step size at initialisation, log-uniform
+    rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
+
+    def __post_init__(self) -> None:
+        positive(self, "V", "rank", "taps")
+        increasing(self, "steps", "rates")
+
+
+# The union of every mixer's config; a new mixer joins here.
+Mixer = Softmax | LinearAttention | Performer | Based | RetNet | GLA | Mamba2 | GatedDeltaNet | KimiDeltaAttention
