@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import longattn
-from longattn import parallel
+from longattn import config, models, parallel
 from longattn.mask import Causal, Window
 from longattn.ops.attention import api
 from tests.ops.contract import test_attention
@@ -84,3 +84,18 @@ def test_a_strategy(monkeypatch, layout):
 
     here = lambda q, k, v: longattn.attention(q, k, v, **options)
     assert_close(*(value_and_gradients(f)(*arrays(32)) for f in (over_the_mesh, here)))
+
+
+def test_a_mixer(monkeypatch):
+    made = module("longattn/config/lightning.py").Lightning
+    monkeypatch.setitem(models.MIXERS, "Lightning", module("longattn/models/lightning.py").Lightning)
+    model = config.Model(N=2, E=16, F=32, H=2, K=2, D=8, W=7, dtype="float32", mixers=(made(), config.Softmax()))
+    params = models.init_params(model, jax.random.key(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (2, 24)), jnp.int32)
+    forward = lambda params: models.Transformer(model).apply({"params": params}, tokens)
+    value, gradients = jax.value_and_grad(lambda params: jnp.sum(jnp.sin(forward(params))))(params)
+    assert np.isfinite(value) and all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
+    changed = forward(params) - models.Transformer(model).apply({"params": params}, tokens.at[:, 12].add(1))
+    assert np.abs(changed[:, :12]).max() < 1e-5 < np.abs(changed[:, 12:]).max()
+    assert models.state_elements(made(), model, 24) == 2 * 8**2
+    assert models.bytes_read_per_token(made(), model, 24) == 4 * 2 * 8**2
