@@ -177,7 +177,7 @@ def test_quick_counts_all_mixers_and_times_some(tmp_path: Path) -> None:
             assert len(set(elements)) == 1
             assert steps[-1] == 8 * steps[0] > 8
     study = report.Study("a", "quick", store)
-    (shown,) = (t for t in tables.tables(study)["cost"] if t.title.startswith("What one layer keeps"))
+    (shown,) = (t for t in tables.tables(study)["cost"] if t.title.startswith("State and reads of one layer"))
     assert [row[0] for row in shown.rows][:2] == ["exact, blockwise, T 8192", "window 256, T 8192"]
     assert {"GatedDeltaNet, T 8192", "Based, T 8192"} < {row[0] for row in shown.rows}
 

@@ -309,9 +309,9 @@ def test_one_process_agrees_with_itself() -> None:
     import threading
 
     event = threading.Event()
-    agreed = distributed.Agreed(event)
+    agreed = distributed.SharedEvent(event)
     assert not agreed.poll()
     event.set()
     assert agreed.poll()
-    with pytest.raises(OSError, match="connection reset"), distributed.others(lambda: "again"):
+    with pytest.raises(OSError, match="connection reset"), distributed.detect_loss(lambda: "again"):
         raise OSError("connection reset")  # of something else than another process

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from longattn import parallel
-from longattn.aot import hlo
+from longattn.aot import collectives, hlo
 from longattn.config import ByteLM, Config, Mesh, Model
 from longattn.train.data import Batch
 from longattn.train.step import _sum_loss, batch_sharding, context_of, state_shapes
@@ -44,7 +44,9 @@ def test_what_a_layer_s_recomputation_sends_and_runs(strategy):
     again, once = Counter(), Counter()
     for computation in program.computations.values():
         for i in computation.instructions:
-            if f"/{strategy}/" in i.scope and (i.opcode == "while" or i.opcode.removesuffix("-start") in hlo.KINDS):
+            if f"/{strategy}/" in i.scope and (
+                i.opcode == "while" or i.opcode.removesuffix("-start") in collectives.KINDS
+            ):
                 (again if "rematted" in i.scope else once)[i.opcode] += 1
     assert once["while"] >= 2  # over tiles of queries, forward and backward: the names are there to be seen
     exchanged = sum(n for opcode, n in again.items() if opcode.startswith("all-to-all"))

@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 from longattn.config import ByteLM, Config, Mesh, Model, Optimiser, RoPE, Run, Softmax, to_json
-from longattn.train import checkpoint, data, evaluate, load_params, record, train
+from longattn.train import checkpoint, compilation, data, evaluate, load_params, record, train
 
 SOURCES = str(Path(__file__).parents[2] / "longattn" / "train" / "*.py")
 MODEL = Model(N=2, E=16, F=24, H=2, K=1, D=8, dtype="float32")
@@ -158,7 +158,7 @@ def test_a_signal_at_any_time_ends_in_a_checkpoint(finished: Config, tmp_path: P
         yield event
 
     with monkeypatch.context() as patch:
-        patch.setattr("longattn.train.run._sigterm", sent)
+        patch.setattr("longattn.train.distributed.sigterm", sent)
         summary = quiet(c)
     assert (summary.status, summary.steps, steps_saved(folder(c))) == ("stopped", 1, [1])
     assert quiet(c).status == "finished"
@@ -314,7 +314,7 @@ def test_a_folder_of_another_run_is_refused(finished: Config) -> None:
 
 @pytest.mark.parametrize("T", [2**20, 2**40])
 def test_too_long_for_memory_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch, T: int) -> None:
-    monkeypatch.setattr(record, "available_memory", lambda: 2**26)
+    monkeypatch.setattr(compilation, "available_memory", lambda: 2**26)
     c = config(tmp_path)
     c = dataclasses.replace(c, data=dataclasses.replace(c.data, T=T))
     with pytest.raises(ValueError, match=f"T={T}.*lower"):
@@ -324,7 +324,7 @@ def test_too_long_for_memory_is_refused_before_anything_is_written(tmp_path: Pat
 
 def test_compiled_memory_decides(tmp_path: Path, monkeypatch) -> None:
     """A length whose parameters and layer inputs fit, but whose step does not."""
-    monkeypatch.setattr(record, "available_memory", lambda: 150_000)
+    monkeypatch.setattr(compilation, "available_memory", lambda: 150_000)
     with pytest.raises(ValueError, match=r"data\.T=32 with data.B=2 needs .* GiB"):
         quiet(config(tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -49,7 +49,7 @@ def batches(config: Config, steps: list[int]) -> dict[str, Any]:
 
 def refusal(body: Any) -> str:
     try:
-        with distributed.together() as facts:
+        with distributed.consensus() as facts:
             body(facts)
     except ValueError as error:
         return str(error)
