@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from longattn.aot import compilers, kernels
-from longattn.aot.kernels import cache, command, rates, tpu
+from longattn.aot.kernels import command, rates, tpu
 from longattn.aot.kernels.bundles import along, parse, weigh
 from longattn.aot.kernels.cases import CASES, Branch, Kernel, Shape
 from longattn.aot.kernels.cases.kernel import walk
@@ -664,18 +664,18 @@ def test_answers_are_remembered_but_not_those_that_may_change():
     asked = []
 
     def answer(reason: str) -> dict:
-        return cache.remembered({"reason": reason}, lambda: asked.append(reason) or {"reason": reason})
+        return tpu.remembered({"reason": reason}, lambda: asked.append(reason) or {"reason": reason})
 
     for _ in range(2):
         assert answer("VMEM is too small") == {"reason": "VMEM is too small"}
         answer("the compiler took more than 300 s")
         answer("ModuleNotFoundError: No module named 'einshape'")
     assert [asked.count(reason) for reason in dict.fromkeys(asked)] == [1, 2, 2]
-    assert not list(cache.folder().glob("*.part"))
+    assert not list(tpu.cache_folder().glob("*.part"))
 
 
 def test_what_is_remembered_depends_on_versions_and_sources():
-    assert set(cache.versions("matmul")) == set(cache.versions("jax_flash")) == {"jax", "sources"}
+    assert set(tpu.versions("matmul")) == set(tpu.versions("jax_flash")) == {"jax", "sources"}
 
 
 def test_a_peer_that_is_not_installed_is_a_row(monkeypatch):
