@@ -1,6 +1,6 @@
-"""The problems to check: together they cover every part of both contracts, softmax and linear, that a kernel may accept.
+"""Lists problems that together cover all of both contracts, softmax and linear, that a kernel may accept.
 
-They include the calls of devices that share a sequence: attention to a shard of the keys, and passes of the state alone.
+They include calls of devices that share a sequence: attention to a shard of the keys, and passes of the state alone.
 """
 
 from __future__ import annotations
