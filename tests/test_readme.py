@@ -1,4 +1,4 @@
-"""What README.md shows is true: its Python runs, and the targets, commands and files it names exist."""
+"""README.md is true: its Python runs, and the targets, commands and files it names exist."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""Compiled programs read: types, loops, products, bytes and collectives of hand-written texts, and of XLA's own."""
+"""Parsing compiled programs: types, loops, products, bytes and collectives, in hand-written texts and XLA's own."""
 
 import re
 import textwrap
@@ -140,7 +140,7 @@ def test_unknown_groups_are_refused():
 
 
 def counted(text: str) -> float:
-    """FLOPs of a whole program, loops and all."""
+    """Returns the FLOPs of a whole program with its loops."""
     p = hlo.parse(text)
 
     def total(computation: hlo.Computation) -> float:

@@ -236,9 +236,7 @@ def test_killed_one_of_two_and_finished_by_one(two, tmp_path: Path) -> None:
     whole, records = two[1][0]["history"], record.history(Path(c.run.dir, c.run.name))
     assert [r["step"] for r in records] == list(range(1, 81))
     assert [r["loss"] for r in records[:at]] == [r["loss"] for r in whole[:at]]
-    np.testing.assert_allclose(
-        records[at]["loss"], whole[at]["loss"], rtol=1e-5
-    )  # sums have another order
+    np.testing.assert_allclose(records[at]["loss"], whole[at]["loss"], rtol=1e-5)  # sums have another order
 
 
 def test_a_coordinator_out_of_reach_is_one_line_in_time(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: resuming after any end, refusing what must not start, and what a run leaves behind."""
+"""Whole runs of a tiny model: resuming after any end, refusals, and the files of a run."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_finished_again_says_so_and_changes_nothing(finished: Config) -> None:
 
 
 def lose_power(c: Config, monkeypatch: pytest.MonkeyPatch, step: int = 7) -> None:
-    """Train until the data of one step fail to come."""
+    """Trains until the data of one step fail to come."""
     loader = data.loader
 
     def failing(source, start):
@@ -148,7 +148,7 @@ def test_stopped_in_process_and_continued_bitwise(finished: Config, tmp_path: Pa
 
 
 def test_a_signal_at_any_time_ends_in_a_checkpoint(finished: Config, tmp_path: Path, monkeypatch) -> None:
-    """Before the first step too: one step is taken, then saved."""
+    """A signal before the first step counts too: one step is taken and saved."""
     c = config(tmp_path)
 
     @contextlib.contextmanager
@@ -166,7 +166,7 @@ def test_a_signal_at_any_time_ends_in_a_checkpoint(finished: Config, tmp_path: P
 
 
 def test_evaluation_takes_a_micro_batch_at_a_time(finished: Config, tmp_path: Path) -> None:
-    """The same rows as without accumulation."""
+    """Evaluation sees the same rows as without accumulation."""
     c = config(tmp_path)
     c = dataclasses.replace(c, optimiser=dataclasses.replace(c.optimiser, accumulate=2))
     quiet(c)
@@ -182,7 +182,7 @@ def test_on_a_mesh_stopped_and_continued_bitwise(finished: Config, tmp_path: Pat
     (began,) = json.loads((folder(whole) / "env.json").read_text())["starts"]
     assert began["mesh"] == "8 devices: data 2 x seq 4, ring, zigzag"
     for step, loss in losses(folder(finished)).items():
-        # Twelve steps of Adam, whose updates at first are signs of gradients, however small.
+        # Adam's first updates are the signs of gradients, however small.
         assert losses(folder(whole))[step] == pytest.approx(loss, rel=1e-4)
 
     c = dataclasses.replace(config(tmp_path), mesh=Mesh(data=2, seq=4, layout="zigzag"))
@@ -194,7 +194,7 @@ def test_on_a_mesh_stopped_and_continued_bitwise(finished: Config, tmp_path: Pat
 
 
 def test_continued_on_other_meshes(finished: Config, tmp_path: Path, monkeypatch) -> None:
-    """From one device, by power cuts, to eight, and on to eight that share otherwise."""
+    """A run moves from one device, after power cuts, to eight, and then to another mesh of eight."""
     alone = config(tmp_path, log_every=1, save_every=1)
     lose_power(alone, monkeypatch)
     on = lambda **mesh: dataclasses.replace(alone, mesh=Mesh(**mesh))
