@@ -46,8 +46,9 @@ from longattn.cost.topology import Topology
 from longattn.mask import Mask
 from longattn.models.transformer import init_params
 from longattn.ops.attention.pallas_tpu.tiles import LANES
-from longattn.parallel import exchange
 from longattn.parallel import mesh as meshes
+from longattn.parallel import ulysses
+from longattn.parallel.attention import strategy_on
 
 _F32 = 4
 
@@ -74,7 +75,7 @@ def _held(config: Config) -> tuple[int, int]:
 def tokens(config: Config) -> float:
     """Tokens of a micro-batch on one device."""
     c = config.mesh
-    return config.data.B * config.data.T / (c.data * c.fsdp * c.sequence * config.optimiser.accumulate)
+    return config.data.B * config.data.T / (c.data * c.fsdp * c.P * config.optimiser.accumulate)
 
 
 def _filled(D: int, where: Topology) -> int:
@@ -117,9 +118,9 @@ def kept(config: Config, where: Topology) -> float:
     """
     m, t, n, c = config.model, config.mesh.tensor, tokens(config), np.dtype(config.model.dtype).itemsize
     if (mixer := recurrence(m, where)) is not None:
-        part = 0.0 if m.remat == "full" else linear.kept(mixer, m, config.data.T // config.mesh.sequence, t)
+        part = 0.0 if m.remat == "full" else linear.kept(mixer, m, config.data.T // config.mesh.P, t)
         return n * (c * m.E + part) * (2 if m.remat == "offload" else m.N)
-    one_row = n * config.mesh.sequence == config.data.T and config.mesh.strategy != "ulysses"  # which exchanges out
+    one_row = n * config.mesh.P == config.data.T and not _whole_sequences(config.mesh)
     minor = m.remat in ("dots", "none") or one_row
     D = _filled(m.D, where) if minor else m.D
     E, F, q, k = m.E, m.F / t, m.H * D / t, m.K * D / t
@@ -141,10 +142,10 @@ def memory(config: Config, where: Topology) -> dict[str, float]:
     F, q = m.F / t, m.H * m.D / t
     q_filled, k_filled = (heads * _filled(m.D, where) / t for heads in (m.H, m.K))
     p, layers = _held(config)
-    sequence = n * mesh.sequence  # keys of the device's rows, those of other devices too
+    sequence = n * mesh.P  # keys of the device's rows, those of other devices too
     head = m.W * E
     sums = _F32 * p if config.optimiser.accumulate > 1 else 0.0
-    spread = mesh.fsdp * mesh.sequence > 1
+    spread = mesh.fsdp * mesh.P > 1
     always = {
         "parameters": _F32 * p,
         "moments": 2 * _F32 * p,
@@ -177,7 +178,7 @@ def memory(config: Config, where: Topology) -> dict[str, float]:
     }
     if (mixer := recurrence(m, where)) is not None:
         both = {"gradients": gradients, "gathered or cast parameters": casts}
-        each = linear.peaks(mixer, m, config.data.T // mesh.sequence, t, piece / n)
+        each = linear.peaks(mixer, m, config.data.T // mesh.P, t, piece / n)
         beside = sum((always | both).values()) + n * each.pop("beside")
         peaks = {"loss": peaks["loss"], **{name: {**both, "backward pass": n * x} for name, x in each.items()}}
     largest = max(peaks.values(), key=lambda parts: sum(parts.values()))
@@ -193,26 +194,42 @@ def memory(config: Config, where: Topology) -> dict[str, float]:
 def _exchanged(config: Config, q: float, q_filled: float, k_filled: float) -> float:
     """Bytes per token of a device in attention's backward pass: q, out's gradient, q's, keys, values and theirs."""
     m, mesh, c = config.model, config.mesh, np.dtype(config.model.dtype).itemsize
-    own, P = 2 * c * q_filled + _F32 * q, mesh.sequence
-    if P == 1 or mesh.strategy == "all_gather":
-        return own + 2 * (c + _F32) * k_filled * P
-    if mesh.strategy == "ulysses":
-        given = exchange.heads(m.H // mesh.tensor, m.K // mesh.tensor, P)
-        more_q, more_k = given.each * P / given.H, len(given.keys) * mesh.tensor / m.K
-        return own * more_q + 2 * (c + _F32) * k_filled * more_k
-    return own + 36 * k_filled + 28 * q  # of bfloat16; float32 has a few more
+    own, P = 2 * c * q_filled + _F32 * q, mesh.P
+    keys = 2 * (c + _F32) * k_filled
+    if P == 1:
+        return own + keys
+
+    def exchanged() -> float:
+        given = ulysses.heads(m.H // mesh.tensor, m.K // mesh.tensor, P)
+        return own * (given.each * P / given.H) + keys * (len(given.keys) * mesh.tensor / m.K)
+
+    travelling = lambda: own + 36 * k_filled + 28 * q  # of bfloat16; float32 has a few more
+    buffers = {
+        "ring": travelling,
+        "balanced": travelling,
+        "all_gather": lambda: own + keys * P,
+        "ulysses": exchanged,
+        "usp": travelling,
+    }
+    return problem.entry(buffers, problem.way_of(mesh), "buffers")()
+
+
+def _whole_sequences(mesh: Mesh) -> bool:
+    """Whether the strategy exchanges tokens for heads, out too, until devices have whole sequences."""
+    strategy = strategy_on(mesh)
+    return strategy.exchanges_heads and strategy.axes == 1
 
 
 def _pairs(mask: Mask, T: int, mesh: Mesh) -> float:
     """Visible pairs that the device with most of them computes, of all heads before `tensor` divides them."""
-    if mesh.strategy in ("balanced", "ulysses") or mesh.layout == "striped":  # striped: up to the diagonal
-        return visible_pairs(mask, T) / mesh.sequence
-    if mesh.layout == "zigzag" and mesh.parts > 1:
-        halves = pairs_by_part(mask, T, 2 * mesh.parts)
+    if strategy_on(mesh).even or mesh.layout == "striped":  # striped: up to the diagonal
+        return visible_pairs(mask, T) / mesh.P
+    if mesh.layout == "zigzag" and mesh.shards > 1:
+        halves = pairs_by_part(mask, T, 2 * mesh.shards)
         most = max(early + late for early, late in zip(halves, reversed(halves), strict=True))
     else:
-        most = max(pairs_by_part(mask, T, mesh.parts))
-    return most * mesh.parts / mesh.sequence  # the devices of a part divide the heads
+        most = max(pairs_by_part(mask, T, mesh.shards))
+    return most * mesh.shards / mesh.P  # the devices of a part divide the heads
 
 
 def attention_flops(config: Config) -> tuple[float, float]:
@@ -229,7 +246,7 @@ def attention_flops(config: Config) -> tuple[float, float]:
         if not isinstance(mixer, Softmax):
             continue
         heads = model.H // c.tensor
-        if c.strategy in ("ulysses", "usp"):  # filled up
+        if strategy_on(c).exchanges_heads:  # filled up
             heads = -(-heads // c.seq) * c.seq
         flops = cost.attention_flops(_pairs(mixer.mask, config.data.T, c), heads, model.D)
         forward += rows * flops.forward
@@ -240,8 +257,8 @@ def attention_flops(config: Config) -> tuple[float, float]:
 def linear_flops(config: Config) -> tuple[float, float]:
     """FLOPs of one step's linear attention on a TPU, (forward, backward), of one device: see `recurrent.flops`."""
     m, c = config.model, config.mesh
-    rows, T = config.data.B / (c.data * c.fsdp), config.data.T // c.sequence
-    each = [(times, linear.flops(mixer, m, T, c.sequence, c.tensor)) for mixer, times in _recurrent(m).items()]
+    rows, T = config.data.B / (c.data * c.fsdp), config.data.T // c.P
+    each = [(times, linear.flops(mixer, m, T, c.P, c.tensor)) for mixer, times in _recurrent(m).items()]
     forward, backward = (rows * sum(times * part[i] for times, part in each) for i in range(2))
     return forward, backward
 
@@ -254,7 +271,7 @@ def _recurrent(model: Model) -> Counter[Mixer]:
 def flops(config: Config) -> float:
     """FLOPs of one device's step as the program computes them, recomputation included."""
     m, mesh = config.model, config.mesh
-    share = config.data.B / (mesh.data * mesh.fsdp * mesh.sequence)  # of the batch's rows, heads and width apart
+    share = config.data.B / (mesh.data * mesh.fsdp * mesh.P)  # of the batch's rows, heads and width apart
     forward = cost.forward_flops(m, config.data.T)
     mlp = forward.mlp * share / mesh.tensor
     T = config.data.T
@@ -288,7 +305,7 @@ def messages(config: Config, where: Topology) -> dict[str, float]:
     """
     m, mesh, n = config.model, config.mesh, tokens(config)
     c, pieces = np.dtype(m.dtype).itemsize, config.optimiser.accumulate
-    slices = mesh.fsdp * mesh.sequence
+    slices = mesh.fsdp * mesh.P
     others = lambda devices: (devices - 1) / devices
     held, layers = _held(config)
     matrices = layers * slices  # of one tensor slice, whole
@@ -326,7 +343,7 @@ def _attention_messages(config: Config, where: Topology) -> dict[str, float]:
         most["forward"] += times * forward.most
         most["backward"] += times * backward.most
         most["gradients"] += times * backward.received("scatter").max()
-    if config.mesh.strategy == "all_gather":
+    if most["gradients"]:
         values = most["forward"] + most["backward"] - most["gradients"]
         return {"keys and values": values, "their gradients": most["gradients"] * (1 if where.is_gpu else 2)}
     return {"attention, forward": most["forward"], "attention, backward": most["backward"]}
@@ -356,8 +373,7 @@ def _state_messages(config: Config) -> dict[str, float]:
     m, mesh, pieces = config.model, config.mesh, config.optimiser.accumulate
     rows = config.data.B // (mesh.data * mesh.fsdp * pieces)
     each = [
-        (pieces * times, linear.messages(mixer, m, rows, mesh.sequence, mesh.tensor))
-        for mixer, times in _recurrent(m).items()
+        (pieces * times, linear.messages(mixer, m, rows, mesh.P, mesh.tensor)) for mixer, times in _recurrent(m).items()
     ]
     passes = enumerate(("forward", "backward"))
     return {f"states, {name}": sum(times * sent[i] for times, sent in each) for i, name in passes}

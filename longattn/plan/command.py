@@ -20,7 +20,7 @@ from longattn.cost import flops, step, topology
 from longattn.cost.sequence import problem, strategies, timeline
 from longattn.cost.topology import Topology
 from longattn.environment import commit, write_whole
-from longattn.parallel.api import STRATEGIES
+from longattn.parallel.attention import STRATEGIES, strategy_on
 from longattn.plan import search, show
 
 VERSION = 1
@@ -56,6 +56,7 @@ class PlanOptions:
         where = topology.parse(self.topology)
         if self.timeout <= 0:
             raise ValueError(f"timeout={self.timeout:g} must be positive")
+        strategy_on(self.mesh)
         if self.search is not None and self.strategies is not None:
             raise ValueError(f"search={self.search} and strategies={self.strategies}: ask for one of them at a time")
         if self.search == "min-devices" and self.mesh.size > 1:
@@ -242,9 +243,9 @@ def _strategies(options: PlanOptions, where: Topology, compiler: _Compiler) -> d
     model, mesh = options.model, options.config(where).mesh
     rows = options.data.B // (mesh.data * mesh.fsdp * options.optimiser.accumulate)
     predicted: list[dict[str, Any]] = []
-    if mesh.sequence > 1:
+    if mesh.P > 1:
         layers = problem.layers_of(model, options.data.T, rows, mesh.tensor)
-        predicted = strategies.compare(layers, mesh.sequence, timeline.machine(where), remat=model.remat)
+        predicted = strategies.compare(layers, mesh.P, timeline.machine(where), remat=model.remat)
     by_formula = {"sequence": predicted, "recommended_by_formula": strategies.recommended(predicted)}
     if options.analytic:
         return by_formula | {"rows": [compiler(where)], "recommended": by_formula["recommended_by_formula"]}
@@ -286,7 +287,7 @@ def _largest(
     def expected(n: int) -> bool:  # by formula
         return step.memory(compiler.options.config(where, **{key: n}), where)["total"] <= where.hbm_bytes
 
-    unit = mesh.sequence * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
+    unit = mesh.P * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
     limit = max(unit, _LONGEST if key == "T" else _LONGEST // data.T * where.size)
     guess: int | None = getattr(data, key)
     with contextlib.suppress(NotImplementedError):  # without a formula the search starts from the requested number

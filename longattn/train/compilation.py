@@ -25,7 +25,7 @@ def compile_step(config: Config, shapes: State, context: Context | None = None) 
     # Even full rematerialisation keeps the input of each layer. A step that cannot hold even those is refused before
     # it is traced: compiling it would take hours.
     mesh = config.mesh
-    tokens = config.data.B * config.data.T // config.optimiser.accumulate // (mesh.data * mesh.fsdp * mesh.sequence)
+    tokens = config.data.B * config.data.T // config.optimiser.accumulate // (mesh.data * mesh.fsdp * mesh.P)
     refuse_beyond_memory(config, held + tokens * config.model.E * itemsize * (config.model.N + 1))
     return compile_program(config, train_step(config, context), shapes, batch_shapes(config))
 

@@ -26,6 +26,7 @@ from longattn.models.transformer import Transformer, head, init_params
 from longattn.ops import dispatch
 from longattn.parallel import SequenceLayout
 from longattn.parallel import mesh as meshes
+from longattn.parallel.attention import strategy_on
 from longattn.parallel.layout import names_of
 from longattn.train.data import Batch, Source, Spread
 from longattn.train.loss import cross_entropy, gathered, labels_and_weights
@@ -86,9 +87,10 @@ def context_of(config: Config, devices: Sequence[Any] | None = None) -> Context 
       config: whose mesh is made.
       devices: as for `longattn.parallel.make_mesh`.
 
-    Raises ValueError where there is another number of devices than the mesh has.
+    Raises ValueError where there is another number of devices than the mesh has, or its strategy does not go with it.
     """
     c, processes = config.mesh, jax.process_count()
+    strategy_on(c)
     if c.size == 1 and processes == 1:
         return None
     if c.size > jax.device_count() and devices is None and jax.default_backend() == "cpu" and c.size % processes == 0:
@@ -144,7 +146,7 @@ def batch_sharding(config: Config, context: Context) -> NamedSharding:
 def on_mesh(source: Source, config: Config, context: Context) -> Spread:
     """A source of the config's data whose batches lie on the context's mesh, in its layout."""
     shape = config.data.B, config.data.T
-    return Spread(source, shape, batch_sharding(config, context), context.layout, context.layout_parts)
+    return Spread(source, shape, batch_sharding(config, context), context.layout, context.shards)
 
 
 def _hidden(params: Params, batch: Batch, config: Config, context: Context | None) -> Float[Array, "B T E"]:

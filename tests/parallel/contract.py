@@ -41,13 +41,8 @@ MASKS = {  # windows and documents cross the boundaries between devices
         lambda q, k: BLOCKS[np.arange(B)[:, None, None, None], np.arange(6)[:, None, None], q // 4, k // 4],
     ),
 }
-ROWS = [
-    ("ring", "contiguous"), ("ring", "zigzag"), ("ring", "striped"), ("balanced", "contiguous"),
-    ("balanced", "zigzag"), ("balanced", "striped"), ("all_gather", "contiguous"), ("all_gather", "zigzag"),
-    ("all_gather", "striped"), ("ulysses", "contiguous"), ("ulysses", "zigzag"), ("ulysses", "striped"),
-    ("usp", "contiguous"), ("usp", "zigzag"), ("usp", "striped"),
-]  # fmt: skip
-MESHES = {  # data, tensor, and devices along the sequence: in all, and of usp those of the ring and within
+ROWS = list(itertools.product(parallel.STRATEGIES, ("contiguous", "zigzag", "striped")))
+MESHES = {  # data, tensor, and devices along the sequence: in all, and along each of two axes
     "2": (1, 1, 2, (1, 2)),
     "3": (1, 1, 3, (3, 1)),
     "4": (2, 1, 4, (2, 2)),
@@ -182,9 +177,9 @@ def table() -> str:
 
 
 def mesh_of(case: Case) -> tuple[Mesh, Any, int]:
-    """The mesh, the axis along which the sequence lies, and the devices that the layout orders."""
+    """The mesh, the axis along which the sequence is sharded, and the shards that the layout permutes."""
     data, tensor, P, (ring, within) = MESHES[case.mesh]
-    if case.row[0] != "usp":
+    if parallel.STRATEGIES[case.row[0]].axes == 1:
         devices = jax.devices()[: data * tensor * P]
         return parallel.make_mesh(data=data, tensor=tensor, seq=P, devices=devices), "seq", P
     shape = (data, tensor, ring, within)
