@@ -353,7 +353,7 @@ class Spread:
     shape: tuple[int, int]  # [B T]
     sharding: jax.sharding.Sharding  # of each array of a batch
     layout: SequenceLayout = SequenceLayout()  # order of a row's tokens over the devices
-    parts: int = 1  # shards that `layout` permutes
+    shards: int = 1  # number of shards that `layout` permutes
 
     @property
     def num_batches(self) -> int:
@@ -375,7 +375,7 @@ class Spread:
         @functools.cache
         def read(start: int, stop: int) -> Batch:
             whole = self.source.batch(step, slice(start, stop))
-            return Batch(*(self.layout.permute(x, self.parts) for x in whole))
+            return Batch(*(self.layout.permute(x, self.shards) for x in whole))
 
         def column(i: int) -> jax.Array:
             def part(index: tuple[slice, ...]) -> np.ndarray:
