@@ -1,7 +1,8 @@
 """Flax Linen models: the only part of longattn that imports flax."""
 
 from longattn.models.context import Context
-from longattn.models.mixers import MIXERS, attention_fn, bytes_read_per_token, sequential_steps, state_elements
+from longattn.models.flax_attention import attention_fn
+from longattn.models.mixers import MIXERS, bytes_read_per_token, sequential_steps, state_elements
 from longattn.models.transformer import REMAT, Transformer, head, init_params
 
 __all__ = [
