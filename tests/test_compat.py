@@ -2,7 +2,9 @@
 
 import pathlib
 import re
+import tomllib
 
+import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from longattn import compat
@@ -25,3 +27,16 @@ def test_the_interpret_mode_is_read():
 
 def test_one_process_has_no_coordination_client():
     assert compat.coordination_client() is None
+
+
+@pytest.mark.parametrize("extra", ["core", "train"])
+def test_oldest_is_what_is_tested(extra):
+    """`make test-oldest` installs the lower bounds of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = project["dependencies"] if extra == "core" else project["optional-dependencies"][extra]
+    pins = dict(re.findall(r"^([\w-]+)==(.*)$", (ROOT / ".ci" / "oldest" / f"{extra}.txt").read_text(), re.MULTILINE))
+    for requirement in needed:
+        name, bound = requirement.split(">=")
+        parts = bound.split(".")
+        parts += ["0"] * (3 - len(parts))
+        assert pins[name] == ".".join(parts), requirement
