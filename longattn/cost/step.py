@@ -19,7 +19,7 @@ Where all layers are of one kind of linear attention the moments are those that 
 not short XLA uses: it then computes an MLP's gradients beside the mixer's.
 
 How many activations of each width are alive at once is a property of XLA's schedules: the counts below were read off
-compiled programs, and `plan/calibration.py` holds the errors against the compilers' own accounts. Messages are exact: what the
+compiled programs; `plan/calibration.py` holds the errors against the compilers' own accounts. Messages are exact: what the
 strategies' formulas say (`cost/sequence/traffic.py`), and for linear attention `linear.messages`.
 """
 
