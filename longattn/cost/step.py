@@ -18,9 +18,9 @@ that layout: `kept` says when.
 Where all layers are of one kind of linear attention the moments are those that `linear.peaks` names. Memory that is
 not short XLA uses: it then computes an MLP's gradients beside the mixer's.
 
-How many activations of each width are alive at once is a property of XLA's schedules: the counts below were read off
-compiled programs; `plan/calibration.py` holds the errors against the compilers' own accounts. Messages are exact: what the
-strategies' formulas say (`cost/sequence/traffic.py`), and for linear attention `linear.messages`.
+How many activations of each width are alive at once is a property of XLA's schedules. The counts below were read off
+compiled programs; `plan/calibration.py` holds the errors against the compilers' own accounts. Messages are exact: they
+come from the strategies' formulas (`cost/sequence/traffic.py`) and, for linear attention, from `linear.messages`.
 """
 
 from __future__ import annotations
