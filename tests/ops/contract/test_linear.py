@@ -184,7 +184,7 @@ def arguments_of(case: Case, draw: int = 0) -> Any:
 
 
 def check(back_end: BackEnd, case: Case, tuning: Any = None) -> None:
-    """Compares a case with its oracle. A gradient of six numbers needs more draws: two errors differ by chance alone."""
+    """Compares a case with its oracle. Gradients of six numbers need more draws: two errors differ by chance alone."""
     f, arguments = function(back_end, case, tuning)
     with jax.enable_x64(case.dtype == "float64"):
         if reason := back_end.refusal(case):
