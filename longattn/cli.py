@@ -358,7 +358,8 @@ def _parse(kind: Any, arguments: list[str], command: str, default: Any = None) -
     """A dataclass from command-line arguments; a mistake exits with 2 and says which name was meant."""
     import tyro
 
-    from longattn import mask
+    from longattn import mask, parallel
+    from longattn.config.mesh import StrategyName
 
     registry = tyro.constructors.ConstructorRegistry()
 
@@ -372,6 +373,20 @@ def _parse(kind: Any, arguments: list[str], command: str, default: Any = None) -
             instance_from_str=lambda words: mask.parse(words[0]),
             is_instance=lambda value: isinstance(value, mask.Mask),
             str_from_instance=lambda value: [str(value)],
+        )
+
+    @registry.primitive_rule
+    def strategy_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        if info.type is not StrategyName:
+            return None
+        names = tuple(parallel.STRATEGIES)
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=f"{{{','.join(names)}}}",
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, str),
+            str_from_instance=lambda value: [value],
+            choices=names,
         )
 
     settings = {} if default is None else {"default": default}

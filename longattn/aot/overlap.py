@@ -35,7 +35,7 @@ def compiled(
 
     Args:
       where: the machine.
-      strategy, layout: as for `longattn.parallel.attention`; not usp.
+      strategy, layout: as for `longattn.parallel.attention`, a strategy of one axis.
       T: tokens.
       H, K, D: query heads, key/value heads and their size, in bfloat16.
       timeout: seconds for the compiler.
@@ -84,7 +84,7 @@ def layer(request: Mapping[str, Any]) -> dict[str, Any]:
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("topology")
-    parser.add_argument("strategy", choices=[name for name in parallel.STRATEGIES if name != "usp"])
+    parser.add_argument("strategy", choices=[s.name for s in parallel.STRATEGIES.values() if s.axes == 1])
     parser.add_argument("layout", nargs="?", default="contiguous")
     for name, default in (("T", 524_288), ("H", 32), ("K", 8), ("D", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)

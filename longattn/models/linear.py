@@ -16,15 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int32
 
 from longattn import config
 from longattn.models.context import Context
 from longattn.models.layers import RMSNorm, fan_in, no_state, rope_frequencies, rotate
+from longattn.models.mixer import Buffers, MixerModule, Widths
+from longattn.ops.calls import LinearCall
 from longattn.ops.linear import xla
+from longattn.ops.linear.pallas_tpu.tuning import LANES
+from longattn.parallel.mesh import SLICED, Rule
 
 Heads = Float[Array, "B T H D"]
 Features = Float[Array, "B T H M"]
+_F32 = 4  # bytes
 
 
 # ---- parts
@@ -148,12 +154,8 @@ def favor(x: Heads, directions: np.ndarray, *, query: bool) -> Features:
 # ---- mixers
 
 
-class Linear(nn.Module):
+class Linear(MixerModule):
     """Base of the mixers of this family. Each defines `mix` and `sizes`."""
-
-    config: Any
-    model: config.Model
-    context: Context | None = None
 
     in_order = True  # the state passes from token to token, so the sequence must lie in order
 
@@ -201,6 +203,33 @@ class Linear(nn.Module):
         """Returns the number of chunks: each waits for the state of the one before."""
         return -(-T // xla.Tuning().chunk)
 
+    @classmethod
+    def sizes(cls, mixer: Any, model: config.Model) -> tuple[int, int]:
+        """Returns the elements of the recurrence's state and of the inputs that short convolutions keep."""
+        raise NotImplementedError(f"{cls.__name__} must define sizes")
+
+    @classmethod
+    def sharding(cls, mixer: Any, model: config.Model) -> tuple[Rule, ...]:
+        """Returns rules that slice matrices along E and divide heads over `tensor`."""
+        return (
+            ("q|k|v|gate", P(SLICED, "tensor", None)),  # [E H D]
+            ("decay|beta", P(SLICED, "tensor")),  # [E H]
+            ("(decay|gate)_down", P(SLICED, None)),  # [E R]
+            ("(decay|gate)_up", P(None, "tensor", None)),  # [R H D]
+            ("(q|k|v)_conv(_bias)?", P("tensor")),  # [H D C], [H D]
+            ("decay_log|decay_bias|skip", P("tensor")),  # [H], or [H D]
+            ("out", P("tensor", None, SLICED)),  # [H D E]
+            ("norm/scale", P()),  # [D]
+        )
+
+    @classmethod
+    def buffers(cls, mixer: Any, model: config.Model, call: LinearCall, widths: Widths) -> Buffers | None:
+        """Returns the counts of layers without an output gate, or with convolutions and a gate."""
+        w, c = widths, widths.itemsize
+        if w.channels:
+            return Buffers(mlp=c * (5 * w.F + 6 * w.E + w.convolved + 2 * w.out))
+        return Buffers(mlp=c * (4 * w.F + 4 * w.E + w.out))
+
 
 class LinearAttention(Linear):
     """phi(q) sum_s phi(k_s) v_s / phi(q) sum_s phi(k_s) with phi = elu + 1 (arXiv:2006.16236).
@@ -243,6 +272,19 @@ class Performer(Linear):
     def sizes(mixer: config.Performer, model: config.Model) -> tuple[int, int]:
         return model.H * mixer.features * (model.D + 1), 0
 
+    @staticmethod
+    def own_flops(mixer: config.Performer, model: config.Model, T: float) -> tuple[float, float]:
+        """Returns the products with random directions, which have no gradient."""
+        flops = 2.0 * T * (model.H + model.K) * mixer.features * model.D
+        return flops, flops
+
+    @classmethod
+    def buffers(cls, mixer: config.Performer, model: config.Model, call: LinearCall, widths: Widths) -> Buffers:
+        """Returns the family's counts, and the features of q and k in both dtypes beside their inputs."""
+        w, c = widths, widths.itemsize
+        features = (_F32 + c) * (w.q + w.k) + c * (5 * w.E + (call.Hq + call.Hk) * model.D + w.v)
+        return Buffers(mlp=c * (4 * w.F + 4 * w.E + w.out), features=features)
+
 
 class Based(Linear):
     """Attention with the second-order Taylor series instead of exp (arXiv:2402.18668).
@@ -266,6 +308,13 @@ class Based(Linear):
     def sizes(mixer: config.Based, model: config.Model) -> tuple[int, int]:
         d = mixer.features
         return model.H * (1 + d + d * (d + 1) // 2) * (model.D + 1), 0
+
+    @classmethod
+    def buffers(cls, mixer: config.Based, model: config.Model, call: LinearCall, widths: Widths) -> Buffers:
+        """Returns the family's counts, and each product of a channel with those after it, filled up to lanes."""
+        w, c = widths, widths.itemsize
+        features = _F32 * call.H * (LANES * (2 * mixer.features - 1) + w.q // call.Hq) + 2 * c * w.E
+        return Buffers(mlp=c * (4 * w.F + 4 * w.E + w.out), features=features)
 
 
 class RetNet(Linear):
@@ -297,6 +346,12 @@ class RetNet(Linear):
     def sizes(mixer: config.RetNet, model: config.Model) -> tuple[int, int]:
         return model.H * model.D * (mixer.V or 2 * model.D), 0
 
+    @classmethod
+    def buffers(cls, mixer: config.RetNet, model: config.Model, call: LinearCall, widths: Widths) -> Buffers:
+        """Returns the counts with an output gate, and with q and k before they are rotated."""
+        w, c = widths, widths.itemsize
+        return Buffers(mlp=c * (4 * w.F + 4 * w.E + 2 * w.out) + c * (w.q + w.k))
+
 
 class GLA(Linear):
     """Gated linear attention (arXiv:2312.06635): log_decay = logsigmoid(x W_down W_up + b) / temperature, per channel.
@@ -322,6 +377,12 @@ class GLA(Linear):
     @staticmethod
     def sizes(mixer: config.GLA, model: config.Model) -> tuple[int, int]:
         return model.H * (mixer.D or model.D // 2) * model.D, 0
+
+    @classmethod
+    def buffers(cls, mixer: config.GLA, model: config.Model, call: LinearCall, widths: Widths) -> Buffers:
+        """Returns the counts with an output gate."""
+        w, c = widths, widths.itemsize
+        return Buffers(mlp=c * (4 * w.F + 4 * w.E + 2 * w.out))
 
 
 class Mamba2(Linear):
@@ -351,6 +412,22 @@ class Mamba2(Linear):
     def sizes(mixer: config.Mamba2, model: config.Model) -> tuple[int, int]:
         values = mixer.expand * model.H * model.D
         return values * mixer.state, (mixer.taps - 1) * (values + 2 * mixer.groups * mixer.state)
+
+    @classmethod
+    def sharding(cls, mixer: config.Mamba2, model: config.Model) -> tuple[Rule, ...]:
+        """Returns the family's rules, and for b and c, whose few heads all others read, rules that divide no heads."""
+        return (
+            ("b|c", P(SLICED, None, None)),  # [E H D]
+            ("(b|c)_conv(_bias)?", P()),  # [H D C], [H D]
+            *super().sharding(mixer, model),
+        )
+
+    @classmethod
+    def buffers(cls, mixer: config.Mamba2, model: config.Model, call: LinearCall, widths: Widths) -> Buffers:
+        """Returns the counts with a skip and a norm over all channels, in float32."""
+        w, c = widths, widths.itemsize
+        mlp = c * (4 * w.F + 4 * w.E + 4 * w.out) + 3 * _F32 * w.channels[0]
+        return Buffers(mlp=mlp, kernel=(2 * c + _F32) * w.out, overlaps_mlp=False)
 
 
 class GatedDeltaNet(Linear):

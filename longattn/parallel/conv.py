@@ -12,10 +12,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from longattn.ops import conv, dispatch
-from longattn.parallel.api import axes, divide_rows
 from longattn.parallel.layout import Axis, devices_on
 from longattn.parallel.linear_state import continues, first, last, previous, where
-from longattn.parallel.mesh import divide_tokens
+from longattn.parallel.mesh import axes, divide_rows, divide_tokens
 
 
 def _before(x, weight, segment_ids, tail, axis):

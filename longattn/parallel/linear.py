@@ -18,9 +18,8 @@ from longattn.ops.linear.api import linear_attention as local_linear_attention
 from longattn.ops.linear.api import validate
 from longattn.ops.linear.contract import Arrays, Beta, Decay, Ids, Key, Out, Query, State, Value
 from longattn.parallel import linear_state
-from longattn.parallel.api import axes, divide_rows
 from longattn.parallel.layout import Axis, devices_on
-from longattn.parallel.mesh import divide_tokens
+from longattn.parallel.mesh import axes, divide_rows, divide_tokens
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "batch", "axis", "head", "options", "names"))

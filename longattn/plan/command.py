@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from longattn.aot import compilers, train_step
-from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, Softmax, to_json
+from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, to_json
 from longattn.cost import flops, topology
 from longattn.cost import step as analytic
 from longattn.cost.sequence import problem, timeline
 from longattn.cost.sequence import strategies as sequence
 from longattn.cost.topology import Topology
 from longattn.environment import commit, write_whole
-from longattn.parallel.api import STRATEGIES
+from longattn.parallel.attention import STRATEGIES, strategy_on
 from longattn.plan import search, show
 
 VERSION = 1
@@ -57,11 +57,12 @@ class PlanOptions:
         where = topology.parse(self.topology)
         if self.timeout <= 0:
             raise ValueError(f"timeout={self.timeout:g} must be positive")
+        strategy_on(self.mesh)
         if self.search is not None and self.strategies is not None:
             raise ValueError(f"search={self.search} and strategies={self.strategies}: ask for one of them at a time")
         if self.search == "min-devices" and self.mesh.size > 1:
             raise ValueError(f"search=min-devices chooses the mesh for each machine: leave {self.mesh=} out")
-        if self.strategies is not None and not any(isinstance(mixer, Softmax) for mixer in self.model.layers):
+        if self.strategies is not None and not problem.layers_of(self.model, self.data.T, 1):
             others = sorted({type(mixer).__name__ for mixer in self.model.layers})
             raise ValueError(
                 f"strategies={self.strategies} for {others}: strategies spread softmax attention, of which there is "
@@ -245,9 +246,9 @@ def _strategies(options: PlanOptions, where: Topology, compiler: _Compiler) -> d
     model, mesh = options.model, options.config(where).mesh
     rows = options.data.B // (mesh.data * mesh.fsdp * options.optimiser.accumulate)
     ways: list[dict[str, Any]] = []
-    if mesh.sequence > 1:
+    if mesh.P > 1:
         layers = problem.layers_of(model, options.data.T, rows, mesh.tensor)
-        ways = sequence.compare(layers, mesh.sequence, timeline.machine(where), remat=model.remat)
+        ways = sequence.compare(layers, mesh.P, timeline.machine(where), remat=model.remat)
     by_formula = {"sequence": ways, "recommended_by_formula": sequence.recommended(ways)}
     if options.analytic:
         return by_formula | {"rows": [compiler(where)], "recommended": by_formula["recommended_by_formula"]}
@@ -289,7 +290,7 @@ def _largest(
     def expected(n: int) -> bool:  # by formula
         return analytic.memory(compiler.options.config(where, **{key: n}), where)["total"] <= where.hbm_bytes
 
-    unit = mesh.sequence * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
+    unit = mesh.P * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
     limit = max(unit, _LONGEST if key == "T" else _LONGEST // data.T * where.size)
     guess: int | None = getattr(data, key)
     with contextlib.suppress(NotImplementedError):  # no formula: from what is asked for

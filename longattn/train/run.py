@@ -229,13 +229,13 @@ def compile_step(config: Config, shapes: State, context: Context | None = None) 
     itemsize = np.dtype(config.model.dtype).itemsize
     # Even full rematerialisation keeps each layer's input: refuse before tracing what would take hours to compile.
     mesh = config.mesh
-    tokens = config.data.B * config.data.T // config.optimiser.accumulate // (mesh.data * mesh.fsdp * mesh.sequence)
+    tokens = config.data.B * config.data.T // config.optimiser.accumulate // (mesh.data * mesh.fsdp * mesh.P)
     record.refuse_beyond_memory(config, held + tokens * config.model.E * itemsize * (config.model.N + 1))
     return record.compile_program(config, train_step(config, context), shapes, batch_shapes(config))
 
 
 def ideal_seconds(config: Config, documents: Mapping[int, float]) -> float | None:
-    """Seconds of one step at the devices' peak rate; None where the peak, or what a mixer costs, is not known.
+    """Seconds of one step at the devices' peak rate; None where the peak is not known.
 
     Model FLOPs: attention counts the pairs that its mask and the packed `documents` (as for `cost.step_flops`) show,
     recomputation is not counted.
@@ -243,7 +243,7 @@ def ideal_seconds(config: Config, documents: Mapping[int, float]) -> float | Non
     from longattn.cost import flops, hardware
 
     peak = hardware.detect().peak_flops
-    if not peak or not flops.known(config.model):
+    if not peak:
         return None
     return flops.step_flops(config, documents) / (peak * config.mesh.size)
 

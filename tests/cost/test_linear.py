@@ -126,9 +126,11 @@ def test_a_recurrent_model_on_gpus():
 )
 def test_what_a_mixer_asks_for(mixer, H, D, V, decay, delta, channels):
     r = linear.of(mixer, TINY, tensor=2)
-    assert (r.Hq, r.Hk, r.Hv) == H and (r.D, r.V, r.decay, r.delta, r.channels) == (D, V, decay, delta, channels)
+    call = r.call
+    assert (call.Hq, call.Hk, call.Hv) == H and (call.D, call.V, call.decay, call.delta) == (D, V, decay, delta)
+    assert r.channels == channels
     assert r.taps == (4 if channels else 1)
-    assert MIXERS[type(mixer).__name__].sizes(mixer, TINY)[0] == r.H * r.D * r.V * 2
+    assert MIXERS[type(mixer).__name__].sizes(mixer, TINY)[0] == call.H * call.D * call.V * 2
 
 
 def test_messages_of_states_by_hand():

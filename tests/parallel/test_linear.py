@@ -18,7 +18,7 @@ import longattn
 from longattn import config as c
 from longattn import parallel
 from longattn.models import Context, Transformer, init_params
-from longattn.parallel import mesh as meshes
+from longattn.models.sharding import shardings
 from longattn.train.step import context_of, state_shapes
 
 B, T, D, V = 4, 9, 5, 7
@@ -97,7 +97,7 @@ def test_models_on_a_mesh_equal_those_on_one_device():
     params = jax.tree.map(lambda p: 0.3 * rng.standard_normal(p.shape).astype(p.dtype), shapes)
     tokens = jax.random.randint(jax.random.key(1), (B, 16), 0, 17, jnp.int32)
     f = lambda context: jax.jit(lambda p, t: Transformer(MODEL, context).apply({"params": p}, t)[0])
-    spread = jax.device_put(params, meshes.shardings(context.mesh, params))
+    spread = jax.device_put(params, shardings(context.mesh, params, MODEL))
     np.testing.assert_allclose(f(context)(spread, tokens), f(None)(params, tokens), rtol=1e-4, atol=1e-5)
 
 

@@ -81,7 +81,7 @@ def stepped(config: Config) -> tuple[dict[str, float], list[np.ndarray], Any]:
             batch=lambda step, rows: data.Batch(*(x[rows] for x in batch)), num_batches=1, info={}, lengths={}
         )
         sharding, shape = batch_sharding(config, context), (config.data.B, config.data.T)
-        batch = data.Spread(source, shape, sharding, context.layout, context.layout_parts).batch(0)
+        batch = data.Spread(source, shape, sharding, context.layout, context.shards).batch(0)
     state, metrics = train_step(config, context)(state, batch)
     (adam,) = (s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
     gradients = [np.asarray(m) / (1 - B1) for m in jax.tree.leaves(adam.mu)]

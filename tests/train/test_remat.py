@@ -48,7 +48,7 @@ def test_what_a_layer_s_recomputation_sends_and_runs(strategy):
                 (again if "rematted" in i.scope else once)[i.opcode] += 1
     assert once["while"] >= 2  # over tiles of queries, forward and backward: the names are there to be seen
     exchanged = sum(n for opcode, n in again.items() if opcode.startswith("all-to-all"))
-    assert exchanged == (3 if strategy in ("ulysses", "usp") else 0)
+    assert exchanged == (3 if parallel.STRATEGIES[strategy].exchanges_heads else 0)
     assert sum(again.values()) == exchanged
 
 

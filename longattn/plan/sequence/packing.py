@@ -13,8 +13,9 @@ from typing import Any, get_args
 import numpy as np
 
 from longattn import config
+from longattn.config.mesh import LayoutName
 from longattn.mask import Causal, Mask
-from longattn.parallel.layout import Name, SequenceLayout
+from longattn.parallel.layout import SequenceLayout
 from longattn.tasks import bytelm
 from longattn.train import data
 
@@ -77,7 +78,7 @@ def table(
         work = np.stack([row_work(d, T, mask) for d in documents])
         tokens = np.stack([np.arange(T) < sum(d) for d in documents]).astype(np.int64)
         for P in devices:
-            for name in get_args(Name):
+            for name in get_args(LayoutName):
                 layout = SequenceLayout(name)
                 by_work, by_tokens = imbalance(work, layout, P), imbalance(tokens, layout, P)
                 found.append(

@@ -1,86 +1,85 @@
-"""Exact softmax attention over a mesh: the public functions. They validate globally, then shard_map a strategy.
+"""Exact softmax attention over a mesh: the public functions and the table of strategies.
 
-The sequence is spread along one axis of the mesh in an order that a layout says, sequences along others, heads along a
-third; each device holds [B / (data fsdp), T / P, H / tensor, D] of q. A strategy says what the devices along the
-sequence send each other.
+The functions validate the global arrays, then run a strategy inside a shard_map. The sequence is sharded along one axis
+of the mesh in the order of a layout, the batch along others, heads along a third. Each device holds
+[B / (data fsdp), T / P, H / tensor, D] of q. The strategy decides what the devices along the sequence send each other.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from longattn import config
 from longattn.mask import Causal, Mask
 from longattn.ops import dispatch
 from longattn.ops import partial as partials
 from longattn.ops.attention.arguments import Ids, validate
 from longattn.ops.attention.contract import Visibility
 from longattn.ops.partial import Partial
+from longattn.parallel.all_gather import ALL_GATHER
 from longattn.parallel.balanced import BALANCED
-from longattn.parallel.exchange import ALL_GATHER, ULYSSES, USP
 from longattn.parallel.layout import Axis, SequenceLayout, names_of
-from longattn.parallel.mesh import divide_tokens
+from longattn.parallel.mesh import axes, divide_rows, divide_tokens
 from longattn.parallel.ring import RING
-from longattn.parallel.spec import Call, Strategy
+from longattn.parallel.strategy import Call, Strategy
+from longattn.parallel.ulysses import ULYSSES
+from longattn.parallel.usp import USP
 from longattn.shapes import Key, Out, Query, Statistic, Value, statistics_dtype, suggest
 
-STRATEGIES: dict[str, Strategy] = {
-    "ring": RING,
-    "balanced": BALANCED,
-    "all_gather": ALL_GATHER,
-    "ulysses": ULYSSES,
-    "usp": USP,
-}
+STRATEGIES: dict[str, Strategy] = {s.name: s for s in (RING, BALANCED, ALL_GATHER, ULYSSES, USP)}
 
 
-def _mesh(mesh: Mesh | AbstractMesh | None, axis: Axis) -> Mesh | AbstractMesh:
-    """The mesh to use. Raises ValueError unless it has the axis, and all its axes are Auto."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if mesh.empty:
-        raise ValueError("mesh=None needs a current mesh: pass mesh= or set one with jax.set_mesh(mesh)")
-    for name in names_of(axis):
-        if name not in mesh.axis_names:
-            raise ValueError(f"{axis=} must be an axis of the mesh; {suggest(str(name), mesh.axis_names)}")
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
-        if kind != AxisType.Auto:
-            remedy = (
-                "call longattn.attention inside a shard_map" if kind == AxisType.Manual else "make it with Auto axes"
-            )
-            raise ValueError(f"axis {name!r} of the mesh is {kind.name} and must be Auto; {remedy}")
-    return mesh
+def strategy_of(name: str, axis: Axis) -> Strategy:
+    """The strategy of this name.
+
+    Raises ValueError where `STRATEGIES` has no such name, and where `axis` is not of as many mesh axes as it takes.
+    """
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy={name!r} must be a strategy of attention; {suggest(str(name), STRATEGIES)}")
+    found = STRATEGIES[name]
+    if found.axes != len(names_of(axis)):
+        wanted = "one axis" if found.axes == 1 else "two axes"
+        outer = "" if found.axes == 1 else " (the outer one, then the inner one)"
+        raise ValueError(f"{axis=} must be {wanted} of the mesh for strategy={name!r}{outer}")
+    return found
 
 
-def axes(
-    mesh: Mesh | AbstractMesh | None, axis: Axis, batch_axes: tuple[str, ...], head_axis: str
-) -> tuple[Mesh | AbstractMesh, tuple[str, ...], str | None]:
-    """The mesh to use, and those of its axes that sequences and heads lie along. Raises ValueError for invalid ones."""
-    mesh = _mesh(mesh, axis)
-    batch = tuple(name for name in batch_axes if name in mesh.axis_names)
-    head = head_axis if head_axis in mesh.axis_names else None
-    if len({*names_of(axis), *batch, head}) != len(names_of(axis)) + len(batch) + 1:
-        raise ValueError(f"{axis=}, {batch_axes=} and {head_axis=} must be different axes of the mesh")
-    return mesh, batch, head
+def strategy_on(mesh: config.Mesh) -> Strategy:
+    """The strategy of a config's mesh.
 
-
-def divide_rows(mesh: Mesh | AbstractMesh, B: int, batch: tuple[str, ...]) -> None:
-    """Raises ValueError unless the batch axes divide B."""
-    rows = math.prod(mesh.shape[name] for name in batch)
-    if B % rows:
-        raise ValueError(f"{B=} must be a multiple of {rows}, the devices on the batch axes {batch}")
+    Raises ValueError where `STRATEGIES` has none of this name, or it does not go with the mesh's ring or layout.
+    """
+    name = mesh.strategy
+    if name not in STRATEGIES:
+        raise ValueError(f"Mesh.strategy={name!r} must be a strategy of attention; {suggest(str(name), STRATEGIES)}")
+    found = STRATEGIES[name]
+    if (mesh.ring > 1) != (found.axes == 2):
+        two = [s.name for s in STRATEGIES.values() if s.axes == 2]
+        raise ValueError(
+            f"Mesh.ring={mesh.ring} with strategy={name!r}: {' or '.join(two)}, and no other, has shards that several "
+            f"devices hold, at least 2; set ring and strategy={two[0]!r}, or neither (of one shard, usp is "
+            "strategy='ulysses')"
+        )
+    if mesh.layout not in found.layouts:
+        raise ValueError(
+            f"Mesh.layout={mesh.layout!r} with strategy={name!r}, which serves {' or '.join(found.layouts)} alone: set "
+            f"layout={found.layouts[0]!r}, or strategy='ring'"
+        )
+    return found
 
 
 def _divide(mesh: Mesh | AbstractMesh, q: Any, k: Any, call: Call, batch: tuple[str, ...], head: str | None) -> None:
     """Raises unless the mesh's axes divide B, T, S and the heads."""
     for name, size in (("T", q.shape[1]), ("S", k.shape[1])):
-        call.layout.check(size, call.ring, name)
+        call.layout.check(size, call.shards, name)
         divide_tokens(mesh, size, call.axis, name)
     divide_rows(mesh, q.shape[0], batch)
     K, heads = k.shape[2], 1 if head is None else mesh.shape[head]
@@ -111,25 +110,25 @@ def _specs(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _strategic(
-    q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, strategy: str, call: Call
+    q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, strategy: Strategy, call: Call
 ) -> tuple[Array, Array]:
-    """A strategy on one device's shards."""
-    return STRATEGIES[strategy].forward(q, k, v, bias, visibility, call)[:2]
+    """out and lse of a strategy on one device's shards."""
+    return strategy.forward(q, k, v, bias, visibility, call)[:2]
 
 
 def _strategic_forward(
-    q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, strategy: str, call: Call
+    q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, strategy: Strategy, call: Call
 ) -> Any:
-    out, lse, kept = STRATEGIES[strategy].forward(q, k, v, bias, visibility, call)
+    out, lse, kept = strategy.forward(q, k, v, bias, visibility, call)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (kept, visibility, out, lse)
 
 
-def _strategic_backward(strategy: str, call: Call, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
+def _strategic_backward(strategy: Strategy, call: Call, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
     kept, visibility, out, lse = residuals
-    # Without the barrier XLA may find that keys were sent here before, and keep them until now.
+    # Without the barrier XLA may reuse the keys that the forward pass received, and so keep them until now.
     kept, cotangents = jax.lax.optimization_barrier((kept, cotangents))
-    dq, dk, dv, dbias = STRATEGIES[strategy].backward(kept, out, lse, *cotangents, visibility, call)
+    dq, dk, dv, dbias = strategy.backward(kept, out, lse, *cotangents, visibility, call)
     return *(x.astype(kept[0].dtype) for x in (dq, dk, dv)), dbias, None
 
 
@@ -150,7 +149,7 @@ def _attention(q, k, v, bias, visibility, sinks, *, mesh, batch, head, strategy,
     def local(q, k, v, bias, visibility, sinks):
         if bias is not None:  # so that the gradient of what is replicated is summed in float32
             bias = bias.astype(statistics_dtype(q.dtype))
-        with jax.named_scope(strategy):
+        with jax.named_scope(strategy.name):
             q, k, v, bias, visibility = dispatch.vary_together((q, k, v, bias, visibility))
             out, lse = _strategic(q, k, v, bias, visibility, strategy, call)
             return tuple(partials.finish(Partial(out, lse), sinks, dtype))
@@ -180,15 +179,9 @@ def attention_with_lse(
     tuning: Any = None,
 ) -> tuple[Out, Statistic]:
     """`attention`, and its log-sum-exp: natural logarithm, float32 (float64 for float64 inputs), differentiable."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"{strategy=} must be a strategy of attention; {suggest(str(strategy), STRATEGIES)}")
+    chosen = strategy_of(strategy, axis)
     if not isinstance(layout, SequenceLayout):
         raise ValueError(f"{layout=} must be a SequenceLayout, such as SequenceLayout('zigzag')")
-    if (strategy == "usp") != (len(names_of(axis)) == 2):
-        raise ValueError(
-            f"{axis=} must be two axes of the mesh for strategy='usp' (of the ring, and of the all-to-all), and one "
-            f"for the others; {strategy=}"
-        )
     mesh, batch, head = axes(mesh, axis, batch_axes, head_axis)
     q, k, v, bias, visibility, sinks, options, names = validate(
         q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks,
@@ -204,15 +197,10 @@ def attention_with_lse(
     _divide(mesh, q, k, call, batch, head)
     if options.in_order:
         q_positions, k_positions = (
-            layout.permute(x, call.ring) for x in (visibility.q_positions, visibility.k_positions)
+            layout.permute(x, call.shards) for x in (visibility.q_positions, visibility.k_positions)
         )
         visibility = visibility._replace(q_positions=q_positions, k_positions=k_positions)
-    if bias is not None and not STRATEGIES[strategy].bias:
-        raise NotImplementedError(
-            f"{strategy=} takes no bias: its columns would have to travel with the keys, and their gradient back; use "
-            "strategy='all_gather'"
-        )
-    STRATEGIES[strategy].check(visibility.mask, T, S, call)
+    chosen.refuse(visibility.mask, T, S, call, bias=bias is not None)
     return _attention(
         q,
         k,
@@ -223,7 +211,7 @@ def attention_with_lse(
         mesh=mesh,
         batch=batch,
         head=head,
-        strategy=strategy,
+        strategy=chosen,
         call=call,
         dtype=q.dtype.name,
     )
@@ -250,35 +238,35 @@ def attention(
     implementation: str | Sequence[str] | None = None,
     tuning: Any = None,
 ) -> Out:
-    """Exact softmax attention of global arrays spread over a mesh: `longattn.attention`, equal to it up to rounding.
+    """Exact softmax attention of global arrays over a mesh, equal to `longattn.attention` up to rounding.
 
     Reverse mode only. dk and dv are summed over the devices in float32. A bias is differentiable, and with one the
     backward pass runs the forward pass again, in float32.
 
     Args:
-      q, k, v: global arrays, T and S split along `axis`, B along `batch_axes`, the heads along `head_axis`; arrays that
-        lie otherwise are moved.
+      q, k, v: global arrays, T and S sharded along `axis`, B along `batch_axes`, the heads along `head_axis`; arrays
+        with another sharding are moved.
       mesh: a Mesh (its axes Auto), or an AbstractMesh; None is the current one (`jax.set_mesh`).
-      axis: the mesh axis along which the sequence is spread; of usp two, that of the ring and that of the all-to-all.
-      batch_axes: mesh axes along which sequences are spread; those that the mesh has.
-      head_axis: the mesh axis along which heads are spread, if the mesh has it.
-      strategy: a name in `STRATEGIES`, how keys and values meet the queries.
-      layout: the order in which the sequence lies on the devices, and in which q, k, v, ids, positions and the result
-        are given; of usp, on the devices of the ring.
+      axis: the mesh axis along which the sequence is sharded; for usp two, the ring's and the all-to-all's.
+      batch_axes: mesh axes along which the batch is sharded; those that the mesh lacks are ignored.
+      head_axis: the mesh axis along which heads are sharded, if the mesh has it.
+      strategy: a name in `STRATEGIES`: how keys and values meet the queries.
+      layout: the order of the sequence over the devices, in which q, k, v, ids, positions and the result are given; for
+        usp over the devices of the ring.
       mask, segment_ids, positions, scale, softcap, sinks, bias, implementation, tuning: as for `longattn.attention`;
         ids, positions and mask are global, and the implementation runs on each device. Positions that are given must
-        rise by one per token within a segment, in sequence order: what a mask of q - k hides by that is neither sent
-        nor computed.
+        rise by one per token within a segment, in sequence order: keys that a mask of q - k hides under this rule are
+        neither sent nor computed.
 
     Returns:
-      [B T H V] in q's dtype, spread like q.
+      [B T H V] in q's dtype, sharded like q.
 
     Raises:
       ValueError: for invalid arguments: an axis that the mesh lacks or that is not Auto; B, T or S that its devices do
         not divide.
-      NotImplementedError: with the reason, for key/value heads that `head_axis` does not divide, where the strategy
-        does not serve the call (a bias, or for `balanced` a mask that is not causal), and where no back end asked for
-        does.
+      NotImplementedError: with the reason, for key/value heads that `head_axis` does not divide, for a call that the
+        strategy does not serve (a bias, or for `balanced` a mask that is not causal), and for one that no back end
+        asked for serves.
     """
     return attention_with_lse(
         q, k, v, mesh=mesh, axis=axis, batch_axes=batch_axes, head_axis=head_axis, strategy=strategy, layout=layout,
