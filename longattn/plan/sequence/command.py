@@ -57,9 +57,7 @@ class SequenceOptions:
 
     def __post_init__(self) -> None:
         if self.sequence not in (names := ("all", *STRATEGIES)):
-            raise ValueError(
-                f"sequence={self.sequence!r} must be one strategy, or all; {suggest(self.sequence, names)}"
-            )
+            raise ValueError(f"sequence={self.sequence!r} must be a strategy, or all; {suggest(self.sequence, names)}")
         where = topology.parse(self.topology)
         machine(where, self.efficiency, self.latency)
         if where.size < 2:
