@@ -185,7 +185,7 @@ class _Recorder(Context):
         (B, T, H, D), (_, S, K, V) = q.shape, v.shape
         self.calls.append(
             AttentionCall(
-                T=T, H=H, D=D, B=B, S=S, K=K, V=V, dtype=q.dtype.name, mask=options.get("mask", AttentionCall.mask),
+                T=T, H=H, D=D, B=B, S=None if S == T else S, K=K, V=None if V == D else V, dtype=q.dtype.name, mask=options.get("mask", AttentionCall.mask),
                 scale=options.get("scale"), softcap=options.get("softcap"), sinks=options.get("sinks") is not None,
             )
         )  # fmt: skip

@@ -12,51 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision
 
-from longattn.mask import Causal, Mask, Prefix
+from longattn.mask import Mask, Prefix
 from longattn.numerics.compare import Drawn, Results, packed
 from longattn.ops import partial as partials
 from longattn.ops.attention import api
+from longattn.ops.calls import AttentionCall
 
 _LOGITS = 2**25  # that exist at once where a problem must be quickly compared
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(AttentionCall):
     """A call of attention with everything that is differentiable, drawn from the normal distribution."""
 
     op: ClassVar[str] = "attention"
     api: ClassVar[Any] = api
 
-    T: int  # queries
-    H: int  # query heads
-    D: int  # head size of queries and keys
-    B: int = 1  # sequences
-    S: int | None = None  # keys; none: T
-    K: int | None = None  # key/value heads; none: H
-    V: int | None = None  # head size of values; none: D
-    dtype: str = "float32"  # of q, k, v
-    mask: Mask = Causal()
     prefix: int = 0  # tokens that everybody sees, at most: another number in each sequence; 0: no prefix
     documents: int = 0  # that share each sequence, positions restarting at each, as in training; 0: no segment ids
-    scale: float | None = None  # of the logits; none: D**-0.5
-    softcap: float | None = None
-    sinks: bool = False  # float32 [H]
     bias: tuple[int, ...] | None = None  # its shape, which broadcasts to [B H T S]; float32
     rise: float = 1.0  # keys grow along the sequence to so many times their size at its start, and logits with them
-
-    @property
-    def keys(self) -> int:
-        return self.T if self.S is None else self.S
-
-    @property
-    def heads(self) -> int:
-        """Key/value heads."""
-        return self.H if self.K is None else self.K
-
-    @property
-    def values(self) -> int:
-        """Head size of values."""
-        return self.D if self.V is None else self.V
 
     def shaped(self) -> Drawn:
         p, array = self, jax.ShapeDtypeStruct

@@ -81,13 +81,8 @@ def problems(config: Config) -> dict[str, numerics.AnyProblem]:
 
 def _attention(call: AttentionCall, tensor: int) -> numerics.Problem:
     """A call of attention on one of the devices that share heads, with packed documents."""
-    call = call.shared(tensor)
-    return numerics.Problem(
-        T=call.T, H=call.H, K=call.heads, D=call.D, dtype=call.dtype, mask=call.mask,
-        S=None if call.keys == call.T else call.S, V=None if call.values == call.D else call.V,
-        documents=min(4, call.T) if call.keys == call.T else 0, scale=call.scale, softcap=call.softcap,
-        sinks=call.sinks,
-    )  # fmt: skip
+    documents = min(4, call.T) if call.keys == call.T else 0
+    return numerics.Problem(**vars(call.shared(tensor)), documents=documents)
 
 
 def _linear(call: LinearCall, tensor: int) -> numerics.LinearProblem:
