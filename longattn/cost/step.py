@@ -1,26 +1,26 @@
-"""A training step's memory and messages by formula, at once: what `longattn plan --analytic` prints.
+"""A training step's memory and messages by formula: what `longattn plan --analytic` prints.
 
-Bytes of one device, for n = B T / (data fsdp ring seq accumulate) tokens of a micro-batch on it, t = tensor, c bytes of
-the compute dtype, and p parameters that it holds. XLA needs most memory at one of three moments, each with the state
-(12 p: parameters and AdamW's moments, float32) and with what all N layers have kept of the forward pass:
+Bytes are those of one device. n = B T / (data fsdp ring seq accumulate) is its tokens of a micro-batch, t = tensor, c
+the bytes of the compute dtype, and p the parameters it holds. XLA needs most memory at one of three moments. Each has
+the state (12 p: parameters and AdamW's moments, float32) and what all N layers have kept of the forward pass. Each adds:
 
-    the loss        the head gathered, its gradient in float32 (4 W E), and one chunk's logits
-    an MLP          backward: the layers' gradients, the head's, cast parameters (c p), one layer's gathered, and
-                    activations of width F and E
-    attention       backward: the same parameters, q, out's gradient, q's in float32, and what the strategy exchanges:
-                    keys and values of the whole sequence gathered, and their gradients in float32; or those of two
-                    hops, with sums of all gradients; or whole sequences of some heads
+    the loss        the gathered head, its gradient in float32 (4 W E), and one chunk's logits
+    an MLP          backward: the gradients of the layers and of the head, cast parameters (c p), one layer's gathered
+                    matrices, and activations of width F and E
+    attention       backward: the same parameters, q, the gradient of out, that of q in float32, and what the strategy
+                    exchanges. That is keys and values of the whole sequence and their gradients in float32; or those
+                    of two hops, with sums of all gradients; or whole sequences of some heads
 
 On TPUs the minor axis of an array in device memory is filled up to 128 lanes. Attention's kernels read and write
-[B H T D], keys' gradients too, so heads narrower than that cost as much as heads of 128. So does what layers keep in
-that layout: `kept` says when.
+[B H T D], also the gradients of keys, so narrower heads cost as much as heads of 128. What layers keep in that layout
+costs as much too: `kept` says when.
 
-Where all layers are of one kind of linear attention the moments are those that `linear.peaks` names. Memory that is
-not short XLA uses: it then computes an MLP's gradients beside the mixer's.
+Where all layers call linear attention once, the moments are those that `linear.peaks` names. XLA uses memory that is
+not short: it then computes an MLP's gradients beside the mixer's.
 
-How many activations of each width are alive at once is a property of XLA's schedules: the counts below were read off
-compiled programs, and `plan/calibration.py` holds the errors against the compilers' own accounts. Messages are exact: what the
-strategies' formulas say (`cost/sequence/traffic.py`), and for linear attention `linear.messages`.
+How many activations of each width are alive at once is a property of XLA's schedules. The counts below were read off
+compiled programs, and `plan/calibration.py` holds the errors against the compilers' accounts. Messages are exact: the
+strategies' formulas (`cost/sequence/traffic.py`) and, for linear attention, `linear.messages`.
 """
 
 from __future__ import annotations
