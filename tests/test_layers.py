@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "longattn").rglob("*.py"))
 
-# From the ground up. A room may import itself and every room on a lower floor; rooms of one floor do not know each other.
+# From the ground up. A room may import itself and every room on a lower floor, and no other room of its own floor.
 FLOORS = (
     ("shapes", "compat", "environment", "display", "cache", "launch", "recorded"),
     ("mask",),

@@ -16,10 +16,10 @@ from longattn.models import module_of
 from longattn.models.mixer import Buffers, Widths, specs
 from longattn.models.mixers import calls
 from longattn.ops.calls import ConvolutionCall, LinearCall
-from longattn.ops.linear.pallas_tpu.call import Call
-from longattn.ops.linear.pallas_tpu.chunk import SUBLANES
-from longattn.ops.linear.pallas_tpu.cost import of_chunk
-from longattn.ops.linear.pallas_tpu.tuning import LANES, SPAN, choose
+from longattn.ops.linear.pallas_tpu.call import Call, plan_call
+from longattn.ops.linear.pallas_tpu.cost import chunk_cost
+from longattn.ops.linear.pallas_tpu.products import SUBLANES
+from longattn.ops.linear.pallas_tpu.tuning import LANES, SPAN, Problem
 from longattn.parallel.linear_state import rounds
 
 _F32 = 4
@@ -57,10 +57,7 @@ def known(mixer: Mixer, model: Model) -> bool:
 
 def _call(r: LinearCall, T: int, V: int, dtype: Any) -> Call:
     """Of one sequence of T tokens, with values of V numbers."""
-    heads = r.Hq, r.Hk, r.Hv
-    sizes = choose(None, 1, r.H, heads, T, r.D, V, dtype.itemsize, r.decay, r.delta)
-    chunk, span, block_h, vmem = sizes
-    return Call(1, r.H, *heads, T, r.D, V, chunk, span, block_h, r.decay, r.delta, r.scale, dtype, vmem)
+    return plan_call(Problem(1, r.H, r.Hq, r.Hk, r.Hv, T, r.D, V, r.decay, r.delta, dtype), r.scale)
 
 
 def _chained(r: LinearCall, rounds: int) -> float:
@@ -88,13 +85,13 @@ def flops(mixer: Mixer, model: Model, T: int, devices: int, tensor: int) -> tupl
 
 def _recurrence_flops(r: LinearCall, T: int, devices: int, dtype: Any) -> tuple[float, float]:
     n = _call(r, T, r.V, dtype)
-    one = lambda n, what: r.H * n.spans * of_chunk(n.statics, n.D, n.V, what)[0]
-    forward = n.span * one(n, "out")
-    backward = n.again * one(n, "state") + n.span * one(n, "gradients")
+    one = lambda n, what: r.H * n.J * chunk_cost(n.statics, n.D, n.V, what)[0]
+    forward = n.M * one(n, "out")
+    backward = n.recomputed * one(n, "state") + n.M * one(n, "gradients")
     if devices > 1:
         wide = _call(r, T, r.V + r.D * (r.delta and rounds(devices) > 1), dtype)
-        forward += n.span * one(wide, "state")
-        backward += n.span * one(n, "pull")
+        forward += n.M * one(wide, "state")
+        backward += n.M * one(n, "pull")
         forward, backward = (x + r.H * r.delta * _chained(r, rounds(devices)) for x in (forward, backward))
     return forward, backward
 

@@ -27,8 +27,8 @@ from longattn.config import (
 )
 from longattn.cost import flops, linear, step, topology
 from longattn.models import MIXERS
-from longattn.ops.linear.pallas_tpu.chunk import Statics
-from longattn.ops.linear.pallas_tpu.cost import of_chunk
+from longattn.ops.linear.pallas_tpu.cost import chunk_cost
+from longattn.ops.linear.pallas_tpu.statics import Statics
 from longattn.plan import command, show
 from tests.compilers import needs_cuda, needs_libtpu
 
@@ -55,7 +55,7 @@ def test_a_recurrent_model_on_a_tpu():
 
     # Two layers of 4 heads and 2 rows, each with 4 chunks of 128 tokens in one span: of each kernel one run.
     n = Statics(128, "vector", False, jnp.dtype("bfloat16"), 32**-0.5)
-    of = lambda what: of_chunk(n, 32, 64, what)[0]
+    of = lambda what: chunk_cost(n, 32, 64, what)[0]
     chunk = of("out") + of("state") + of("gradients") + of("pull")  # forward, fold, backward, pull
     assert row["linear_attention_flops"] == 2 * 4 * 2 * (4 * chunk + 3 * of("state"))
     assert row["linear_attention_flops"] == sum(step.linear_flops(config))
