@@ -2,7 +2,7 @@
 
 Bytes are those of one device. n = B T / (data fsdp ring seq accumulate) is its tokens of a micro-batch, t = tensor, c
 the bytes of the compute dtype, and p the parameters it holds. XLA needs most memory at one of three moments. Each has
-the state (12 p: parameters and AdamW's moments, float32) and what all N layers have kept of the forward pass. Each adds:
+the state (12 p: parameters and AdamW moments, float32) and what all N layers have kept of the forward pass, and adds:
 
     the loss        the gathered head, its gradient in float32 (4 W E), and one chunk's logits
     an MLP          backward: the gradients of the layers and of the head, cast parameters (c p), one layer's gathered
