@@ -85,15 +85,15 @@ def optimiser(config: Config) -> optax.GradientTransformation:
 
 
 def context_of(config: Config, devices: Sequence[Any] | None = None) -> Context | None:
-    """Where a config's training runs: None, one device, where every axis of its mesh is 1.
+    """The context of a config's training; None, for one device, where every axis of the mesh is 1.
 
-    The data of a model all of whose layers need their tokens in order lie so, whatever the layout.
+    Where all layers need their tokens in order, the layout is contiguous whatever the config says.
 
     Args:
-      config: whose mesh is made.
+      config: the config whose mesh is made.
       devices: as for `longattn.parallel.make_mesh`.
 
-    Raises ValueError where there is another number of devices than the mesh has, or its strategy does not go with it.
+    Raises ValueError where the number of devices is not the mesh's, or the strategy does not go with the mesh.
     """
     c, processes = config.mesh, jax.process_count()
     strategy_on(c)
