@@ -22,7 +22,7 @@ def parse(*arguments: str) -> Config:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a refused command prints."""
+    """Returns the one line that a refused command prints."""
     assert cli.main(list(arguments)) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -105,7 +105,7 @@ ranges = st.tuples(st.integers(-5, 35), st.integers(0, 12)).map(lambda x: (x[0],
 
 
 def block(mask, q, k):
-    """All visibilities in a block, [... Tq Tk]."""
+    """Returns all visibilities in a block, [... Tq Tk]."""
     return np.asarray(mask(np.arange(q[0], q[1] + 1)[:, None], np.arange(k[0], k[1] + 1)[None, :]))
 
 

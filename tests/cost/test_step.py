@@ -16,7 +16,7 @@ from tests.compilers import needs_cuda, needs_libtpu
 def test_memory_is_within_fifteen_percent_of_what_compilers_need():
     errors = {row["case"]: row["error"] for row in calibration.errors()}
     assert len(errors) == len(calibration.CASES) >= 20
-    exceptions = {  # out is kept tokens minor: see `analytic.kept`
+    exceptions = {  # out is kept tokens minor: see `step.kept`
         case.name
         for case in calibration.CASES
         if case.config.mesh.P == 16 and case.config.mesh.strategy in ("ring", "usp") and "full" not in case.name

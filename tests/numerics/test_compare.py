@@ -1,4 +1,4 @@
-"""The tolerance: what is allowed is derived, and what is wrong is found."""
+"""The tolerance is derived, and finds what is wrong."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_refusals_and_crashes_are_told_apart(monkeypatch) -> None:
 
 
 def test_results_must_be_reproducible(monkeypatch) -> None:
-    """As a race would show on a device."""
+    """A race on a device would look like this."""
     calls = iter(range(100))
 
     def racing(*call):

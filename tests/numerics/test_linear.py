@@ -1,4 +1,4 @@
-"""Linear attention's problems: the yardstick is a textbook's, and what is wrong is found."""
+"""Linear attention's problems: a NumPy recurrence confirms the yardstick, and wrong back ends are found."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RESULTS = {"out", "final_state", "dq", "dk", "dv", "dlog_decay", "dbeta", "dinit
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("decay", "delta"), [("scalar", True), ("vector", True), ("vector", False), ("none", False)])
 def test_the_yardstick_is_that_of_a_textbook(dtype, decay, delta) -> None:
-    """NumPy's recurrence, of which nothing is shared, makes errors of the same size."""
+    """An independent recurrence in NumPy makes errors of the same size."""
     problem = dataclasses.replace(PROBLEM, dtype=dtype, decay=decay, delta=delta)
     (drawn,), truth, plain = solved(problem)
     assert len(set(drawn.ids["segment_ids"][0])) == 3
@@ -76,7 +76,7 @@ STATE = StateProblem(T=61, H=4, D=16, V=9, B=2, heads=(1, 2, 4), documents=3, ra
 
 @pytest.mark.parametrize(("decay", "delta", "dtype"), [("vector", True, "bfloat16"), ("scalar", False, "float32")])
 def test_states_alone_are_a_textbooks(decay, delta, dtype) -> None:
-    """NumPy's recurrence gives the truth; the yardstick is near it, and the blockwise form within what is allowed."""
+    """NumPy's recurrence is the truth: the yardstick is close to it, and the blockwise form within the tolerance."""
     problem = dataclasses.replace(STATE, dtype=dtype, decay=decay, delta=delta)
     (drawn,), truth, plain = solved(problem)
     given = dict(drawn.arrays)
