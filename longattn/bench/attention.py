@@ -1,4 +1,4 @@
-"""`longattn bench attention`: our attention against PyTorch's and JAX's, and a window against the whole.
+"""`longattn compare attention`: our attention against PyTorch's and JAX's, and a window against the whole.
 
 The candidates of a row take turns, each after a warm-up, so that whatever slows the machine down slows all of them. A
 ratio is one of medians, with a bootstrap interval. Nothing is timed before outputs (and gradients) were seen to agree.
@@ -34,7 +34,7 @@ from longattn.environment import available_memory, environment
 from longattn.mask import Causal, Full, Mask, Window
 from longattn.ops.attention.api import attention as ours
 
-VERSION = 1
+VERSION = 2
 WORKER = Path(__file__).with_name("torch_worker.py")
 TORCH_PYTHON = "LONGATTN_TORCH_PYTHON"
 WIDTH = 96  # the table's: a narrower terminal wraps it rather than losing digits
@@ -230,7 +230,7 @@ def attention(options: AttentionOptions, console: Console | None = None) -> dict
         skipped = {"torch": why} if why and options.against is None else {}
         document: dict[str, Any] = {
             "version": VERSION,
-            "kind": "bench attention",
+            "kind": "compare attention",
             "options": {**asdict(options), "mask": str(options.mask)},
             "environment": environment(),
             "torch": torch and torch.version,

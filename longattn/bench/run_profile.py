@@ -1,4 +1,4 @@
-"""`longattn profile --trace RUN`: what the steps of a training run cost on the device, from the trace it recorded.
+"""`longattn profile run RUN`: what the steps of a training run cost on the device, from the trace it recorded.
 
 A step's wall time is from its first op to the first op of the next step: what the device waited for, such as data, is
 in it. Idle is the share of it in which no op ran, of this program or another. What came after the last step is not
@@ -22,15 +22,15 @@ from longattn.bench import trace
 from longattn.display import plain_table, seconds_text
 from longattn.train.record import read_config
 
-VERSION = 1
+VERSION = 2
 WIDTH = 120
 
 
 @dataclass(frozen=True)
-class TraceOptions:
+class RunProfileOptions:
     """Device time of a training run's steps, by op and by named scope, from the trace that it recorded."""
 
-    trace: str  # the folder that `longattn train` wrote, or any folder of a jax.profiler trace
+    run: str  # the folder that `longattn train` wrote, or any folder of a jax.profiler trace
     program: str | None = None  # the compiled program to read; none: the one that kept the device busy for longest
     depth: int = 3  # scopes are cut to as many parts
     top: int = 10  # kernels shown
@@ -69,9 +69,9 @@ def part_of(scope: trace.Scope, depth: int) -> str:
     return "/".join(path[:depth]) or ("model" if scope.path else "(no scope)")
 
 
-def read(options: TraceOptions) -> dict[str, Any]:
+def read(options: RunProfileOptions) -> dict[str, Any]:
     """The document. Raises ValueError for a folder without a trace, or a program that it does not hold."""
-    path, first = _find(Path(options.trace))
+    path, first = _find(Path(options.run))
     recorded = trace.read(path.read_bytes())
     program = options.program or recorded.busiest()
     executions = recorded.of(program)
@@ -100,7 +100,7 @@ def read(options: TraceOptions) -> dict[str, Any]:
     kernels = trace.kernels(executions)
     return {
         "version": VERSION,
-        "kind": "profile trace",
+        "kind": "profile run",
         "trace": str(path.parent),
         "program": program,
         "devices": len(by_device),
@@ -119,7 +119,7 @@ def read(options: TraceOptions) -> dict[str, Any]:
     }
 
 
-def run(options: TraceOptions, console: Console | None = None) -> dict[str, Any]:
+def run(options: RunProfileOptions, console: Console | None = None) -> dict[str, Any]:
     """Prints the tables (or the JSON document) and gives the document."""
     document = read(options)
     if options.json:

@@ -1,4 +1,4 @@
-"""PyTorch's side of `longattn bench attention`, run by the interpreter that has PyTorch.
+"""PyTorch's side of `longattn compare attention`, run by the interpreter that has PyTorch.
 
 It needs PyTorch and NumPy alone. It reads one JSON command per line on stdin and answers
 each with one JSON line on stdout:

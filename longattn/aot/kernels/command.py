@@ -1,4 +1,4 @@
-"""`longattn profile --static tpu`: the options, the table, the JSON document."""
+"""`longattn profile kernel`: the options, the table, the JSON document."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from longattn.aot import compilers
 from longattn.aot.kernels.bundles import SLOTS
 from longattn.aot.kernels.cases import CASES, Shape
+from longattn.aot.kernels.options import check
 from longattn.aot.kernels.rates import small
 from longattn.aot.kernels.tpu import profile
 from longattn.cost import hardware
@@ -25,7 +26,7 @@ from longattn.display import plain_table
 from longattn.environment import commit
 from longattn.mask import Causal, Mask
 
-VERSION = 2
+VERSION = 3
 HEADING = "static cycles (no DMA wait, not run)"
 WIDTH = 180  # the table's: a narrower terminal wraps it rather than losing digits
 _AT_ONCE = 2  # compilers; each takes a core and a gigabyte
@@ -36,8 +37,8 @@ _BLOCKS = ("bT", "bS", "bC", "bR")
 class ProfileOptions:
     """Cycles of Pallas kernels on TPUs that are not there, by their compiler's own schedule. Nothing runs."""
 
-    cases: tuple[str, ...]  # what to compile; the names are in longattn/aot/kernels/cases
-    static: Literal["tpu"] = "tpu"  # whose compiler
+    cases: tuple[str, ...]  # kernels to compile; the error for none lists their names
+    target: Literal["tpu"] = "tpu"  # whose compiler; `--target gpu --help` lists the options for GPUs
     chips: tuple[Literal["v5e", "v5p", "v6e", "tpu7x"], ...] = ("v5e", "v5p", "v6e", "tpu7x")
     T: int = 8192  # queries, and keys; matmul: the edge of its square matrices
     H: int = 8  # heads
@@ -57,13 +58,7 @@ class ProfileOptions:
     json: bool = False  # print one JSON document instead of the table
 
     def __post_init__(self) -> None:
-        if not self.cases or not self.chips:
-            raise ValueError(f"{self.cases=} and {self.chips=} must each name at least one")
-        for case in self.cases:
-            if case not in CASES:
-                raise ValueError(f"unknown case {case!r}; the cases are {', '.join(CASES)}")
-        if self.timeout <= 0:
-            raise ValueError(f"timeout={self.timeout:g} must be positive")
+        check(self, CASES)
         if self.best < 0:
             raise ValueError(f"best={self.best} must not be negative")
         if self.plot is not None and self.plot.suffix not in (".png", ".svg", ".pdf"):

@@ -1,4 +1,4 @@
-"""`longattn profile --static gpu`: the options, the table, the JSON document."""
+"""`longattn profile kernel --target gpu`: the options, the table, the JSON document."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from rich.console import Console
 from longattn.aot import compilers
 from longattn.aot.kernels.cases.gpu import CASES, Shape
 from longattn.aot.kernels.gpu import profile
+from longattn.aot.kernels.options import check
 from longattn.cost import hardware
 from longattn.display import plain_table
 from longattn.environment import commit
 from longattn.mask import Causal, Mask
 
-VERSION = 1
+VERSION = 2
 HEADING = "compiled, not run"
 WIDTH = 164  # the table's: a narrower terminal wraps it rather than losing digits
 
@@ -28,8 +29,8 @@ WIDTH = 164  # the table's: a narrower terminal wraps it rather than losing digi
 class ProfileOptions:
     """Registers, spills, shared memory and instructions of Pallas kernels on GPUs that are not there. Nothing runs."""
 
-    cases: tuple[str, ...]  # what to compile; the names are in longattn/aot/kernels/cases/gpu.py
-    static: Literal["gpu"] = "gpu"  # whose compiler
+    cases: tuple[str, ...]  # kernels to compile; the error for none lists their names
+    target: Literal["gpu"] = "gpu"  # whose compiler
     archs: tuple[Literal["sm_80", "sm_90a", "sm_100a"], ...] = ("sm_80", "sm_90a", "sm_100a")  # A100, H100, B200
     T: int = 8192  # queries, and keys; matmul: the edge of its square matrices
     H: int = 8  # heads
@@ -42,13 +43,7 @@ class ProfileOptions:
     json: bool = False  # print one JSON document instead of the table
 
     def __post_init__(self) -> None:
-        if not self.cases or not self.archs:
-            raise ValueError(f"{self.cases=} and {self.archs=} must each name at least one")
-        for case in self.cases:
-            if case not in CASES:
-                raise ValueError(f"unknown case {case!r}; the cases are {', '.join(CASES)}")
-        if self.timeout <= 0:
-            raise ValueError(f"timeout={self.timeout:g} must be positive")
+        check(self, CASES)
         _ = self.shape  # it checks the sizes
 
     @property

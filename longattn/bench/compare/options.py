@@ -27,10 +27,13 @@ def known(case: str) -> dict[str, Contestant]:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Compare attention kernels, exact or linear, on this device, under one profiler trace."""
+    """Compare attention kernels, exact or linear, on this device, under one profiler trace.
+
+    `longattn compare attention --help`: wall-clock time over several lengths, against PyTorch too.
+    """
 
     case: str  # attention_forward, attention_forward_backward, linear_forward or linear_forward_backward
-    contestants: tuple[str, ...] | None = None  # or --with a,b: first is the base; none: all but reference
+    contestants: tuple[str, ...] | None = None  # names, with commas; ratios are to the first
     T: int = 2048  # length
     B: int = 1  # sequences
     H: int = 8  # query heads; linear: heads of the state

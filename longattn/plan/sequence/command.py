@@ -1,4 +1,4 @@
-"""`longattn profile --sequence [STRATEGY]`: load, bytes and time of one layer's attention spread over a machine."""
+"""`longattn profile sequence [STRATEGY]`: load, bytes and time of one layer's attention spread over a machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TIMEOUT = 1800.0
 class SequenceOptions:
     """What it costs to spread one layer's attention over all devices of a machine along the sequence: by formula."""
 
-    sequence: Literal["all", "ring", "balanced", "all_gather", "ulysses", "usp"] = "all"  # one of them: its schedule
+    strategy: Literal["all", "ring", "balanced", "all_gather", "ulysses", "usp"] = "all"  # one: its schedule
     layout: Literal["contiguous", "zigzag", "striped"] = "contiguous"  # of the schedule that is shown
     topology: str = "v5e:2x4"  # the machine, as for `longattn plan`
     T: int = 131_072  # tokens of a sequence
@@ -54,8 +54,8 @@ class SequenceOptions:
         machine(where, self.efficiency, self.latency)
         if where.size < 2:
             raise ValueError(f"topology={self.topology!r} has one device: nothing is spread over it")
-        if self.measure and self.sequence == "all":
-            raise ValueError("measure compiles the programs of one strategy: name it, such as --sequence ring")
+        if self.measure and self.strategy == "all":
+            raise ValueError("measure compiles the programs of one strategy: name it, such as profile sequence ring")
         if self.measure and self.dtype == "bfloat16":
             raise ValueError("measure needs --dtype float16 or float32: XLA for CPUs sends bfloat16 as float32")
 
@@ -79,7 +79,7 @@ def run(options: SequenceOptions, console: Console | None = None) -> dict[str, A
         "problem": {**asdict(options.problem), "mask": str(options.mask)},
         "machine": asdict(machine(where, options.efficiency, options.latency)),
     }
-    if options.sequence == "all":
+    if options.strategy == "all":
         rows = compare({options.problem: 1}, where.size, machine(where, options.efficiency, options.latency))
         document |= {"rows": rows, "recommended": recommended(rows)}
     else:
@@ -97,10 +97,10 @@ def run(options: SequenceOptions, console: Console | None = None) -> dict[str, A
 def _one(options: SequenceOptions, where: topology.Topology) -> dict[str, Any]:
     """One way's schedule, messages and time."""
     problem, P = options.problem, where.size
-    candidates = [way for way in ways(P, options.K) if way.strategy == options.sequence]
+    candidates = [way for way in ways(P, options.K) if way.strategy == options.strategy]
     if not candidates:
         raise ValueError(f"{P} devices cannot be divided into a ring and an all-to-all of at least two each for usp")
-    way = Way(options.sequence, options.layout, candidates[0].sizes)
+    way = Way(options.strategy, options.layout, candidates[0].sizes)
     found, passes = load(problem, way), traffic(problem, way)
     counted = _measured(options, way) if options.measure else None
     usual = units(way.strategy, P, options.H // options.K)
