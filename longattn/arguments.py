@@ -141,10 +141,12 @@ def parse(kind: Any, arguments: list[str], command: str, needs: str = "", defaul
 
 def _one_line(box: str) -> str:
     """Return the first paragraph of tyro's message, which stands in a box, and the first name that it proposes."""
-    rows = [row.strip("│| ") for row in box.splitlines()]
-    rows = [row for row in rows if row and row[0] not in "╭╰+"]
+    rows = [row.strip("│ ") for row in box.splitlines()]
+    rows = [row for row in rows if row and row[0] not in "╭╰"]
+    if len(rows) > 2 and not rows[1].strip("-"):
+        rows = rows[2:]  # without UTF-8 there is no box, and its title has a line of its own
     rule = next((i for i, row in enumerate(rows) if not row.strip("─-")), len(rows))
     proposed = next((rows[i + 1] for i, row in enumerate(rows[:-1]) if row.startswith("Perhaps you meant")), None)
-    return " ".join(rows[:rule]) + (
+    return " ".join(rows[:rule]).replace(" .", ".") + (
         f"; did you mean {proposed.split()[0].rstrip(',')}?" if proposed else "; --help lists the options"
     )

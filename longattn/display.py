@@ -49,4 +49,4 @@ def style() -> Markup:
     """Returns the CSS of every page of this project."""
     from markupsafe import Markup  # here: only pages need it, and it comes with the extra `study`
 
-    return Markup(resources.files("longattn").joinpath("style.css").read_text())
+    return Markup(resources.files("longattn").joinpath("style.css").read_text(encoding="utf-8"))

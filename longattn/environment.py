@@ -21,7 +21,7 @@ ENVIRONMENT_VERSION = 1
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a kill at any moment leaves the old or the new one, never a part."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 

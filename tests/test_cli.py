@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -11,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from longattn import cli
-from longattn.config import Config, Mesh, RoPE
+from longattn.config import Mesh, RoPE
 from longattn.mask import Causal, Window
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -95,6 +98,41 @@ def test_help_of_a_group(capsys) -> None:
     assert all(f"profile {name}" in said for name in cli.PROFILES)
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--help", "usage: longattn"),
+        ("train --help", "CONFIG"),
+        ("plan --help", "--no_cache"),
+        ("compare --help", "CASE"),
+        ("profile kernel --help", "CASE..."),
+        ("profile sequence --topology v5e:2x2 --T 8192", "recommended"),
+        ("profile sequence ring --topology v5e:2x2 --T 8192", "#"),
+        ("plan llama3_1b --topology h100:8 --T 8192 --B 8 --strategies all --analytic", "zigzag"),
+        ("train na\u00efve.py", "longattn: config na"),
+        ("train \u8def.py", "longattn: config \\u8def.py does not exist"),
+        ("train \udcff.py", "longattn: config"),
+    ],
+)
+def test_commands_print_in_any_encoding(monkeypatch, arguments: str, said: str, encoding: str) -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with contextlib.suppress(SystemExit):
+        assert cli.main(arguments.split()) in (0, 2)
+    stream.flush()
+    assert said in written.getvalue().decode(encoding)
+
+
+def test_an_ascii_terminal_shows_a_name_that_is_not_ascii() -> None:
+    run = [sys.executable, "-m", "longattn", "train", "na\u00efve \u2265 \u2588.py"]
+    done = subprocess.run(run, capture_output=True, env={**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2
+    assert done.stderr.decode("ascii") == "longattn: config na\\xefve >= #.py does not exist\n"
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt's parameters are glibc's")
 def test_training_keeps_the_memory_that_it_frees() -> None:
     code = (
@@ -114,7 +152,8 @@ def test_typed_overrides(tmp_path: Path) -> None:
     path = tmp_path / "c.py"
     path.write_text("from longattn.config import Config\nconfig = Config()\n")
     options = cli.train_options([
-        str(path), "--json", "--T", "96", "--model.D", "128", "--model.mlp_chunk", "64", "--run.profile", "3", "4", "--model.tie", "False",
+        str(path), "--json", "--T", "96",
+        "--model.D", "128", "--model.mlp_chunk", "64", "--run.profile", "3", "4", "--model.tie", "False",
         "--model.mixers.0.mask", "Causal() & Window(512)", "--model.mixers.0.rope.base", "500", "--init-from", "x",
         "--mesh.data", "2", "--mesh.seq", "4", "--mesh.layout", "zigzag",
     ])  # fmt: skip
@@ -189,7 +228,8 @@ def test_mistaken_profiles_are_one_line(capsys, arguments: list[str], message: s
     ("arguments", "message"),
     [
         ([], "compare needs a case; the cases are attention_forward, attention_forward_backward, linear_forward,"),
-        (["--with", "xla"], "compare needs a case"),
+        (["--json"], "compare needs a case"),
+        (["--with", "xla"], "unknown case 'xla'"),
         (["attention_forwards"], "unknown case 'attention_forwards'"),
         (["attention_forward", "--with", "xla,jax_n"], "unknown contestant 'jax_n'"),
         (["attention_forward", "--with"], "--with must name at least one contestant"),

@@ -105,7 +105,7 @@ class Report:
         if self.document["verdict"] == "passed":
             kept = cache.folder("bringup")
             kept.mkdir(parents=True, exist_ok=True)
-            write_whole(kept / self.path.name, self.path.read_text())
+            write_whole(kept / self.path.name, self.path.read_text(encoding="utf-8"))
 
     def __enter__(self) -> Report:
         threading.Thread(target=self._watch, daemon=True).start()

@@ -144,5 +144,5 @@ def page(document: Mapping[str, Any]) -> str:
     """The report as a page of HTML that needs nothing else."""
     folder = resources.files("longattn.bench.bringup")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(folder.joinpath("page.html.j2").read_text())
+    template = environment.from_string(folder.joinpath("page.html.j2").read_text(encoding="utf-8"))
     return template.render(document=document, show=globals(), style=style())
