@@ -84,7 +84,7 @@ def _run(name: str, rest: list[str]) -> int:
         print(f"longattn: {name} was interrupted; what was saved stays", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports the pipe again as it exits
         return 0
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         if os.environ.get("LONGATTN_TRACEBACK"):
@@ -377,7 +377,7 @@ def _parse(kind: Any, arguments: list[str], command: str, needs: str = "", **opt
 
 
 def _first(arguments: list[str], needs: str) -> str:
-    """Return the first argument, which names what the defaults come from; "" where help is asked for in its place."""
+    """Return the first argument, which names where the defaults come from; "" if help is asked for instead."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0]
     if not set(_HELP) & set(arguments):
@@ -386,7 +386,7 @@ def _first(arguments: list[str], needs: str) -> str:
 
 
 def load_config(path: str) -> Config:
-    """The `config` of a Python file, or the one that a run's config.json holds. Raises ValueError for anything else."""
+    """Return the `config` of a Python file or of a run's config.json. Raises ValueError for anything else."""
     import runpy
 
     if not Path(path).is_file():
@@ -410,9 +410,9 @@ def load_config(path: str) -> Config:
 
 
 def _compilation_cache(*, scopes: bool = False) -> None:
-    """Keep compiled programs between processes: in JAX_COMPILATION_CACHE_DIR, else in the user's cache folder.
+    """Keep compiled programs on disk: in JAX_COMPILATION_CACHE_DIR, else in the user's cache folder.
 
-    With `scopes` a program is found only if its named scopes are the same too: a trace tells them.
+    With `scopes` a kept program is used only if its named scopes are the same, since a trace shows them.
     """
     import jax
 
@@ -425,11 +425,13 @@ def _compilation_cache(*, scopes: bool = False) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed. XLA's CPU programs take their scratch from malloc anew at every call; where it is
-    given back to the system each time, page faults cost a training step of a small model 3 to 5% of its time.
+    """Let glibc keep freed memory instead of returning it to the system.
+
+    XLA's CPU programs allocate their scratch memory at every call. Page faults of memory that was returned in between
+    cost 3 to 5% of a small model's training step.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc's alone has these parameters
+    if hasattr(libc, "mallopt"):  # only glibc has mallopt
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -22,29 +22,29 @@ from longattn.mask import Causal, Mask
 
 VERSION = 2
 HEADING = "compiled, not run"
-WIDTH = 164  # the table's: a narrower terminal wraps it rather than losing digits
+WIDTH = 164  # of the table: a narrower terminal wraps it and loses no digits
 
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """Registers, spills, shared memory and instructions of Pallas kernels on GPUs that are not there. Nothing runs."""
+    """Count registers, spills, shared memory and instructions of Pallas kernels on GPUs, without a GPU. Nothing runs."""
 
     cases: tuple[str, ...]  # kernels to compile; the error for none lists their names
     target: Literal["gpu"] = "gpu"  # whose compiler
     archs: tuple[Literal["sm_80", "sm_90a", "sm_100a"], ...] = ("sm_80", "sm_90a", "sm_100a")  # A100, H100, B200
-    T: int = 8192  # queries, and keys; matmul: the edge of its square matrices
+    T: int = 8192  # number of queries and of keys; matmul: rows of its square matrices
     H: int = 8  # heads
     D: int = 128  # head size
     mask: Mask = Causal()  # an expression such as "Full()"
-    bT: int | None = None  # block of queries of one warpgroup; matmul: of rows; none: the case's own
-    bS: int | None = None  # block of keys; matmul: of columns; none: the case's own
-    stages: int | None = None  # blocks in flight; none: the case's own
+    bT: int | None = None  # queries of a warpgroup's block; matmul: rows; none: the case's own
+    bS: int | None = None  # keys of a block; matmul: columns; none: the case's own
+    stages: int | None = None  # number of blocks in flight; none: the case's own
     timeout: float = 300  # seconds for one compilation
     json: bool = False  # print one JSON document instead of the table
 
     def __post_init__(self) -> None:
         check(self, CASES)
-        _ = self.shape  # it checks the sizes
+        _ = self.shape  # checks the sizes
 
     @property
     def shape(self) -> Shape:

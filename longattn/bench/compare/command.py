@@ -1,10 +1,10 @@
 """`longattn compare CASE`: attention kernels side by side on this machine's device, under one jax.profiler trace.
 
-The contestants are this project's back ends and its rivals; of linear attention its back ends, and as a yardstick exact
-attention of as many tokens and heads. One that cannot run here is a row with the reason. Nothing is timed before its
-results (and gradients) were seen to agree with a float32 reference. Then they take turns, each call waited for, while
-the device writes down when each of its ops began and ended; `bench/trace/` reads that back, so the times are the
-device's and not those of Python's dispatch.
+The contestants are this project's back ends and their rivals. For linear attention they are its back ends, and exact
+attention of the same tokens and heads as a yardstick. A contestant that cannot run here becomes a row with the reason.
+Results (and gradients) must agree with a float32 reference before anything is timed. Then the contestants take turns,
+each call waited for, while the profiler records when each op began and ended. `bench/trace/` reads that, so times are
+the device's, without Python's dispatch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from longattn.bench.timing import Interval
 from longattn.bench.trace import opening, parts_table
 from longattn.display import device_text, digits, plain_table, seconds_text
 
-WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits
-TOP = 5  # kernels shown of each contestant, and of the differences twice as many
+WIDTH = 132  # of the tables: a narrower terminal wraps them and loses no digits
+TOP = 5  # kernels shown of each contestant; twice as many differences
 
 
 def run(options: CompareOptions, console: Console | None = None) -> dict[str, Any]:
-    """`measure`, then the tables (or the JSON document) on stdout; gives the document."""
+    """Measure, print the tables (or the JSON document) on stdout, and return the document."""
     document = measure(options)
     if options.json:
         print(json.dumps(document))

@@ -1,4 +1,4 @@
-"""The instructions of a compiled program, as a trace stores it, and the scope of each."""
+"""The instructions of a compiled program, as a trace stores them, with the scope of each."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Op(NamedTuple):
 class _Instruction:
     name: str
     opcode: str
-    op_name: str  # "" for what XLA made
-    parameter: int  # which one it is, of a parameter
+    op_name: str  # "" for an instruction that XLA made
+    parameter: int  # a parameter's number
     called: tuple[int, ...]  # computations
     operands: list[_Instruction]
     users: list[_Instruction]
@@ -32,13 +32,13 @@ _MOVES = frozenset({"copy", "dynamic_slice", "reshape", "slice", "squeeze", "tra
 
 
 def program_ops(module: bytes | memoryview) -> dict[str, Op]:
-    """The instructions by name, of a serialised HloModuleProto.
+    """Return the instructions of a serialised HloModuleProto by name.
 
-    A fusion counts for the scope of its first matrix product, where it holds one: that is where its time goes, and
-    XLA calls it after its last operation. An instruction without a name of its own was made by XLA (on a CPU even
-    products, if they have several batch axes). It has the scope of what uses it; a product that of a slice or copy
-    of an operand that was made for it alone, within the scope around both. Else it has that of the instruction in whose
-    body it stands.
+    A fusion with a matrix product gets the scope of its first one: the product takes the time, while XLA names the
+    fusion after its last operation. An instruction without a name was made by XLA, on a CPU even products with several
+    batch axes. It gets the scope of its nearest user. An unnamed product gets the scope of an operand's slice or copy
+    that was made for it alone, if the same scope surrounds both. The last resort is the scope of the instruction in
+    whose body it stands.
     """
     # xla/service/hlo.proto: HloModuleProto.computations = 3; HloComputationProto.instructions = 2, .id = 5;
     # HloInstructionProto.name = 1, .opcode = 2, .metadata = 7 (op_name = 2), .parameter_number = 9, .id = 35,
@@ -64,7 +64,7 @@ def program_ops(module: bytes | memoryview) -> dict[str, Op]:
         bodies[body[5][-1]] = [row for row, _ in reads]
 
     def used(row: _Instruction, depth: int = 8) -> str:
-        """The name of the nearest user that has one."""
+        """Return the name of the nearest user that has one."""
         for user in row.users if depth else ():
             inside = [user]
             if user.opcode == "fusion":
@@ -77,7 +77,7 @@ def program_ops(module: bytes | memoryview) -> dict[str, Op]:
         return ""
 
     def product(row: _Instruction, fusion: _Instruction | None) -> str:
-        """The name of a product, which a fusion may hold."""
+        """Return the name of a product, which may stand in a fusion."""
         if row.op_name:
             return row.op_name
         after = used(row) if row.users or fusion is None else used(fusion)
