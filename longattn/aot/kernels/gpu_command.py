@@ -27,7 +27,7 @@ WIDTH = 164  # of the table: a narrower terminal wraps it and loses no digits
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """Count registers, spills, shared memory and instructions of Pallas kernels on GPUs, without a GPU. Nothing runs."""
+    """Count registers, spills and instructions of Pallas kernels on GPUs you don't have. Nothing runs."""
 
     cases: tuple[str, ...]  # kernels to compile; the error for none lists their names
     target: Literal["gpu"] = "gpu"  # whose compiler

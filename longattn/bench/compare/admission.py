@@ -23,7 +23,7 @@ _OURS = {*BACK_ENDS, *LINEAR}
 
 
 def _refusals(name: str) -> tuple[type[Exception], ...]:
-    """What becomes a row with its reason: of a rival's whatever its kernel's compiler may raise."""
+    """Return the exceptions that become a row's reason: for a rival, whatever its compiler may raise."""
     return (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) if name in _OURS else (Exception,)
 
 

@@ -10,10 +10,11 @@ the device's, without Python's dispatch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from longattn.bench.compare.measurement import measure
 from longattn.bench.compare.options import CompareOptions, heading
@@ -36,20 +37,36 @@ def run(options: CompareOptions, console: Console | None = None) -> dict[str, An
 
 
 def _print(console: Console, document: Mapping[str, Any]) -> None:
-    options, rows = document["options"], document["rows"]
-    table = plain_table(heading(options))
+    rows = document["rows"]
+    ran = [row for row in rows if "samples" in row]
+    console.print(_contestants(heading(document["options"]), rows), markup=False)
+    for row in ran:
+        total = sum(kernel["seconds"] for kernel in row["kernels"])
+        console.print(parts_table(f"{row['contestant']}: top kernels", row["kernels"][:TOP], total), markup=False)
+    if document["differences"]:
+        console.print(_differences(document["differences"][: 2 * TOP], ran[0]["contestant"]), markup=False)
+    console.print("\n".join(_notes(document, ran)), highlight=False, markup=False, soft_wrap=True)
+    if document["trace"]:
+        console.print(opening(document["trace"]), highlight=False, markup=False, soft_wrap=True)
+        if document["plot"]:
+            console.print(f"Plot: {document['plot']}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        console.print("Nothing could be timed here.", highlight=False)
+
+
+def _contestants(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table with a row for each contestant."""
+    table = plain_table(title)
     headings = (
         "contestant", "device time", "quartiles", "ratio", "idle", "GFLOP/s", "of peak", "GB/s", "of HBM", "vs static",
         "error",
     )  # fmt: skip
     for column in headings:
         table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
-    notes, ran = [], [row for row in rows if "samples" in row]
     for row in rows:
         error = f"{row['error']:.0e}" if "error" in row else ""
         if "samples" not in row:
             table.add_row(row["contestant"], *["-"] * 9, error)
-            notes.append(f"{row['contestant']}: {row['reason']}.")
             continue
         s = row["device_seconds"]
         table.add_row(
@@ -65,26 +82,32 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
             "-" if row["static_ratio"] is None else f"{row['static_ratio']:.2f}",
             error,
         )
-        if row["static_note"]:
+    return table
+
+
+def _differences(differences: Sequence[Mapping[str, Any]], base: str) -> Table:
+    """Return a table of the scopes whose time differs from that of the contestant `base`."""
+    table = plain_table(f"Largest differences to {base} by named scope")
+    for column in ("contestant", "scope", "pass", "its time", base, "difference"):
+        left = column in ("contestant", "scope", "pass")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for d in differences:
+        sign = "+" if d["difference"] > 0 else "-"
+        table.add_row(
+            d["contestant"], d["scope"], d["phase"], seconds_text(d["seconds"]), seconds_text(d["first_seconds"]),
+            sign + seconds_text(abs(d["difference"])),
+        )  # fmt: skip
+    return table
+
+
+def _notes(document: Mapping[str, Any], ran: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines below the tables."""
+    notes, environment, peak = [], document["environment"], document["peak"]
+    for row in document["rows"]:
+        if "samples" not in row:
+            notes.append(f"{row['contestant']}: {row['reason']}.")
+        elif row["static_note"]:
             notes.append(f"{row['contestant']}: no static cycles: {row['static_note']}")
-    console.print(table, markup=False)
-    for row in ran:
-        total = sum(kernel["seconds"] for kernel in row["kernels"])
-        console.print(parts_table(f"{row['contestant']}: top kernels", row["kernels"][:TOP], total), markup=False)
-    if document["differences"]:
-        table = plain_table(f"Largest differences to {ran[0]['contestant']} by named scope")
-        for column in ("contestant", "scope", "pass", "its time", ran[0]["contestant"], "difference"):
-            left = column in ("contestant", "scope", "pass")
-            table.add_column(column, justify="left" if left else "right", no_wrap=True)
-        for d in document["differences"][: 2 * TOP]:
-            sign = "+" if d["difference"] > 0 else "-"
-            table.add_row(
-                d["contestant"], d["scope"], d["phase"], seconds_text(d["seconds"]), seconds_text(d["first_seconds"]),
-                sign + seconds_text(abs(d["difference"])),
-            )  # fmt: skip
-        console.print(table, markup=False)
-    environment = document["environment"]
-    peak = document["peak"]
     if peak["flops"]:
         how = "a float32 matrix product measured here" if peak["measured"] else "published, bfloat16"
         notes.append(f"Peak {peak['flops'] / 1e9:,.0f} GFLOP/s ({how}); GB/s count each argument and result once.")
@@ -95,16 +118,10 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
             f"Before timing, results agreed with {document['checked_against']}; the error is the largest relative one.",
         ]
     notes.append(
-        f"{device_text(environment)}, load {document['load']:.1f} before; {options['rounds']} rounds in turns; jax "
-        f"{environment['versions']['jax']}; commit {(environment['commit'] or 'unknown')[:12]}."
+        f"{device_text(environment)}, load {document['load']:.1f} before; {document['options']['rounds']} rounds in "
+        f"turns; jax {environment['versions']['jax']}; commit {(environment['commit'] or 'unknown')[:12]}."
     )
-    console.print("\n".join(notes), highlight=False, markup=False, soft_wrap=True)
-    if document["trace"]:
-        console.print(opening(document["trace"]), highlight=False, markup=False, soft_wrap=True)
-        if document["plot"]:
-            console.print(f"Plot: {document['plot']}", highlight=False, markup=False, soft_wrap=True)
-    else:
-        console.print("Nothing could be timed here.", highlight=False)
+    return notes
 
 
 def _percent(share: float | None) -> str:

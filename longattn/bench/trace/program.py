@@ -31,6 +31,9 @@ class _Instruction:
 _MOVES = frozenset({"copy", "dynamic_slice", "reshape", "slice", "squeeze", "transpose"})
 
 
+_PRODUCTS = ("dot", "convolution")
+
+
 def program_ops(module: bytes | memoryview) -> dict[str, Op]:
     """Return the instructions of a serialised HloModuleProto by name.
 
@@ -40,6 +43,71 @@ def program_ops(module: bytes | memoryview) -> dict[str, Op]:
     that was made for it alone, if the same scope surrounds both. The last resort is the scope of the instruction in
     whose body it stands.
     """
+    program = _program(module)
+    return {
+        row.name: Op(row.opcode, scope_of(program.op_name(row, computation)))
+        for computation, rows in program.bodies.items()
+        for row in rows
+    }
+
+
+@dataclass(frozen=True)
+class _Program:
+    """The instructions of every computation, and the (computation, instruction) that calls it."""
+
+    bodies: dict[int, list[_Instruction]]
+    callers: dict[int, tuple[int, _Instruction]]
+
+    def op_name(self, row: _Instruction, computation: int) -> str:
+        """Return the name that tells an instruction's scope."""
+        name = ""
+        if row.opcode == "fusion":
+            name = next((self.product(x, row) for x in self.bodies[row.called[0]] if x.opcode in _PRODUCTS), "")
+        elif row.opcode in _PRODUCTS:
+            caller = self.callers[computation][1] if computation in self.callers else None
+            name = self.product(row, caller if caller is not None and caller.opcode == "fusion" else None)
+        return name or row.op_name or self.used(row) or self.around(computation)
+
+    def used(self, row: _Instruction, depth: int = 8) -> str:
+        """Return the name of the nearest user that has one."""
+        for user in row.users if depth else ():
+            inside = [user]
+            if user.opcode == "fusion":
+                places = {i for i, operand in enumerate(user.operands) if operand is row}
+                body = self.bodies[user.called[0]]
+                parameters = (r for r in body if r.opcode == "parameter" and r.parameter in places)
+                inside = [r for parameter in parameters for r in parameter.users] or inside
+            for one in inside:
+                if found := one.op_name or self.used(one, depth - 1):
+                    return found
+        return ""
+
+    def product(self, row: _Instruction, fusion: _Instruction | None) -> str:
+        """Return the name of a product, which may stand in a fusion."""
+        if row.op_name:
+            return row.op_name
+        after = self.used(row) if row.users or fusion is None else self.used(fusion)
+        operands = [
+            fusion.operands[x.parameter] if fusion is not None and x.opcode == "parameter" else x for x in row.operands
+        ]
+        if after.endswith("/dot_general"):
+            return after
+        moved = [x.op_name for x in operands if len(x.users) == 1 and x.op_name.split("/")[-1] in _MOVES]
+        *outer, _ = scope_of(after).path or ("",)
+        beside = [name for name in moved if scope_of(name).path and list(scope_of(name).path[:-1]) == outer]
+        return after if not beside or scope_of(after) in map(scope_of, moved) else beside[0]
+
+    def around(self, computation: int) -> str:
+        """Return the name of the nearest caller that has one."""
+        while computation in self.callers:
+            computation, caller = self.callers[computation]
+            if caller.op_name:
+                return caller.op_name
+        return ""
+
+
+def _program(module: bytes | memoryview) -> _Program:
+    """Return a serialised HloModuleProto's instructions, linked to their operands, users and callers."""
     # xla/service/hlo.proto: HloModuleProto.computations = 3; HloComputationProto.instructions = 2, .id = 5;
     # HloInstructionProto.name = 1, .opcode = 2, .metadata = 7 (op_name = 2), .parameter_number = 9, .id = 35,
     # .operand_ids = 36, .called_computation_ids = 38.
@@ -62,51 +130,4 @@ def program_ops(module: bytes | memoryview) -> dict[str, Op]:
             for operand in row.operands:
                 operand.users.append(row)
         bodies[body[5][-1]] = [row for row, _ in reads]
-
-    def used(row: _Instruction, depth: int = 8) -> str:
-        """Return the name of the nearest user that has one."""
-        for user in row.users if depth else ():
-            inside = [user]
-            if user.opcode == "fusion":
-                places = {i for i, operand in enumerate(user.operands) if operand is row}
-                parameters = (r for r in bodies[user.called[0]] if r.opcode == "parameter" and r.parameter in places)
-                inside = [r for parameter in parameters for r in parameter.users] or inside
-            for one in inside:
-                if found := one.op_name or used(one, depth - 1):
-                    return found
-        return ""
-
-    def product(row: _Instruction, fusion: _Instruction | None) -> str:
-        """Return the name of a product, which may stand in a fusion."""
-        if row.op_name:
-            return row.op_name
-        after = used(row) if row.users or fusion is None else used(fusion)
-        operands = [
-            fusion.operands[x.parameter] if fusion is not None and x.opcode == "parameter" else x for x in row.operands
-        ]
-        if after.endswith("/dot_general"):
-            return after
-        moved = [x.op_name for x in operands if len(x.users) == 1 and x.op_name.split("/")[-1] in _MOVES]
-        *outer, _ = scope_of(after).path or ("",)
-        beside = [name for name in moved if scope_of(name).path and list(scope_of(name).path[:-1]) == outer]
-        return after if not beside or scope_of(after) in map(scope_of, moved) else beside[0]
-
-    def around(computation: int) -> str:
-        while computation in callers:
-            computation, caller = callers[computation]
-            if caller.op_name:
-                return caller.op_name
-        return ""
-
-    products = ("dot", "convolution")
-    ops: dict[str, Op] = {}
-    for computation, rows in bodies.items():
-        for row in rows:
-            name = ""
-            if row.opcode == "fusion":
-                name = next((product(x, row) for x in bodies[row.called[0]] if x.opcode in products), "")
-            elif row.opcode in products:
-                caller = callers[computation][1] if computation in callers else None
-                name = product(row, caller if caller is not None and caller.opcode == "fusion" else None)
-            ops[row.name] = Op(row.opcode, scope_of(name or row.op_name or used(row) or around(computation)))
-    return ops
+    return _Program(bodies, callers)
