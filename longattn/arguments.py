@@ -13,8 +13,9 @@ from typing import Annotated, Any, get_args
 import tyro
 from tyro import conf, constructors
 
-from longattn import mask
+from longattn import mask, parallel
 from longattn.config import Data
+from longattn.config.mesh import StrategyName
 
 MISSING: Any = tyro.MISSING  # the default of an argument that must be given
 
@@ -52,7 +53,7 @@ def _spelling() -> dict[tuple[str, str], tuple[Any, ...]]:
         ("PlanOptions", "cache"): (conf.arg(help="compile everything anew", help_behavior_hint="(default: False)"),),
         ("ProfileOptions", "cases"): positional("CASE...", help_behavior_hint="(required)"),
         ("ProfileOptions", "target"): (conf.arg(metavar="{tpu,gpu}"),),
-        ("SequenceOptions", "strategy"): (conf.Positional,),
+        ("SequenceOptions", "strategy"): positional("STRATEGY"),
         ("RunProfileOptions", "run"): positional("RUN"),
         **{(kind.__name__, size): short(size) for kind in get_args(Data) for size in "TB"},
         ("Model", "remat"): short("remat"),
@@ -62,7 +63,7 @@ def _spelling() -> dict[tuple[str, str], tuple[Any, ...]]:
 
 
 def _registry(mistakes: list[ValueError]) -> Any:
-    """Return tyro's rules for masks and for `_spelling`. What an options class refuses is appended to `mistakes`."""
+    """Return tyro's rules for masks, strategies and `_spelling`. Errors of options classes are appended to `mistakes`."""
     registry, spelling, inside = constructors.ConstructorRegistry(), _spelling(), False
 
     @registry.primitive_rule
@@ -75,6 +76,20 @@ def _registry(mistakes: list[ValueError]) -> Any:
             instance_from_str=lambda words: mask.parse(words[0]),
             is_instance=lambda value: isinstance(value, mask.Mask),
             str_from_instance=lambda value: [str(value)],
+        )
+
+    @registry.primitive_rule
+    def strategy_rule(info: constructors.PrimitiveTypeInfo) -> Any:
+        if info.type is not StrategyName:
+            return None
+        names = tuple(parallel.STRATEGIES)
+        return constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=f"{{{','.join(names)}}}",
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, str),
+            str_from_instance=lambda value: [value],
+            choices=names,
         )
 
     @registry.struct_rule

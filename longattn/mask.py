@@ -82,6 +82,11 @@ class Mask:
         """
         raise NotImplementedError
 
+    @property
+    def is_relative(self) -> bool:
+        """Whether the mask reads positions through q - k only."""
+        return False
+
     def dense(self, T: int, S: int) -> Any:
         """The whole [T S] pattern at positions arange(T), arange(S) ([B H T S] with array leaves). For tests."""
         return self(np.arange(T, dtype=np.int32)[:, None], np.arange(S, dtype=np.int32)[None, :])
@@ -134,6 +139,10 @@ def _unflatten(cls: type[Mask], aux: Any, leaves: Any) -> Mask:
 class Full(Mask):
     """Every pair is visible."""
 
+    @property
+    def is_relative(self) -> bool:
+        return True
+
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         return _xp(q_pos, k_pos).ones(_shape(q_pos, k_pos), bool)
 
@@ -144,6 +153,10 @@ class Full(Mask):
 @dataclass(frozen=True, repr=False)
 class Causal(Mask):
     """k <= q."""
+
+    @property
+    def is_relative(self) -> bool:
+        return True
 
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         return k_pos <= q_pos
@@ -164,6 +177,10 @@ class Window(Mask):
         _integer(self, "right", -_INT32)
         if self.left < -self.right:
             raise ValueError(f"{self} must have left >= -right: no distance q - k lies in [-right, left]")
+
+    @property
+    def is_relative(self) -> bool:
+        return True
 
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         return (q_pos - k_pos <= self.left) & (q_pos - k_pos >= -self.right)
@@ -247,6 +264,10 @@ class Dilated(Mask):
         _integer(self, "step", 1)
         if self.left * self.step > _INT32:
             raise ValueError(f"{self} must reach less than 2**31 back: left * step = {self.left * self.step}")
+
+    @property
+    def is_relative(self) -> bool:
+        return True
 
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         distance = q_pos - k_pos
@@ -338,6 +359,10 @@ class And(Mask):
     a: Mask
     b: Mask
 
+    @property
+    def is_relative(self) -> bool:
+        return self.a.is_relative and self.b.is_relative
+
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         return _pair(lambda a, b: a & b, self.a(q_pos, k_pos), self.b(q_pos, k_pos))
 
@@ -358,6 +383,10 @@ class Or(Mask):
     a: Mask
     b: Mask
 
+    @property
+    def is_relative(self) -> bool:
+        return self.a.is_relative and self.b.is_relative
+
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         return _pair(lambda a, b: a | b, self.a(q_pos, k_pos), self.b(q_pos, k_pos))
 
@@ -374,6 +403,10 @@ class Not(Mask):
     """Visible where `a` is not."""
 
     a: Mask
+
+    @property
+    def is_relative(self) -> bool:
+        return self.a.is_relative
 
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         visible = self.a(q_pos, k_pos)

@@ -21,7 +21,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a refused command prints."""
+    """Returns the one line that a refused command prints."""
     assert cli.main(list(arguments)) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -77,7 +77,7 @@ def test_commands_that_have_a_new_name_say_it(capsys, arguments: str, now: str) 
         ("plan", "MODEL", "--no_cache"),
         ("profile kernel", "CASE...", "--chips"),
         ("profile kernel --target gpu", "CASE...", "--archs"),
-        ("profile sequence", "[{all,ring,", "--layout"),
+        ("profile sequence", "[STRATEGY]", "--layout"),
         ("profile run", "RUN", "--depth"),
         ("bringup", "", "--seconds"),
     ],

@@ -1,4 +1,4 @@
-"""Who may import whom: rooms stand in an order, and imports go down only. Flax in models alone."""
+"""Imports go down the floors only, and flax is imported in models alone."""
 
 import ast
 import functools
@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "longattn").rglob("*.py"))
 
-# From the ground up. A room may import itself and every room on a lower floor, but no other room of its own floor.
+# From the ground up. A room may import itself and rooms on lower floors; rooms on one floor do not know each other.
 FLOORS = (
     ("shapes", "compat", "environment", "display", "cache", "launch", "terminal", "recorded"),
     ("mask",),
@@ -55,7 +55,7 @@ def module_of(path: pathlib.Path) -> str:
 
 @functools.cache
 def imports_of(path: pathlib.Path) -> list[tuple[str, int]]:
-    """Every (dotted name, line) that a file imports, inside functions too."""
+    """Yields the dotted name and line of every import in a file, also inside functions."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -117,7 +117,7 @@ BARE = '''
 import sys
 
 class Bare:
-    """Finds what `finder` finds, but no other package than those that jax, numpy and jaxtyping install."""
+    """Hides every package from `finder` that jax, numpy and jaxtyping do not install."""
 
     def __init__(self, finder):
         self.finder = finder

@@ -29,7 +29,15 @@ class RoPE:
 
 
 @dataclass(frozen=True)
-class Softmax:
+class Mixer:
+    """Base class of the configs of mixers.
+
+    A subclass is a frozen dataclass whose name is that of the module class which computes it, in `models.MIXERS`.
+    """
+
+
+@dataclass(frozen=True)
+class Softmax(Mixer):
     """Exact softmax attention with any mask."""
 
     mask: masks.Mask = masks.Causal()  # an expression on the command line: "Causal() & Window(512)"
@@ -51,7 +59,7 @@ class Softmax:
 
 
 @dataclass(frozen=True)
-class LinearAttention:
+class LinearAttention(Mixer):
     """Softmax replaced by the product of positive features, elu(x) + 1 (arXiv:2006.16236)."""
 
     eps: float = 1e-6  # added to the sum of weights that divides the output
@@ -61,7 +69,7 @@ class LinearAttention:
 
 
 @dataclass(frozen=True)
-class Performer:
+class Performer(Mixer):
     """Softmax estimated with positive orthogonal random features, FAVOR+ (arXiv:2009.14794)."""
 
     features: int = 256  # random features of a head
@@ -74,7 +82,7 @@ class Performer:
 
 
 @dataclass(frozen=True)
-class Based:
+class Based(Mixer):
     """exp(q k) replaced by its Taylor series up to the square (arXiv:2402.18668)."""
 
     features: int = 16  # size of a query/key head before the feature map
@@ -86,7 +94,7 @@ class Based:
 
 
 @dataclass(frozen=True)
-class RetNet:
+class RetNet(Mixer):
     """Retention: a fixed decay per head (arXiv:2307.08621)."""
 
     V: int | None = None  # size of a value head; None: 2 * Model.D
@@ -103,7 +111,7 @@ class RetNet:
 
 
 @dataclass(frozen=True)
-class GLA:
+class GLA(Mixer):
     """Gated linear attention: a decay per channel that depends on the token (arXiv:2312.06635)."""
 
     D: int | None = None  # size of a query/key head; None: Model.D / 2
@@ -116,7 +124,7 @@ class GLA:
 
 
 @dataclass(frozen=True)
-class Mamba2:
+class Mamba2(Mixer):
     """State-space duality: a decay per head that depends on the token (arXiv:2405.21060)."""
 
     expand: int = 2  # heads, in multiples of Model.H
@@ -132,7 +140,7 @@ class Mamba2:
 
 
 @dataclass(frozen=True)
-class GatedDeltaNet:
+class GatedDeltaNet(Mixer):
     """The delta rule with a decay per head that depends on the token (arXiv:2412.06464)."""
 
     V: int | None = None  # size of a value head; None: 2 * Model.D
@@ -146,7 +154,7 @@ class GatedDeltaNet:
 
 
 @dataclass(frozen=True)
-class KimiDeltaAttention:
+class KimiDeltaAttention(Mixer):
     """The delta rule with a decay per channel that depends on the token (arXiv:2510.26692)."""
 
     V: int | None = None  # size of a value head; None: Model.D
@@ -160,5 +168,12 @@ class KimiDeltaAttention:
         increasing(self, "steps", "rates")
 
 
-# The union of every mixer's config; a new mixer joins here.
-Mixer = Softmax | LinearAttention | Performer | Based | RetNet | GLA | Mamba2 | GatedDeltaNet | KimiDeltaAttention
+def mixer_classes() -> dict[str, type[Mixer]]:
+    """Every mixer's config class by its name, also those that are defined outside this package."""
+    found: dict[str, type[Mixer]] = {}
+    below = Mixer.__subclasses__()
+    while below:
+        cls = below.pop(0)
+        found[cls.__name__] = cls
+        below += cls.__subclasses__()
+    return found

@@ -82,11 +82,11 @@ class Config:
             raise ValueError(f"{self.mesh.data=} * {self.mesh.fsdp=} must divide {rows}, the rows of a micro-batch")
         along = f"{self.mesh.ring=} * {self.mesh.seq=}" if self.mesh.ring > 1 else f"{self.mesh.seq=}"
         if short := -self.data.T % self.mesh.unit:
-            unit = f"{self.mesh.unit} for {self.mesh.layout=}" if self.mesh.unit > self.mesh.sequence else "it"
+            unit = f"{self.mesh.unit} for {self.mesh.layout=}" if self.mesh.unit > self.mesh.P else "it"
             raise ValueError(
                 f"{along} must divide {self.data.T=}: set T to a multiple of {unit}, next {self.data.T + short}"
             )
-        if self.mesh.size > 1 and self.model.E % (self.mesh.fsdp * self.mesh.sequence):
+        if self.mesh.size > 1 and self.model.E % (self.mesh.fsdp * self.mesh.P):
             raise ValueError(f"{self.mesh.fsdp=} * {along} must divide {self.model.E=}: they slice matrices")
         if self.model.K % self.mesh.tensor or self.model.F % self.mesh.tensor:
             raise ValueError(f"{self.mesh.tensor=} must divide {self.model.K=} and {self.model.F=}")

@@ -19,7 +19,7 @@ BUFFER_KINDS = (
 class Collective:
     """One collective in the schedule."""
 
-    kind: str  # one of `hlo.KINDS`
+    kind: str  # one of `aot.collectives.KINDS`
     bytes: int  # that each device receives in one run
     group: tuple[int, ...]  # the devices of the first group, by their place in the program's order
     axes: str  # of the mesh, where the program names them: not of a collective-permute, see `axes_of`

@@ -8,31 +8,15 @@ recomputation (blockwise attention's own, or a remat policy's) is listed apart a
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
-from typing import Any
 
-import jax
-import numpy as np
-
-from longattn.config import (
-    GLA,
-    Based,
-    Config,
-    GatedDeltaNet,
-    KimiDeltaAttention,
-    LinearAttention,
-    Mamba2,
-    Mixer,
-    Model,
-    Performer,
-    RetNet,
-    Softmax,
-)
+from longattn.config import Config, Mixer, Model
 from longattn.cost.pairs import visible_pairs
+from longattn.models import module_of
+from longattn.ops.calls import AttentionCall, Call, ConvolutionCall, LinearCall
 
 
 @dataclass(frozen=True)
@@ -68,23 +52,6 @@ class Flops:
         return Flops(*(factor * x for x in astuple(self)))
 
 
-def _softmax(mixer: Softmax, model: Model, T: int, documents: tuple[int, ...] | None) -> tuple[float, float]:
-    pairs = visible_pairs(mixer.mask, T, documents=documents)
-    return attention_flops(pairs, model.H, model.D).forward, 4.0 * T * model.E * model.D * (model.H + model.K)
-
-
-@functools.lru_cache(maxsize=256)
-def mixer_shapes(mixer: Mixer, model: Model) -> dict[str, tuple[int, ...]]:
-    """The shapes of a mixer's parameters by their names, from its module."""
-    from longattn.models import MIXERS, Context  # here, because flax comes with the extra `train` alone
-
-    module = MIXERS[type(mixer).__name__](mixer, model, Context("reference"))
-    x = jax.ShapeDtypeStruct((1, 1, model.E), np.float32)
-    params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in flat}
-
-
 def linear_flops(tokens: float, state: int, *, delta: bool = False) -> float:
     """FLOPs of a recurrence: per token and element of state 2 to write and 2 to read, with the delta rule 2 more.
 
@@ -93,52 +60,31 @@ def linear_flops(tokens: float, state: int, *, delta: bool = False) -> float:
     return (6.0 if delta else 4.0) * tokens * state
 
 
-def _linear(mixer: Any, model: Model, T: int, documents: tuple[int, ...] | None) -> tuple[float, float]:
-    from longattn.models import MIXERS
-
-    tokens = T if documents is None else sum(documents)
-    state: int = MIXERS[type(mixer).__name__].sizes(mixer, model)[0]
-    attention = linear_flops(tokens, state, delta=isinstance(mixer, GatedDeltaNet | KimiDeltaAttention))
-    if isinstance(mixer, Performer):
-        attention += 2.0 * tokens * (model.H + model.K) * mixer.features * model.D
-    weights = (s for name, s in mixer_shapes(mixer, model).items() if is_matrix(name, s))
-    return attention, 2.0 * T * sum(map(math.prod, weights))
-
-
-def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether tokens are multiplied by a mixer's parameter as by a matrix."""
-    return len(shape) > 1 and not name.endswith(("conv", "bias"))
+def call_flops(call: Call, documents: tuple[int, ...] | None = None) -> float:
+    """Forward FLOPs of one call over one sequence (`documents`: as for `visible_pairs`)."""
+    match call:
+        case AttentionCall():
+            pairs = visible_pairs(call.mask, call.T, call.keys, documents=documents)
+            return attention_flops(pairs, call.H, call.D, call.values).forward
+        case LinearCall():
+            tokens = call.T if documents is None else sum(documents)
+            return linear_flops(tokens, call.H * call.D * call.V, delta=call.delta)
+        case ConvolutionCall():
+            return 0.0  # no matrix product
 
 
-# Per class of mixer: forward FLOPs of one layer over one sequence, (attention, projections). A new mixer joins here ...
-_LINEAR = (LinearAttention, Performer, Based, RetNet, GLA, Mamba2, GatedDeltaNet, KimiDeltaAttention)
-_MIXER_FLOPS: dict[type, Callable[..., tuple[float, float]]] = {Softmax: _softmax, **dict.fromkeys(_LINEAR, _linear)}
-
-
-def _softmax_parameters(mixer: Softmax, model: Model) -> int:
-    return 2 * model.E * model.D * (model.H + model.K) + 2 * model.D * mixer.qk_norm + model.H * mixer.sinks
-
-
-def _linear_parameters(mixer: Mixer, model: Model) -> int:
-    return sum(map(math.prod, mixer_shapes(mixer, model).values()))
-
-
-# ... and here: parameters of one layer's mixer.
-_MIXER_PARAMETERS: dict[type, Callable[..., int]] = {
-    Softmax: _softmax_parameters,
-    **dict.fromkeys(_LINEAR, _linear_parameters),
-}
-
-
-def known(model: Model) -> bool:
-    """Whether the FLOPs of all its mixers are known here."""
-    return all(type(mixer) in _MIXER_FLOPS for mixer in model.mixers)
+def mixing_flops(mixer: Mixer, model: Model, T: int, documents: tuple[int, ...] | None = None) -> float:
+    """Forward FLOPs of one layer's mixer over one sequence besides its matrices: its calls, and its own products."""
+    module = module_of(mixer)
+    own, _ = module.own_flops(mixer, model, T if documents is None else sum(documents))
+    return sum(call_flops(call, documents) for call in module.calls(mixer, model, T)) + own
 
 
 def layer_flops(mixer: Mixer, model: Model, T: int, documents: Iterable[int] | None = None) -> Flops:
     """Forward FLOPs of one layer over one sequence of T tokens (`documents`: as for `visible_pairs`)."""
     documents = None if documents is None else tuple(documents)
-    attention, projections = _MIXER_FLOPS[type(mixer)](mixer, model, T, documents)
+    attention = mixing_flops(mixer, model, T, documents)
+    projections = 2.0 * T * sum(map(math.prod, module_of(mixer).matrices(mixer, model).values()))
     return Flops(attention, projections, 6.0 * T * model.E * model.F, 0.0)
 
 
@@ -165,7 +111,7 @@ def step_flops(config: Config, documents: Mapping[int, float] | None = None) -> 
     flops = forward_flops(model, T)
     if documents is not None:
         attention = [
-            layers * rows * _MIXER_FLOPS[type(mixer)](mixer, model, length, None)[0]
+            layers * rows * mixing_flops(mixer, model, T, (length,))
             for mixer, layers in Counter(model.layers).items()
             for length, rows in documents.items()
         ]
@@ -197,11 +143,15 @@ class Parameters:
         return sum(astuple(self))
 
 
+def _numbers(mixer: Mixer, model: Model) -> int:
+    return sum(map(math.prod, module_of(mixer).parameters(mixer, model).values()))
+
+
 def parameters(model: Model) -> Parameters:
     """How many parameters `models.init_params` makes."""
     return Parameters(
         embedding=model.W * model.E,
-        mixers=sum(_MIXER_PARAMETERS[type(mixer)](mixer, model) for mixer in model.layers),
+        mixers=sum(times * _numbers(mixer, model) for mixer, times in Counter(model.layers).items()),
         mlp=3 * model.N * model.E * model.F,
         norms=(2 * model.N + 1) * model.E,
         head=0 if model.tie else model.W * model.E,

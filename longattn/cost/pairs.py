@@ -9,21 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from longattn.mask import FULL, PARTIAL, And, Causal, Dilated, Full, Mask, Not, Or, Window
+from longattn.mask import FULL, PARTIAL, Mask
 
 _LEAF = 16  # below this edge a block's pairs are counted one by one
 
 
 _PIECE = 4096  # blocks looked at together: bounds the memory of the count
-
-
-def of_distance(mask: Mask) -> bool:
-    """Whether the mask reads positions only through q - k."""
-    if isinstance(mask, And | Or):
-        return of_distance(mask.a) and of_distance(mask.b)
-    if isinstance(mask, Not):
-        return of_distance(mask.a)
-    return isinstance(mask, Full | Causal | Window | Dilated)
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -83,7 +74,7 @@ def _per_head(x: Any) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4096)
 def _pairs(mask: Mask, T: int, S: int) -> int:
-    if of_distance(mask):
+    if mask.is_relative:
         return _pairs_by_distance(mask, T, S)
     return int(_pairs_in(mask, np.array([[0, T - 1, 0, S - 1]], np.int32))[0, 0])
 
@@ -136,7 +127,7 @@ def pairs_between(mask: Mask, queries: range, keys: range) -> int:
         raise ValueError(f"{queries=} and {keys=} must have one step")
     if not len(queries) or not len(keys):
         return 0
-    if of_distance(mask):
+    if mask.is_relative:
         return _pairs_by_distance(mask, len(queries), len(keys), queries[0] - keys[0], queries.step)
     if queries.step == 1:
         return int(_pairs_in(mask, np.array([[queries[0], queries[-1], keys[0], keys[-1]]], np.int32))[0, 0])

@@ -15,12 +15,12 @@ On TPUs the minor axis of an array in device memory is filled up to 128 lanes. A
 [B H T D], keys' gradients too, so heads narrower than that cost as much as heads of 128. So does what layers keep in
 that layout: `kept` says when.
 
-Where all layers are of one kind of linear attention the moments are those that `recurrent.peaks` names. Memory that is
+Where all layers are of one kind of linear attention the moments are those that `linear.peaks` names. Memory that is
 not short XLA uses: it then computes an MLP's gradients beside the mixer's.
 
-How many activations of each width are alive at once is a property of XLA's schedules: the counts below were read off
-compiled programs, and `checked.py` holds the errors against the compilers' own accounts. Messages are exact: what the
-strategies' formulas say (`cost/sequence/traffic.py`), and for linear attention `recurrent.messages`.
+How many activations of each width are alive at once is a property of XLA's schedules. The counts below were read off
+compiled programs; `plan/calibration.py` holds the errors against the compilers' own accounts. Messages are exact: they
+come from the strategies' formulas (`cost/sequence/traffic.py`) and, for linear attention, from `linear.messages`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from longattn.config import Config, Mesh, Mixer, Model, Softmax
+from longattn.config import Config, Mesh, Mixer, Model
 from longattn.cost import flops as cost
 from longattn.cost import linear
 from longattn.cost.collective import BUFFER_KINDS
@@ -44,10 +44,13 @@ from longattn.cost.pairs import pairs_by_part, visible_pairs
 from longattn.cost.sequence import problem, traffic
 from longattn.cost.topology import Topology
 from longattn.mask import Mask
+from longattn.models.mixers import calls, module_of
+from longattn.models.sharding import shardings
 from longattn.models.transformer import init_params
 from longattn.ops.attention.pallas_tpu.tiles import LANES
-from longattn.parallel import exchange
-from longattn.parallel import mesh as meshes
+from longattn.ops.calls import AttentionCall
+from longattn.parallel import ulysses
+from longattn.parallel.attention import strategy_on
 
 _F32 = 4
 
@@ -63,7 +66,7 @@ def _held(config: Config) -> tuple[int, int]:
     """(all parameters that one device holds, those of the layers)."""
     c, shapes = config.mesh, _parameters(replace(config.model, remat="none", dtype="float32", mlp_chunk=None))
     mesh = AbstractMesh(tuple(c.sizes.values()), tuple(c.sizes), axis_types=(AxisType.Auto,) * len(c.sizes))
-    lies = jax.tree.leaves(meshes.shardings(mesh, shapes))
+    lies = jax.tree.leaves(shardings(mesh, shapes, config.model))
     sizes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(sharding.shard_shape(x.shape))
         for (path, x), sharding in zip(jax.tree_util.tree_leaves_with_path(shapes), lies, strict=True)
@@ -74,7 +77,7 @@ def _held(config: Config) -> tuple[int, int]:
 def tokens(config: Config) -> float:
     """Tokens of a micro-batch on one device."""
     c = config.mesh
-    return config.data.B * config.data.T / (c.data * c.fsdp * c.sequence * config.optimiser.accumulate)
+    return config.data.B * config.data.T / (c.data * c.fsdp * c.P * config.optimiser.accumulate)
 
 
 def _filled(D: int, where: Topology) -> int:
@@ -83,13 +86,18 @@ def _filled(D: int, where: Topology) -> int:
 
 
 def recurrence(model: Model, where: Topology) -> Mixer | None:
-    """The mixer of all layers where it is none of Softmax; None where all are.
+    """The mixer of all layers where it calls linear attention; None where all layers call softmax attention.
 
     Raises:
-      NotImplementedError: for linear attention whose memory no formula knows: the compiler does.
+      NotImplementedError: for layers whose memory no formula knows.
     """
     (mixer, *others), remedy = dict.fromkeys(model.layers), "leave --analytic out, and the step is compiled"
-    if all(isinstance(m, Softmax) for m in (mixer, *others)):
+    for one in (mixer, *others):
+        if not (_attends(one, model) or linear.known(one, model)):
+            raise NotImplementedError(
+                f"layers of {type(one).__name__}: no formula says how much memory they take; {remedy}"
+            )
+    if all(_attends(one, model) for one in (mixer, *others)):
         return None
     if others:
         raise NotImplementedError(
@@ -106,6 +114,12 @@ def recurrence(model: Model, where: Topology) -> Mixer | None:
     return mixer
 
 
+def _attends(mixer: Mixer, model: Model) -> bool:
+    """Whether a layer calls softmax attention once, with the model's heads, and nothing else."""
+    found = [(c.H, c.heads, c.D, c.values) for c in calls(mixer, model, 1, AttentionCall)]
+    return found == [(model.H, model.K, model.D, model.D)] and len(module_of(mixer).calls(mixer, model, 1)) == 1
+
+
 def kept(config: Config, where: Topology) -> float:
     """Bytes that one device keeps of the forward pass of all layers, by the remat policy.
 
@@ -117,9 +131,9 @@ def kept(config: Config, where: Topology) -> float:
     """
     m, t, n, c = config.model, config.mesh.tensor, tokens(config), np.dtype(config.model.dtype).itemsize
     if (mixer := recurrence(m, where)) is not None:
-        part = 0.0 if m.remat == "full" else linear.kept(mixer, m, config.data.T // config.mesh.sequence, t)
+        part = 0.0 if m.remat == "full" else linear.kept(mixer, m, config.data.T // config.mesh.P, t)
         return n * (c * m.E + part) * (2 if m.remat == "offload" else m.N)
-    one_row = n * config.mesh.sequence == config.data.T and config.mesh.strategy != "ulysses"  # which exchanges out
+    one_row = n * config.mesh.P == config.data.T and not _whole_sequences(config.mesh)
     minor = m.remat in ("dots", "none") or one_row
     D = _filled(m.D, where) if minor else m.D
     E, F, q, k = m.E, m.F / t, m.H * D / t, m.K * D / t
@@ -141,10 +155,10 @@ def memory(config: Config, where: Topology) -> dict[str, float]:
     F, q = m.F / t, m.H * m.D / t
     q_filled, k_filled = (heads * _filled(m.D, where) / t for heads in (m.H, m.K))
     p, layers = _held(config)
-    sequence = n * mesh.sequence  # keys of the device's rows, those of other devices too
+    sequence = n * mesh.P  # keys of the device's rows, those of other devices too
     head = m.W * E
     sums = _F32 * p if config.optimiser.accumulate > 1 else 0.0
-    spread = mesh.fsdp * mesh.sequence > 1
+    spread = mesh.fsdp * mesh.P > 1
     always = {
         "parameters": _F32 * p,
         "moments": 2 * _F32 * p,
@@ -177,7 +191,7 @@ def memory(config: Config, where: Topology) -> dict[str, float]:
     }
     if (mixer := recurrence(m, where)) is not None:
         both = {"gradients": gradients, "gathered or cast parameters": casts}
-        each = linear.peaks(mixer, m, config.data.T // mesh.sequence, t, piece / n)
+        each = linear.peaks(mixer, m, config.data.T // mesh.P, t, piece / n)
         beside = sum((always | both).values()) + n * each.pop("beside")
         peaks = {"loss": peaks["loss"], **{name: {**both, "backward pass": n * x} for name, x in each.items()}}
     largest = max(peaks.values(), key=lambda parts: sum(parts.values()))
@@ -193,26 +207,42 @@ def memory(config: Config, where: Topology) -> dict[str, float]:
 def _exchanged(config: Config, q: float, q_filled: float, k_filled: float) -> float:
     """Bytes per token of a device in attention's backward pass: q, out's gradient, q's, keys, values and theirs."""
     m, mesh, c = config.model, config.mesh, np.dtype(config.model.dtype).itemsize
-    own, P = 2 * c * q_filled + _F32 * q, mesh.sequence
-    if P == 1 or mesh.strategy == "all_gather":
-        return own + 2 * (c + _F32) * k_filled * P
-    if mesh.strategy == "ulysses":
-        given = exchange.heads(m.H // mesh.tensor, m.K // mesh.tensor, P)
-        more_q, more_k = given.each * P / given.H, len(given.keys) * mesh.tensor / m.K
-        return own * more_q + 2 * (c + _F32) * k_filled * more_k
-    return own + 36 * k_filled + 28 * q  # of bfloat16; float32 has a few more
+    own, P = 2 * c * q_filled + _F32 * q, mesh.P
+    keys = 2 * (c + _F32) * k_filled
+    if P == 1:
+        return own + keys
+
+    def exchanged() -> float:
+        given = ulysses.heads(m.H // mesh.tensor, m.K // mesh.tensor, P)
+        return own * (given.each * P / given.H) + keys * (len(given.keys) * mesh.tensor / m.K)
+
+    travelling = lambda: own + 36 * k_filled + 28 * q  # of bfloat16; float32 has a few more
+    buffers = {
+        "ring": travelling,
+        "balanced": travelling,
+        "all_gather": lambda: own + keys * P,
+        "ulysses": exchanged,
+        "usp": travelling,
+    }
+    return problem.entry(buffers, problem.way_of(mesh), "buffers")()
+
+
+def _whole_sequences(mesh: Mesh) -> bool:
+    """Whether the strategy exchanges tokens for heads, out too, until devices have whole sequences."""
+    strategy = strategy_on(mesh)
+    return strategy.exchanges_heads and strategy.axes == 1
 
 
 def _pairs(mask: Mask, T: int, mesh: Mesh) -> float:
     """Visible pairs that the device with most of them computes, of all heads before `tensor` divides them."""
-    if mesh.strategy in ("balanced", "ulysses") or mesh.layout == "striped":  # striped: up to the diagonal
-        return visible_pairs(mask, T) / mesh.sequence
-    if mesh.layout == "zigzag" and mesh.parts > 1:
-        halves = pairs_by_part(mask, T, 2 * mesh.parts)
+    if strategy_on(mesh).even or mesh.layout == "striped":  # striped: up to the diagonal
+        return visible_pairs(mask, T) / mesh.P
+    if mesh.layout == "zigzag" and mesh.shards > 1:
+        halves = pairs_by_part(mask, T, 2 * mesh.shards)
         most = max(early + late for early, late in zip(halves, reversed(halves), strict=True))
     else:
-        most = max(pairs_by_part(mask, T, mesh.parts))
-    return most * mesh.parts / mesh.sequence  # the devices of a part divide the heads
+        most = max(pairs_by_part(mask, T, mesh.shards))
+    return most * mesh.shards / mesh.P  # the devices of a part divide the heads
 
 
 def attention_flops(config: Config) -> tuple[float, float]:
@@ -225,52 +255,43 @@ def attention_flops(config: Config) -> tuple[float, float]:
     model, c = config.model, config.mesh
     rows = config.data.B / (c.data * c.fsdp)
     forward = backward = 0.0
-    for mixer in model.layers:
-        if not isinstance(mixer, Softmax):
-            continue
-        heads = model.H // c.tensor
-        if c.strategy in ("ulysses", "usp"):  # filled up
+    for call in (call for mixer in model.layers for call in calls(mixer, model, config.data.T, AttentionCall)):
+        heads = call.H // c.tensor
+        if strategy_on(c).exchanges_heads:  # filled up
             heads = -(-heads // c.seq) * c.seq
-        flops = cost.attention_flops(_pairs(mixer.mask, config.data.T, c), heads, model.D)
+        flops = cost.attention_flops(_pairs(call.mask, call.T, c), heads, call.D, call.V)
         forward += rows * flops.forward
         backward += rows * (flops.backward + flops.recompute + flops.forward * (model.remat == "full"))
     return forward, backward
 
 
 def linear_flops(config: Config) -> tuple[float, float]:
-    """FLOPs of one step's linear attention on a TPU, (forward, backward), of one device: see `recurrent.flops`."""
+    """FLOPs of one step's linear attention on a TPU, (forward, backward), of one device: see `linear.flops`."""
     m, c = config.model, config.mesh
-    rows, T = config.data.B / (c.data * c.fsdp), config.data.T // c.sequence
-    each = [(times, linear.flops(mixer, m, T, c.sequence, c.tensor)) for mixer, times in _recurrent(m).items()]
+    rows, T = config.data.B / (c.data * c.fsdp), config.data.T // c.P
+    each = [(times, linear.flops(mixer, m, T, c.P, c.tensor)) for mixer, times in Counter(m.layers).items()]
     forward, backward = (rows * sum(times * part[i] for times, part in each) for i in range(2))
     return forward, backward
-
-
-def _recurrent(model: Model) -> Counter[Mixer]:
-    """Layers of each mixer other than Softmax."""
-    return Counter(mixer for mixer in model.layers if not isinstance(mixer, Softmax))
 
 
 def flops(config: Config) -> float:
     """FLOPs of one device's step as the program computes them, recomputation included."""
     m, mesh = config.model, config.mesh
-    share = config.data.B / (mesh.data * mesh.fsdp * mesh.sequence)  # of the batch's rows, heads and width apart
+    share = config.data.B / (mesh.data * mesh.fsdp * mesh.P)  # of the batch's rows, heads and width apart
     forward = cost.forward_flops(m, config.data.T)
     mlp = forward.mlp * share / mesh.tensor
     T = config.data.T
     projections = share * sum(_projections(mixer, m, T, mesh.tensor) for mixer in m.layers)
-    features = share * sum(linear.features(mixer, m, T, mesh.tensor) for mixer in m.layers)
+    own = share * sum(linear.own_flops(mixer, m, T, mesh.tensor) for mixer in m.layers)
     # A rematerialised block runs forward again, without its last product, which no gradient asks for.
     again = (projections + 2 / 3 * mlp) * (m.remat not in ("none", "dots"))
     attention = sum(attention_flops(config)) + sum(linear_flops(config))
-    return 3 * (projections + mlp) + again + 3 * forward.head * share + features + attention
+    return 3 * (projections + mlp) + again + 3 * forward.head * share + own + attention
 
 
 def _projections(mixer: Mixer, model: Model, T: int, tensor: int) -> float:
     """Forward FLOPs of a mixer's matrices over one sequence, on one of the devices that share heads."""
     whole = cost.layer_flops(mixer, model, T).projections
-    if isinstance(mixer, Softmax) or tensor == 1:
-        return whole / tensor
     divided = 2.0 * T * sum(math.prod(shape) for shape in linear.divided(mixer, model).values())
     return whole - divided * (1 - 1 / tensor)
 
@@ -288,7 +309,7 @@ def messages(config: Config, where: Topology) -> dict[str, float]:
     """
     m, mesh, n = config.model, config.mesh, tokens(config)
     c, pieces = np.dtype(m.dtype).itemsize, config.optimiser.accumulate
-    slices = mesh.fsdp * mesh.sequence
+    slices = mesh.fsdp * mesh.P
     others = lambda devices: (devices - 1) / devices
     held, layers = _held(config)
     matrices = layers * slices  # of one tensor slice, whole
@@ -312,7 +333,7 @@ def _sums(model: Model) -> int:
     the MLPs' inputs, and of the mixers'.
     """
     again = model.remat not in ("none", "dots")
-    return sum(3 + again + (2 if isinstance(mixer, Softmax) else linear.sums(mixer, model)) for mixer in model.layers)
+    return sum(3 + again + (2 if _attends(mixer, model) else linear.sums(mixer, model)) for mixer in model.layers)
 
 
 def _attention_messages(config: Config, where: Topology) -> dict[str, float]:
@@ -326,7 +347,7 @@ def _attention_messages(config: Config, where: Topology) -> dict[str, float]:
         most["forward"] += times * forward.most
         most["backward"] += times * backward.most
         most["gradients"] += times * backward.received("scatter").max()
-    if config.mesh.strategy == "all_gather":
+    if most["gradients"]:
         values = most["forward"] + most["backward"] - most["gradients"]
         return {"keys and values": values, "their gradients": most["gradients"] * (1 if where.is_gpu else 2)}
     return {"attention, forward": most["forward"], "attention, backward": most["backward"]}
@@ -352,12 +373,12 @@ def _hops(config: Config) -> float:
 
 
 def _state_messages(config: Config) -> dict[str, float]:
-    """Bytes that linear attention sends along the sequence in a step: see `recurrent.messages`."""
+    """Bytes that linear attention sends along the sequence in a step: see `linear.messages`."""
     m, mesh, pieces = config.model, config.mesh, config.optimiser.accumulate
     rows = config.data.B // (mesh.data * mesh.fsdp * pieces)
     each = [
-        (pieces * times, linear.messages(mixer, m, rows, mesh.sequence, mesh.tensor))
-        for mixer, times in _recurrent(m).items()
+        (pieces * times, linear.messages(mixer, m, rows, mesh.P, mesh.tensor))
+        for mixer, times in Counter(m.layers).items()
     ]
     passes = enumerate(("forward", "backward"))
     return {f"states, {name}": sum(times * sent[i] for times, sent in each) for i, name in passes}

@@ -7,7 +7,6 @@ gradients of its own attention, and of its linear attention, with the form that 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import re
 import time
@@ -15,20 +14,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from longattn import cache, numerics
-from longattn.config import Config, Mixer, Softmax
+from longattn.config import Config
 from longattn.cost import hardware
-from longattn.models import MIXERS
-from longattn.models.context import Context
-from longattn.models.layers import rope_temperature
-from longattn.models.linear import Linear
-from longattn.numerics import LinearProblem
+from longattn.models import Context, module_of
 from longattn.ops import dispatch
+from longattn.ops.calls import AttentionCall, LinearCall
 
 KIND, VERSION = "bringup", 2  # of the reports; since 2 rows of the numerics say of which operation they are
 CHECKOUT = Path(__file__).parents[2]
@@ -74,44 +68,34 @@ def problems(config: Config) -> dict[str, numerics.AnyProblem]:
     """The attention, linear or not, of each kind of layer of the model, as one device meets it: by its name."""
     m, T = config.model, config.data.T
     found: dict[str, numerics.AnyProblem] = {}
-    for mixer in dict.fromkeys(x for x in m.layers if isinstance(x, Softmax)):
-        found[f"{mixer.mask}, T {T:,}"] = numerics.Problem(
-            T=T, H=m.H // config.mesh.tensor, K=m.K // config.mesh.tensor, D=m.D, dtype=m.dtype, mask=mixer.mask,
-            documents=min(4, T), scale=m.D**-0.5 * rope_temperature(mixer.rope), softcap=mixer.softcap,
-            sinks=mixer.sinks,
-        )  # fmt: skip
-    for layer in dict.fromkeys(x for x in m.layers if issubclass(MIXERS[type(x).__name__], Linear)):
-        p = _heard(layer, config)
-        heads = "/".join(map(str, p.heads or ()))
-        found[f"{type(layer).__name__}, heads {heads}, D {p.D}, V {p.V}, T {T:,}"] = p
+    for mixer in dict.fromkeys(m.layers):
+        for call in module_of(mixer).calls(mixer, m, T):
+            if isinstance(call, AttentionCall):
+                found[f"{call.mask}, T {call.T:,}"] = _attention(call, config.mesh.tensor)
+            elif isinstance(call, LinearCall):
+                p = _linear(call, config.mesh.tensor)
+                heads = "/".join(map(str, p.heads or ()))
+                found[f"{type(mixer).__name__}, heads {heads}, D {p.D}, V {p.V}, T {p.T:,}"] = p
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Listening(Context):
-    """Linear attention computes nothing here: its arguments are kept."""
+def _attention(call: AttentionCall, tensor: int) -> numerics.Problem:
+    """A call of attention on one of the devices that share heads, with packed documents."""
+    call = call.shared(tensor)
+    return numerics.Problem(
+        T=call.T, H=call.H, K=call.heads, D=call.D, dtype=call.dtype, mask=call.mask,
+        S=None if call.keys == call.T else call.S, V=None if call.values == call.D else call.V,
+        documents=min(4, call.T) if call.keys == call.T else 0, scale=call.scale, softcap=call.softcap,
+        sinks=call.sinks,
+    )  # fmt: skip
 
-    heard: list[tuple[Any, ...]] = dataclasses.field(default_factory=list, compare=False)
 
-    def linear_attention(self, q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
-        self.heard.append((q, k, v, options))
-        return jnp.zeros((*q.shape[:2], max(x.shape[2] for x in (q, k, v)), v.shape[3]), v.dtype), None
-
-
-def _heard(mixer: Mixer, config: Config) -> LinearProblem:
-    """The call of linear attention that a layer makes."""
-    m, T, parts, context = config.model, config.data.T, config.mesh.tensor, _Listening()
-    ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
-    layer = MIXERS[type(mixer).__name__](mixer, m, context)
-    jax.eval_shape(layer.init, jax.random.key(0), jax.ShapeDtypeStruct((1, T, m.E), m.dtype), ids, ids)
-    *arrays, options = context.heard[-1]
-    heads = tuple(x.shape[2] // parts if x.shape[2] % parts == 0 else x.shape[2] for x in arrays)
-    q, _, v = arrays
-    decay = options.get("log_decay")
-    return LinearProblem(
-        T=T, H=max(heads), D=q.shape[3], V=v.shape[3], heads=heads, dtype=q.dtype.name, delta="beta" in options,
-        decay="none" if decay is None else "vector" if decay.ndim == 4 else "scalar", documents=min(4, T),
-        scale=options.get("scale", 1.0),
+def _linear(call: LinearCall, tensor: int) -> numerics.LinearProblem:
+    """A call of linear attention on one of the devices that share heads, with packed documents."""
+    call = call.shared(tensor)
+    return numerics.LinearProblem(
+        T=call.T, H=call.H, D=call.D, V=call.V, heads=(call.Hq, call.Hk, call.Hv), dtype=call.dtype, decay=call.decay,
+        delta=call.delta, documents=min(4, call.T), scale=call.scale,
     )  # fmt: skip
 
 

@@ -19,13 +19,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from longattn.config import Config, Optimiser
+from longattn.config import Config, Model, Optimiser
 from longattn.models.context import Context
-from longattn.models.mixers import layout_of
+from longattn.models.mixers import layout_of, module_of
+from longattn.models.sharding import shardings
 from longattn.models.transformer import Transformer, head, init_params
 from longattn.ops import dispatch
 from longattn.parallel import SequenceLayout
 from longattn.parallel import mesh as meshes
+from longattn.parallel.attention import strategy_on
 from longattn.parallel.layout import names_of
 from longattn.train.data import Batch, Source, Spread
 from longattn.train.loss import cross_entropy, gathered, labels_and_weights
@@ -57,23 +59,28 @@ def learning_rate(config: Optimiser, steps: int) -> Callable[[Int[Array, ""]], F
     return schedule
 
 
-def decays(params: Params) -> Params:
-    """Which parameters weight decay shrinks: a tree of bools, True for matrices.
+def decays(params: Params, model: Model) -> Params:
+    """Which parameters weight decay shrinks, a tree of bools: all but the gains of norms and what mixers exempt.
 
-    Scanned layers stack their parameters along a leading axis, so a gain is a vector by its name, not by its rank.
+    Names decide, not ranks: scanned layers stack their parameters along a leading axis.
     """
 
-    def matrix(path: tuple[Any, ...], leaf: Array) -> bool:
-        name = path[-1].key
-        return leaf.ndim >= 2 and not name.endswith("bias") and name not in ("scale", "sinks", "skip", "decay_log")
+    def shrinks(path: tuple[Any, ...], leaf: Array) -> bool:
+        names = [entry.key for entry in path]
+        if "mixer" not in names:
+            return names[-1] != "scale"
+        at = names.index("mixer")
+        mixer = model.layers[int(names[at - 1].removeprefix("layer_"))]
+        return "/".join(names[at + 1 :]) not in module_of(mixer).decay_free(mixer, model)
 
-    return jax.tree_util.tree_map_with_path(matrix, params)
+    return jax.tree_util.tree_map_with_path(shrinks, params)
 
 
 def optimiser(config: Config) -> optax.GradientTransformation:
     """Clipping, AdamW and the learning-rate schedule of a config."""
     c = config.optimiser
-    adamw = optax.adamw(learning_rate(c, config.run.steps), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decays)
+    mask = functools.partial(decays, model=config.model)
+    adamw = optax.adamw(learning_rate(c, config.run.steps), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=mask)
     return optax.chain(optax.clip_by_global_norm(c.clip), adamw) if c.clip else adamw
 
 
@@ -86,9 +93,10 @@ def context_of(config: Config, devices: Sequence[Any] | None = None) -> Context 
       config: whose mesh is made.
       devices: as for `longattn.parallel.make_mesh`.
 
-    Raises ValueError where there is another number of devices than the mesh has.
+    Raises ValueError where there is another number of devices than the mesh has, or its strategy does not go with it.
     """
     c, processes = config.mesh, jax.process_count()
+    strategy_on(c)
     if c.size == 1 and processes == 1:
         return None
     if c.size > jax.device_count() and devices is None and jax.default_backend() == "cpu" and c.size % processes == 0:
@@ -124,7 +132,7 @@ def _init(config: Config, context: Context | None) -> Callable[[Any], State]:
 
     if not _spread(context):
         return jax.jit(init)
-    return jax.jit(init, out_shardings=meshes.shardings(context.mesh, jax.eval_shape(init, 0)))
+    return jax.jit(init, out_shardings=shardings(context.mesh, jax.eval_shape(init, 0), config.model))
 
 
 def state_shapes(config: Config, context: Context | None = None) -> State:
@@ -132,7 +140,7 @@ def state_shapes(config: Config, context: Context | None = None) -> State:
     shapes = jax.eval_shape(lambda: _init(config, None)(0))
     if not _spread(context):
         return shapes
-    lies = meshes.shardings(context.mesh, shapes)
+    lies = shardings(context.mesh, shapes, config.model)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lies)
 
 
@@ -144,7 +152,7 @@ def batch_sharding(config: Config, context: Context) -> NamedSharding:
 def on_mesh(source: Source, config: Config, context: Context) -> Spread:
     """A source of the config's data whose batches lie on the context's mesh, in its layout."""
     shape = config.data.B, config.data.T
-    return Spread(source, shape, batch_sharding(config, context), context.layout, context.layout_parts)
+    return Spread(source, shape, batch_sharding(config, context), context.layout, context.shards)
 
 
 def _hidden(params: Params, batch: Batch, config: Config, context: Context | None) -> Float[Array, "B T E"]:

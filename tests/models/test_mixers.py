@@ -1,8 +1,5 @@
-"""Tests of longattn.models.mixers: state sizes, and attention_fn within Flax's own module."""
+"""Tests of longattn.models.mixers: state sizes, and how Softmax reads its config."""
 
-import functools
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +7,7 @@ import pytest
 
 from longattn.config import Model, Softmax
 from longattn.mask import Causal, Chunked, Dilated, Full, Global, Prefix, Window
-from longattn.models import MIXERS, Context, attention_fn, bytes_read_per_token, sequential_steps, state_elements
+from longattn.models import MIXERS, Context, bytes_read_per_token, sequential_steps, state_elements
 
 MODEL = Model(E=12, H=6, K=2, D=4)  # keys and values of a token: 2 * 2 * 4 = 16 elements
 
@@ -69,55 +66,3 @@ def test_no_state():
     x = jnp.zeros((1, 2, 12))
     with pytest.raises((ValueError, TypeError), match="state"):
         MIXERS["Softmax"](Softmax(), MODEL, None).init(jax.random.key(0), x, None, None, {"cache": 1})
-
-
-def module(**kwargs):
-    return nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=20, **kwargs)
-
-
-@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
-def test_flax_attention_fn_equals_flax(batch):
-    x = jax.random.normal(jax.random.key(0), (*batch, 7, 12))
-    ours = module(attention_fn=functools.partial(attention_fn, implementation="reference"))
-    params = ours.init(jax.random.key(1), x)
-    theirs = module()
-    for mask, dense in ((None, None), (Causal(), nn.make_causal_mask(jnp.ones((*batch, 7))))):
-        np.testing.assert_allclose(
-            ours.apply(params, x, mask=mask), theirs.apply(params, x, mask=dense), rtol=1e-5, atol=1e-6
-        )
-    grads = [jax.grad(lambda p, m=m: jnp.sum(m.apply(p, x) ** 2))(params) for m in (ours, theirs)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *grads)
-
-
-def test_flax_bias_and_dtype():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 7, 4, 5))
-    bias = jax.random.normal(jax.random.key(1), (4, 7, 7))[None]
-    got = attention_fn(q, k, v, bias, implementation="reference")
-    np.testing.assert_allclose(got, nn.dot_product_attention(q, k, v, bias), rtol=1e-5, atol=1e-6)
-    got = attention_fn(q[:, None], k[:, None], v[:, None], bias[:, None], implementation="reference")[:, 0]
-    np.testing.assert_allclose(got, nn.dot_product_attention(q, k, v, bias), rtol=1e-5, atol=1e-6)
-    assert attention_fn(q, k, v, dtype=jnp.bfloat16, implementation="reference").dtype == jnp.bfloat16
-
-
-def test_flax_packing_by_partial():
-    x = jax.random.normal(jax.random.key(0), (1, 7, 12))
-    segment_ids = jnp.array([[1, 1, 1, 2, 2, 2, 2]], jnp.int32)
-    packed = module(attention_fn=functools.partial(attention_fn, implementation="reference", segment_ids=segment_ids))
-    alone = module(attention_fn=functools.partial(attention_fn, implementation="reference"))
-    params = alone.init(jax.random.key(1), x)
-    np.testing.assert_allclose(packed.apply(params, x)[:, 3:], alone.apply(params, x[:, 3:]), rtol=1e-5, atol=1e-6)
-
-
-def test_flax_refusals():
-    x = jnp.ones((2, 7, 12))
-    ours = module(attention_fn=attention_fn)
-    params = module().init(jax.random.key(1), x)
-    with pytest.raises(ValueError, match=r"longattn mask, such as mask=Causal\(\)"):
-        ours.apply(params, x, mask=nn.make_causal_mask(jnp.ones((2, 7))))
-    dropping = module(attention_fn=attention_fn, dropout_rate=0.5)
-    with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.5"):
-        dropping.apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
-    with pytest.raises(NotImplementedError, match="sown"):
-        ours.apply(params, x, sow_weights=True)
-    with pytest.raises(NotImplementedError, match="einsum"):
-        module(attention_fn=attention_fn, qk_attn_weights_einsum_cls=lambda: jnp.einsum).apply(params, x)

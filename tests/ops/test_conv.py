@@ -63,9 +63,14 @@ def ours(x, w, b, ids, tail, dy, dtail, activation):
     return {"y": y, "tail": new, "dx": dx, "dw": dw, "db": db, "dtail": dold}
 
 
-@pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("T", "C"), [(11, 4), (2, 4), (11, 1), (1, 3)])
+@pytest.mark.parametrize(
+    ("T", "C", "packed", "activation"),  # every pair of values
+    [
+        *((T, C, *rest) for T, C in ((11, 4), (1, 3)) for rest in ((False, None), (True, "silu"))),
+        *((T, C, *rest) for T, C in ((2, 4), (11, 1)) for rest in ((False, "silu"), (True, None))),
+        (11, 4, True, None),
+    ],
+)
 def test_short_is_the_sum_of_its_taps(T, C, packed, activation):
     x, w, b, tail, dy, dtail = normal(0, (B, T, E), (E, C), (E,), (B, C - 1, E), (B, T, E), (B, C - 1, E))
     ids = IDS[:, :T] if packed else None

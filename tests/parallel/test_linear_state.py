@@ -1,4 +1,4 @@
-"""Linear attention of a sequence in parts along a mesh axis, against NumPy in float64, and what the devices send."""
+"""Linear attention with the sequence sharded along a mesh axis, against NumPy in float64, and what the devices send."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_forward_and_gradients(parts):
 
 
 DOMAINS = {
-    "kind": list(KINDS),
+    "kind": [kind for kind in KINDS if not kind.startswith("constant")],  # after `prepare` it is a scalar decay
     "heads": list(HEADS),
     "ids": ["one segment", "segments"],
     "state": ["from zero", "from a state"],
@@ -92,8 +92,7 @@ DOMAINS = {
     "mesh": [(1, 1, 1, 2), (2, 1, 1, 3), (1, 2, 1, 4), (1, 1, 1, 8)],
 }
 REST = [Parts(row.pop("mesh"), Case(**row, length="T=24")) for row in oracle.pairwise(DOMAINS)] + [
-    Parts((1, 1, 3, 2), hard("plain", "fewer v", "T=24", state="from zero")),
-    Parts((2, 1, 1, 4), whole("constant decay", "all equal", "T=36")),
+    Parts((2, 1, 1, 4), whole("constant decay", "all equal", "T=36"))
 ]
 
 
@@ -131,8 +130,8 @@ def test_several_axes_are_one():
 
     def local(ids, arrays, cotangents):
         def attend(**arrays):
-            given, spec, names = validate(**arrays, **options | {"segment_ids": ids}, implementation=None, tuning=None)
-            return linear_state.attend(*given, ("a", "b"), spec, names)
+            x, given, names = validate(**arrays, **options | {"segment_ids": ids}, implementation=None, tuning=None)
+            return linear_state.attend(x, ("a", "b"), given, names)
 
         return with_gradients(attend, arrays, cotangents)
 

@@ -1,4 +1,4 @@
-"""Static profiles of kernels for accelerators you don't have: schedules, slots, spills and instructions."""
+"""Static profiles of kernels for accelerators that are not attached: schedules, slots, spills, instructions."""
 
 from longattn.aot.kernels.command import ProfileOptions, run
 

@@ -96,8 +96,8 @@ def test_the_default_is_never_the_reference():
 def test_a_refusal_sees_a_decay_for_every_token(monkeypatch):
     """Also where the caller gave one per head; and it is raised before anything is computed."""
 
-    def check(q, k, v, log_decay, *_):
-        raise NotImplementedError(f"a decay of {log_decay.shape}")
+    def check(x, options):
+        raise NotImplementedError(f"a decay of {x.log_decay.shape}")
 
     monkeypatch.setattr(api.BACK_ENDS["reference"], "check", check)
     with pytest.raises(NotImplementedError, match=r"reference: a decay of \(2, 5, 4\)"):

@@ -67,7 +67,7 @@ def test_packed_documents(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rings"], "invalid choice 'rings'"),
+        (["rings"], "strategy='rings' must be one strategy, or all; did you mean 'ring'?"),
         (["ring", "--topology", "v5e:2x4", "--T", "1001"], "T=1001 must be a multiple of 8"),
         (["balanced", "--layout", "zigzag"], "balances the contiguous layout"),
         (["usp", "--topology", "h100:3"], "cannot be divided into a ring and an all-to-all"),
