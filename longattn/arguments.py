@@ -53,7 +53,7 @@ def _spelling() -> dict[tuple[str, str], tuple[Any, ...]]:
         ("PlanOptions", "cache"): (conf.arg(help="compile everything anew", help_behavior_hint="(default: False)"),),
         ("ProfileOptions", "cases"): positional("CASE...", help_behavior_hint="(required)"),
         ("ProfileOptions", "target"): (conf.arg(metavar="{tpu,gpu}"),),
-        ("SequenceOptions", "strategy"): positional("STRATEGY"),
+        ("SequenceOptions", "strategy"): positional("[STRATEGY]"),
         ("RunProfileOptions", "run"): positional("RUN"),
         **{(kind.__name__, size): short(size) for kind in get_args(Data) for size in "TB"},
         ("Model", "remat"): short("remat"),
@@ -63,7 +63,7 @@ def _spelling() -> dict[tuple[str, str], tuple[Any, ...]]:
 
 
 def _registry(mistakes: list[ValueError]) -> Any:
-    """Return tyro's rules for masks, strategies and `_spelling`. Errors of options classes are appended to `mistakes`."""
+    """Return tyro's rules for masks, strategies and `_spelling`; an options class's ValueError goes into `mistakes`."""
     registry, spelling, inside = constructors.ConstructorRegistry(), _spelling(), False
 
     @registry.primitive_rule
