@@ -21,12 +21,12 @@ MISSING: Any = tyro.MISSING  # the default of an argument that must be given
 
 
 def positional(metavar: str, **more: Any) -> tuple[Any, ...]:
-    """Return the markers of an argument that is given by its position. more: tyro.conf.arg's."""
+    """Returns the markers of an argument that is given by its position. more: tyro.conf.arg's."""
     return conf.Positional, conf.arg(metavar=metavar, **more)
 
 
 def _spelling() -> dict[tuple[str, str], tuple[Any, ...]]:
-    """Return tyro's markers by (class, field), for the fields that are not written `--FIELD VALUE`."""
+    """Returns tyro's markers by (class, field), for the fields that are not written `--FIELD VALUE`."""
 
     def short(name: str) -> tuple[Any, ...]:
         return (conf.arg(aliases=(f"--{name}",)),)
@@ -63,7 +63,7 @@ def _spelling() -> dict[tuple[str, str], tuple[Any, ...]]:
 
 
 def _registry(mistakes: list[ValueError]) -> Any:
-    """Return tyro's rules for masks, strategies and `_spelling`; an options class's ValueError goes into `mistakes`."""
+    """Returns tyro's rules for masks, strategies and `_spelling`. ValueErrors of options classes go into `mistakes`."""
     registry, spelling, inside = constructors.ConstructorRegistry(), _spelling(), False
 
     @registry.primitive_rule
@@ -125,7 +125,7 @@ def _registry(mistakes: list[ValueError]) -> Any:
 
 
 def parse(kind: Any, arguments: list[str], command: str, needs: str = "", default: Any = None, **options: Any) -> Any:
-    """Return the dataclass `kind` that the arguments describe.
+    """Returns the dataclass `kind` that the arguments describe.
 
     needs: the error message where a positional argument is missing. options: tyro.cli's.
 
@@ -155,7 +155,7 @@ def parse(kind: Any, arguments: list[str], command: str, needs: str = "", defaul
 
 
 def _one_line(box: str) -> str:
-    """Return the first paragraph of tyro's message, which stands in a box, and the first name that it proposes."""
+    """Returns the first paragraph of tyro's message, which stands in a box, and the first name that it proposes."""
     rows = [row.strip("│ ") for row in box.splitlines()]
     rows = [row for row in rows if row and row[0] not in "╭╰"]
     if len(rows) > 2 and not rows[1].strip("-"):

@@ -22,12 +22,12 @@ _OF_THE_MOMENT = (
 
 
 def folder(name: str) -> Path:
-    """Return this project's folder of that name in the user's cache folder."""
+    """Returns this project's folder of that name in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longattn" / name
 
 
 def sources(paths: Iterable[Path]) -> str:
-    """Return a hash of the contents of source files that an answer depends on."""
+    """Returns a hash of the contents of source files that an answer depends on."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(path.read_bytes())
@@ -35,7 +35,7 @@ def sources(paths: Iterable[Path]) -> str:
 
 
 def remembered(folder: Path, key: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-    """Return (the answer for an equal `key` from before, True), else (`make()`, False), which is kept.
+    """Returns (the answer for an equal `key` from before, True), else (`make()`, False), which is kept.
 
     A compiler's refusal is kept too.
     """

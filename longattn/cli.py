@@ -53,7 +53,7 @@ _HELP = ("-h", "--help")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Runs one command and returns its exit code."""
     terminal.write_in_any_encoding()
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in (*_HELP, "help"):
@@ -93,7 +93,7 @@ def _run(name: str, rest: list[str]) -> int:
 
 
 def _on_every_process(command: list[str], goes_on: Callable[[], str], work: Callable[[], int]) -> int:
-    """Run `work` here; with several processes, in a child process, which JAX may abort.
+    """Runs `work` here; with several processes, in a child process, which JAX may abort.
 
     goes_on: returns what happens when the same command is started again, for the error line about a lost process.
     """
@@ -117,7 +117,7 @@ def _fail(message: str, code: int = 2) -> int:
 
 
 def renamed(arguments: list[str]) -> str:
-    """Return today's spelling of a command that has been renamed, "" for any other."""
+    """Returns today's spelling of a command that has been renamed, "" for any other."""
     match [arguments[0], *(word for a in arguments[1:] for word in a.split("=", 1 if a.startswith("--") else 0))]:
         case ["bench", *rest]:
             words = ["compare", "attention", *rest[1:]]
@@ -160,7 +160,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def train_options(arguments: list[str]) -> TrainOptions:
-    """Parse the arguments of `train`. The config file that the first one names gives the defaults of the others."""
+    """Parses the arguments of `train`. The config file that the first one names gives the defaults of the others."""
     from longattn.arguments import MISSING
 
     path = _first(arguments, "train needs a config file first, such as: longattn train configs/bytelm_small.py")
@@ -377,7 +377,7 @@ def _parse(kind: Any, arguments: list[str], command: str, needs: str = "", **opt
 
 
 def _first(arguments: list[str], needs: str) -> str:
-    """Return the first argument, which names where the defaults come from; "" if help is asked for instead."""
+    """Returns the first argument, which names where the defaults come from; "" if help is asked for instead."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0]
     if not set(_HELP) & set(arguments):
@@ -386,7 +386,7 @@ def _first(arguments: list[str], needs: str) -> str:
 
 
 def load_config(path: str) -> Config:
-    """Return the `config` of a Python file or of a run's config.json. Raises ValueError for anything else."""
+    """Returns the `config` of a Python file or of a run's config.json. Raises ValueError for anything else."""
     import runpy
 
     if not Path(path).is_file():
@@ -410,7 +410,7 @@ def load_config(path: str) -> Config:
 
 
 def _compilation_cache(*, scopes: bool = False) -> None:
-    """Keep compiled programs on disk: in JAX_COMPILATION_CACHE_DIR, else in the user's cache folder.
+    """Keeps compiled programs on disk: in JAX_COMPILATION_CACHE_DIR, else in the user's cache folder.
 
     With `scopes` a kept program is used only if its named scopes are the same, since a trace shows them.
     """
@@ -425,7 +425,7 @@ def _compilation_cache(*, scopes: bool = False) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory instead of returning it to the system.
+    """Lets glibc keep freed memory instead of returning it to the system.
 
     XLA's CPU programs allocate their scratch memory at every call. Page faults of memory that was returned in between
     cost 3 to 5% of a small model's training step.

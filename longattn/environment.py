@@ -19,14 +19,14 @@ ENVIRONMENT_VERSION = 1
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file in one step: a process that is killed leaves the old or the new file, never a part."""
+    """Writes a file in one step: a process that is killed leaves the old or the new file, never a part."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
 def environment(data: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return versions, device, commit, command and data of this process, so that a result can be repeated."""
+    """Returns versions, device, commit, command and data of this process, so that a result can be repeated."""
     packages = ("longattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     versions = {"python": platform.python_version()}
     for name in packages:
@@ -51,7 +51,7 @@ def environment(data: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the git commit of this package's sources, with "+" if they have changed since; None outside git."""
+    """Returns the git commit of this package's sources, with "+" if they have changed since; None outside git."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -73,7 +73,7 @@ def _cpu_name() -> str:
 
 
 def available_memory() -> int | None:
-    """Return the free bytes of the default device, or None if the system does not report them."""
+    """Returns the free bytes of the default device, or None if the system does not report them."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
@@ -90,7 +90,7 @@ def available_memory() -> int | None:
 
 
 def peak_memory() -> int:
-    """Return the default device's peak bytes so far; on a CPU this process's peak."""
+    """Returns the default device's peak bytes so far; on a CPU this process's peak."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

@@ -64,7 +64,7 @@ class Launch:
 
 
 def detect(env: Mapping[str, str]) -> Launch | None:
-    """Return which of several processes the environment says that this is; None if it is the only one.
+    """Returns which of several processes the environment says that this is; None if it is the only one.
 
     Raises ValueError, naming the variable, for settings that are incomplete or contradictory.
     """
@@ -93,7 +93,7 @@ def _text(env: Mapping[str, str], name: str, why: str) -> str:
 
 
 def _whole(env: Mapping[str, str], name: str, least: int, default: int | None = None, why: str = "") -> int:
-    """Return an integer of at least `least`. A missing one is `default`, or else the mistake that `why` explains."""
+    """Returns an integer of at least `least`. A missing one is `default`, or else the mistake that `why` explains."""
     if default is not None and not env.get(name):
         return default
     text = _text(env, name, why)
@@ -138,7 +138,7 @@ def _slurm(env: Mapping[str, str]) -> tuple[str, int, int]:
 
 
 def first_host(nodes: str) -> str:
-    """Return the first host of a SLURM node list: gpu003 for "gpu[003-007,9],cpu1"."""
+    """Returns the first host of a SLURM node list: gpu003 for "gpu[003-007,9],cpu1"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
 
@@ -161,7 +161,7 @@ def _jobset(env: Mapping[str, str]) -> tuple[str, int, int]:
 
 
 def _has_tpu(env: Mapping[str, str], devices: Path = Path("/sys/bus/pci/devices")) -> bool:
-    """Return whether this machine has a TPU that JAX may use."""
+    """Returns whether this machine has a TPU that JAX may use."""
     if "tpu" not in (env.get("JAX_PLATFORMS") or "tpu"):
         return False
 
@@ -180,7 +180,7 @@ def _workers_on_gke(env: Mapping[str, str]) -> int:
 
 
 def _workers_of_cloud_tpu(env: Mapping[str, str]) -> int:
-    """Return the number of workers that a Cloud TPU's metadata server reports; 1 without such a server."""
+    """Returns the number of workers that a Cloud TPU's metadata server reports; 1 without such a server."""
     if env.get("TPU_SKIP_MDS_QUERY") or not _has_tpu(env):
         return 1
 
@@ -205,17 +205,17 @@ def _workers_of_cloud_tpu(env: Mapping[str, str]) -> int:
 
 
 def supervised() -> bool:
-    """Return whether `supervise` started this process."""
+    """Returns whether `supervise` started this process."""
     return os.environ.get(_SUPERVISED) == str(os.getppid())
 
 
 def settle(code: int) -> None:
-    """Tell the supervisor this process's exit code, in case JAX aborts the process before it exits."""
+    """Tells the supervisor this process's exit code, in case JAX aborts the process before it exits."""
     os.write(int(os.environ[_VERDICT]), bytes([code]))
 
 
 def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) -> int:
-    """Run `longattn COMMAND` in a child process and return its exit code, `LOST` if another process was lost.
+    """Runs `longattn COMMAND` in a child process and returns its exit code, `LOST` if another process was lost.
 
     goes_on: returns what happens when the same command is started again, for the line about a lost process.
     """
@@ -262,7 +262,7 @@ def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) ->
 
 
 def _pass_on(child: subprocess.Popen[bytes]) -> str:
-    """Forward the child's stderr, and return the report of the coordination service.
+    """Forwards the child's stderr, and returns the report of the coordination service.
 
     The report and Gloo's lines about connections are hidden unless LONGATTN_TRACEBACK is set.
     """
@@ -281,7 +281,7 @@ def _pass_on(child: subprocess.Popen[bytes]) -> str:
 
 
 def meaning(report: str, launch: Launch) -> str:
-    """Explain the coordination service's report in one line."""
+    """Explains the coordination service's report in one line."""
     silent = re.search(r"stopped sending heartbeats\):\s*([\d,\s]+)", report)
     if silent:
         lost = ", ".join(re.findall(r"\d+", silent[1]))
@@ -301,6 +301,6 @@ def meaning(report: str, launch: Launch) -> str:
 
 
 def die_with_the_supervisor() -> None:
-    """Let the kernel kill this process when its parent ends for any reason."""
+    """Lets the kernel kill this process when its parent ends for any reason."""
     with contextlib.suppress(AttributeError, OSError):  # only Linux has prctl
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)

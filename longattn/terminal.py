@@ -16,7 +16,7 @@ _ASCII = str.maketrans(
 
 
 def write_in_any_encoding() -> None:
-    """Let stdout and stderr replace the characters that their encoding lacks, instead of raising UnicodeEncodeError."""
+    """Makes stdout and stderr replace characters that their encoding lacks, instead of raising UnicodeEncodeError."""
 
     def replace(error: UnicodeError) -> tuple[str | bytes, int]:
         assert isinstance(error, UnicodeEncodeError)

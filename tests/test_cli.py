@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -10,11 +11,13 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from longattn import cli
-from longattn.config import Mesh, RoPE
+from longattn.arguments import _spelling
+from longattn.config import Data, Mesh, Model, RoPE, Run
 from longattn.mask import Causal, Window
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -92,6 +95,21 @@ def test_help_shows_what_is_given_by_its_position(capsys, command: str, position
     assert said.split("\n")[2][:1].isupper()  # what the command does
 
 
+def test_every_spelling_is_of_a_field_that_there_is() -> None:
+    from longattn import plan
+    from longattn.aot.kernels import command, gpu_command
+    from longattn.bench import compare, run_profile
+    from longattn.plan import sequence
+
+    classes = [
+        cli.TrainOptions, cli.EvalOptions, compare.CompareOptions, plan.PlanOptions, command.ProfileOptions,
+        gpu_command.ProfileOptions, sequence.SequenceOptions, run_profile.RunProfileOptions, Model, Run,
+        *get_args(Data),
+    ]  # fmt: skip
+    fields = {(c.__name__, f.name) for c in classes for f in dataclasses.fields(c)}
+    assert set(_spelling()) - fields == {("PlanArguments", "options")}
+
+
 def test_help_of_a_group(capsys) -> None:
     assert cli.main(["profile", "--help"]) == 0
     said = capsys.readouterr().out
@@ -108,8 +126,8 @@ def test_help_of_a_group(capsys) -> None:
         ("compare --help", "CASE"),
         ("profile kernel --help", "CASE..."),
         ("profile sequence --topology v5e:2x2 --T 8192", "recommended"),
-        ("profile sequence ring --topology v5e:2x2 --T 8192", "#"),
-        ("plan llama3_1b --topology h100:8 --T 8192 --B 8 --strategies all --analytic", "zigzag"),
+        ("profile sequence ring --topology v5e:2x2 --T 8192", "whose queries"),
+        ("plan llama3_1b --topology h100:8 --T 8192 --B 8 --strategies all --analytic", "#"),
         ("train na\u00efve.py", "longattn: config na"),
         ("train \u8def.py", "longattn: config \\u8def.py does not exist"),
         ("train \udcff.py", "longattn: config"),
@@ -123,7 +141,7 @@ def test_commands_print_in_any_encoding(monkeypatch, arguments: str, said: str, 
     with contextlib.suppress(SystemExit):
         assert cli.main(arguments.split()) in (0, 2)
     stream.flush()
-    assert said in written.getvalue().decode(encoding)
+    assert said in written.getvalue().decode(encoding, "replace")
 
 
 def test_an_ascii_terminal_shows_a_name_that_is_not_ascii() -> None:

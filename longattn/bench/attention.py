@@ -100,17 +100,17 @@ def _forward_backward(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def candidate(attend: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """Return (q, k, v, do) -> (out,), or -> (out, dq, dk, dv) for "forward_backward". Other inputs follow v."""
+    """Returns (q, k, v, do) -> (out,), or -> (out, dq, dk, dv) for "forward_backward". Other inputs follow v."""
     return _forward_backward(attend) if what == "forward_backward" else lambda *arrays: (attend(*arrays[:-1]),)
 
 
 def _program(attend: Attend, what: str) -> Any:
-    """Return the jitted candidate."""
+    """Returns the jitted candidate."""
     return jax.jit(candidate(attend, what))
 
 
 def jax_nn(mask: Mask, implementation: Literal["xla", "cudnn"] = "xla") -> Attend:
-    """Return jax.nn's attention with a mask."""
+    """Returns jax.nn's attention with a mask."""
 
     def attend(q: Any, k: Any, v: Any) -> Any:
         dot_product_attention = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
@@ -127,7 +127,7 @@ def _window(options: AttentionOptions) -> Mask:
 
 
 def _attends(options: AttentionOptions, peers: Sequence[str]) -> dict[str, Attend]:
-    """Return the candidates that run under JAX, by name. The others are compared with "longattn"."""
+    """Returns the candidates that run under JAX, by name. The others are compared with "longattn"."""
     attends: dict[str, Attend] = {
         "longattn": functools.partial(ours, mask=options.mask, implementation=options.implementation)
     }
@@ -166,13 +166,13 @@ class Torch:
         return answer
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Send a command and return the worker's answer. Raises ValueError with the worker's error."""
+        """Sends a command and returns the worker's answer. Raises ValueError with the worker's error."""
         with contextlib.suppress(BrokenPipeError):  # the worker has ended: reading its answer reports that
             print(json.dumps({"command": command, **arguments}), file=self.process.stdin, flush=True)
         return self._answer()
 
     def close(self) -> None:
-        """End the worker."""
+        """Ends the worker."""
         with contextlib.suppress(OSError):
             self.process.stdin.close()  # type: ignore[union-attr]
         self.process.stdout.close()  # type: ignore[union-attr]
@@ -181,7 +181,7 @@ class Torch:
 
 @contextlib.contextmanager
 def _torch(options: AttentionOptions) -> Iterator[tuple[Torch | None, str]]:
-    """Yield (the worker, ""), or (None, the reason why there is none)."""
+    """Yields (the worker, ""), or (None, the reason why there is none)."""
     wanted = options.against is None or "torch" in options.against
     python = os.environ.get(TORCH_PYTHON, "")
     reason = ""
@@ -207,7 +207,7 @@ def _torch(options: AttentionOptions) -> Iterator[tuple[Torch | None, str]]:
 
 
 def attention(options: AttentionOptions, console: Console | None = None) -> dict[str, Any]:
-    """Measure, print a table (or the JSON document) on stdout, and return the document.
+    """Measures, prints a table (or the JSON document) on stdout, and returns the document.
 
     Raises:
       ValueError: if PyTorch was asked for and is not found, or T needs more memory than there is.
@@ -252,7 +252,7 @@ def attention(options: AttentionOptions, console: Console | None = None) -> dict
 
 
 def inputs(options: AttentionOptions, T: int) -> dict[str, np.ndarray]:
-    """Return q, k, v and the cotangent do, standard normal [B T H|K D]: float32, rounded to the dtype under test."""
+    """Returns q, k, v and the cotangent do, standard normal [B T H|K D]: float32, rounded to the dtype under test."""
     rng = np.random.default_rng(T)
     heads = {"q": options.H, "k": options.heads, "v": options.heads, "do": options.H}
     shape = lambda h: (options.B, T, h, options.D)
@@ -261,12 +261,12 @@ def inputs(options: AttentionOptions, T: int) -> dict[str, np.ndarray]:
 
 
 def numbers(options: AttentionOptions, T: int) -> int:
-    """Return the number of elements of q, k, v and the cotangent."""
+    """Returns the number of elements of q, k, v and the cotangent."""
     return options.B * T * 2 * (options.H + options.heads) * options.D
 
 
 def check_memory(numbers: int, T: int) -> None:
-    """Raise ValueError if inputs of that many elements, and their results, exceed this machine's free memory."""
+    """Raises ValueError if inputs of that many elements, and their results, exceed this machine's free memory."""
     needs, free = 3 * 4 * numbers, available_memory()  # in float32: drawn, rounded, and the results
     if free is not None and needs > free:
         raise ValueError(
@@ -278,7 +278,7 @@ def check_memory(numbers: int, T: int) -> None:
 def _row(
     options: AttentionOptions, T: int, what: str, peers: Sequence[str], torch: Torch | None, threads: int | None
 ) -> dict[str, Any]:
-    """Return the document's row for one length and one direction."""
+    """Returns the document's row for one length and one direction."""
     check_memory(numbers(options, T), T)
     drawn = inputs(options, T)
     arrays = [jnp.asarray(x, options.dtype) for x in drawn.values()]
@@ -326,7 +326,7 @@ def _row(
 
 
 def flops(options: AttentionOptions, T: int, what: str, *, window: bool = False) -> float:
-    """Return the FLOPs of the visible pairs without recomputation, which are the same for every candidate."""
+    """Returns the FLOPs of the visible pairs without recomputation, which are the same for every candidate."""
     mask = _window(options) if window else options.mask
     parts = cost.attention_flops(visible_pairs(mask, T), options.H * options.B, options.D)
     return parts.forward + (parts.backward if what == "forward_backward" else 0)
@@ -341,7 +341,7 @@ def _agree(
     torch: Torch | None,
     threads: int | None,
 ) -> dict[str, float]:
-    """Return our largest relative L2 error against each peer. Raises FloatingPointError for one beyond AGREE."""
+    """Returns our largest relative L2 error against each peer. Raises FloatingPointError for one beyond AGREE."""
     mine = [np.asarray(x, np.float32) for x in fns["longattn"]()]
     errors = {}
     for name in [n for n in fns if n not in ("longattn", "window")]:
@@ -367,12 +367,12 @@ def _agree(
 
 
 def relative_error(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
-    """Return the largest relative L2 error of an array of `a` against the same one of `b`."""
+    """Returns the largest relative L2 error of an array of `a` against the same one of `b`."""
     return max(float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in zip(a, b, strict=True))
 
 
 def _exponents(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return by direction and candidate how time and scratch memory grow with T: the exponents, given two lengths."""
+    """Returns by direction and candidate how time and scratch memory grow with T: the exponents, given two lengths."""
     result: dict[str, Any] = {}
     for what in dict.fromkeys(row["what"] for row in rows):
         same = [row for row in rows if row["what"] == what]
@@ -389,7 +389,7 @@ def _exponents(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _print(console: Console, document: Mapping[str, Any]) -> None:
-    """Print the document as a table with a line per length, direction and candidate."""
+    """Prints the document as a table with a line per length, direction and candidate."""
     options, environment, rows = document["options"], document["environment"], document["rows"]
     title = f"attention {options['mask']}: B{options['B']} H{options['H']} D{options['D']} {options['dtype']}"
     table = plain_table(title)

@@ -42,7 +42,7 @@ class RunProfileOptions:
 
 
 def _find(folder: Path) -> tuple[Path, int]:
-    """Return the newest trace and the number of its first step. Raises ValueError, with the remedy, for none."""
+    """Returns the newest trace and the number of its first step. Raises ValueError, with the remedy, for none."""
     first, is_run = 1, (folder / "config.json").is_file()
     if is_run:
         window = read_config(folder).run.profile
@@ -60,7 +60,7 @@ def _find(folder: Path) -> tuple[Path, int]:
 
 
 def part_of(scope: trace.Scope, depth: int) -> str:
-    """Return a scope cut to `depth` parts and the same for all layers, such as layer/mixer/attention.
+    """Returns a scope cut to `depth` parts and the same for all layers, such as layer/mixer/attention.
 
     An op that belongs to no single part belongs to "model".
     """
@@ -70,7 +70,7 @@ def part_of(scope: trace.Scope, depth: int) -> str:
 
 
 def read(options: RunProfileOptions) -> dict[str, Any]:
-    """Return the document. Raises ValueError for a folder without a trace, or a program that the trace lacks."""
+    """Returns the document. Raises ValueError for a folder without a trace, or a program that the trace lacks."""
     path, first = _find(Path(options.run))
     recorded = trace.read(path.read_bytes())
     program = options.program or recorded.busiest()
@@ -120,7 +120,7 @@ def read(options: RunProfileOptions) -> dict[str, Any]:
 
 
 def run(options: RunProfileOptions, console: Console | None = None) -> dict[str, Any]:
-    """Print the tables (or the JSON document) and return the document."""
+    """Prints the tables (or the JSON document) and returns the document."""
     document = read(options)
     if options.json:
         print(json.dumps(document))

@@ -21,7 +21,7 @@ class Seconds(float):
 def interleave(
     fns: Mapping[str, Callable[[], Any]], repeats: int, *, warm: int = 1, pause: float = 0.02
 ) -> dict[str, list[float]]:
-    """Return the seconds of each call, by candidate: `repeats` rounds in turns, after `warm` untimed calls of each.
+    """Returns the seconds of each call, by candidate: `repeats` rounds in turns, after `warm` untimed calls of each.
 
     The order rotates, so that no candidate always follows the same one. `pause` seconds before each call let the
     threads of the previous one go to sleep. A call ends when its arrays are ready; a `Seconds` result is taken as is.
@@ -57,7 +57,7 @@ Samples = Sequence[float] | np.ndarray
 
 
 def ratio(a: Samples, b: Samples, draws: int = 2000) -> Interval:
-    """Return median(a) / median(b) of samples taken in turns, with a bootstrap interval over the rounds."""
+    """Returns median(a) / median(b) of samples taken in turns, with a bootstrap interval over the rounds."""
     x, y = np.asarray(a), np.asarray(b)
     rounds = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
     spread = np.median(x[rounds], 1) / np.median(y[rounds], 1)
@@ -66,7 +66,7 @@ def ratio(a: Samples, b: Samples, draws: int = 2000) -> Interval:
 
 
 def fit_exponent(sizes: Samples, values: Samples | Sequence[Samples], draws: int = 2000) -> Interval:
-    """Return the exponent e of value ~ size**e, by least squares of the logarithms.
+    """Returns the exponent e of value ~ size**e, by least squares of the logarithms.
 
     Several samples per size give a fit of their medians, with a bootstrap interval over the samples. One value per size
     gives the regression's own interval (Student's t), nan for two sizes.
@@ -97,7 +97,7 @@ def fit_exponent(sizes: Samples, values: Samples | Sequence[Samples], draws: int
 
 
 def temp_bytes(fn: Callable[..., Any], *shapes: Any) -> int:
-    """Return the compiled program's scratch memory: bytes besides arguments and results, as XLA reports them.
+    """Returns the compiled program's scratch memory: bytes besides arguments and results, as XLA reports them.
 
     shapes: arrays or ShapeDtypeStructs. fn may be jitted already. Nothing runs.
     """
@@ -107,7 +107,7 @@ def temp_bytes(fn: Callable[..., Any], *shapes: Any) -> int:
 
 @contextlib.contextmanager
 def cores(n: int) -> Iterator[int]:
-    """Keep this process, its threads and its children on at most n cores; yield how many they have."""
+    """Keeps this process, its threads and its children on at most n cores; yields how many they have."""
     if not hasattr(os, "sched_setaffinity"):
         yield os.cpu_count() or 1
         return

@@ -21,7 +21,7 @@ class Worker:
         self.torch = torch
 
     def load(self, folder, dtype, threads, causal, mask):
-        """Read q, k, v, do from [B T H D] float32 files into PyTorch's layout [B H T D], contiguous."""
+        """Reads q, k, v, do from [B T H D] float32 files into PyTorch's layout [B H T D], contiguous."""
         torch, self.folder = self.torch, folder
         torch.set_num_threads(threads)
         self.q, self.k, self.v, self.do = (self._read(name).to(getattr(torch, dtype)) for name in ("q", "k", "v", "do"))

@@ -74,7 +74,7 @@ class ProfileOptions:
         return Shape(self.T, self.H, self.K, self.D, self.V, self.mask, self.documents, *blocks, kind=self.kind)
 
     def shapes(self, case: str) -> list[Shape]:
-        """Return the shapes to compile for a case.
+        """Returns the shapes to compile for a case.
 
         Raises:
           ValueError: if no block sizes suit the case.
@@ -87,7 +87,7 @@ class ProfileOptions:
 
 
 def run(options: ProfileOptions, console: Console | None = None) -> dict[str, Any]:
-    """Compile every case for every chip and print the table (or, with `json`, the document that is returned)."""
+    """Compiles every case for every chip and prints the table (or, with `json`, the document that is returned)."""
     console = console or Console(width=WIDTH)
     compilers.libtpu_folder()  # raises with the remedy where there is none
     document: dict[str, Any] = {
@@ -112,14 +112,14 @@ def run(options: ProfileOptions, console: Console | None = None) -> dict[str, An
 
 
 def _without_picture(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row without the data that only the picture needs."""
+    """Returns a row without the data that only the picture needs."""
     if "kernels" not in row:
         return row
     return {**row, "kernels": [{k: v for k, v in kernel.items() if k != "along"} for kernel in row["kernels"]]}
 
 
 def _rows(options: ProfileOptions) -> Iterator[dict[str, Any]]:
-    """Yield a row per case, chip and shape, in this order."""
+    """Yields a row per case, chip and shape, in this order."""
     work = [(case, chip, shape) for case in options.cases for chip in options.chips for shape in options.shapes(case)]
     stderr = Console(file=sys.stderr)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -147,7 +147,7 @@ def _rows(options: ProfileOptions) -> Iterator[dict[str, Any]]:
 
 
 def _shown(rows: Sequence[dict[str, Any]], best: int) -> list[dict[str, Any]]:
-    """Return the table's rows: all, or the `best` of each case and chip, or one with the reason why there are none."""
+    """Returns the table's rows: all, or the `best` of each case and chip, or one with the reason why there are none."""
     if not best:
         return list(rows)
     shown = []
@@ -221,7 +221,7 @@ def _print(console: Console, document: Mapping[str, Any], shown: Sequence[Mappin
 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line per case and chip on the block sizes that gave no number, and why."""
+    """Returns a line per case and chip on the block sizes that gave no number, and why."""
     tried = Counter((row["case"], row["chip"]) for row in rows)
     reasons: dict[tuple[str, str], Counter[str]] = {}
     for row in rows:

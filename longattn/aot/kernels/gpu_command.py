@@ -52,7 +52,7 @@ class ProfileOptions:
 
 
 def run(options: ProfileOptions, console: Console | None = None) -> dict[str, Any]:
-    """Compile every case for every GPU and print the table (or, with `json`, the document that is returned)."""
+    """Compiles every case for every GPU and prints the table (or, with `json`, the document that is returned)."""
     console = console or Console(width=WIDTH)
     document: dict[str, Any] = {
         "version": VERSION,

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check(options: Any, known: Iterable[str]) -> None:
-    """Raise ValueError unless options name known cases and at least one machine, and give the compiler some time."""
+    """Raises ValueError unless options name known cases and at least one machine, and give the compiler some time."""
     machines = "chips" if options.target == "tpu" else "archs"
     names = ", ".join(known)
     if not options.cases:

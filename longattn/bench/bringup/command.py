@@ -23,7 +23,7 @@ _RUN: dict[str, tuple[Callable[[BringupOptions, Report], None], float]] = {
 
 
 def _asked(options: BringupOptions) -> dict[str, Any]:
-    """Return the options with the chosen sizes, and without paths of this machine."""
+    """Returns the options with the chosen sizes, and without paths of this machine."""
     asked = {name: x for name, x in asdict(options).items() if name not in ("out", "json")}
     asked |= {"parts": list(options.parts), "cases": list(options.cases)}
     return asked | {"T": options.length, "timed_T": options.timed_length, "rounds": options.calls}

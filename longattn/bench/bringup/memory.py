@@ -24,7 +24,7 @@ _SMALL = Config(model=Model(N=2, E=64, F=128, H=2, K=1, D=32), data=ByteLM(T=128
 
 
 def run(options: BringupOptions, report: Report) -> None:
-    """Add one row: bytes that plan predicts, that the device's compiler reserves, and the device's measured peak."""
+    """Adds one row: bytes that plan predicts, that the device's compiler reserves, and the device's measured peak."""
     config = _SMALL if options.small else _LARGE
     m, d = config.model, config.data
     step = f"train step, N {m.N} E {m.E} F {m.F} H {m.H} K {m.K} D {m.D} {m.dtype}, B {d.B} T {d.T:,}"
@@ -71,13 +71,13 @@ def _measured(config: Config) -> dict[str, Any]:
 
 
 def _stats() -> dict[str, int]:
-    """Return the device's memory statistics, or {} if they have no peak."""
+    """Returns the device's memory statistics, or {} if they have no peak."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats if "peak_bytes_in_use" in stats else {}
 
 
 def _predicted(config: Config, timeout: float) -> dict[str, Any]:
-    """Return plan's bytes for this chip. Plan compiles for a slice, of which the step uses one device."""
+    """Returns plan's bytes for this chip. Plan compiles for a slice, of which the step uses one device."""
     kind = dispatch.target().kind
     chip = hardware.chip_of(kind)
     known = (*hardware.TENSOR_CORES, *hardware.GPUS)

@@ -55,7 +55,7 @@ class Report:
     # ---- what parts use
 
     def part(self, name: str) -> dict[str, Any]:
-        """Return the part of the document that a part of the bring-up fills."""
+        """Returns the part of the document that a part of the bring-up fills."""
         return self.document[name]
 
     @property
@@ -64,17 +64,17 @@ class Report:
         return time.monotonic() > self.deadline
 
     def at(self, step: str) -> None:
-        """Record which step begins, in case it hangs."""
+        """Records which step begins, in case it hangs."""
         self._step, self._since = step, time.monotonic()
 
     def say(self, line: str) -> None:
-        """Print a line of progress."""
+        """Prints a line of progress."""
         self._console.print(f"{self._part}: {line}", highlight=False, markup=False, soft_wrap=True)
 
     # ---- the course of things
 
     def begin(self, name: str, share: float) -> None:
-        """Begin a part, which may take this share of the remaining time."""
+        """Begins a part, which may take this share of the remaining time."""
         left = max(0.0, self._end - time.monotonic())
         self.deadline = time.monotonic() + share * left
         self._part, self._began = name, time.monotonic()
@@ -83,7 +83,7 @@ class Report:
         self.write()
 
     def end(self, error: Exception | None = None) -> None:
-        """End the part as done, or as failed with `error`."""
+        """Ends the part as done, or as failed with `error`."""
         part = self.document[self._part]
         part |= {"status": "done" if error is None else "failed", "seconds": time.monotonic() - self._began}
         if error is not None:
@@ -92,7 +92,7 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        """Write both files anew."""
+        """Writes both files anew."""
         with self._writing:
             self.document["verdict"], self.document["findings"] = verdict(self.document, self._parts)
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ class Report:
         self._returned.set()
 
     def _watch(self) -> None:
-        """End the process if a step hangs. Only os._exit can: the main thread waits for the device."""
+        """Ends the process if a step hangs. Only os._exit can: the main thread waits for the device."""
         if self._returned.wait(self._end + GRACE - time.monotonic()):
             return
         reason = f"{self._step} has not returned after {time.monotonic() - self._since:.0f} s"
@@ -126,7 +126,7 @@ class Report:
 
 
 def verdict(document: dict[str, Any], parts: tuple[str, ...]) -> tuple[str, list[str]]:
-    """Return the verdict, and a sentence for each finding that speaks against "passed".
+    """Returns the verdict, and a sentence for each finding that speaks against "passed".
 
     The verdict is "failed" if something is wrong, else "passed" if every numerics case was tried, else "incomplete".
     """

@@ -25,7 +25,7 @@ _KEPT = (
 
 
 def run(options: BringupOptions, report: Report) -> None:
-    """Add a row for each contestant and direction."""
+    """Adds a row for each contestant and direction."""
     part = report.part("timing")
     kind, known = dispatch.target().kind, ", ".join(hardware.TENSOR_CORES)
     chip = hardware.chip_of(kind)
@@ -61,7 +61,7 @@ def _rows(options: compare.CompareOptions) -> list[dict[str, Any]]:
 
 
 def _by_the_host(options: compare.CompareOptions) -> list[dict[str, Any]]:
-    """Return rows with wall-clock seconds of the contestants whose results are right."""
+    """Returns rows with wall-clock seconds of the contestants whose results are right."""
     options = options.resolved()
     _, fns, known = admit(options)
     seconds = interleave(fns, options.rounds)
@@ -72,7 +72,7 @@ def _by_the_host(options: compare.CompareOptions) -> list[dict[str, Any]]:
 
 
 def _row(row: Mapping[str, Any], options: compare.CompareOptions) -> dict[str, Any]:
-    """Return what the report keeps of a comparison's row."""
+    """Returns what the report keeps of a comparison's row."""
     name, made = row["contestant"], {key: row[key] for key in _KEPT if key in row}
     sizes = f"B {options.B} T {options.T:,} H {options.H} D {options.D}"
     made |= {"contestant": name, "problem": f"{sizes} {options.problem.dtype} {options.mask}"}
@@ -91,7 +91,7 @@ def _row(row: Mapping[str, Any], options: compare.CompareOptions) -> dict[str, A
 
 
 def _cycles(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return static and measured cycles of a core, or {} unless both are known."""
+    """Returns static and measured cycles of a core, or {} unless both are known."""
     chip = hardware.chip_of(dispatch.target().kind)
     if row.get("static_seconds") is None or chip is None:
         return {}

@@ -23,7 +23,7 @@ _OURS = {*BACK_ENDS, *LINEAR}
 
 
 def _refusals(name: str) -> tuple[type[Exception], ...]:
-    """Return the exceptions that become a row's reason: for a rival, whatever its compiler may raise."""
+    """Returns the exceptions that become a row's reason: for a rival, whatever its compiler may raise."""
     return (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) if name in _OURS else (Exception,)
 
 
@@ -33,7 +33,7 @@ def _reason(error: Exception) -> str:
 
 
 def compiled(name: str, contestant: Contestant, problem: Problem, what: What, arrays: Sequence[Any]) -> Any:
-    """Return the contestant's compiled program, named "compare_NAME" in the trace.
+    """Returns the contestant's compiled program, named "compare_NAME" in the trace.
 
     Raises NotImplementedError with the reason why it cannot run here, and whatever its compiler raises.
     """
@@ -64,7 +64,7 @@ class _Solved(NamedTuple):
 
 
 def _solve(problem: Problem, what: What) -> _Solved:
-    """Return the inputs and the reference's results in float32.
+    """Returns the inputs and the reference's results in float32.
 
     If the reference needs too much memory (T x T for attention), the blockwise back end takes its place.
     """
@@ -85,7 +85,7 @@ def _solve(problem: Problem, what: What) -> _Solved:
 
 
 def admit(options: CompareOptions) -> tuple[str, dict[str, Callable[[], Any]], dict[str, dict[str, Any]]]:
-    """Return the reference's name, the contestants that run and agree, and by contestant its error or reason."""
+    """Returns the reference's name, the contestants that run and agree, and by contestant its error or reason."""
     solved: dict[type, _Solved] = {}  # a yardstick's problem is of another type
     fns: dict[str, Callable[[], Any]] = {}
     known: dict[str, dict[str, Any]] = {}

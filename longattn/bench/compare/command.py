@@ -27,7 +27,7 @@ TOP = 5  # kernels shown of each contestant; twice as many differences
 
 
 def run(options: CompareOptions, console: Console | None = None) -> dict[str, Any]:
-    """Measure, print the tables (or the JSON document) on stdout, and return the document."""
+    """Measures, prints the tables (or the JSON document) on stdout, and returns the document."""
     document = measure(options)
     if options.json:
         print(json.dumps(document))
@@ -55,7 +55,7 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
 
 
 def _contestants(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table with a row for each contestant."""
+    """Returns a table with a row for each contestant."""
     table = plain_table(title)
     headings = (
         "contestant", "device time", "quartiles", "ratio", "idle", "GFLOP/s", "of peak", "GB/s", "of HBM", "vs static",
@@ -86,7 +86,7 @@ def _contestants(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _differences(differences: Sequence[Mapping[str, Any]], base: str) -> Table:
-    """Return a table of the scopes whose time differs from that of the contestant `base`."""
+    """Returns a table of the scopes whose time differs from that of the contestant `base`."""
     table = plain_table(f"Largest differences to {base} by named scope")
     for column in ("contestant", "scope", "pass", "its time", base, "difference"):
         left = column in ("contestant", "scope", "pass")
@@ -101,7 +101,7 @@ def _differences(differences: Sequence[Mapping[str, Any]], base: str) -> Table:
 
 
 def _notes(document: Mapping[str, Any], ran: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the lines below the tables."""
+    """Returns the lines below the tables."""
     notes, environment, peak = [], document["environment"], document["peak"]
     for row in document["rows"]:
         if "samples" not in row:

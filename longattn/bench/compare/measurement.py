@@ -33,7 +33,7 @@ FILE = "compare.jsonl"
 
 
 def measure(options: CompareOptions) -> dict[str, Any]:
-    """Run the comparison and return its document. Writes a plot and FILE, and keeps the trace.
+    """Runs the comparison and returns its document. Writes a plot and FILE, and keeps the trace.
 
     Raises:
       ValueError: for inputs that exceed this machine's memory.
@@ -91,7 +91,7 @@ def measure(options: CompareOptions) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _compiled_anew() -> Iterator[None]:
-    """Keep JAX from reusing a program that was compiled with other named scopes; its cache key ignores them."""
+    """Keeps JAX from reusing a program that was compiled with other named scopes; its cache key ignores them."""
     before = jax.config.jax_compilation_cache_include_metadata_in_key
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     jax.clear_caches()
@@ -102,7 +102,7 @@ def _compiled_anew() -> Iterator[None]:
 
 
 def _record(fns: Mapping[str, Callable[[], Any]], rounds: int, folder: Path) -> tuple[dict[str, list[float]], Path]:
-    """Run the contestants in turns under one trace; return wall-clock seconds and the trace's folder.
+    """Runs the contestants in turns under one trace; returns wall-clock seconds and the trace's folder.
 
     The trace includes one warm-up call of each. Its folder is unique: another comparison may write beside it.
     """
@@ -117,7 +117,7 @@ def _record(fns: Mapping[str, Callable[[], Any]], rounds: int, folder: Path) -> 
 def _row(
     name: str, options: CompareOptions, executions: Sequence[trace.Execution], device: hardware.Device
 ) -> dict[str, Any]:
-    """Return what the trace says about one contestant."""
+    """Returns what the trace says about one contestant."""
     samples = [e.seconds for e in executions]
     seconds = trace.Spread.of(samples)
     problem = options.given(name)
@@ -148,7 +148,7 @@ def _row(
 
 
 def _align(scope: trace.Scope) -> str:
-    """Return a scope's name without the op and the back end, so that scopes of two back ends can be compared."""
+    """Returns a scope's name without the op and the back end, so that scopes of two back ends can be compared."""
     op, *path = scope.path or ("",)
     if op not in ("attention", "linear_attention"):
         return str(scope)
@@ -158,7 +158,7 @@ def _align(scope: trace.Scope) -> str:
 
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return by how much each scope of each contestant differs from the first contestant, largest first."""
+    """Returns by how much each scope of each contestant differs from the first contestant, largest first."""
     ran = [row for row in rows if "scopes" in row]
     result = []
     parts = lambda row: {(p["name"], p["phase"]): p["seconds"] for p in row["scopes"]}
@@ -174,7 +174,7 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _write(document: dict[str, Any], folder: Path) -> None:
-    """Append a line per contestant to FILE and draw the plot. Writes nothing if nothing ran."""
+    """Appends a line per contestant to FILE and draws the plot. Writes nothing if nothing ran."""
     document["plot"] = None
     if document["trace"] is None:
         return

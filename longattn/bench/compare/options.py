@@ -21,7 +21,7 @@ CASES: dict[str, What] = {
 
 
 def known(case: str) -> dict[str, Contestant]:
-    """Return the contestants of a case."""
+    """Returns the contestants of a case."""
     return LINEAR if case.startswith("linear") else CONTESTANTS
 
 
@@ -96,18 +96,18 @@ class CompareOptions:
         )  # fmt: skip
 
     def given(self, name: str) -> Problem:
-        """Return the problem that a contestant solves."""
+        """Returns the problem that a contestant solves."""
         instead = self.known[name].instead
         return self.problem if instead is None else instead(self.problem)
 
     def resolved(self) -> CompareOptions:
-        """Return the options with every None replaced by its value on this device."""
+        """Returns the options with every None replaced by its value on this device."""
         kind = self.problem.kind if isinstance(self.problem, Linear) else None
         return replace(self, dtype=self.problem.dtype, contestants=self.names, kind=kind)
 
 
 def heading(options: Mapping[str, Any]) -> str:
-    """Return in one line what a document's options compare."""
+    """Returns in one line what a document's options compare."""
     K = "" if options["K"] is None else f" K{options['K']}"
     sizes = f"B{options['B']} T{options['T']} H{options['H']}{K} D{options['D']}"
     return f"{options['case']} {options['kind'] or options['mask']}: {sizes} {options['dtype']}"

@@ -33,7 +33,7 @@ class Contestant:
 
 
 def _heads_first(attend: Callable[..., Any]) -> attention.Attend:
-    """Return `attend`, a function on [B H T D], as one on [B T H D]."""
+    """Returns `attend`, a function on [B H T D], as one on [B T H D]."""
 
     def call(q: Any, k: Any, v: Any) -> Any:
         return attend(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)

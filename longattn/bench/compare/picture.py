@@ -14,7 +14,7 @@ SCOPES = 7  # number of scopes with a colour of their own: those with the larges
 
 
 def plot(document: Mapping[str, Any]) -> Any:
-    """Return a matplotlib figure: each contestant's device time, a point per call, and its ops' time by scope."""
+    """Returns a matplotlib figure: each contestant's device time, a point per call, and its ops' time by scope."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

@@ -36,19 +36,19 @@ class Problem(Protocol):
         """Dtype of q, k and v."""
 
     def drawn(self) -> dict[str, np.ndarray]:
-        """Return the inputs by name, and the output's cotangent do. q, k, v and do are rounded to the dtype."""
+        """Returns the inputs by name, and the output's cotangent do. q, k, v and do are rounded to the dtype."""
 
     def numbers(self) -> int:
-        """Return the number of elements of all that is drawn."""
+        """Returns the number of elements of all that is drawn."""
 
     def flops(self, what: What) -> float:
-        """Return the FLOPs, which are the same for every contestant."""
+        """Returns the FLOPs, which are the same for every contestant."""
 
     def least_bytes(self, what: What) -> int:
-        """Return the bytes that must at least cross device memory."""
+        """Returns the bytes that must at least cross device memory."""
 
     def shape(self) -> cases.Shape:
-        """Return the shape for the static profile. Raises NotImplementedError if its kernels cannot take it."""
+        """Returns the shape for the static profile. Raises NotImplementedError if its kernels cannot take it."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Linear:
         return sum(inputs) + out + (2 * sum(inputs) + out if what == "forward_backward" else 0)
 
     def _arrays(self) -> list[Any]:
-        """Return shapes and dtypes of the inputs and the output."""
+        """Returns shapes and dtypes of the inputs and the output."""
         shaped = self.call.shaped()
         return [*shaped.arrays.values(), shaped.cotangents["out"]]
 

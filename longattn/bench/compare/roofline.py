@@ -9,7 +9,7 @@ from longattn.cost import hardware
 
 
 def static_seconds(name: str, options: CompareOptions, device: hardware.Device) -> tuple[float | None, str]:
-    """Return the static seconds of one call, or None and the reason."""
+    """Returns the static seconds of one call, or None and the reason."""
     case, problem = options.known[name].case, options.given(name)
     if case is None or device.chip is None or device.chip.name not in hardware.TENSOR_CORES:
         return None, ""

@@ -36,7 +36,7 @@ class _Raw(NamedTuple):
 
 
 def _nested(events: list[_Raw]) -> list[_Raw]:
-    """Return the events of one line by start; `own` excludes the events inside each."""
+    """Returns the events of one line by start; `own` excludes the events inside each."""
     events = sorted(events, key=lambda e: (e.start, -e.end))
     own = [e.end - e.start for e in events]
     open_: list[int] = []
@@ -61,12 +61,12 @@ def _execution(
 
 
 def _opcode(name: str) -> str:
-    """Return the opcode that an instruction's name suggests."""
+    """Returns the opcode that an instruction's name suggests."""
     return re.sub(r"[._\d]+$", "", name)
 
 
 def _known(programs: Programs, number: int, name: str) -> Callable[[_Raw], Op]:
-    """Return a look-up of a program's ops. A program that was compiled twice may have another number in the trace."""
+    """Returns a look-up of a program's ops. A program that was compiled twice may have another number in the trace."""
     tables = [programs[number][1]] if number in programs else [ops for other, ops in programs.values() if other == name]
 
     def known(raw: _Raw) -> Op:
@@ -77,7 +77,7 @@ def _known(programs: Programs, number: int, name: str) -> Callable[[_Raw], Op]:
 
 
 def cpu(plane: Any, programs: Programs) -> Iterator[Execution]:
-    """Yield the executions in a CPU's plane."""
+    """Yields the executions in a CPU's plane."""
     runs: dict[tuple[int, int, int], list[_Raw]] = defaultdict(list)
     names: dict[int, str] = {}
     bounds: dict[tuple[int, int], float] = {}  # completion of an execution, by (device, run)
@@ -116,7 +116,7 @@ def cpu(plane: Any, programs: Programs) -> Iterator[Execution]:
 
 
 def tpu(plane: Any, metadata: Mapping[str, Event], programs: Programs) -> Iterator[Execution]:
-    """Yield the executions in a TPU's plane."""
+    """Yields the executions in a TPU's plane."""
     lines = {line.name: list(line.events) for line in plane.lines}
     ops = [
         _Raw(_instruction(e.name, metadata), _instruction(e.name, metadata), e.start_ns, e.end_ns, 0.0,
@@ -134,20 +134,20 @@ def tpu(plane: Any, metadata: Mapping[str, Event], programs: Programs) -> Iterat
 
 
 def numbered(name: str) -> tuple[str, int]:
-    """Return the name and number of a compiled program from an event's name, such as "jit_f(7)"."""
+    """Returns the name and number of a compiled program from an event's name, such as "jit_f(7)"."""
     found = re.fullmatch(r"(.*)\((-?\d+)\)", name)
     return (found[1], int(found[2])) if found else (name, 0)
 
 
 def _instruction(name: str, metadata: Mapping[str, Event]) -> str:
-    """Return an op's name; a TPU's events are named by the instruction's whole text."""
+    """Returns an op's name; a TPU's events are named by the instruction's whole text."""
     if name in metadata and metadata[name].display:
         return metadata[name].display
     return name.split(" = ")[0].removeprefix("%")
 
 
 def gpu(plane: Any, programs: Programs) -> tuple[list[Execution], float]:
-    """Return the executions in a GPU's plane, and the seconds of kernels that name no program."""
+    """Returns the executions in a GPU's plane, and the seconds of kernels that name no program."""
     unknown = 0.0
     by_program: dict[int, list[_Raw]] = defaultdict(list)
     names: dict[int, str] = {}

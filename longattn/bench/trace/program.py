@@ -35,7 +35,7 @@ _PRODUCTS = ("dot", "convolution")
 
 
 def program_ops(module: bytes | memoryview) -> dict[str, Op]:
-    """Return the instructions of a serialised HloModuleProto by name.
+    """Returns the instructions of a serialised HloModuleProto by name.
 
     A fusion with a matrix product gets the scope of its first one: the product takes the time, while XLA names the
     fusion after its last operation. An instruction without a name was made by XLA, on a CPU even products with several
@@ -59,7 +59,7 @@ class _Program:
     callers: dict[int, tuple[int, _Instruction]]
 
     def op_name(self, row: _Instruction, computation: int) -> str:
-        """Return the name that tells an instruction's scope."""
+        """Returns the name that tells an instruction's scope."""
         name = ""
         if row.opcode == "fusion":
             name = next((self.product(x, row) for x in self.bodies[row.called[0]] if x.opcode in _PRODUCTS), "")
@@ -69,7 +69,7 @@ class _Program:
         return name or row.op_name or self.used(row) or self.around(computation)
 
     def used(self, row: _Instruction, depth: int = 8) -> str:
-        """Return the name of the nearest user that has one."""
+        """Returns the name of the nearest user that has one."""
         for user in row.users if depth else ():
             inside = [user]
             if user.opcode == "fusion":
@@ -83,7 +83,7 @@ class _Program:
         return ""
 
     def product(self, row: _Instruction, fusion: _Instruction | None) -> str:
-        """Return the name of a product, which may stand in a fusion."""
+        """Returns the name of a product, which may stand in a fusion."""
         if row.op_name:
             return row.op_name
         after = self.used(row) if row.users or fusion is None else self.used(fusion)
@@ -98,7 +98,7 @@ class _Program:
         return after if not beside or scope_of(after) in map(scope_of, moved) else beside[0]
 
     def around(self, computation: int) -> str:
-        """Return the name of the nearest caller that has one."""
+        """Returns the name of the nearest caller that has one."""
         while computation in self.callers:
             computation, caller = self.callers[computation]
             if caller.op_name:
@@ -107,7 +107,7 @@ class _Program:
 
 
 def _program(module: bytes | memoryview) -> _Program:
-    """Return a serialised HloModuleProto's instructions, linked to their operands, users and callers."""
+    """Returns a serialised HloModuleProto's instructions, linked to their operands, users and callers."""
     # xla/service/hlo.proto: HloModuleProto.computations = 3; HloComputationProto.instructions = 2, .id = 5;
     # HloInstructionProto.name = 1, .opcode = 2, .metadata = 7 (op_name = 2), .parameter_number = 9, .id = 35,
     # .operand_ids = 36, .called_computation_ids = 38.

@@ -13,7 +13,7 @@ Fields = Mapping[int, Sequence[Any]]
 
 
 def fields(message: memoryview) -> Fields:
-    """Return the fields of a protocol buffer by number: integers, or the bytes of a field with a length.
+    """Returns the fields of a protocol buffer by number: integers, or the bytes of a field with a length.
 
     https://protobuf.dev/programming-guides/encoding/
     """
@@ -48,7 +48,7 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
 
 
 def integers(values: Iterable[Any]) -> Iterator[int]:
-    """Yield the values of a repeated integer field, packed or not."""
+    """Yields the values of a repeated integer field, packed or not."""
     for value in values:
         if isinstance(value, int):
             yield value
@@ -60,7 +60,7 @@ def integers(values: Iterable[Any]) -> Iterator[int]:
 
 
 def text(message: Fields, number: int) -> str:
-    """Return a text field, "" if it is not set."""
+    """Returns a text field, "" if it is not set."""
     return bytes(message[number][-1]).decode(errors="replace") if number in message else ""
 
 
@@ -72,7 +72,7 @@ class Event(NamedTuple):
 
 
 def event_metadata(data: bytes) -> dict[str, dict[str, Event]]:
-    """Return the event metadata by plane and event name."""
+    """Returns the event metadata by plane and event name."""
     # tsl/profiler/protobuf/xplane.proto: XSpace.planes = 1; XPlane.name = 2, .event_metadata = 4, .stat_metadata = 5;
     # XEventMetadata.name = 2, .display_name = 4, .stats = 5; XStat.metadata_id = 1, .uint64_value = 3,
     # .int64_value = 4, .str_value = 5, .bytes_value = 6, .ref_value = 7; a map's entry: key = 1, value = 2.

@@ -30,7 +30,7 @@ _BRANCH = re.compile(r"branch_\d+_fun")
 
 
 def scope_of(op_name: str) -> Scope:
-    """Return the scope in an instruction's `op_name`, such as
+    """Returns the scope in an instruction's `op_name`, such as
 
         jit(step)/transpose(jvp(Model))/while/body/layer/mlp/dot_general    ->    Model/layer/mlp, backward
 

@@ -38,12 +38,12 @@ class Part:
 
 
 def kernels(executions: Sequence[Execution]) -> list[Part]:
-    """Return the kernels, most expensive first."""
+    """Returns the kernels, most expensive first."""
     return _parts(executions, lambda kernel: (kernel.name, kernel.scope.phase, str(kernel.scope)))
 
 
 def scopes(executions: Sequence[Execution], rename: Callable[[Scope], str] = str) -> list[Part]:
-    """Return the scopes, most expensive first. `rename` may join several into one."""
+    """Returns the scopes, most expensive first. `rename` may join several into one."""
     return _parts(executions, lambda kernel: (rename(kernel.scope), kernel.scope.phase, rename(kernel.scope)))
 
 

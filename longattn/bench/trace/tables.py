@@ -12,13 +12,13 @@ from longattn.display import plain_table, seconds_text
 
 
 def opening(recorded: str) -> str:
-    """Return a line that says where a trace is and how to open it."""
+    """Returns a line that says where a trace is and how to open it."""
     folder = Path(recorded).parents[2]  # FOLDER/plugins/profile/TIME
     return f"Trace: {recorded}; to open it: pip install xprof, then xprof --port 8791 {folder}"
 
 
 def parts_table(title: str, parts: Sequence[Mapping[str, Any]], total: float) -> Table:
-    """Return a table of kernels with their share of `total` seconds."""
+    """Returns a table of kernels with their share of `total` seconds."""
     table = plain_table(title)
     for heading in ("kernel", "scope", "pass", "calls", "time", "share"):
         left = heading in ("kernel", "scope", "pass")

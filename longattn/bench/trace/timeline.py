@@ -54,11 +54,11 @@ class Trace:
     unknown_seconds: float  # of device events that name no program, as in replayed CUDA graphs
 
     def of(self, program: str) -> tuple[Execution, ...]:
-        """Return the executions of the programs with that name."""
+        """Returns the executions of the programs with that name."""
         return tuple(e for e in self.executions if e.program == program)
 
     def busiest(self) -> str:
-        """Return the program that kept devices busy longest. Raises ValueError for a trace without programs."""
+        """Returns the program that kept devices busy longest. Raises ValueError for a trace without programs."""
         total: dict[str, float] = defaultdict(float)
         for execution in self.executions:
             total[execution.program] += execution.busy
@@ -68,7 +68,7 @@ class Trace:
 
 
 def busy(executions: Iterable[Execution], start: float, end: float) -> float:
-    """Return the seconds between `start` and `end` during which at least one op of one device ran."""
+    """Returns the seconds between `start` and `end` during which at least one op of one device ran."""
     total, until = 0.0, start
     near = (e for e in executions if e.start < end and e.end > start)
     for kernel in sorted((k for e in near for k in e.kernels), key=lambda k: k.start):
