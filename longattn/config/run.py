@@ -49,7 +49,7 @@ class Run:
     eval_batches: int = 16  # batches of an evaluation; 0: the whole held-out set
     save_every: int = 250  # steps between checkpoints
     keep: int = 2  # newest checkpoints kept, besides the best
-    profile: tuple[int, int] | None = None  # (first step, number of steps) of a trace, for `longattn profile --trace`
+    profile: tuple[int, int] | None = None  # (first step, number of steps) of a trace, for `longattn profile run`
     tensorboard: bool = False  # also write TensorBoard scalars
     init_from: str = ""  # start from the parameters of this run's best checkpoint
 

@@ -48,7 +48,7 @@ def initialize(found: launch.Launch) -> None:
     sys.stdout.flush()
     results = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(results, "w", buffering=1)
+    sys.stdout = os.fdopen(results, "w", 1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     # The preemption service's handler would swallow a SIGTERM that comes before training listens for it.
     jax.config.update("jax_enable_preemption_service", False)
     waits = {"initialization_timeout": found.connect, "heartbeat_timeout_seconds": found.heartbeat}
