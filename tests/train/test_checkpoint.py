@@ -72,6 +72,12 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
             checkpoints.params(jax.eval_shape(lambda: init_state(other, 0)).params, 2)
 
 
+def _poll_for_a_minute(checkpoints: Checkpoints) -> None:
+    for _ in range(600):
+        checkpoints.poll()
+        time.sleep(0.1)
+
+
 def test_a_failure_in_the_background_is_found_without_waiting(tmp_path: Path, monkeypatch) -> None:
     def full(self, step):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -83,6 +89,4 @@ def test_a_failure_in_the_background_is_found_without_waiting(tmp_path: Path, mo
             patch.setattr(orbax.CheckpointManager, "_finalize_checkpoint", full)
             checkpoints.save(2, state(), None)
             with pytest.raises(OSError, match="no space left on device"):
-                for _ in range(600):
-                    checkpoints.poll()
-                    time.sleep(0.1)
+                _poll_for_a_minute(checkpoints)
