@@ -37,7 +37,7 @@ from longattn.study import cost, recall, ways
 from longattn.study.presets import SMOKE
 from longattn.study.store import FILE, Store
 from longattn.study.units import Clock
-from longattn.train import evaluate, kernel_check, train
+from longattn.train import data, evaluate, kernel_check, train
 from longattn.train.step import context_of, init_state
 from tests.compilers import needs_libtpu
 
@@ -106,18 +106,29 @@ def config(model: Model, folder: Path, steps: int) -> Config:
 
 
 @models
-def test_it_trains_resumes_and_is_evaluated(model: Model, tmp_path: Path) -> None:
-    first = train(config(model, tmp_path, 4), quiet=True)
-    assert (first.status, first.steps) == ("finished", 4)
-    longer = train(config(model, tmp_path, 8), quiet=True)
-    assert (longer.status, longer.steps) == ("finished", 8) and longer.nll < first.nll
-    assert evaluate(first.run_dir, T=64, B=1, batches=1)["T"] == 64
+def test_it_trains_resumes_and_is_evaluated(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    c, loader = config(model, tmp_path, 8), data.loader
+
+    def failing(source: Any, start: int) -> Any:
+        for i, batch in loader(source, start):
+            if i == 6:
+                raise RuntimeError("the power went")
+            yield i, batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "loader", failing)
+        with pytest.raises(RuntimeError, match="power"):
+            train(c, quiet=True)
+    summary = train(c, quiet=True)
+    assert (summary.status, summary.steps) == ("finished", 8)
+    assert [record["step"] for record in summary.history if "loss" in record] == [2, 4, 6, 8]
+    assert evaluate(summary.run_dir, T=64, B=1, batches=1)["T"] == 64
 
 
 def test_its_config_round_trips_and_is_set_on_the_command_line(tmp_path: Path) -> None:
     c = config(HYBRID, tmp_path, 4)
     assert from_json(to_json(c)) == c
-    parsed = cli._parse(Config, ["--model.mixers.1.width", "4"], "train CONFIG", c)
+    parsed = cli._parse(Config, ["--model.mixers.1.width", "4"], "train CONFIG", default=c)
     assert parsed.model.mixers == (HYBRID.mixers[0], LeakySum(width=4))
 
 
