@@ -1,24 +1,25 @@
-"""`longattn.attention` in the place of Flax's own attention function."""
+"""`longattn.attention` for Flax's own multi-head attention modules, Linen and NNX."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from longattn.mask import Full, Mask
+from longattn.mask import Causal, Full, Mask
 from longattn.ops.attention import attention
 
 
 def attention_fn(
     query: Float[Array, "*B T H D"],
-    key: Float[Array, "*B S H D"],
-    value: Float[Array, "*B S H V"],
+    key: Float[Array, "*B S K D"],
+    value: Float[Array, "*B S K V"],
     bias: Float[Array, "..."] | None = None,
     mask: Mask | None = None,
     *,
+    is_causal: bool = False,
+    input_positions: Any = None,
     dropout_rng: Array | None = None,
     dropout_rate: float = 0.0,
     broadcast_dropout: bool = True,
@@ -28,24 +29,31 @@ def attention_fn(
     force_fp32_for_softmax: bool = False,
     qk_attn_weights_einsum: Any = None,
     attn_weights_value_einsum: Any = None,
-    module: nn.Module | None = None,
+    module: Any = None,
     segment_ids: Any = None,
     positions: Any = None,
     softcap: float | None = None,
     implementation: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "*B T H V"]:
-    """`longattn.attention` in the place of `flax.linen.dot_product_attention`.
+    """Computes `longattn.attention` in the place of Flax's `dot_product_attention`, of Linen or NNX.
 
         attend = nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=longattn.models.attention_fn)
         y = attend(x, mask=Causal() & Window(512))
 
-    Flax hands the call's `mask` through, so it is a longattn mask here; None attends to everything, as in Flax. Bind
-    the arguments that Flax does not know (segment_ids, positions, softcap, implementation) with `functools.partial`.
-    The softmax is always in float32, with full float32 products of float32 inputs: no less than `precision` and
-    `force_fp32_for_softmax` ask for.
+        attend = nnx.MultiHeadAttention(8, 512, decode=False, attention_fn=longattn.models.attention_fn, rngs=rngs)
+        y = attend(x, is_causal=True)
+
+    Flax passes the `mask` of its call on unchanged, so it is a longattn mask here; None shows everything, as in Flax.
+    Bind the arguments that Flax does not know (segment_ids, positions, softcap, implementation) with
+    `functools.partial`. The softmax is in float32 and float32 inputs are multiplied in full float32, so `precision` and
+    `force_fp32_for_softmax` never ask for more.
+
+    Args:
+        is_causal: applies `Causal() & mask`. NNX passes it.
+        input_positions: positions of the tokens [*B T], for queries and keys. NNX passes them where they are given.
 
     Raises:
-        ValueError: for a dense mask array.
+        ValueError: if the mask is a dense array, or positions are given twice.
         NotImplementedError: for dropout of the weights, sowing them, or replaced einsums.
     """
     del dropout_rng, broadcast_dropout, precision, force_fp32_for_softmax
@@ -53,7 +61,8 @@ def attention_fn(
         raise ValueError(
             f"mask is a {type(mask).__name__} but must be a longattn mask, such as mask=Causal() & Window(9): a dense "
             "array costs the memory that this attention saves. For packing and padding bind segment_ids: "
-            "functools.partial(attention_fn, segment_ids=...)"
+            "functools.partial(attention_fn, segment_ids=...). Flax's decode=True makes a dense mask of its cache, so "
+            "it is not supported"
         )
     if dropout_rate > 0 and not deterministic:
         raise NotImplementedError(
@@ -71,6 +80,12 @@ def attention_fn(
     if bias is not None and len(batch) != 1:
         S = key.shape[-3]
         bias = jnp.broadcast_to(bias, (*batch, H, T, S)).reshape(-1, H, T, S)
+    if input_positions is not None:
+        if positions is not None:
+            raise ValueError("positions are bound and input_positions are given: they must come from one place")
+        positions = jnp.broadcast_to(input_positions, (*batch, T)).reshape(-1, T).astype(jnp.int32)
+    if is_causal:
+        mask = Causal() if mask is None else Causal() & mask
     out = attention(
         q, k, v, mask=Full() if mask is None else mask, bias=bias, segment_ids=segment_ids, positions=positions,
         softcap=softcap, implementation=implementation,

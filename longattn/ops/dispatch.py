@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax._src import config as jax_config  # it has no public reader of the interpret mode
 from jaxtyping import Array
 
+from longattn.compat import interpreted_as_tpu
 from longattn.shapes import suggest
 
 
@@ -89,11 +89,6 @@ def target() -> Target:
     """Returns the device of the abstract mesh if one is set (attached to this host or not), else the default one."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return Target(device.platform, device.device_kind)
-
-
-def interpreted_as_tpu() -> bool:
-    """Returns whether Pallas TPU kernels are interpreted on this host (`pltpu.force_tpu_interpret_mode`)."""
-    return bool(jax_config.pallas_tpu_interpret_mode_context_manager.value)
 
 
 def require_tpu(dtype: Any) -> None:

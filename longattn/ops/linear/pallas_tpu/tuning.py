@@ -1,7 +1,7 @@
 """Block sizes: what a caller may set, and the choice for a chip and a shape.
 
 Chunks of 128 tokens were the cheapest of every kind, on matrix units of either size. Static cycles of the forward pass
-per 128 tokens and head (`longattn profile --static tpu longattn_linear --kind ...`; B1 H8 T8192 D128, bfloat16):
+per 128 tokens and head (`longattn profile kernel longattn_linear --kind ...`; B1 H8 T8192 D128, bfloat16):
 
     chip, tokens of a chunk   scalar   scalar, delta   vector   vector, delta
     v5e, 64                      560            1463      789            1781
