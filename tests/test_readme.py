@@ -70,7 +70,8 @@ def test_readme_names_a_command_and_a_page_for_each_question():
         elif words.startswith("longattn."):
             assert getattr(__import__("longattn"), words.removeprefix("longattn.")), command
         else:
-            assert words.split()[1] in cli.COMMANDS, command
+            _, name, *rest = words.split()
+            assert name in cli.COMMANDS and (name != "profile" or rest[0] in cli.PROFILES), command
         (page,) = re.findall(r"^\[[^\]]+\]\((docs/\w+\.md)\)$", answer)
         assert (ROOT / page).is_file()
 
