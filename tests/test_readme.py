@@ -142,3 +142,9 @@ def test_ruff_has_one_version():
 def test_citation_has_the_version_of_the_package():
     version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_workflow_runs_what_ci_runs():
+    everything = re.findall(r"^make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    (newer,) = re.findall(r"run: make (.*)\}", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert newer.split() == [target for target in everything if target != "test-oldest"]
