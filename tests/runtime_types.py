@@ -13,7 +13,7 @@ PUBLIC = {
     "longattn.cli",
     "longattn.config",
     "longattn.mask",
-    "longattn.models.mixers.attention_fn",
+    "longattn.models.flax_attention.attention_fn",
     "longattn.models.transformer.Transformer.__call__",
     "longattn.models.transformer.Transformer.hidden",
     "longattn.ops.attention.api",

@@ -18,6 +18,7 @@ from longattn.config.mixers import (
     RetNet,
     RoPE,
     Softmax,
+    mixer_classes,
 )
 from longattn.config.model import Model
 from longattn.config.run import Config, Optimiser, Run
@@ -46,5 +47,6 @@ __all__ = [
     "Run",
     "Softmax",
     "from_json",
+    "mixer_classes",
     "to_json",
 ]

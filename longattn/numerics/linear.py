@@ -140,18 +140,18 @@ class StateProblem(LinearProblem):
         operands, options, names = api.validate(
             **(absent | given | ids), scale=self.scale, implementation=implementation, tuning=None
         )
-        shaped, columns = jax.eval_shape(api.prepared, operands), dS.shape[3]
-        *tokens, S, ids = api.prepared(operands)
+        x, shaped, columns = api.prepare(operands), jax.eval_shape(api.prepare, operands), dS.shape[3]
+        S = x.initial_state
         if self.delta:
             S = jnp.concatenate([S, self._identity(S.dtype)], 3)
 
-        def accepts(back_end: Any) -> None:
-            back_end.check(*shaped, options)
-            api.check_fold(back_end, shaped, S.shape[3], options)
+        def accepts(back_end: Any) -> tuple[Any, Any]:
+            return back_end.check(shaped, options), api.check_fold(back_end, shaped, S.shape[3], options)
 
-        back_end = api.BACK_ENDS[dispatch.choose(names, api.BACK_ENDS, accepts)]
-        both = back_end.fold(*tokens[1:], S, ids, options)
-        found = {"final_state": both[..., :columns], "dinitial_state": back_end.pull(*tokens, ids, do, dS, options)}
+        name, (plan, fold_plan) = dispatch.choose(names, api.BACK_ENDS, accepts)
+        back_end = api.BACK_ENDS[name]
+        both = back_end.fold(x._replace(q=None, initial_state=S), options, fold_plan)
+        found = {"final_state": both[..., :columns], "dinitial_state": back_end.pull(x, do, dS, options, plan)}
         return found | ({"transition": both[..., columns:]} if self.delta else {})
 
     def plain(self, arrays: Any, ids: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from longattn import config
 from longattn.mask import Causal, Mask
 from longattn.ops import dispatch
 from longattn.ops import partial as partials
-from longattn.ops.attention.api import Ids, validate
+from longattn.ops.attention.arguments import Ids, validate
 from longattn.ops.attention.contract import Visibility
 from longattn.ops.partial import Partial
 from longattn.parallel.all_gather import ALL_GATHER
@@ -90,20 +90,21 @@ def _divide(mesh: Mesh | AbstractMesh, q: Any, k: Any, call: Call, batch: tuple[
         )
 
 
-def _specs(visibility: Visibility, batch: tuple[str, ...], axis: Axis, head: str | None) -> Visibility:
-    """PartitionSpecs of the side arrays: ids and positions whole along the sequence, the bias like the queries."""
+def _specs(
+    bias: Array | None, visibility: Visibility, batch: tuple[str, ...], axis: Axis, head: str | None
+) -> tuple[P | None, Visibility]:
+    """PartitionSpecs of the side arrays: the bias like the queries, ids and positions whole along the sequence."""
 
     def spec(x: Array, *names: Any) -> P:
         return P(*(name if size > 1 else None for name, size in zip(names, x.shape)))
 
     ids = lambda x, *names: None if x is None else spec(x, *names)
-    return Visibility(
+    return ids(bias, batch, head, axis), Visibility(
         mask=jax.tree.map(lambda x: spec(x, batch, *([head] if x.ndim > 1 else [])), visibility.mask),
         q_positions=spec(visibility.q_positions, batch),
         k_positions=spec(visibility.k_positions, batch),
         q_segments=ids(visibility.q_segments, batch),
         k_segments=ids(visibility.k_segments, batch),
-        bias=ids(visibility.bias, batch, head, axis),
     )
 
 
@@ -135,25 +136,25 @@ _strategic.defvjp(_strategic_forward, _strategic_backward)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "batch", "head", "strategy", "call", "dtype"))
-def _attention(q, k, v, sinks, visibility, *, mesh, batch, head, strategy, call, dtype):
+def _attention(q, k, v, bias, visibility, sinks, *, mesh, batch, head, strategy, call, dtype):
     tokens, statistic = P(batch, call.axis, head, None), P(batch, call.axis, head)
 
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(tokens, tokens, tokens, P(head), _specs(visibility, batch, call.axis, head)),
+        in_specs=(tokens, tokens, tokens, *_specs(bias, visibility, batch, call.axis, head), P(head)),
         out_specs=(tokens, statistic),
         check_vma=True,
     )
-    def local(q, k, v, sinks, visibility):
-        if visibility.bias is not None:  # so that the gradient of a replicated bias is summed in float32
-            visibility = visibility._replace(bias=visibility.bias.astype(statistics_dtype(q.dtype)))
+    def local(q, k, v, bias, visibility, sinks):
+        if bias is not None:  # so that the gradient of a replicated bias is summed in float32
+            bias = bias.astype(statistics_dtype(q.dtype))
         with jax.named_scope(strategy.name):
-            q, k, v, visibility = dispatch.vary_together((q, k, v, visibility))
-            out, lse = _strategic(q, k, v, visibility.bias, visibility._replace(bias=None), strategy, call)
+            q, k, v, bias, visibility = dispatch.vary_together((q, k, v, bias, visibility))
+            out, lse = _strategic(q, k, v, bias, visibility, strategy, call)
             return tuple(partials.finish(Partial(out, lse), sinks, dtype))
 
-    return local(q, k, v, sinks, visibility)
+    return local(q, k, v, bias, visibility, sinks)
 
 
 def attention_with_lse(
@@ -182,7 +183,7 @@ def attention_with_lse(
     if not isinstance(layout, SequenceLayout):
         raise ValueError(f"{layout=} must be a SequenceLayout, such as SequenceLayout('zigzag')")
     mesh, batch, head = axes(mesh, axis, batch_axes, head_axis)
-    q, k, v, sinks, visibility, options, names = validate(
+    q, k, v, bias, visibility, sinks, options, names = validate(
         q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks,
         bias=bias, implementation=implementation, tuning=tuning, rounded=sinks is None,
     )  # fmt: skip
@@ -201,7 +202,18 @@ def attention_with_lse(
         visibility = visibility._replace(q_positions=q_positions, k_positions=k_positions)
     chosen.refuse(visibility.mask, T, S, call, bias=bias is not None)
     return _attention(
-        q, k, v, sinks, visibility, mesh=mesh, batch=batch, head=head, strategy=chosen, call=call, dtype=q.dtype.name
+        q,
+        k,
+        v,
+        bias,
+        visibility,
+        sinks,
+        mesh=mesh,
+        batch=batch,
+        head=head,
+        strategy=chosen,
+        call=call,
+        dtype=q.dtype.name,
     )
 
 

@@ -34,22 +34,6 @@ SLICED = ("fsdp", "ring", "seq")  # the axes that slice matrices along E
 
 Rule = tuple[str, P]  # a regular expression for `re.search` in the path, and the array's sharding
 
-PARAMETERS: tuple[Rule, ...] = (
-    (r"(^|/)(embedding|head)$", P(None, SLICED)),  # [W E]; not along W, which for bytes is 257, a prime
-    (r"/mixer/(q|k|v|gate)$", P(SLICED, "tensor", None)),  # [E H D]
-    (r"/mixer/(b|c)$", P(SLICED, None, None)),  # [E H D]; b and c have few heads, which all of v's heads read
-    (r"/mixer/(decay|beta)$", P(SLICED, "tensor")),  # [E H]
-    (r"/mixer/(decay|gate)_down$", P(SLICED, None)),  # [E R]
-    (r"/mixer/(decay|gate)_up$", P(None, "tensor", None)),  # [R H D]
-    (r"/mixer/(b|c)_conv(_bias)?$", P()),  # [H D C], [H D]
-    (r"/mixer/(q|k|v)_conv(_bias)?$", P("tensor")),  # [H D C], [H D]
-    (r"/mixer/(decay_log|decay_bias|skip)$", P("tensor")),  # [H], or [H D]
-    (r"/mixer/out$", P("tensor", None, SLICED)),  # [H D E]
-    (r"/mixer/sinks$", P("tensor")),  # [H]
-    (r"/mlp/(gate|up)$", P(SLICED, "tensor")),  # [E F]
-    (r"/mlp/down$", P("tensor", SLICED)),  # [F E]
-    (r"(^|_|/)norm/scale$", P()),  # [E] or [D]
-)
 STACKED = r"(^|/)layers/"  # parameters of scanned layers have an axis of layers before the axes of their rule
 
 
@@ -184,7 +168,7 @@ def sharding(mesh: Mesh | AbstractMesh, spec: P, shape: Sequence[int], name: str
     return NamedSharding(mesh, spec)
 
 
-def shardings(mesh: Mesh | AbstractMesh, tree: Any, rules: Sequence[Rule] = PARAMETERS) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, tree: Any, rules: Sequence[Rule]) -> Any:
     """The shardings of a tree of parameters, optimiser states or both; scalars are replicated.
 
     Raises ValueError for a path that no rule matches, and where devices do not divide a size.

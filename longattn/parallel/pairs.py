@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from longattn.mask import EMPTY, FULL, And, Causal, Dilated, Fn, Full, Mask, Not, Or, Window
+from longattn.mask import EMPTY, FULL, And, Causal, Fn, Full, Mask, Not, Or, Window
 from longattn.ops import dispatch
 from longattn.ops import partial as partials
 from longattn.ops.attention import attend_partial, backward_partial
@@ -69,9 +69,7 @@ def _known(mask: Mask, in_order: bool) -> Mask:
             return type(mask)(_known(a, in_order), _known(b, in_order))
         case Not(a):
             return Not(_known(a, in_order))
-        case Full() | Causal() | Window() | Dilated():  # of q - k
-            return mask
-    return mask if in_order and not jax.tree.leaves(mask) else Fn(_unknown)
+    return mask if mask.is_relative or (in_order and not jax.tree.leaves(mask)) else Fn(_unknown)
 
 
 def pairs(mask: Mask, call: Call, T: int, S: int) -> Pairs:
@@ -112,22 +110,12 @@ def _case(mask: Mask, layout: str, i: int, j: int, kinds: np.ndarray, t: int, s:
     whole = (0, t), (0, s)
     if t == s and mask == Causal() and (i == j or layout == "striped"):  # every device's tokens are in order
         return Case(*whole, Causal() if j <= i else Window(t, -1))
-    if t == s and i == j and layout == "contiguous" and _of_distance(mask):
+    if t == s and i == j and layout == "contiguous" and mask.is_relative:
         return Case(*whole, mask)
     return Case(q_slice, k_slice)
 
 
-def _of_distance(mask: Mask) -> bool:
-    """Whether the mask is a rule on q - k alone."""
-    match mask:
-        case And(a, b) | Or(a, b):
-            return _of_distance(a) and _of_distance(b)
-        case Not(a):
-            return _of_distance(a)
-    return isinstance(mask, Full | Causal | Window | Dilated)
-
-
-# ---- computing a pair, of devices that are known at run time alone
+# ---- computing a pair, of devices that are known when it runs
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from longattn.aot import compilers, train_step
-from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, Softmax, to_json
+from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, to_json
 from longattn.cost import flops, step, topology
 from longattn.cost.sequence import problem, strategies, timeline
 from longattn.cost.topology import Topology
@@ -61,7 +61,7 @@ class PlanOptions:
             raise ValueError(f"search={self.search} and strategies={self.strategies}: ask for one of them at a time")
         if self.search == "min-devices" and self.mesh.size > 1:
             raise ValueError(f"search=min-devices chooses the mesh for each machine: leave {self.mesh=} out")
-        if self.strategies is not None and not any(isinstance(mixer, Softmax) for mixer in self.model.layers):
+        if self.strategies is not None and not problem.layers_of(self.model, self.data.T, 1):
             mixers = sorted({type(mixer).__name__ for mixer in self.model.layers})
             raise ValueError(
                 f"strategies={self.strategies} for {mixers}: strategies spread softmax attention, of which there is "

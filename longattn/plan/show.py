@@ -270,5 +270,5 @@ def page(document: Mapping[str, Any]) -> str:
     """Renders the plan as a self-contained HTML page."""
     folder = resources.files("longattn.plan")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(folder.joinpath("page.html.j2").read_text())
+    template = environment.from_string(folder.joinpath("page.html.j2").read_text(encoding="utf-8"))
     return template.render(document=document, show=globals(), style=style())

@@ -20,7 +20,7 @@ from longattn import config
 from longattn.bench.timing import fit_exponent, interleave
 from longattn.cost import flops
 from longattn.environment import available_memory
-from longattn.models import MIXERS, bytes_read_per_token, sequential_steps, state_elements
+from longattn.models import bytes_read_per_token, module_of, sequential_steps, state_elements
 from longattn.study.presets import CostPlan
 from longattn.study.store import Badge, Number, Store
 from longattn.study.units import Unit
@@ -61,7 +61,7 @@ def _at(plan: CostPlan, T: int) -> list[Way]:
 def _programs(plan: CostPlan, way: Way, B: int, T: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Compiles forward and forward + backward of one layer; returns the programs with their arguments."""
     model = _model(plan, way)
-    module = MIXERS[type(way.mixer).__name__](way.mixer, model, way.context)
+    module = module_of(way.mixer)(way.mixer, model, way.context)
     x = jax.random.normal(jax.random.key(T), (B, T, WIDTH), jnp.dtype(plan.dtype))
     params = module.init(jax.random.key(0), x[:, :1])
 
@@ -153,10 +153,7 @@ def _share(plan: CostPlan) -> Iterable[Number]:
         if way.same_as is None:
             for T in plan.share_lengths:
                 model = config.Model(**{**vars(SEVEN_BILLION), "mixers": (way.mixer,)})
-                try:
-                    share = flops.attention_share(model, T)
-                except KeyError:
-                    continue
+                share = flops.attention_share(model, T)
                 yield Number("cost", "attention_share", way.name, share, "share", "predicted", {"T": T})
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from longattn import config
 from longattn.cost import hardware
-from longattn.models import MIXERS
+from longattn.models import module_of
 from longattn.study.presets import MemoryPlan
 from longattn.study.store import Number, Store
 from longattn.study.units import Clock, Unit
@@ -173,7 +173,7 @@ def _parts(plan: MemoryPlan, way: Way, remat: str, total: int, number: Callable[
 
 def _layer_scratch(cfg: config.Config, way: Way) -> int:
     """Returns the scratch bytes of one mixer, forward and backward, at the config's shapes."""
-    module = MIXERS[type(way.mixer).__name__](way.mixer, cfg.model, way.context)
+    module = module_of(way.mixer)(way.mixer, cfg.model, way.context)
     x = jax.ShapeDtypeStruct(
         (cfg.data.B, cfg.data.T, cfg.model.E),
         np.dtype(cfg.model.dtype) if cfg.model.dtype == "float32" else jax.numpy.bfloat16,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from longattn import config
 from longattn.config import MQAR, ByteLM, Needle
+from longattn.models import MIXERS
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Preset:
     pod: PodPlan = PodPlan()
 
 
-_FAMILY = tuple(cls.__name__ for cls in get_args(config.Mixer) if cls is not config.Softmax)
+_FAMILY = tuple(name for name in MIXERS if name != "Softmax")
 
 
 def _but(*names: str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Part 4, over devices: the cost of sharding attention along the sequence, counted from the strategies' schedules.
 
-Nothing runs: see `longattn.cost.sequence` and `longattn profile --sequence`.
+Nothing runs: see `longattn.cost.sequence` and `longattn profile sequence`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _numbers(plan: SequencePlan, clock: Clock) -> Iterable[Number]:
     note = f"by formula: T = {plan.T:,}, {plan.H} heads, {plan.K} of keys, D = {plan.D}, bfloat16, causal"
     for i, name in enumerate(plan.machines):
         where = topology.parse(name)
-        command = f"longattn profile --sequence --topology {name} --T {plan.T} --H {plan.H} --K {plan.K} --D {plan.D}"
+        command = f"longattn profile sequence --topology {name} --T {plan.T} --H {plan.H} --K {plan.K} --D {plan.D}"
         number = functools.partial(Number, "sequence", way="", badge="predicted", note=note, command=command)
         for row in compare({problem: 1}, where.size, machine(where)):
             way = Way(row["strategy"], row["layout"], tuple(row["sizes"]))

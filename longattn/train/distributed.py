@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from longattn import launch
+from longattn.compat import coordination_client
 from longattn.train import record
 
 _WAIT = 24 * 3600 * 1000  # ms at a barrier: heartbeats find a process that never comes
@@ -47,7 +48,7 @@ def initialize(found: launch.Launch) -> None:
     sys.stdout.flush()
     results = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(results, "w", buffering=1)
+    sys.stdout = os.fdopen(results, "w", 1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     # The preemption service's handler would swallow a SIGTERM that comes before training listens for it.
     jax.config.update("jax_enable_preemption_service", False)
     waits = {"initialization_timeout": found.connect, "heartbeat_timeout_seconds": found.heartbeat}
@@ -80,13 +81,6 @@ def _insist_on_port(coordinator: str) -> None:
             ) from error
 
 
-def _client() -> Any:
-    """Returns the client of JAX's coordination service. JAX has no public way to its barriers; orbax uses this one."""
-    from jax._src.distributed import global_state
-
-    return global_state.client
-
-
 _blocks = itertools.count()  # all processes enter the same blocks in the same order
 
 
@@ -108,7 +102,7 @@ def consensus() -> Iterator[dict[str, Any]]:
         yield facts
     except Exception as mine:
         error = mine
-    client, key, me = _client(), f"longattn/{next(_blocks)}", jax.process_index()
+    client, key, me = coordination_client(), f"longattn/{next(_blocks)}", jax.process_index()
     outcome = {"facts": json.loads(json.dumps(facts)), "error": error and " ".join(str(error).split())}
     client.key_value_set(f"{key}/{me}", json.dumps(outcome))
     client.wait_at_barrier(key, _WAIT)
@@ -139,7 +133,7 @@ def leave(code: int) -> int:
     launch.settle(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    if code != launch.LOST and (client := _client()) is not None:
+    if code != launch.LOST and (client := coordination_client()) is not None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             client.wait_at_barrier("longattn/leave", 5000)
     os._exit(code)

@@ -231,13 +231,13 @@ def _insist_finite(config: Config, step: int, metrics: dict[str, float], checkpo
 
 
 def ideal_seconds(config: Config, documents: Mapping[int, float]) -> float | None:
-    """Returns the seconds of one step at the devices' peak rate, or None where the peak or a mixer's cost is unknown.
+    """Returns the seconds of one step at the devices' peak rate, or None where the peak is not known.
 
     Counts model FLOPs: attention over the visible pairs of its mask and the packed `documents` (as in
     `flops.step_flops`), and no rematerialisation.
     """
     peak = hardware.detect().peak_flops
-    if not peak or not flops.known(config.model):
+    if not peak:
         return None
     return flops.step_flops(config, documents) / (peak * config.mesh.size)
 

@@ -1,16 +1,15 @@
-"""Tests of longattn.models.mixers: state sizes, and attention_fn within Flax's own module."""
+"""Tests of longattn.models.mixers: state sizes, and how Softmax reads its config."""
 
-import functools
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longattn.config import Model, Softmax
+from longattn.config import GatedDeltaNet, Model, Softmax, mixer_classes
 from longattn.mask import Causal, Chunked, Dilated, Full, Global, Prefix, Window
-from longattn.models import MIXERS, Context, attention_fn, bytes_read_per_token, sequential_steps, state_elements
+from longattn.models import MIXERS, Context, bytes_read_per_token, module_of, sequential_steps, state_elements
+from longattn.models.mixer import specs
+from longattn.ops.calls import AttentionCall, ConvolutionCall, LinearCall
 
 MODEL = Model(E=12, H=6, K=2, D=4)  # keys and values of a token: 2 * 2 * 4 = 16 elements
 
@@ -71,53 +70,33 @@ def test_no_state():
         MIXERS["Softmax"](Softmax(), MODEL, None).init(jax.random.key(0), x, None, None, {"cache": 1})
 
 
-def module(**kwargs):
-    return nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=20, **kwargs)
+def test_what_softmax_calls():
+    mask = Causal() & Window(9)
+    (call,) = module_of(Softmax()).calls(Softmax(mask=mask, sinks=True, softcap=3.0), MODEL, 40)
+    assert call == AttentionCall(T=40, H=6, K=2, D=4, dtype="bfloat16", mask=mask, scale=0.5, softcap=3.0, sinks=True)
+    assert (call.shared(2).H, call.shared(2).heads, call.keys, call.values) == (3, 1, 40, 4)
 
 
-@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
-def test_flax_attention_fn_equals_flax(batch):
-    x = jax.random.normal(jax.random.key(0), (*batch, 7, 12))
-    ours = module(attention_fn=functools.partial(attention_fn, implementation="reference"))
-    params = ours.init(jax.random.key(1), x)
-    theirs = module()
-    for mask, dense in ((None, None), (Causal(), nn.make_causal_mask(jnp.ones((*batch, 7))))):
-        np.testing.assert_allclose(
-            ours.apply(params, x, mask=mask), theirs.apply(params, x, mask=dense), rtol=1e-5, atol=1e-6
-        )
-    grads = [jax.grad(lambda p, m=m: jnp.sum(m.apply(p, x) ** 2))(params) for m in (ours, theirs)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *grads)
+def test_what_a_gated_delta_net_calls():
+    *convolutions, call = module_of(GatedDeltaNet()).calls(GatedDeltaNet(V=5), MODEL, 40)
+    assert call == LinearCall(T=40, Hq=2, Hk=2, Hv=6, D=4, V=5, decay="scalar", delta=True, dtype="bfloat16")
+    assert convolutions == [
+        ConvolutionCall(T=40, H=H, D=D, taps=4, dtype="bfloat16") for H, D in ((2, 4), (2, 4), (6, 5))
+    ]
+    assert (call.shared(2).Hq, call.shared(3).Hq, call.shared(3).Hv) == (1, 2, 2)  # 3 devices do not divide 2 heads
 
 
-def test_flax_bias_and_dtype():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 7, 4, 5))
-    bias = jax.random.normal(jax.random.key(1), (4, 7, 7))[None]
-    got = attention_fn(q, k, v, bias, implementation="reference")
-    np.testing.assert_allclose(got, nn.dot_product_attention(q, k, v, bias), rtol=1e-5, atol=1e-6)
-    got = attention_fn(q[:, None], k[:, None], v[:, None], bias[:, None], implementation="reference")[:, 0]
-    np.testing.assert_allclose(got, nn.dot_product_attention(q, k, v, bias), rtol=1e-5, atol=1e-6)
-    assert attention_fn(q, k, v, dtype=jnp.bfloat16, implementation="reference").dtype == jnp.bfloat16
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_parameter_has_a_sharding(name):
+    mixer = mixer_classes()[name]()
+    module = module_of(mixer)
+    assert specs(module, mixer, MODEL).keys() == module.parameters(mixer, MODEL).keys()
+    assert module.decay_free(mixer, MODEL) <= module.parameters(mixer, MODEL).keys()
 
 
-def test_flax_packing_by_partial():
-    x = jax.random.normal(jax.random.key(0), (1, 7, 12))
-    segment_ids = jnp.array([[1, 1, 1, 2, 2, 2, 2]], jnp.int32)
-    packed = module(attention_fn=functools.partial(attention_fn, implementation="reference", segment_ids=segment_ids))
-    alone = module(attention_fn=functools.partial(attention_fn, implementation="reference"))
-    params = alone.init(jax.random.key(1), x)
-    np.testing.assert_allclose(packed.apply(params, x)[:, 3:], alone.apply(params, x[:, 3:]), rtol=1e-5, atol=1e-6)
+def test_a_config_without_a_module_is_refused():
+    class Unknown(Softmax):
+        pass
 
-
-def test_flax_refusals():
-    x = jnp.ones((2, 7, 12))
-    ours = module(attention_fn=attention_fn)
-    params = module().init(jax.random.key(1), x)
-    with pytest.raises(ValueError, match=r"longattn mask, such as mask=Causal\(\)"):
-        ours.apply(params, x, mask=nn.make_causal_mask(jnp.ones((2, 7))))
-    dropping = module(attention_fn=attention_fn, dropout_rate=0.5)
-    with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.5"):
-        dropping.apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
-    with pytest.raises(NotImplementedError, match="sown"):
-        ours.apply(params, x, sow_weights=True)
-    with pytest.raises(NotImplementedError, match="einsum"):
-        module(attention_fn=attention_fn, qk_attn_weights_einsum_cls=lambda: jnp.einsum).apply(params, x)
+    with pytest.raises(ValueError, match=r"mixer 'Unknown' must be in longattn.models.MIXERS; known: Softmax"):
+        module_of(Unknown())

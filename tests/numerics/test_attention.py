@@ -89,8 +89,8 @@ def test_queries_and_keys_in_parts_may_be_of_two_lengths() -> None:
 
 
 def test_wrong_partials_fail(monkeypatch) -> None:
-    def light(q, k, v, visibility, options):
-        out, lse = xla.attend(q, k, v, visibility, options)
+    def light(q, k, v, bias, visibility, *rest):
+        out, lse = xla.attend(q, k, v, bias, visibility, *rest)
         return out, lse + 1e-3 * (visibility.k_positions[0, 0] > 0)  # the second shard weighs more
 
     def steep(*arguments):

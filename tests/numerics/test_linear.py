@@ -52,12 +52,12 @@ def test_a_wrong_state_and_a_wrong_gradient_fail(monkeypatch) -> None:
 
     heavier.defvjp(lambda x: (x, None), lambda _, g: (g * 1.001,))
 
-    def forgetful(q, k, v, log_decay, beta, *rest):
-        out, state = xla.attend(q, k, v, log_decay, beta, *rest)
+    def forgetful(*arguments):
+        out, state = xla.attend(*arguments)
         return out, state * 1.001
 
-    def steep(q, k, v, log_decay, *rest):
-        return xla.attend(q, k, v, heavier(log_decay), *rest)
+    def steep(x, *rest):
+        return xla.attend(x._replace(log_decay=heavier(x.log_decay)), *rest)
 
     for name, wrong in (
         ("xla", []),
@@ -98,12 +98,11 @@ def test_states_alone_are_a_textbooks(decay, delta, dtype) -> None:
 
 
 def test_a_wrong_fold_and_a_wrong_pull_fail(monkeypatch) -> None:
-    def no_columns(k, v, log_decay, beta, S, ids, options):
-        state = xla.fold(k, v, log_decay, beta, S, ids, options)
-        return state.at[..., v.shape[3] :].multiply(1.001)
+    def no_columns(x, *rest):
+        return xla.fold(x, *rest).at[..., x.v.shape[3] :].multiply(1.001)
 
-    def refuse(q, k, v, *_):
-        if v.shape[3] > STATE.V:
+    def refuse(x, options):
+        if x.initial_state.shape[3] > STATE.V:
             raise NotImplementedError("too wide")
 
     problem = dataclasses.replace(STATE, decay="scalar", delta=True)

@@ -85,7 +85,7 @@ class Case:
         return "strategy='balanced' is for causal masks" if strategy == "balanced" and self.mask in later else None
 
 
-FEATURES = {  # heading of a column, what a case of it has
+FEATURES = {  # heading of a row, what a case of it has
     "causal": {"mask": "causal"},
     "window": {"mask": "window"},
     "two-sided window": {"mask": "two-sided window"},
@@ -156,10 +156,9 @@ def sample() -> list[Case]:
 
 
 def table() -> str:
-    """What each strategy serves over each layout, and the reasons of refusals below."""
+    """Markdown: what each strategy serves over each layout, and the reasons of refusals below."""
     reasons: list[str] = []
-    lines = ["| strategy | layout | " + " | ".join(FEATURES) + " |", "|---" * (2 + len(FEATURES)) + "|"]
-    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    columns: dict[tuple[str, tuple[str, ...]], list[str]] = {}  # strategy and cells: the layouts that share them
     for row in ROWS:
         cells = []
         for feature in FEATURES.values():
@@ -167,9 +166,14 @@ def table() -> str:
             if reason and reason not in reasons:
                 reasons.append(reason)
             cells.append(f"no ({reasons.index(reason) + 1})" if reason else "yes")
-        groups.setdefault((row[0], tuple(cells)), []).append(row[1])
-    for (strategy, cells), layouts in groups.items():
-        lines.append(f"| `{strategy}` | {', '.join(layouts)} | {' | '.join(cells)} |")
+        columns.setdefault((row[0], tuple(cells)), []).append(row[1])
+    layouts = len({layout for _, layout in ROWS})
+    heads = [
+        f"`{strategy}`" + ("" if len(some) == layouts else f", {', '.join(some)}")
+        for (strategy, _), some in columns.items()
+    ]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    lines += [f"| {feature} | {' | '.join(cells[i] for _, cells in columns)} |" for i, feature in enumerate(FEATURES)]
     return "\n".join([*lines, "", "; ".join(f"({i}) {reason}" for i, reason in enumerate(reasons, 1)) + "."])
 
 

@@ -91,8 +91,7 @@ def test_a_new_mixer_joins_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path:
     class Nothing(config.Softmax):
         pass
 
-    monkeypatch.setitem(MIXERS, "Nothing", object)
-    monkeypatch.setattr(config, "Nothing", Nothing, raising=False)
+    monkeypatch.setitem(MIXERS, Nothing.__name__, MIXERS["Softmax"])
     store, quick, full = Store(tmp_path / FILE), PRESETS["quick"], PRESETS["full"]
     assert ways.ways((16,))[-1].name == "nothing"
     for units, name in ((memory.units, "memory"), (recall.units, "recall"), (context.units, "context")):

@@ -109,7 +109,7 @@ def test_clipping_bounds_the_first_moment() -> None:
 
 
 def test_decay_is_on_matrices_only() -> None:
-    flat = jax.tree_util.tree_flatten_with_path(decays(fresh().params))[0]
+    flat = jax.tree_util.tree_flatten_with_path(decays(fresh().params, CONFIG.model))[0]
     marks = {jax.tree_util.keystr(path, simple=True, separator="/"): mark for path, mark in flat}
     assert marks["embedding"]
     assert all(mark != path.endswith("scale") for path, mark in marks.items()), marks

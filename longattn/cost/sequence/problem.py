@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from longattn.config import Mesh, Model, Softmax
+from longattn.config import Mesh, Model
 from longattn.config.mesh import LayoutName
 from longattn.mask import Causal, Mask
+from longattn.models.mixers import calls
+from longattn.ops.calls import AttentionCall
 from longattn.parallel.attention import STRATEGIES, strategy_on
 from longattn.parallel.layout import SequenceLayout
 from longattn.parallel.strategy import Call
@@ -136,18 +137,20 @@ def check(problem: Problem, way: Way) -> Call:
 
 
 def layers_of(model: Model, T: int, rows: int, tensor: int = 1) -> dict[Problem, int]:
-    """The attention of a model's layers of Softmax, and how many layers have it, for the devices along the sequence.
+    """The calls of attention that a model's layers make on the devices along the sequence, and how many make each.
 
     Args:
-      model: of Softmax mixers.
+      model: whose layers are counted.
       T: tokens of a sequence.
       rows: sequences of a micro-batch that these devices share.
       tensor: devices among which heads are divided.
     """
-    problem = functools.partial(
-        Problem, T=T, H=model.H // tensor, K=model.K // tensor, D=model.D, B=rows, dtype=model.dtype
-    )
-    return Counter(problem(mask=mixer.mask) for mixer in model.layers if isinstance(mixer, Softmax))
+    found = (call for mixer in model.layers for call in calls(mixer, model, T, AttentionCall))
+    return Counter(_problem(call.shared(tensor), rows) for call in found)
+
+
+def _problem(call: AttentionCall, rows: int) -> Problem:
+    return Problem(T=call.T, H=call.H, K=call.heads, D=call.D, V=call.V, B=rows, dtype=call.dtype, mask=call.mask)
 
 
 def way_of(mesh: Mesh) -> Way:

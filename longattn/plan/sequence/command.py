@@ -1,4 +1,4 @@
-"""`longattn profile --sequence [STRATEGY]`: load, bytes and time of one layer's attention spread over a machine."""
+"""`longattn profile sequence [STRATEGY]`: load, bytes and time of one layer's attention spread over a machine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _HELP = "all: compare the strategies; one of them: its schedule. " + "; ".join(
 class SequenceOptions:
     """What it costs to spread one layer's attention over all devices of a machine along the sequence: by formula."""
 
-    sequence: str = field(default="all", metadata={"help": _HELP})
+    strategy: str = field(default="all", metadata={"help": _HELP})
     layout: LayoutName = "contiguous"  # of the schedule that is shown
     topology: str = "v5e:2x4"  # the machine, as for `longattn plan`
     T: int = 131_072  # tokens of a sequence
@@ -56,16 +56,14 @@ class SequenceOptions:
     json: bool = False  # print one JSON document instead of the tables
 
     def __post_init__(self) -> None:
-        if self.sequence not in (names := ("all", *STRATEGIES)):
-            raise ValueError(
-                f"sequence={self.sequence!r} must be one strategy, or all; {suggest(self.sequence, names)}"
-            )
+        if self.strategy not in (names := ("all", *STRATEGIES)):
+            raise ValueError(f"strategy={self.strategy!r} must be a strategy, or all; {suggest(self.strategy, names)}")
         where = topology.parse(self.topology)
         machine(where, self.efficiency, self.latency)
         if where.size < 2:
             raise ValueError(f"topology={self.topology!r} has one device: nothing is spread over it")
-        if self.measure and self.sequence == "all":
-            raise ValueError("measure compiles the programs of one strategy: name it, such as --sequence ring")
+        if self.measure and self.strategy == "all":
+            raise ValueError("measure compiles the programs of one strategy: name it, such as profile sequence ring")
         if self.measure and self.dtype == "bfloat16":
             raise ValueError("measure needs --dtype float16 or float32: XLA for CPUs sends bfloat16 as float32")
 
@@ -89,7 +87,7 @@ def run(options: SequenceOptions, console: Console | None = None) -> dict[str, A
         "problem": {**asdict(options.problem), "mask": str(options.mask)},
         "machine": asdict(machine(where, options.efficiency, options.latency)),
     }
-    if options.sequence == "all":
+    if options.strategy == "all":
         rows = compare({options.problem: 1}, where.size, machine(where, options.efficiency, options.latency))
         document |= {"rows": rows, "recommended": recommended(rows)}
     else:
@@ -107,12 +105,12 @@ def run(options: SequenceOptions, console: Console | None = None) -> dict[str, A
 def _one(options: SequenceOptions, where: topology.Topology) -> dict[str, Any]:
     """One way's schedule, messages and time."""
     problem, P = options.problem, where.size
-    candidates = [way for way in ways(P, options.K) if way.strategy == options.sequence]
+    candidates = [way for way in ways(P, options.K) if way.strategy == options.strategy]
     if not candidates:
         raise ValueError(
-            f"{P} devices cannot be divided into a ring and an all-to-all of at least two each for {options.sequence}"
+            f"{P} devices cannot be divided into a ring and an all-to-all of at least two each for {options.strategy}"
         )
-    way = Way(options.sequence, options.layout, candidates[0].sizes)
+    way = Way(options.strategy, options.layout, candidates[0].sizes)
     found, passes = load(problem, way), traffic(problem, way)
     counted = _measured(options, way) if options.measure else None
     usual = units(way.strategy, P, options.H // options.K)

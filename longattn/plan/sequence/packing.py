@@ -14,7 +14,6 @@ import numpy as np
 
 from longattn import config
 from longattn.config.mesh import LayoutName
-from longattn.cost.pairs import of_distance
 from longattn.mask import Causal, Mask
 from longattn.parallel.layout import SequenceLayout
 from longattn.tasks import bytelm
@@ -28,7 +27,7 @@ def document_work(mask: Mask, n: int) -> np.ndarray:
     Raises:
       ValueError: for a mask that is no rule of q - k.
     """
-    if not of_distance(mask):
+    if not mask.is_relative:
         raise ValueError(f"{mask=} must be a rule of q - k, such as Causal() & Window(1024), for packed documents")
     d = np.arange(1 - n, n)
     seen = np.concatenate([[0], np.cumsum(np.asarray(mask(d, np.zeros_like(d)), np.int64))])

@@ -7,9 +7,8 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
-from longattn.config import Mixer
+from longattn.models import MIXERS
 from longattn.study.store import FILE, Number, Store
 
 Cell = Number | str | None
@@ -49,7 +48,7 @@ class Table:
 def way_title(way: str) -> str:
     """Returns a way's title."""
     name, _, size = way.partition("_")
-    known = {cls.__name__.lower(): cls.__name__ for cls in get_args(Mixer)}
+    known = {name.lower(): name for name in MIXERS}
     known |= {"exact": "exact, blockwise", "dense": "exact, dense", "window": f"window {size}".strip()}
     return known.get(name, way.replace("_", " "))
 

@@ -28,7 +28,7 @@ VERSION = 1
 
 
 def _template() -> jinja2.Template:
-    text = resources.files("longattn.study.report").joinpath("page.html.j2").read_text()
+    text = resources.files("longattn.study.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(text, globals={"style": style()})
 

@@ -1,4 +1,4 @@
-"""Named Pallas kernels for `longattn profile --static gpu`: the function, its shapes, its blocks.
+"""Named Pallas kernels for `longattn profile kernel --target gpu`: the function, its shapes, its blocks.
 
 Peers: jax's `attention_mgpu` (`jax.experimental.pallas.ops.gpu`), after FlashAttention-3 (arXiv:2407.08608), and
 tokamax's attention on Mosaic GPU (github.com/openxla/tokamax).

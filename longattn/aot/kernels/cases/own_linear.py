@@ -18,7 +18,7 @@ from longattn.aot.kernels.cases.kernel import F32, Branch, Case, Kernel, row
 from longattn.aot.kernels.cases.shape import Shape
 from longattn.ops.linear import linear_attention
 from longattn.ops.linear.pallas_tpu import Tuning
-from longattn.ops.linear.pallas_tpu.tuning import HEADS, choose
+from longattn.ops.linear.pallas_tpu.tuning import HEADS, Problem, choose
 
 _BF16 = 2  # bytes
 
@@ -74,11 +74,10 @@ def _cotangents(shape: Shape) -> list[jax.ShapeDtypeStruct]:
 
 
 def _kernel(shape: Shape, backward: bool) -> tuple[Kernel, ...]:
-    heads = shape.key_heads, shape.key_heads, shape.H
-    chunk, span, block_h, _ = choose(
-        _tuning(shape), 1, shape.H, heads, shape.T, shape.D, shape.values, _BF16, _decay(shape), _delta(shape)
-    )
-    groups, spans = shape.H // block_h, -(-shape.T // (chunk * span))
+    heads, kind = (shape.H, shape.key_heads, shape.key_heads, shape.H), (_decay(shape), _delta(shape))
+    problem = Problem(1, *heads, shape.T, shape.D, shape.values, *kind, jnp.dtype(jnp.bfloat16))
+    chunk, span, block_H, _ = choose(problem, _tuning(shape))
+    groups, spans = shape.H // block_H, -(-shape.T // (chunk * span))
     number = row(chunk) // _BF16 * F32 / chunk  # bytes per token; chunks are padded to whole registers
     decay = {"none": 0, "scalar": number, "vector": row(shape.D) // _BF16 * F32}[_decay(shape)]
     own = shape.H * (decay + number * _delta(shape))  # log_decay and beta
