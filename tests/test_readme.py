@@ -105,7 +105,8 @@ def targets() -> set[str]:
 @BY_PAGE
 def test_make_targets_exist(page):
     named = re.findall(r"(?:^|`)make ((?:[a-z-]+ ?)+)", PAGES[page].read_text(), re.MULTILINE)
-    assert {word for words in named for word in words.split()} <= targets()
+    if page != "CHANGELOG.md":  # its old targets are gone
+        assert {word for words in named for word in words.split()} <= targets()
 
 
 @BY_PAGE

@@ -1,4 +1,4 @@
-"""One dataclass for each way to attend: what `Model.mixers` holds."""
+"""One dataclass for each mixer: the values that `Model.mixers` holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longattn.config.checks import above_zero, increasing, positive
 
 @dataclass(frozen=True)
 class RoPE:
-    """Rotary position embedding (arXiv:2104.09864) and how it is stretched to longer contexts."""
+    """Rotary position embedding (arXiv:2104.09864) and its scaling to longer contexts."""
 
     base: float = 10_000.0  # period base: angle of pair i at position p is p * base ** (-2 i / D)
     scaling: Literal["none", "linear", "yarn"] = "none"  # linear: arXiv:2306.15595; yarn: arXiv:2309.00071
@@ -73,7 +73,7 @@ class Performer(Mixer):
     """Softmax estimated with positive orthogonal random features, FAVOR+ (arXiv:2009.14794)."""
 
     features: int = 256  # random features of a head
-    seed: int = 0  # of the features, which are no parameters
+    seed: int = 0  # draws the features, which are no parameters
     eps: float = 1e-6  # added to the sum of weights that divides the output
 
     def __post_init__(self) -> None:
@@ -98,8 +98,8 @@ class RetNet(Mixer):
     """Retention: a fixed decay per head (arXiv:2307.08621)."""
 
     V: int | None = None  # size of a value head; None: 2 * Model.D
-    fastest: float = 1 / 32  # what the first head forgets per token
-    slowest: float = 1 / 512  # what the last head forgets per token; those between in equal ratios
+    fastest: float = 1 / 32  # share of the state that the first head forgets per token
+    slowest: float = 1 / 512  # the same for the last head; heads between are spaced in equal ratios
     rope: RoPE | None = RoPE()  # None: no position encoding but the decay
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ class GLA(Mixer):
     """Gated linear attention: a decay per channel that depends on the token (arXiv:2312.06635)."""
 
     D: int | None = None  # size of a query/key head; None: Model.D / 2
-    rank: int = 16  # of the decay's projection
+    rank: int = 16  # rank of the decay's projection
     temperature: float = 16.0  # decays are sigmoid(.) ** (1 / temperature)
 
     def __post_init__(self) -> None:
@@ -127,10 +127,10 @@ class GLA(Mixer):
 class Mamba2(Mixer):
     """State-space duality: a decay per head that depends on the token (arXiv:2405.21060)."""
 
-    expand: int = 2  # heads, in multiples of Model.H
+    expand: int = 2  # heads per head of Model.H
     state: int = 128  # size of a query/key head: the paper's N
     groups: int = 1  # query/key heads
-    taps: int = 4  # of the short convolutions
+    taps: int = 4  # taps of the short convolutions
     steps: tuple[float, float] = (1e-3, 0.1)  # range of the step size at initialisation, log-uniform
     rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
 
@@ -144,7 +144,7 @@ class GatedDeltaNet(Mixer):
     """The delta rule with a decay per head that depends on the token (arXiv:2412.06464)."""
 
     V: int | None = None  # size of a value head; None: 2 * Model.D
-    taps: int = 4  # of the short convolutions
+    taps: int = 4  # taps of the short convolutions
     steps: tuple[float, float] = (1e-3, 0.1)  # range of the step size at initialisation, log-uniform
     rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
 
@@ -158,8 +158,8 @@ class KimiDeltaAttention(Mixer):
     """The delta rule with a decay per channel that depends on the token (arXiv:2510.26692)."""
 
     V: int | None = None  # size of a value head; None: Model.D
-    rank: int | None = None  # of the projections of decay and output gate; None: Model.D
-    taps: int = 4  # of the short convolutions
+    rank: int | None = None  # rank of the projections of decay and output gate; None: Model.D
+    taps: int = 4  # taps of the short convolutions
     steps: tuple[float, float] = (1e-3, 0.1)  # range of the step size at initialisation, log-uniform
     rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
 

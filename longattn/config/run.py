@@ -1,4 +1,4 @@
-"""The optimiser, the run, and the whole that `longattn train` takes."""
+"""The configs of the optimiser and of the run, and the whole config that `longattn train` takes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Optimiser:
     clip: float = 1.0  # global gradient norm is clipped to this; 0 turns clipping off
     accumulate: int = 1  # micro-batches per step; must divide data.B
     z_loss: float = 0.0  # weight of the mean squared log-partition
-    loss_chunk: int = 512  # tokens whose logits exist at once
+    loss_chunk: int = 512  # number of tokens whose logits exist at once
 
     def __post_init__(self) -> None:
         positive(self, "accumulate", "loss_chunk")
@@ -38,12 +38,12 @@ class Optimiser:
 
 @dataclass(frozen=True)
 class Run:
-    """How long, how often, and where."""
+    """How long a training runs, what it writes when, and where."""
 
     name: str = "run"  # the folder under `dir`
     dir: str = "runs"  # parent of the run's folder
     steps: int = 1000  # optimiser steps
-    seed: int = 0  # of the parameters and of the data order
+    seed: int = 0  # draws the parameters and the data order
     log_every: int = 10  # steps between lines of metrics
     eval_every: int = 250  # steps between evaluations; 0: only at the end
     eval_batches: int = 16  # batches of an evaluation; 0: the whole held-out set

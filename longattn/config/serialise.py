@@ -1,4 +1,4 @@
-"""Configs as JSON: `to_json` and `from_json` round-trip a `Config` with a version and class names."""
+"""Configs as JSON: `from_json` restores what `to_json` writes, a version and objects with class names."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What attention and models cost, by formula: visible pairs, FLOPs, parameters, bytes of training state.
+"""Formulas for the cost of attention and of models: FLOPs, parameters, bytes of training state.
 
-Conventions. A multiply-add is 2 FLOPs; only matrix products count. Attention costs its visible (query, key) pairs, so
-causal attention counts half of T x T, whatever a kernel computes besides. Training is forward + backward;
-recomputation (blockwise attention's own, or a remat policy's) is listed apart and is no part of the MFU.
-(Megatron-LM, arXiv:2104.04473, and PaLM, arXiv:2204.02311 appendix B, count all T x T: their figures are higher.)
+A multiply-add is 2 FLOPs, and only matrix products count. Attention is charged for its visible (query, key) pairs, so
+causal attention counts half of T x T, whatever a kernel computes besides. Training is forward + backward.
+Recomputation, by blockwise attention or by a remat policy, is listed apart and is no part of the MFU. Megatron-LM
+(arXiv:2104.04473) and PaLM (arXiv:2204.02311, appendix B) count all of T x T: their figures are higher.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from longattn.ops.calls import AttentionCall, Call, ConvolutionCall, LinearCall
 
 @dataclass(frozen=True)
 class AttentionFlops:
-    """FLOPs of softmax attention itself: no projections."""
+    """FLOPs of softmax attention without projections."""
 
     forward: float  # q k^T and p v: 2 pairs H (D + V)
     backward: float  # dv, dp, dq, dk: twice the forward
-    recompute: float  # q k^T once more, by a backward pass that has kept only out and lse; no part of the MFU
+    recompute: float  # q k^T again, in a backward pass that kept only out and lse; no part of the MFU
 
 
 def attention_flops(pairs: float, H: int, D: int, V: int | None = None) -> AttentionFlops:
@@ -39,10 +39,10 @@ def attention_flops(pairs: float, H: int, D: int, V: int | None = None) -> Atten
 class Flops:
     """FLOPs by part of the model."""
 
-    attention: float  # what the visible pairs cost
-    projections: float  # q, k, v and out
+    attention: float  # the mixers' calls and their own products; of softmax attention the visible pairs
+    projections: float  # the mixers' matrices, such as q, k, v and out
     mlp: float
-    head: float  # of the vocabulary; the embedding is a look-up
+    head: float  # the product with the vocabulary; the embedding is a look-up
 
     @property
     def total(self) -> float:
@@ -104,8 +104,8 @@ def flops_per_token(model: Model, T: int, *, training: bool = True, documents: I
 def step_flops(config: Config, documents: Mapping[int, float] | None = None) -> float:
     """FLOPs of one training step over all devices, recomputation left out.
 
-    `documents`: how many documents of each length a row holds on average, for attention sees no further; None is one
-    of T tokens. Padding is counted where it is computed, outside attention.
+    `documents`: how many documents of each length a row holds on average, since attention sees no further. None means
+    one document of T tokens. Padding counts outside attention, where it is computed.
     """
     model, T = config.model, config.data.T
     flops = forward_flops(model, T)
@@ -120,9 +120,9 @@ def step_flops(config: Config, documents: Mapping[int, float] | None = None) -> 
 
 
 def attention_share(model: Model, T: int, *, head: bool = True) -> float:
-    """Attention's part of the FLOPs of the whole model at length T, in [0, 1]; head=False: of its layers alone.
+    """Attention's share of the FLOPs of the whole model at length T, in [0, 1]; head=False: of its layers alone.
 
-    Forward and training have the same shares: the backward pass is twice the forward in every part.
+    Forward and training have the same shares, since the backward pass is twice the forward in every part.
     """
     flops = forward_flops(model, T)
     return flops.attention / (flops.total - (0 if head else flops.head))
@@ -160,7 +160,7 @@ def parameters(model: Model) -> Parameters:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes that training holds whatever the batch and the length."""
+    """Bytes that training holds at any batch size and length."""
 
     parameters: int  # float32
     optimiser: int  # AdamW's two moments, float32

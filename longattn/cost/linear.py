@@ -1,4 +1,4 @@
-"""Linear attention's part of a step by formula: what its kernels for TPUs compute, what devices send each other.
+"""Formulas for linear attention's part of a step: FLOPs of its TPU kernels, messages between devices, buffers.
 
 The mixers' modules state their calls of linear attention and of short convolutions, and what XLA keeps beside them.
 """
@@ -31,7 +31,7 @@ class Recurrence:
 
     call: LinearCall
     channels: tuple[int, ...]  # of each short convolution
-    taps: int  # of each; 1: there are none
+    taps: int  # the number of taps of each; 1: there are none
 
 
 def _calls[C: LinearCall | ConvolutionCall](mixer: Mixer, model: Model, tensor: int, kind: type[C]) -> list[C]:
@@ -56,7 +56,7 @@ def known(mixer: Mixer, model: Model) -> bool:
 
 
 def _call(r: LinearCall, T: int, V: int, dtype: Any) -> Call:
-    """Of one sequence of T tokens, with values of V numbers."""
+    """The kernels' call for one sequence of T tokens and value heads of size V."""
     return plan_call(Problem(1, r.H, r.Hq, r.Hk, r.Hv, T, r.D, V, r.decay, r.delta, dtype), r.scale)
 
 
@@ -176,9 +176,9 @@ def peaks(mixer: Mixer, model: Model, T: int, tensor: int, piece: float) -> dict
 
 
 def sums(mixer: Mixer, model: Model) -> int:
-    """How many arrays [tokens, E] of the compute dtype the devices of `tensor` sum in a mixer's backward pass.
+    """The number of arrays [tokens, E] of the compute dtype that `tensor` devices sum in a mixer's backward pass.
 
-    XLA sums the gradient of each matrix's input by itself; those of numbers per head are float32.
+    XLA sums the gradient of each matrix's input by itself. Those of matrices with one number per head are float32.
     """
     wide = _F32 // np.dtype(model.dtype).itemsize
     inputs = {name: shape for name, shape in divided(mixer, model).items() if shape[0] == model.E and name != "out"}
@@ -186,8 +186,10 @@ def sums(mixer: Mixer, model: Model) -> int:
 
 
 def messages(mixer: Mixer, model: Model, rows: int, devices: int, tensor: int) -> tuple[float, float]:
-    """Bytes that a device receives in one layer, (forward, backward), the most of any: scans of states, and inputs
-    before its own that short convolutions read. The backward pass has those that remat repeats.
+    """The most bytes that any device receives in one layer, (forward, backward).
+
+    They are the states of scans, and the inputs before its own that short convolutions read. The backward pass
+    includes the messages that remat repeats.
     """
     if devices == 1:
         return 0.0, 0.0

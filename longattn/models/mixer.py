@@ -183,12 +183,12 @@ class _Recorder(Context):
 
     def attention(self, q: Array, k: Array, v: Array, **options: Any) -> Array:
         (B, T, H, D), (_, S, K, V) = q.shape, v.shape
-        self.calls.append(
-            AttentionCall(
-                T=T, H=H, D=D, B=B, S=S, K=K, V=V, dtype=q.dtype.name, mask=options.get("mask", AttentionCall.mask),
-                scale=options.get("scale"), softcap=options.get("softcap"), sinks=options.get("sinks") is not None,
-            )
+        call = AttentionCall(
+            T=T, H=H, D=D, B=B, S=None if S == T else S, K=K, V=None if V == D else V, dtype=q.dtype.name,
+            mask=options.get("mask", AttentionCall.mask), scale=options.get("scale"), softcap=options.get("softcap"),
+            sinks=options.get("sinks") is not None,
         )  # fmt: skip
+        self.calls.append(call)
         return jnp.zeros((B, T, H, V), q.dtype)
 
     def linear_attention(self, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, None]:

@@ -12,51 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision
 
-from longattn.mask import Causal, Mask, Prefix
+from longattn.mask import Mask, Prefix
 from longattn.numerics.compare import Drawn, Results, packed
 from longattn.ops import partial as partials
 from longattn.ops.attention import api
+from longattn.ops.calls import AttentionCall
 
 _LOGITS = 2**25  # logits that exist at once in a problem that is quickly compared
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(AttentionCall):
     """A call of attention with everything that is differentiable, drawn from the normal distribution."""
 
     op: ClassVar[str] = "attention"
     api: ClassVar[Any] = api
 
-    T: int  # queries
-    H: int  # query heads
-    D: int  # head size of queries and keys
-    B: int = 1  # sequences
-    S: int | None = None  # keys; None: T
-    K: int | None = None  # key/value heads; None: H
-    V: int | None = None  # head size of values; None: D
-    dtype: str = "float32"  # of q, k, v
-    mask: Mask = Causal()
     prefix: int = 0  # longest prefix that every query sees; each sequence draws its own; 0: no prefix
     documents: int = 0  # packed documents per sequence, with restarting positions, as in training; 0: no segment ids
-    scale: float | None = None  # of the logits; None: D**-0.5
-    softcap: float | None = None
-    sinks: bool = False  # float32 [H]
     bias: tuple[int, ...] | None = None  # shape of a float32 bias, which broadcasts to [B H T S]
     rise: float = 1.0  # factor by which keys, and so logits, grow along the sequence
-
-    @property
-    def keys(self) -> int:
-        return self.T if self.S is None else self.S
-
-    @property
-    def heads(self) -> int:
-        """The number of key/value heads."""
-        return self.H if self.K is None else self.K
-
-    @property
-    def values(self) -> int:
-        """The head size of values."""
-        return self.D if self.V is None else self.V
 
     def shaped(self) -> Drawn:
         p, array = self, jax.ShapeDtypeStruct

@@ -93,7 +93,7 @@ def _divide(mesh: Mesh | AbstractMesh, q: Any, k: Any, call: Call, batch: tuple[
 def _specs(
     bias: Array | None, visibility: Visibility, batch: tuple[str, ...], axis: Axis, head: str | None
 ) -> tuple[P | None, Visibility]:
-    """How the side arrays lie: the bias like the queries, ids and positions whole along the sequence."""
+    """PartitionSpecs of the side arrays: the bias like the queries, ids and positions whole along the sequence."""
 
     def spec(x: Array, *names: Any) -> P:
         return P(*(name if size > 1 else None for name, size in zip(names, x.shape)))
@@ -147,7 +147,7 @@ def _attention(q, k, v, bias, visibility, sinks, *, mesh, batch, head, strategy,
         check_vma=True,
     )
     def local(q, k, v, bias, visibility, sinks):
-        if bias is not None:  # so that the gradient of what is replicated is summed in float32
+        if bias is not None:  # so that the gradient of a replicated bias is summed in float32
             bias = bias.astype(statistics_dtype(q.dtype))
         with jax.named_scope(strategy.name):
             q, k, v, bias, visibility = dispatch.vary_together((q, k, v, bias, visibility))

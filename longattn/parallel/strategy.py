@@ -8,8 +8,7 @@ A strategy's passes are two functions of one device's shards, which no derivativ
 `kept` is what the backward pass needs besides out and lse: q, k, v and the bias, wherever they cost least to send.
 q [B t H D] are this device's T / P queries. k [B s K D] and v [B s K V] are its S / P keys and values. All lie in the
 layout's order. The ids and positions in `visibility` are small, and whole on every device ([B T], [B S]). A bias is
-split along T and is not in `visibility`. Sinks are added later. All arrays vary over the same mesh axes
-(`dispatch.vary_together`).
+sharded along T. Sinks are added later. All arrays vary over the same mesh axes (`dispatch.vary_together`).
 """
 
 from __future__ import annotations

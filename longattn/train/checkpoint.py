@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written in the background by orbax, the newest N and the best kept.
+"""Checkpoints of a run: written in the background by orbax (its v1 API), the newest N and the best kept.
 
-orbax writes into a temporary folder and renames it when complete, so a checkpoint is either whole or absent; old ones
-are deleted only after the new one is in place.
+orbax writes into a temporary folder and renames it when complete, so a checkpoint is either whole or absent. Old
+checkpoints are deleted only after the new one is in place.
 """
 
 from __future__ import annotations
@@ -13,24 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint import v1 as ocp
 
 from longattn.train.distributed import Lost
 from longattn.train.step import Params, State
 
-# orbax logs every save, and tracebacks beside each exception that it raises and this file turns into one line.
+# orbax logs every save, and a traceback beside each exception that it raises. This file makes one line of them.
 for _name in ("absl", "concurrent.futures"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 def whole_steps(folder: Path) -> list[int]:
-    """The steps of the whole checkpoints under a folder, ascending."""
+    """Returns the steps of the whole checkpoints under a folder, ascending."""
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
 def goes_on(folder: Path) -> str:
-    """Where a run that lost a process goes on: the remedy, for an error's one line."""
+    """Returns how to go on after the loss of a process, for an error's one line."""
     whole = whole_steps(folder)
     begins = f"it goes on from step {whole[-1]}" if whole else "it begins anew, for no checkpoint was whole yet"
     return f"start again with the same command: {begins}"
@@ -47,19 +46,15 @@ class Checkpoints:
         if read_only and not folder.is_dir():
             raise ValueError(f"{folder} has no checkpoints: it must be the folder of a run that saved at least once")
         self.folder = folder.absolute()
-        newest = LatestN(keep)
-        best = BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
-        self._manager = ocp.CheckpointManager(
+        kept = ocp.training.preservation_policies
+        newest = kept.LatestN(keep)
+        best = kept.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
+        self._checkpointer = ocp.training.Checkpointer(
             self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy([newest, best]),
-                best_fn=_quality,  # without it orbax does not store the metrics
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-                create=not read_only,
-            ),
-            item_handlers={name: ocp.StandardCheckpointHandler() for name in ("params", "rest")},
+            preservation_policy=kept.AnyPreservationPolicy([newest, best]),
+            cleanup_tmp_directories=not read_only,  # of a run that is being read, one may be a save in progress
         )
+        self._saving: ocp.AsyncResponse[bool] | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -69,66 +64,77 @@ class Checkpoints:
             return  # a save in progress waits for a process that is gone
         try:
             with self._disk_errors():
-                self._manager.close()
+                try:
+                    self._finish()
+                finally:
+                    self._checkpointer.close()
         except OSError:
             if error is None:  # else a failed save would hide why the block was left
                 raise
 
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint."""
-        return self._manager.latest_step()
+        """Returns the step of the newest whole checkpoint."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
 
     def best(self) -> int | None:
-        """The step with the lowest validation loss; the newest where none was evaluated."""
-        scored = [(m["nll"], step) for step in self._manager.all_steps() if (m := self._manager.metrics(step))]
+        """Returns the step with the lowest validation loss; the newest where none was evaluated."""
+        scored = [(c.metrics["nll"], c.step) for c in self._checkpointer.checkpoints if c.metrics]
         return min(scored)[1] if scored else self.latest()
 
     def save(self, step: int, state: State, nll: float | None) -> None:
-        """Start writing a state; `nll` is its validation loss if it was evaluated.
+        """Starts writing a state; `nll` is its validation loss if it was evaluated.
 
         Waits for the save before this one, and raises OSError if that one failed.
         """
         if jax.devices()[0].platform == "cpu":
             # orbax reads CPU buffers without copying, while the next step, to which they are donated, overwrites them.
             state = jax.tree.map(lambda a: a.copy(), state)
-        items = {
-            "params": ocp.args.StandardSave(state.params),
-            "rest": ocp.args.StandardSave(state._replace(params=None)._asdict()),
-        }
+        items = {"params": state.params, "rest": state._replace(params=None)._asdict()}
         metrics = None if nll is None else {"nll": nll}
         with self._disk_errors():
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            self._finish()  # else orbax would put this save's handlers under the save in progress
+            # force: the trainer decides when to save; orbax's own policy skips a save while one is in progress.
+            self._saving = self._checkpointer.save_checkpointables_async(step, items, metrics=metrics, force=True)
 
     def wait(self) -> None:
-        """Block until the save in progress is complete; raises OSError if it failed."""
+        """Blocks until the save in progress is complete; raises OSError if it failed."""
         with self._disk_errors():
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+            self._finish()
+
+    def poll(self) -> None:
+        """Raises OSError if the save in progress has failed already; does not wait."""
+        if not self._checkpointer.is_saving_in_progress():
+            self.wait()
+
+    def _finish(self) -> None:
+        """Waits for the save in progress. Raises what it failed with, once: its response alone is sure to know."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def restore(self, like: State) -> State | None:
-        """The newest state, or None where there is none.
+        """Returns the newest state, or None where there is none.
 
-        like: its shapes and dtypes as ShapeDtypeStructs; it comes back with their shardings, or on one device where
-        they have none, whatever mesh saved it.
+        Args:
+          like: shapes and dtypes of the state, as ShapeDtypeStructs. The state comes back with their shardings, or on
+            one device where they have none, whatever mesh saved it.
         """
         step = self.latest()
         if step is None:
             return None
         params = self.params(like.params, step)
-        rest = _placed(like._replace(params=None)._asdict())
-        rest = self._manager.restore(step, args=ocp.args.Composite(rest=ocp.args.StandardRestore(rest)))
-        return State(**{**rest["rest"], "params": params})
+        rest = self._load(step, "rest", like._replace(params=None)._asdict())
+        return State(**{**rest, "params": params})
 
     def params(self, like: Params, step: int) -> Params:
-        """The parameters of one step. Raises ValueError naming the first parameter that differs from `like`."""
-        check_same(self._manager.item_metadata(step)["params"], like, f"the checkpoint {self.folder}/{step}")
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(like)))
-        return self._manager.restore(step, args=args)["params"]
+        """Returns the parameters of one step. Raises ValueError naming the first one that differs from `like`."""
+        saved = self._checkpointer.checkpointables_metadata(step).metadata
+        check_same(saved["params"], like, f"the checkpoint {self.folder}/{step}")
+        return self._load(step, "params", like)
 
-    def poll(self) -> None:
-        """Raise OSError if the save in progress has failed already; does not wait."""
-        with self._disk_errors():
-            self._manager.check_for_errors()
+    def _load(self, step: int, name: str, like: Any) -> Any:
+        return self._checkpointer.load_checkpointables(step, {name: _placed(like)})[name]
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -137,7 +143,7 @@ class Checkpoints:
             yield
         except Exception as error:
             with contextlib.suppress(Exception):  # a save that was in progress may still become whole
-                self._manager.wait_until_finished()
+                self._checkpointer.wait()
             whole = whole_steps(self.folder)
             good = (
                 f"the last good checkpoint, step {whole[-1]}, is untouched"
@@ -154,13 +160,13 @@ class Checkpoints:
 
 
 def _placed(tree: Any) -> Any:
-    """ShapeDtypeStructs that all say where they lie: else orbax looks for the devices that saved them."""
+    """Gives every ShapeDtypeStruct a sharding: without one orbax looks for the devices that saved the array."""
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one), tree)
 
 
 def check_same(saved: Any, wanted: Any, source: str) -> None:
-    """Raise ValueError naming the first path at which two trees of arrays differ in structure or shape."""
+    """Raises ValueError naming the first path at which two trees of arrays differ in structure or shape."""
 
     def leaves(tree: Any) -> dict[str, tuple[int, ...]]:
         flat = jax.tree_util.tree_flatten_with_path(tree)[0]

@@ -1,7 +1,7 @@
-"""Kernels that have not run on this generation of chips are tried before training relies on them.
+"""The check of kernels before step 0 of a training.
 
-`longattn bringup` leaves a report per generation. Until there is one that passed, training compares output and
-gradients of its own attention, and of its linear attention, with the form that is plain XLA, before step 0.
+`longattn bringup` writes a report per chip generation. Where none has passed, training compares the output and the
+gradients of its own calls of attention and linear attention with the back end `xla`.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from longattn.models import Context, module_of
 from longattn.ops import dispatch
 from longattn.ops.calls import AttentionCall, LinearCall
 
-KIND, VERSION = "bringup", 2  # of the reports; since 2 rows of the numerics say of which operation they are
+KIND, VERSION = "bringup", 2  # of the reports; since version 2, rows of the numerics name their operation
 CHECKOUT = Path(__file__).parents[2]
 TRUSTED = ("xla", "reference")  # no kernels of ours: XLA's own programs
 _SECONDS = 10.0
 
 
 class Disagreement(FloatingPointError):
-    """A kernel's results are not what they should be."""
+    """A kernel's results differ from those of the back end `xla` by more than is allowed."""
 
 
 # ---- reports
 
 
 def generation(kind: str) -> str:
-    """The chip that JAX calls `kind`, as `hardware.CHIPS` names it, else the kind itself, fit for a file's name."""
+    """The name in `hardware.CHIPS` of the chip that JAX calls `kind`, else the kind itself in a file name's letters."""
     chip = hardware.chip_of(kind)
     return chip.name if chip else re.sub(r"\W+", "_", kind.lower()).strip("_")
 
 
 def folders() -> tuple[Path, ...]:
-    """Where reports are kept: in a checkout of this package, and in the user's cache folder."""
+    """The folders of reports: one in a checkout of this package, one in the user's cache folder."""
     return CHECKOUT / "experiments" / "bringup", cache.folder("bringup")
 
 
 def report(name: str, back_end: str, op: str = numerics.Problem.op) -> Path | None:
-    """A report of the chip generation `name` that passed and in which `back_end` of the operation ran, or None."""
+    """The newest passed report of the chip generation `name` in which `back_end` of the operation ran, or None."""
     for path in sorted((p for folder in folders() for p in folder.glob("*.json")), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a file of another kind is no report
             document = json.loads(path.read_text())
@@ -65,7 +65,7 @@ def report(name: str, back_end: str, op: str = numerics.Problem.op) -> Path | No
 
 
 def problems(config: Config) -> dict[str, numerics.AnyProblem]:
-    """The attention, linear or not, of each kind of layer of the model, as one device meets it: by its name."""
+    """The calls of attention and linear attention that one device makes in the model, by what they are called."""
     m, T = config.model, config.data.T
     found: dict[str, numerics.AnyProblem] = {}
     for mixer in dict.fromkeys(m.layers):
@@ -81,13 +81,8 @@ def problems(config: Config) -> dict[str, numerics.AnyProblem]:
 
 def _attention(call: AttentionCall, tensor: int) -> numerics.Problem:
     """A call of attention on one of the devices that share heads, with packed documents."""
-    call = call.shared(tensor)
-    return numerics.Problem(
-        T=call.T, H=call.H, K=call.heads, D=call.D, dtype=call.dtype, mask=call.mask,
-        S=None if call.keys == call.T else call.S, V=None if call.values == call.D else call.V,
-        documents=min(4, call.T) if call.keys == call.T else 0, scale=call.scale, softcap=call.softcap,
-        sinks=call.sinks,
-    )  # fmt: skip
+    documents = min(4, call.T) if call.keys == call.T else 0
+    return numerics.Problem(**vars(call.shared(tensor)), documents=documents)
 
 
 def _linear(call: LinearCall, tensor: int) -> numerics.LinearProblem:
@@ -100,9 +95,9 @@ def _linear(call: LinearCall, tensor: int) -> numerics.LinearProblem:
 
 
 def check(config: Config, context: Context | None, console: Console) -> dict[str, Any] | None:
-    """What `compare` says of the kernels that this run is about to use and that no report of this chip speaks of.
+    """The result of `compare` for the kernels that this run uses and that no passed report of this chip covers.
 
-    None where there is nothing to compare: on a CPU, where XLA's own programs run, or with a report that passed.
+    None where nothing needs comparing: on a CPU, with XLA's own programs, or with a report that passed.
     """
     target = dispatch.target()
     if target.platform == "cpu":
@@ -125,7 +120,7 @@ def check(config: Config, context: Context | None, console: Console) -> dict[str
 
 
 def chosen(problem: numerics.AnyProblem, names: Iterable[str]) -> str | None:
-    """The first of these back ends that accepts the problem on this device, as a call would choose it."""
+    """The first of these back ends that accepts the problem on this device, which is the one a call would choose."""
     for name in names:
         with contextlib.suppress(NotImplementedError):
             numerics.check(problem, name)
@@ -134,15 +129,15 @@ def chosen(problem: numerics.AnyProblem, names: Iterable[str]) -> str | None:
 
 
 def compare(wanted: dict[str, tuple[str, numerics.AnyProblem]], seconds: float = _SECONDS) -> dict[str, Any]:
-    """Results and gradients of back ends against those of XLA's own programs at float32.
+    """Compares results and gradients of back ends with those of `xla` in float32.
 
     Args:
-      wanted: by layer the back end, and its problem; a shorter one of the same kind is compared.
-      seconds: after which no further layer is begun.
+      wanted: the back end and its problem by layer. What is compared is a shorter problem of the same kind.
+      seconds: the time after which no further layer begins.
 
     Returns:
-      JSON: a row for each layer, as `agreement.tried` makes it, or with the outcome "not run"; and the `outcome` of
-      all, "passed" or "failed".
+      JSON: a row for each layer, as `numerics.tried` makes it or with the outcome "not run", and the `outcome` of all,
+      "passed" or "failed".
     """
     end, rows = time.monotonic() + seconds, []
     for layer, (name, whole) in wanted.items():

@@ -287,7 +287,7 @@ def test_nan_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path: Path, m
 def test_full_disk_is_an_error_and_the_last_good_checkpoint_stays(
     finished: Config, tmp_path: Path, monkeypatch
 ) -> None:
-    c, save = config(tmp_path), checkpoint.ocp.CheckpointManager.save
+    c, save = config(tmp_path), checkpoint.ocp.training.Checkpointer.save_checkpointables_async
 
     def full(self, step, *args, **kwargs):
         if step > 4:
@@ -295,7 +295,7 @@ def test_full_disk_is_an_error_and_the_last_good_checkpoint_stays(
         return save(self, step, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
+        patch.setattr(checkpoint.ocp.training.Checkpointer, "save_checkpointables_async", full)
         with pytest.raises(OSError, match="no space left on device; the last good checkpoint, step 4, is untouched"):
             quiet(c)
     assert steps_saved(folder(c)) == [4]

@@ -150,8 +150,7 @@ def layers_of(model: Model, T: int, rows: int, tensor: int = 1) -> dict[Problem,
 
 
 def _problem(call: AttentionCall, rows: int) -> Problem:
-    V = None if call.values == call.D else call.V
-    return Problem(T=call.T, H=call.H, K=call.heads, D=call.D, V=V, B=rows, dtype=call.dtype, mask=call.mask)
+    return Problem(T=call.T, H=call.H, K=call.heads, D=call.D, V=call.V, B=rows, dtype=call.dtype, mask=call.mask)
 
 
 def way_of(mesh: Mesh) -> Way:

@@ -57,9 +57,7 @@ class SequenceOptions:
 
     def __post_init__(self) -> None:
         if self.strategy not in (names := ("all", *STRATEGIES)):
-            raise ValueError(
-                f"strategy={self.strategy!r} must be one strategy, or all; {suggest(self.strategy, names)}"
-            )
+            raise ValueError(f"strategy={self.strategy!r} must be a strategy, or all; {suggest(self.strategy, names)}")
         where = topology.parse(self.topology)
         machine(where, self.efficiency, self.latency)
         if where.size < 2:

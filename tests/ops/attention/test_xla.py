@@ -1,4 +1,4 @@
-"""What only the blockwise back end promises: linear memory, and no work where nothing is visible."""
+"""The XLA back end takes linear memory and computes no tile in which nothing is visible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only the chunked back end promises: linear memory, few saved states, and nothing repeated for shared heads."""
+"""Promises of the chunked back end alone: linear memory, few saved states, and no copies for shared heads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def loss(given):
 
 @pytest.mark.parametrize("kind", ["scalar", "vector"])
 def test_memory_is_linear_in_length(kind):
-    """Forward and backward."""
+    """Memory of forward and backward pass."""
 
     def temporary_bytes(T):
         return jax.jit(jax.grad(loss)).lower(arguments(T, kind)).compile().memory_analysis().temp_size_in_bytes
@@ -58,7 +58,7 @@ def test_products_of_shared_heads_are_computed_once(Hq, Hk, products):
 
 
 def test_shared_heads_are_nowhere_repeated_along_the_sequence():
-    """As in Mamba-2, forward and backward: no array has as many numbers as keys repeated for half of the heads."""
+    """Forward and backward, with heads as in Mamba-2: no array is as large as keys repeated for half of the heads."""
     T, heads, size = 4096, 8, 64
     shape = lambda *sizes: jax.ShapeDtypeStruct((1, T, *sizes), jnp.float32)
     given = {"q": shape(1, size), "k": shape(1, size), "v": shape(heads, 8), "log_decay": shape(heads)}

@@ -67,7 +67,7 @@ def test_packed_documents(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rings"], "strategy='rings' must be one strategy, or all; did you mean 'ring'?"),
+        (["rings"], "strategy='rings' must be a strategy, or all; did you mean 'ring'?"),
         (["ring", "--topology", "v5e:2x4", "--T", "1001"], "T=1001 must be a multiple of 8"),
         (["balanced", "--layout", "zigzag"], "balances the contiguous layout"),
         (["usp", "--topology", "h100:3"], "cannot be divided into a ring and an all-to-all"),
@@ -111,9 +111,9 @@ def test_a_plan_compiles_every_strategy_on_a_mesh_that_it_takes(monkeypatch):
         return {"fits": True, "hbm_bytes": 10, "hbm_limit": 20, "by_kind": {}, "collectives": [], "mfu_bound": 0.4,
                 "seconds": {"bound": 1.0 + len(meshes), "exposed": 0.5}}  # fmt: skip
 
-    monkeypatch.setattr(topology.Topology, "environment", lambda self: {})
+    monkeypatch.setattr(plan.command.compilers, "environment_of", lambda where: {})
     monkeypatch.setattr(plan.command, "_compilers", lambda where: {})
-    monkeypatch.setattr(plan.command.program, "facts", facts)
+    monkeypatch.setattr(plan.command.train_step, "facts", facts)
     options = plan.PlanOptions(
         topology="h100:8", model=Model(N=2, E=512, H=8, K=4), data=ByteLM(T=1024, B=2), strategies="all",
         mesh=Mesh(fsdp=2, seq=4, layout="zigzag"),

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -43,40 +42,22 @@ from jaxtyping import Array
 from longattn.mask import EMPTY, PARTIAL
 from longattn.ops.attention.pallas_tpu import blocks, tiles
 from longattn.ops.attention.pallas_tpu.call import LOG2E, SUBLANES, Call
-from longattn.ops.attention.pallas_tpu.fetch import RING, Fetch, after
+from longattn.ops.attention.pallas_tpu.fetch import RING, after
+from longattn.ops.attention.pallas_tpu.row import (
+    BAD,
+    CHUNKS,
+    FETCHED,
+    HERE,
+    LATE,
+    LATE_SLOT,
+    SENT,
+    SLOT,
+    Refs,
+    Row,
+)
 
 NEVER = -1e30  # below every logit; finite, so that differences are
 SAFE = 100.0  # a sum of P beyond 2^-SAFE or 2^SAFE may have lost keys
-_SLOT, _FETCHED, _LATE_SLOT, _LATE, _BAD = range(5)  # words of `_Refs.state`
-_SENT, _HERE = 1, 2  # values of _FETCHED: the next step's block is being fetched, has arrived; 0: neither
-_CHUNKS = 2  # chunks of keys in a block: P of one is stored while P of the other is multiplied
-
-
-@dataclass(frozen=True)
-class _Refs:
-    """The kernel's references, by name."""
-
-    walk: Any  # SMEM: this row's list
-    q: Any  # [block_q D]
-    k: Any  # in device memory [B K S D]
-    v: Any
-    out: Any  # [block_q V]
-    lse: Any  # [1 block_q]
-    k_ring: Any  # [RING block_k D]: blocks of keys
-    v_ring: Any
-    number_ring: Any  # their positions and segments
-    bias_ring: Any
-    p: Any  # [_CHUNKS strips chunk tile_q]: P of two chunks
-    late: Any  # [tile_k tile_q]: P of the last tile of a group, not yet multiplied by v
-    acc: Any  # [strips V tile_q]: O^T
-    m: Any  # [strips SUBLANES tile_q]
-    l: Any  # sums of P, one per sublane
-    rest: Any  # sums of what rounding added to P
-    state: Any  # SMEM int32 [5]: what outlives a row
-    semaphores: Any
-    q_numbers: Any = None  # positions and segments of the queries
-    k_numbers: Any = None
-    bias: Any = None
 
 
 def _groups(x: Array) -> Array:
@@ -84,110 +65,11 @@ def _groups(x: Array) -> Array:
     return x.reshape(x.shape[0] // SUBLANES, SUBLANES, x.shape[1])
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row of blocks of queries of one head: its place, its list, its copies and its products."""
-
-    n: Call
-    refs: _Refs
-    b: Array
-    h: Array
-    kv: Array  # the key/value head
-    row: Array
-    listed: blocks.Row
-    c: float  # P = 2^(c (S - m))
-    precision: Any  # of the products
-
-    @property
-    def strips(self) -> int:
-        """Tiles of queries in a block."""
-        return self.n.block_q // self.n.tile_q
-
-    @property
-    def parts(self) -> int:
-        """Tiles of keys in a block."""
-        return self.n.block_k // self.n.tile_k
-
-    @property
-    def chunk(self) -> int:
-        """Keys in a chunk."""
-        return self.n.block_k // _CHUNKS
-
-    @property
-    def bounded(self) -> Array:
-        """1 if every logit of the row is bounded."""
-        return self.listed.own[0]
-
-    @property
-    def cut(self) -> Array:
-        """Blocks in the list that the mask cuts; they come first."""
-        return self.listed.ends[-2] if len(self.listed.ends) > 1 else jnp.int32(0)
-
-    # ---- copies
-
-    def fetch(self, row: Array) -> Fetch:
-        """Returns the copies of one block of keys, for this row of queries or the next one."""
-        n, refs, b, kv = self.n, self.refs, self.b, self.kv
-        rows = [(refs.k.at[b, kv], refs.k_ring), (refs.v.at[b, kv], refs.v_ring)]
-        lanes = [(refs.k_numbers.at[b], refs.number_ring)] if n.numbers else []
-        bias_of = functools.partial(tiles.bias_block, n, refs.bias, b, self.h, row)
-        others = [(bias_of, refs.bias_ring)] if n.bias else []
-        return Fetch(refs.k.shape[2], n.block_k, rows, lanes, refs.semaphores, others)
-
-    def arrive(self, step: Array | int, slot: Array) -> None:
-        """Waits for this step's block, and starts fetching the next step's or the next row's first."""
-        listed, state, row = self.listed, self.refs.state, self.row
-        more = step + 1 < listed.seen
-        following = jnp.where(more, listed.block(step + 1), listed.following)
-
-        @pl.when(state[_FETCHED] == 0)
-        def _fetch() -> None:
-            self.fetch(row).start(listed.block(step), slot)
-
-        @pl.when(following >= 0)
-        def _next() -> None:
-            self.fetch(jnp.where(more, row, row + 1)).start(following, after(slot))
-
-        here = state[_FETCHED] == _HERE
-        state[_FETCHED] = jnp.where(following >= 0, _SENT, 0)
-        pl.when(~here)(lambda: self.fetch(row).wait(listed.block(step), slot))
-
-    # ---- products
-
-    def logits(self, slot: Array, first: Array | int, strip: Array | int) -> Array:
-        """Returns S^T [tile_k tile_q] of the keys from `first` on, in the call's unit."""
-        n, refs = self.n, self.refs
-        q = refs.q[pl.ds(tiles.multiple(strip, n.tile_q), n.tile_q), :]
-        s = tiles.dot(refs.k_ring[slot, pl.ds(first, n.tile_k), :], q, "NT", self.precision)
-        if n.softcap is not None:
-            s = jnp.tanh(s * (n.scale / n.softcap))
-        return s + tiles.bias(n, refs.bias_ring, slot, strip, first) if n.bias else s
-
-    def add_values(self, slot: Array, first: Array | int, strip: Array | int, p: Array) -> None:
-        """Adds V^T P^T of the keys from `first` on to O^T."""
-        keys = pl.ds(first, p.shape[0])
-        self.refs.acc[strip] += tiles.dot(self.refs.v_ring[slot, keys, :], p, "TN", self.precision)
-
-    def visible(self, slot: Array, j: Array, first: Array | int, strip: Array | int, sparse: Array | None) -> Array:
-        """Returns the visible pairs, bool [tile_k tile_q]; `sparse` says whether a BlockSparse shows the tile."""
-        n, refs = self.n, self.refs
-        return tiles.visible(
-            n.mask_of(self.listed.own[1:], sparse), n.numbers, refs.q_numbers,
-            refs.number_ring.at[slot] if n.numbers else None, self.row * n.block_q + strip * n.tile_q,
-            j * n.block_k + first, tiles.multiple(strip, n.tile_q), first, n.tile_q, n.tile_k,
-            n.S if n.S % n.block_k else None,
-        )  # fmt: skip
-
-    def place(self, tile: Array) -> tuple[Array, Array]:
-        """Returns strip and first key of a listed tile."""
-        return tile // self.parts, tiles.multiple(tile % self.parts, self.n.tile_k)
-
-
 # ---- m is known: bounded and unbounded rows
 
 
 def _probabilities(
-    x: _Row, shifted: bool, slot: Array, j: Array, first: Array | int, strip: Array | int, masked: bool,
+    x: Row, shifted: bool, slot: Array, j: Array, first: Array | int, strip: Array | int, masked: bool,
     sparse: Array | None = None,
 ) -> Array:  # fmt: skip
     """Returns P of a tile, rounded, and adds it to the sums; `shifted` says that m is not 0."""
@@ -206,7 +88,7 @@ def _probabilities(
 
 
 def _block(
-    x: _Row, shifted: bool, pattern: blocks.Pattern, slot: Array, j: Array, before: Array | None, flush: bool
+    x: Row, shifted: bool, pattern: blocks.Pattern, slot: Array, j: Array, before: Array | None, flush: bool
 ) -> None:
     """Computes a block whose pattern is known: P of each chunk of keys, and P v of the chunk before it.
 
@@ -236,7 +118,7 @@ def _block(
             keys = slice(seen[0] * size, (seen[-1] + 1) * size)
             x.add_values(slot, chunk * x.chunk + keys.start, strip, refs.p[chunk % 2, strip, keys])
 
-    for chunk in range(_CHUNKS):
+    for chunk in range(CHUNKS):
         for strip in range(x.strips):
             probabilities(chunk, strip)
             if chunk:
@@ -245,21 +127,21 @@ def _block(
                 _multiply_last_chunk(x, before, strip)
     if flush:
         for strip in range(x.strips):
-            multiply(_CHUNKS - 1, strip)
+            multiply(CHUNKS - 1, strip)
 
 
-def _multiply_last_chunk(x: _Row, slot: Array, strip: int) -> None:
-    x.add_values(slot, (_CHUNKS - 1) * x.chunk, strip, x.refs.p[1, strip])
+def _multiply_last_chunk(x: Row, slot: Array, strip: int) -> None:
+    x.add_values(slot, (CHUNKS - 1) * x.chunk, strip, x.refs.p[1, strip])
 
 
-def _block_alone(x: _Row, shifted: bool, pattern: blocks.Pattern, step: Array, slot: Array) -> Array:
+def _block_alone(x: Row, shifted: bool, pattern: blocks.Pattern, step: Array, slot: Array) -> Array:
     """Computes a block, and returns the slot after it."""
     x.arrive(step, slot)
     _block(x, shifted, pattern, slot, x.listed.block(step), None, True)
     return after(slot)
 
 
-def _block_of_tiles(x: _Row, shifted: bool, step: Array, slot: Array) -> Array:
+def _block_of_tiles(x: Row, shifted: bool, step: Array, slot: Array) -> Array:
     """Computes a block whose tiles are listed: P of each, and P v of the tile before it, even of another block."""
     refs, size = x.refs, x.n.tile_k
     x.arrive(step, slot)
@@ -277,23 +159,23 @@ def _block_of_tiles(x: _Row, shifted: bool, step: Array, slot: Array) -> Array:
                 refs.p[i % 2, 0, :size] = p
             else:
                 refs.late[...] = p
-        refs.state[_LATE_SLOT], refs.state[_LATE] = slot, found[-1][0]
+        refs.state[LATE_SLOT], refs.state[LATE] = slot, found[-1][0]
 
     tiles.by_groups(x.listed.groups(step), x.strips * x.parts, group)
     return after(slot)
 
 
-def _multiply_late(x: _Row) -> None:
-    strip, first = x.place(x.refs.state[_LATE])
-    x.add_values(x.refs.state[_LATE_SLOT], first, strip, x.refs.late[...])
+def _multiply_late(x: Row) -> None:
+    strip, first = x.place(x.refs.state[LATE])
+    x.add_values(x.refs.state[LATE_SLOT], first, strip, x.refs.late[...])
 
 
-def _cut_blocks(x: _Row, shifted: bool, start: Array) -> Array:
+def _cut_blocks(x: Row, shifted: bool, start: Array) -> Array:
     """Computes the blocks of a row that the mask cuts, and returns the slot after them."""
     if x.n.patterns is None:
         (_, group), _ = x.listed.groups(0)
         # The first product is of P = 0, with the first tile's values.
-        x.refs.state[_LATE_SLOT], x.refs.state[_LATE] = start, group(0)[0][0]
+        x.refs.state[LATE_SLOT], x.refs.state[LATE] = start, group(0)[0][0]
         x.refs.late[...] = jnp.zeros_like(x.refs.late)
         slot = lax.fori_loop(0, x.cut, functools.partial(_block_of_tiles, x, shifted), start)
         pl.when(x.cut > 0)(lambda: _multiply_late(x))
@@ -304,7 +186,7 @@ def _cut_blocks(x: _Row, shifted: bool, start: Array) -> Array:
     return slot
 
 
-def _bounded(x: _Row, whole: blocks.Pattern, start: Array) -> None:
+def _bounded(x: Row, whole: blocks.Pattern, start: Array) -> None:
     """Computes a row with m = 0; whole blocks leave the product of their last chunk to the next one."""
     slot, state = _cut_blocks(x, False, start), x.refs.state
 
@@ -318,39 +200,39 @@ def _bounded(x: _Row, whole: blocks.Pattern, start: Array) -> None:
     def _whole() -> None:
         x.arrive(x.cut, slot)
         _block(x, False, whole, slot, x.listed.block(x.cut), None, False)
-        state[_SLOT], before = lax.fori_loop(x.cut + 1, x.listed.seen, following, (after(slot), slot))
+        state[SLOT], before = lax.fori_loop(x.cut + 1, x.listed.seen, following, (after(slot), slot))
         for strip in range(x.strips):
             _multiply_last_chunk(x, before, strip)
 
     @pl.when(x.cut == x.listed.seen)
     def _none() -> None:
-        state[_SLOT] = slot
+        state[SLOT] = slot
 
 
-def _unbounded(x: _Row, whole: blocks.Pattern, start: Array) -> None:
+def _unbounded(x: Row, whole: blocks.Pattern, start: Array) -> None:
     """Computes a row with m from its first tile of keys, and finds out whether the sums of P are safe."""
     n, refs, state = x.n, x.refs, x.refs.state
-    pl.when(state[_FETCHED] == 0)(lambda: x.fetch(x.row).start(x.listed.block(0), start))
+    pl.when(state[FETCHED] == 0)(lambda: x.fetch(x.row).start(x.listed.block(0), start))
     x.fetch(x.row).wait(x.listed.block(0), start)
-    state[_FETCHED] = _HERE
+    state[FETCHED] = HERE
     for strip in range(x.strips):
         m = _groups(x.logits(start, 0, strip)).max(0).max(0, keepdims=True)
         refs.m[strip] = jnp.broadcast_to(m, refs.m.shape[1:])
     slot = _cut_blocks(x, True, start)
     slot = lax.fori_loop(x.cut, x.listed.seen, functools.partial(_block_alone, x, True, whole), slot)
-    state[_SLOT] = slot
+    state[SLOT] = slot
     index = x.row * n.block_q + lax.broadcasted_iota(jnp.int32, (1, n.tile_q), 1)
     good = jnp.ones((1, n.tile_q), jnp.bool_)
     for strip in range(x.strips):
         total = refs.l[strip].sum(0, keepdims=True)
         good &= (index + strip * n.tile_q >= n.T) | ((total > 2.0**-SAFE) & (total < 2.0**SAFE))
-    state[_BAD] = 1 - jnp.min(good.astype(jnp.int32))
+    state[BAD] = 1 - jnp.min(good.astype(jnp.int32))
 
 
 # ---- m is the maximum so far: rows whose sums of P came out too large or too small
 
 
-def _online_tiles(x: _Row, slot: Array, j: Array, found: list[tuple[Any, Any, bool, Any]]) -> None:
+def _online_tiles(x: Row, slot: Array, j: Array, found: list[tuple[Any, Any, bool, Any]]) -> None:
     """Computes tiles of block j: (strip, first key, whether it is cut, whether a BlockSparse shows it)."""
     refs = x.refs
     following = x.logits(slot, found[0][1], found[0][0])
@@ -369,7 +251,7 @@ def _online_tiles(x: _Row, slot: Array, j: Array, found: list[tuple[Any, Any, bo
         refs.acc[strip] = refs.acc[strip] * decay[:1] + tiles.dot(v, p, "TN", x.precision)
 
 
-def _online_block(x: _Row, pattern: blocks.Pattern | None, step: Array, slot: Array) -> Array:
+def _online_block(x: Row, pattern: blocks.Pattern | None, step: Array, slot: Array) -> Array:
     """Computes a block, and returns the slot after it."""
     x.arrive(step, slot)
     j = x.listed.block
@@ -384,28 +266,28 @@ def _online_block(x: _Row, pattern: blocks.Pattern | None, step: Array, slot: Ar
     return after(slot)
 
 
-def _online(x: _Row, bodies: list[blocks.Pattern | None]) -> None:
+def _online(x: Row, bodies: list[blocks.Pattern | None]) -> None:
     """Computes the row again from its first block."""
     state = x.refs.state
     _begin(x.refs, NEVER)
-    slot = state[_SLOT]
+    slot = state[SLOT]
     # The next row's first block is on its way into this slot. It is fetched again later.
-    pl.when(state[_FETCHED] == _SENT)(lambda: x.fetch(x.row).wait(x.listed.following, slot))
-    state[_FETCHED] = 0
+    pl.when(state[FETCHED] == SENT)(lambda: x.fetch(x.row).wait(x.listed.following, slot))
+    state[FETCHED] = 0
     for i, pattern in enumerate(bodies):
         slot = lax.fori_loop(*x.listed.steps(i), functools.partial(_online_block, x, pattern), slot)
-    state[_SLOT] = slot
+    state[SLOT] = slot
 
 
 # ---- the row
 
 
-def _begin(refs: _Refs, m: float) -> None:
+def _begin(refs: Refs, m: float) -> None:
     refs.acc[...], refs.m[...] = jnp.zeros_like(refs.acc), jnp.full_like(refs.m, m)
     refs.l[...], refs.rest[...] = jnp.zeros_like(refs.l), jnp.zeros_like(refs.rest)
 
 
-def _finish(x: _Row) -> None:
+def _finish(x: Row) -> None:
     """Writes out and lse."""
     refs, size = x.refs, x.n.tile_q
     for strip in range(x.strips):
@@ -418,7 +300,7 @@ def _finish(x: _Row) -> None:
         refs.lse[:, columns] = jnp.where(empty, -jnp.inf, m + jnp.log2(total) * (1 / x.c))
 
 
-def _kernel(n: Call, refs: _Refs) -> None:
+def _kernel(n: Call, refs: Refs) -> None:
     head, row = pl.program_id(0), pl.program_id(1)
     strips, parts, state = n.block_q // n.tile_q, n.block_k // n.tile_k, refs.state
     bodies = blocks.bodies(n.patterns, strips, parts)
@@ -426,15 +308,15 @@ def _kernel(n: Call, refs: _Refs) -> None:
     kv = h // (n.H // n.K)
     listed = blocks.Row(lambda i: refs.walk[0, i], len(bodies), 1 + n.mask_numbers, n.rows_k, strips * parts)
     precision = lax.Precision.HIGHEST if refs.q.dtype == jnp.float32 else None
-    x = _Row(n, refs, b, h, kv, row, listed, n.unit * LOG2E, precision)
+    x = Row(n, refs, b, h, kv, row, listed, n.unit * LOG2E, precision)
 
     @pl.when(row == 0)
     def _start() -> None:
-        state[_SLOT] = 0
-        state[_FETCHED] = 0
+        state[SLOT] = 0
+        state[FETCHED] = 0
 
     _begin(refs, 0.0)
-    start, state[_BAD] = state[_SLOT], 0
+    start, state[BAD] = state[SLOT], 0
 
     @pl.when(x.bounded == 1)
     def of_bounded() -> None:
@@ -444,7 +326,7 @@ def _kernel(n: Call, refs: _Refs) -> None:
     def of_unbounded() -> None:
         _unbounded(x, bodies[-1], start)
 
-    @pl.when(state[_BAD] == 1)
+    @pl.when(state[BAD] == 1)
     def of_others() -> None:
         _online(x, bodies)
 
@@ -460,7 +342,7 @@ def _scratch(n: Call, dtype: Any, bias: Array | None) -> dict[str, Any]:
         "v_ring": pltpu.VMEM((RING, n.block_k, n.V), dtype),
         "number_ring": pltpu.VMEM((RING, max(len(n.numbers), 1), n.block_k), jnp.int32),
         "bias_ring": pltpu.VMEM(*n.bias_ring(RING, bias)),
-        "p": pltpu.VMEM((_CHUNKS, strips, n.block_k // _CHUNKS, n.tile_q), dtype),
+        "p": pltpu.VMEM((CHUNKS, strips, n.block_k // CHUNKS, n.tile_q), dtype),
         "late": pltpu.VMEM((n.tile_k, n.tile_q), dtype),
         "acc": pltpu.VMEM((strips, n.V, n.tile_q), jnp.float32),
         "m": statistics,
@@ -515,7 +397,7 @@ def forward(
     scratch = _scratch(n, q.dtype, bias)
     names = (*inputs, *outputs, *scratch)
     out, lse = pl.pallas_call(
-        lambda *refs: _kernel(n, _Refs(**dict(zip(names, refs, strict=True)))),
+        lambda *refs: _kernel(n, Refs(**dict(zip(names, refs, strict=True)))),
         name="longattn_attention_forward",
         grid=(B * n.H, rows),
         in_specs=[spec for spec, _ in inputs.values()],

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from longattn.mask import EMPTY, FULL, PARTIAL, Full
-from longattn.ops.attention.pallas_tpu import backward, blocks, fetch, forward
+from longattn.ops.attention.pallas_tpu import backward, blocks, fetch, forward, row
 from longattn.ops.attention.pallas_tpu.call import Call
 from tests.ops.attention.pallas_tpu.numpy_kernels import Hazard, Machine, calls
 
@@ -147,7 +147,7 @@ def test_every_walk(shape, heads, group, short):
 
 WAITS = [
     (module, name, i)
-    for module, name in ((backward, "settle"), (backward, "wait"), (forward, "wait"), (fetch, "wait"))
+    for module, name in ((backward, "settle"), (backward, "wait"), (forward, "wait"), (row, "wait"), (fetch, "wait"))
     for i in range(calls(module, name))
 ]
 
@@ -155,7 +155,7 @@ WAITS = [
 def meet(without: tuple[ModuleType, str, int]) -> None:
     """Walks that need every wait."""
     for shape, group in itertools.product(SHAPES, (1, 2)):
-        if without[0] is forward:
+        if without[0] in (forward, row):
             forward_over(Machine(without), sample(*shape), group)
             forward_over(Machine(without), sample(*shape), group, 200.0)
         else:
@@ -170,5 +170,5 @@ def test_no_wait_can_be_left_out(without):
 
 def test_all_waits_are_tried():
     assert {(module, name) for module, name, _ in WAITS} == {
-        (backward, "settle"), (backward, "wait"), (forward, "wait"), (fetch, "wait")
+        (backward, "settle"), (backward, "wait"), (forward, "wait"), (row, "wait"), (fetch, "wait")
     }  # fmt: skip

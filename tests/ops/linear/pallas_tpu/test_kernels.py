@@ -1,4 +1,4 @@
-"""What the TPU kernels promise beside the contract, which compares their results: sizes, memory, parts of a chunk."""
+"""Promises of the TPU kernels beside the contract, which compares their results: sizes, memory, parts of a chunk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.ops.interpreter import as_on_tpu
 
 
 def equations(jaxpr):
-    """All equations, those of inner jaxprs included, but not what is inside of kernels."""
+    """Yields all equations, those of inner jaxprs included, but none inside kernels."""
     for equation in jaxpr.eqns:
         yield equation
         if equation.primitive.name != "pallas_call":
@@ -56,7 +56,7 @@ def test_forward_alone_writes_no_states_and_one_per_512_tokens_are_kept_for_the_
 
 @pytest.mark.parametrize("T", [1, 37, 2100])
 def test_tokens_are_not_filled_up(T):
-    """Only numbers per token and head are, whatever the length."""
+    """Only scalars per token and head are padded, whatever the length."""
     found = traced(lambda arrays: jax.vjp(attend, arrays)[1](jax.eval_shape(attend, arrays)), shapes_of(T))
     padded = [e.invars[0].aval.shape for e in found if e.primitive.name == "pad"]
     assert padded and set(padded) == {(2, 4, T)}
@@ -102,7 +102,7 @@ def test_other_targets_are_refused():
 
 
 def lower(C):
-    """A of the delta rule, [2 C C], and (I + A)^-1 in float64."""
+    """Returns A of the delta rule, [2 C C], and (I + A)^-1 in float64."""
     rng = np.random.default_rng(0)
     k = rng.standard_normal((2, C, 32))
     k /= np.linalg.norm(k, axis=2, keepdims=True)
@@ -132,7 +132,7 @@ def test_inverse_in_bfloat16_is_no_worse_than_of_a_matrix_given_to_17_bits(C):
 
 @pytest.mark.parametrize("pieces", [(1, 1), (2, 2)])
 def test_products_of_pieces(pieces):
-    """Each operand in two numbers of bfloat16 leaves out 2^-17 of it, in one 2^-9."""
+    """An operand in two bfloat16 pieces leaves out 2^-17 of it, in one piece 2^-9."""
     a, b = (jnp.asarray(np.random.default_rng(i).standard_normal((1, 64, 64)), jnp.float32) for i in range(2))
     exact = np.asarray(a, np.float64)[0] @ np.asarray(b, np.float64)[0]
     error = np.linalg.norm(products.dot(a, b, "NN", jnp.dtype(jnp.bfloat16), pieces)[0] - exact) / np.linalg.norm(exact)
@@ -142,7 +142,7 @@ def test_products_of_pieces(pieces):
 
 @pytest.mark.parametrize("C", [16, 128])
 def test_levels_are_sums_between_tokens(C):
-    """For every pair its level's exponents add up to the sum over (j, i], of decays from 0 to -30; gradients so too."""
+    """Every pair's exponents add up to the sum over (j, i], for decays from 0 to -30, and so do gradients."""
     rng, heights = np.random.default_rng(0), [2**b for b in range(C.bit_length() - 1)]
     g = np.where(rng.random((1, C, 3)) < 0.5, 0.0, -30 * rng.random((1, C, 3)) ** 4).astype(np.float32)
     cts = rng.standard_normal((len(heights) + 2, *g.shape)).astype(np.float32)
@@ -174,7 +174,7 @@ def test_levels_are_sums_between_tokens(C):
 
 
 def product_flops(jaxpr):
-    """FLOPs of all products, those of loops as often as they run."""
+    """Returns the FLOPs of all products, with those of loops as often as they run."""
     total = 0
     for e in jaxpr.eqns:
         if e.primitive.name == "dot_general":
@@ -187,7 +187,7 @@ def product_flops(jaxpr):
 
 @pytest.mark.parametrize("kind", ["none", "scalar", "vector", "scalar_delta", "vector_delta"])
 def test_xla_is_told_the_products_of_a_kernels_own_equations(kind):
-    """Of 3 spans, the last one not full, in two programs for each of two sequences: each head and chunk has as many."""
+    """There are 3 spans, the last one not full, and two programs for each of two sequences."""
     arrays = shapes_of(1100, H=16)
     if "delta" not in kind:
         del arrays["beta"]
