@@ -43,7 +43,7 @@ comma := ,
 COMPILERS := libtpu jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-nvdisasm
 STATIC := LONGATTN_AOT="$(CURDIR)/.venv/aot"
 
-.PHONY: help study plan profile profile-gpu test test-all test-oldest lint format format-check typecheck bench notebook device clean
+.PHONY: help study plan profile profile-gpu test test-all test-oldest lint format format-check typecheck compare notebook docs device clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | awk -F '\t' '{ printf "make %-13s%s\n", $$1, $$2 }'
@@ -57,10 +57,10 @@ plan: .venv/study-$(EXTRA) .venv/compilers  ## does a training step fit a machin
 	@$(STATIC) $(PY) -m longattn plan $(ARGS)
 
 profile: .venv/study-$(EXTRA) .venv/compilers  ## static cycles on TPUs that are not there: ARGS="jax_flash --chips v6e"
-	@$(STATIC) $(PY) -m longattn profile --static tpu $(ARGS)
+	@$(STATIC) $(PY) -m longattn profile kernel --target tpu $(ARGS)
 
 profile-gpu: .venv/study-$(EXTRA) .venv/compilers  ## registers, spills, instructions on GPUs that are not there: ARGS="jax_mgpu"
-	@$(STATIC) $(PY) -m longattn profile --static gpu $(ARGS)
+	@$(STATIC) $(PY) -m longattn profile kernel --target gpu $(ARGS)
 
 test: .venv/test-$(EXTRA) .venv/compilers  ## the default tests
 	@$(DEVICE)
@@ -89,18 +89,22 @@ format-check: .venv/test-$(EXTRA)  ## fail if `make format` would change anythin
 typecheck: .venv/test-$(EXTRA)  ## mypy
 	$(PY) -m mypy
 
-bench: .venv/study-$(EXTRA)  ## time attention against its rivals (LONGATTN_TORCH_PYTHON: an interpreter that has torch)
+compare: .venv/study-$(EXTRA)  ## time attention against its rivals here: ARGS="attention_forward --with xla,jax_nn"
 	@$(DEVICE)
-	@$(PY) -m longattn bench attention $(ARGS)
+	@$(PY) -m longattn compare $(if $(ARGS),$(ARGS),attention)
 
 notebook: .venv/test-$(EXTRA)  ## run the notebook in a fresh environment, as CI does
 	@$(PY) -m pytest -m slow tests/test_notebooks.py $(ARGS)
+
+docs: .venv/docs  ## build the pages of docs/ into site/
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
+	@echo "site/index.html"
 
 device: .venv/study-$(EXTRA)  ## print the device; stop if there is an accelerator that jax does not see
 	@$(DEVICE)
 
 clean:  ## remove .venv and caches; runs/ stays
-	rm -rf .venv build ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build site ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find longattn tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp names what is installed; the test tools include what the study needs.
@@ -113,6 +117,12 @@ clean:  ## remove .venv and caches; runs/ stays
 	@echo "Installing longattn ($(EXTRA)) and the test tools into .venv, once ..."
 	@$(call install,test)
 	@touch .venv/study-$(EXTRA) $@
+
+# The pages are made from the sources without importing them, so this needs neither a device nor the study's packages.
+.venv/docs: .venv/created pyproject.toml constraints.txt
+	@echo "Installing what builds the documentation into .venv, once ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
 
 # numpy 2.0 has no wheels for Python >= 3.13, so this needs a .venv of Python 3.12.
 .venv/oldest-%/installed: .venv/created pyproject.toml .ci/oldest/%.txt

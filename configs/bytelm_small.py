@@ -17,7 +17,7 @@ far = Softmax(mask=Causal(), rope=rope, qk_norm=True)  # copies names and idioms
 config = Config(
     model=Model(
         N=4,  # layers
-        E=160,  # model width; an hour reads about fifteen bytes per parameter, so a larger model would stay raw
+        E=160,  # model width; an hour reads about fifteen bytes per parameter, too few for a larger model
         F=432,  # MLP width, about 8/3 E
         H=5,  # query heads; many small ones, since copying needs several
         K=5,  # key/value heads
@@ -30,13 +30,13 @@ config = Config(
     data=ByteLM(
         glob="",  # the standard library's sources, which every machine has: about 30 MB
         T=1024,  # bytes of context
-        B=1,  # rows per step: small steps learn more per byte, and bytes are what an hour limits
+        B=1,  # rows per step: small steps learn more per byte, and an hour limits the bytes
         valid=0.05,  # share of the documents held out
     ),
     optimiser=Optimiser(
-        lr=2e-3,  # high, as small models bear with QK-norm
+        lr=2e-3,  # high; QK-norm keeps small models stable at it
         warmup=500,  # steps
-        final=0.01,  # decays almost to 0: the last steps settle
+        final=0.01,  # decays almost to 0, so that the last steps settle
         b2=0.99,  # a longer memory for small batches
         weight_decay=0.1,
         clip=1.0,

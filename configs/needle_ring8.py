@@ -1,15 +1,15 @@
-"""The passkey of configs/needle.py with its rows divided over eight devices: `Mesh(seq=8)`, 64 bytes on each.
+"""The passkey of configs/needle.py with each row sharded over eight devices: `Mesh(seq=8)`, 64 bytes on each.
 
-command   JAX_NUM_CPU_DEVICES=8 longattn train configs/needle_ring8.py      (one CPU passes for eight devices)
+command   JAX_NUM_CPU_DEVICES=8 longattn train configs/needle_ring8.py      (one CPU makes up eight devices)
           or on two processes with four devices each:
               export JAX_NUM_CPU_DEVICES=4 LONGATTN_COORDINATOR=127.0.0.1:8476 LONGATTN_PROCESSES=2
               LONGATTN_PROCESS=1 longattn train configs/needle_ring8.py &
               LONGATTN_PROCESS=0 longattn train configs/needle_ring8.py
-          or on eight chips, without JAX_NUM_CPU_DEVICES; several hosts are started as in configs/launch
+          or on eight chips, without JAX_NUM_CPU_DEVICES; configs/launch shows how to start several hosts
 device    2 CPU cores, float32
 time      20 s, on two processes 45 s: 0.1 s and 0.45 s a step
-expected  held-out loss 2.480 (seed 0), on one process and on two: near ln 10 = 2.303, so fifty steps teach that the
-          answer is digits, and 10 % of them are right, as by guessing
+expected  held-out loss 2.480 (seed 0), on one process and on two: near ln 10 = 2.303. Fifty steps teach that the
+          answer is digits; 10 % of them are right, as by guessing
 """
 
 from longattn.config import Config, Mesh, Model, Needle, Optimiser, RoPE, Run, Softmax
@@ -18,7 +18,7 @@ from longattn.mask import Causal
 config = Config(
     model=Model(
         N=2,  # layers
-        E=64,  # model width; the eight devices on seq each hold an eighth of every matrix along it
+        E=64,  # model width; each of the eight devices holds an eighth of every matrix along it
         F=128,  # MLP width
         H=2,  # query heads
         K=2,  # key/value heads
@@ -37,7 +37,7 @@ config = Config(
     mesh=Mesh(
         seq=8,  # devices along the row; all other axes are 1
         strategy="ring",  # keys and values travel from device to device
-        layout="zigzag",  # each device holds an early and a late part of a row: all have the same work
+        layout="zigzag",  # each device holds an early and a late piece of a row, so the load is balanced
     ),
     optimiser=Optimiser(
         lr=2e-3,  # peak learning rate

@@ -1,4 +1,4 @@
-"""What was compiled or counted before, remembered on disk under all that it depends on."""
+"""A cache on disk for answers of compilers, keyed by everything that they depend on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-# Refusals that say more of the moment than of what was asked: each may succeed another time.
+# Reasons that may not hold the next time: such answers are not kept.
 _OF_THE_MOMENT = (
     "the compiler took",
     "the compiler ended",
@@ -22,12 +22,12 @@ _OF_THE_MOMENT = (
 
 
 def folder(name: str) -> Path:
-    """A folder of this project's in the user's cache folder."""
+    """Returns this project's folder of that name in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longattn" / name
 
 
 def sources(paths: Iterable[Path]) -> str:
-    """A hash of the contents of files: of code that an answer depends on."""
+    """Returns a hash of the contents of source files that an answer depends on."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(path.read_bytes())
@@ -35,9 +35,9 @@ def sources(paths: Iterable[Path]) -> str:
 
 
 def remembered(folder: Path, key: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-    """(the JSON that `make` gave for an equal `key` before, True), else (what it gives now, False).
+    """Returns (the answer for an equal `key` from before, True), else (`make()`, False), which is kept.
 
-    A compiler's refusal is an answer too.
+    A compiler's refusal is kept too.
     """
     path = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json"
     if path.is_file():

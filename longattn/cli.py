@@ -1,60 +1,66 @@
-"""The command line: `longattn train|eval|bench|compare|study|plan|profile|bringup`. The one place that knows tyro.
+"""The command line: `longattn train|eval|compare|study|plan|profile|bringup`.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 finished, 1 a kernel is wrong (bringup, and train
 before step 0), 2 the caller's mistake (one line, with the remedy), 75 another process was lost, or never came (the
-same command goes on), 130 interrupted, 143 stopped by SIGTERM after saving. `train` and `eval` run on several
-processes where the environment says so: launch.py. What is heavy is imported by the command that needs it.
-LONGATTN_TRACEBACK=1 shows where a refusal came from.
+same command resumes), 130 interrupted, 143 stopped by SIGTERM after saving. `train` and `eval` run on several processes
+if the environment says so: launch.py. Each command imports what it needs, so that the help is quick.
+LONGATTN_TRACEBACK=1 shows where an error came from.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import dataclasses
 import difflib
-import io
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from longattn import launch
+from longattn import launch, terminal
 from longattn.config import Config, Mesh, from_json
 
-USAGE = """usage: longattn COMMAND ...
+PROFILE = """\
+  profile kernel CASE... [...]       cycles of a kernel on TPUs you don't have, by their compiler's schedule
+                                     --target gpu: registers, spills and instructions on GPUs
+  profile sequence [STRATEGY]        load, traffic and time of attention sharded along the sequence, by formula
+  profile run RUN                    device time of a run's steps by op and scope, from the trace it recorded
+"""
+USAGE = f"""usage: longattn COMMAND ...
 
-  train CONFIG [--model.D 128 ...]   train as a config file says, or go on with the run where it stopped (--json)
+  train CONFIG [--model.D 128 ...]   train as a config file says, or resume the run where it stopped
   eval RUN [--T 2048 ...]            loss, bits per byte and loss by position of a trained run
-  bench attention [...]              time the back ends of attention against each other
-  compare CASE [--with a,b ...]      kernels, of linear attention too, under one profiler trace: by op, scope, roofline
+  compare attention [...]            wall-clock time of attention and its rivals, over several lengths
+  compare CASE [--with a,b ...]      attention kernels under one profiler trace: time by op and scope, roofline
   study [--preset quick ...]         measure cost and recall side by side; writes a page
-  plan MODEL --topology v5e:16x16    does it fit, and what bounds its step: compiled for machines that are not there
-  profile --static tpu CASE [...]    cycles of a kernel on TPUs that are not there, by their compiler's schedule
-  profile --static gpu CASE [...]    registers, spills, instructions of a kernel on GPUs that are not there
-  profile --sequence [STRATEGY]      load, bytes and time lines of attention spread along the sequence, by formula
-  profile --trace RUN                device time of a run's steps by op and by scope, from the trace it recorded
-  bringup [...]                      try every kernel on this machine's chip; writes a report to send back
+  plan MODEL --topology v5e:16x16    does it fit, and what bounds its step? compiled for hardware you don't have
+{PROFILE}  bringup [...]                      check and time every kernel on this machine's chip; writes a report
   COMMAND --help                     the options of a command
 
 CONFIG is a Python file that defines `config = longattn.config.Config(...)`, such as configs/bytelm_small.py.
 RUN is the folder that `train` wrote, such as runs/bytelm_small.
 
-train and eval run on several processes, each started with the same command and with LONGATTN_COORDINATOR=host:port of
-process 0, LONGATTN_PROCESSES and LONGATTN_PROCESS (from 0) in its environment; by srun, in a JobSet and on a Cloud TPU
-they find these out: configs/launch. A CPU passes for N devices with JAX_NUM_CPU_DEVICES=N.
+To run train or eval on several processes, start the same command on each with three environment variables:
+LONGATTN_COORDINATOR=host:port of process 0, LONGATTN_PROCESSES, and LONGATTN_PROCESS, which counts from 0.
+srun, a JobSet and a Cloud TPU need none of them: see configs/launch. JAX_NUM_CPU_DEVICES=N splits a CPU into N devices.
 """
+_HELP = ("-h", "--help")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Runs one command and returns its exit code."""
+    terminal.write_in_any_encoding()
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in (*_HELP, "help"):
         print(USAGE, end="")
         return 0 if arguments else 2
+    if now := renamed(arguments):
+        return _fail(f"this command has a new name: longattn {now}")
     name, *rest = arguments
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}{_suggest(name, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
@@ -78,7 +84,7 @@ def _run(name: str, rest: list[str]) -> int:
         print(f"longattn: {name} was interrupted; what was saved stays", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports the pipe again as it exits
         return 0
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         if os.environ.get("LONGATTN_TRACEBACK"):
@@ -87,9 +93,9 @@ def _run(name: str, rest: list[str]) -> int:
 
 
 def _on_every_process(command: list[str], goes_on: Callable[[], str], work: Callable[[], int]) -> int:
-    """Do a command's work: here, or where the environment speaks of several processes in one that JAX may abort.
+    """Runs `work` here; with several processes, in a child process, which JAX may abort.
 
-    goes_on: what happens when the same command is started again, for the line about a process that was lost.
+    goes_on: returns what happens when the same command is started again, for the error line about a lost process.
     """
     found = launch.detect(os.environ)
     if found is None:
@@ -110,6 +116,20 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
+def renamed(arguments: list[str]) -> str:
+    """Returns today's spelling of a command that has been renamed, "" for any other."""
+    match [arguments[0], *(word for a in arguments[1:] for word in a.split("=", 1 if a.startswith("--") else 0))]:
+        case ["bench", *rest]:
+            words = ["compare", "attention", *rest[1:]]
+        case ["profile", "--static", target, *cases]:
+            words = ["profile", "kernel", *cases, "--target", target]
+        case ["profile", "--sequence" | "--trace" as option, *rest]:
+            words = ["profile", "run" if option == "--trace" else "sequence", *rest]
+        case _:
+            return ""
+    return shlex.join(words)
+
+
 def _suggest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
@@ -118,26 +138,34 @@ def _suggest(name: str, known: Any) -> str:
 # ---- the commands
 
 
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train as a config file says, or resume the run where it stopped. The options change the file's values."""
+
+    path: str  # a Python file that defines `config = Config(...)`, or a run's config.json
+    json: bool = False  # print one JSON document
+    config: Config = field(default_factory=Config)
+
+
 def _train(arguments: list[str]) -> int:
-    if not arguments or arguments[0].startswith("-"):
-        if arguments and arguments[0] in ("-h", "--help"):
-            _parse(Config, ["--help"], "train CONFIG", default=Config())
-        return _fail("train needs a config file first, such as: longattn train configs/bytelm_small.py")
-    path, *overrides = arguments
-    as_json = "--json" in overrides
-    overrides = [a for a in overrides if a != "--json"]
-    # The shorter name that the documentation uses.
-    overrides = [
-        "--run.init_from" + a[len("--init-from") :] if a.split("=")[0] == "--init-from" else a for a in overrides
-    ]
-    config = _parse(Config, overrides, f"train {path}", default=load_config(path))
+    options = train_options(arguments)
+    run = options.config.run
 
     def goes_on() -> str:
         from longattn.train import checkpoint
 
-        return checkpoint.goes_on(Path(config.run.dir, config.run.name, "checkpoints"))
+        return checkpoint.goes_on(Path(run.dir, run.name, "checkpoints"))
 
-    return _on_every_process(["train", *arguments], goes_on, lambda: _train_here(config, as_json))
+    return _on_every_process(["train", *arguments], goes_on, lambda: _train_here(options.config, options.json))
+
+
+def train_options(arguments: list[str]) -> TrainOptions:
+    """Parses the arguments of `train`. The config file that the first one names gives the defaults of the others."""
+    from longattn.arguments import MISSING
+
+    path = _first(arguments, "train needs a config file first, such as: longattn train configs/bytelm_small.py")
+    config = load_config(path) if path else Config()
+    return _parse(TrainOptions, arguments, "train", default=TrainOptions(MISSING, config=config))
 
 
 def _train_here(config: Config, as_json: bool) -> int:
@@ -174,20 +202,18 @@ class EvalOptions:
     """Evaluate the best checkpoint of a run on its held-out data."""
 
     run: str  # the folder that `longattn train` wrote
-    T: int | None = None  # another length than the run was trained with
+    T: int | None = None  # another length than in training
     B: int | None = None  # another batch size
     glob: str | None = None  # other files (ByteLM, Needle)
-    overlap: int | None = None  # bytes of context that a piece of a long file reads again, without loss (ByteLM)
-    batches: int = 0  # how many batches; 0: the whole held-out set
-    newest: bool = False  # the newest checkpoint instead of the best
-    mesh: Mesh = Mesh()  # all devices, of all processes; all 1: one device
+    overlap: int | None = None  # bytes of context, without loss, with which each piece of a long file begins (ByteLM)
+    batches: int = 0  # number of batches; 0: the whole held-out set
+    newest: bool = False  # evaluate the newest checkpoint instead of the best
     json: bool = False  # print one JSON document
+    mesh: Mesh = Mesh()  # sizes of the mesh over all devices of all processes; all 1: one device
 
 
 def _eval(arguments: list[str]) -> int:
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--run", *arguments]
-    options = _parse(EvalOptions, arguments, "eval")
+    options = _parse(EvalOptions, arguments, "eval", "eval needs a run first, such as: longattn eval runs/bytelm_small")
     again = "start again with the same command"
     return _on_every_process(["eval", *arguments], lambda: again, lambda: _eval_here(options))
 
@@ -225,36 +251,16 @@ def _eval_here(options: EvalOptions) -> int:
     return 0
 
 
-def _bench(arguments: list[str]) -> int:
-    if arguments[:1] in (["-h"], ["--help"]):
-        arguments = ["attention", *arguments]
-    if not arguments or arguments[0] != "attention":
-        given = f"{arguments[0]!r}" if arguments else "nothing"
-        return _fail(f"bench needs what to measure, given {given}; it knows: attention")
-    from longattn.bench import attention
-
-    options = _parse(attention.AttentionOptions, arguments[1:], "bench attention")
-    attention.attention(options)
-    return 0
-
-
 def _compare(arguments: list[str]) -> int:
+    if arguments[:1] == ["attention"]:
+        from longattn.bench import attention
+
+        attention.attention(_parse(attention.AttentionOptions, arguments[1:], "compare attention"))
+        return 0
     from longattn.bench import compare
 
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--case", *arguments]
-    elif not {"-h", "--help"} & set(arguments):
-        return _fail(f"compare needs a case; the cases are {', '.join(compare.CASES)}")
-    # "with" is a word of Python's, so no name of a field; and names may have commas between them.
-    words = [word for a in arguments for word in (a.split("=", 1) if a.startswith("--with=") else [a])]
-    if "--with" in words:
-        at = words.index("--with") + 1
-        end = next((i for i in range(at, len(words)) if words[i].startswith("--")), len(words))
-        names = " ".join(words[at:end]).replace(",", " ").split()
-        if not names:
-            return _fail(f"--with must name at least one contestant; they are {', '.join(compare.known(arguments[1]))}")
-        words = [*words[: at - 1], "--contestants", *names, *words[end:]]
-    compare.run(_parse(compare.CompareOptions, words, "compare CASE"))
+    needs = f"compare needs a case; the cases are {', '.join(compare.CASES)}, and attention"
+    compare.run(_parse(compare.CompareOptions, arguments, "compare", needs))
     return 0
 
 
@@ -269,53 +275,72 @@ def _study(arguments: list[str]) -> int:
 
 def _plan(arguments: list[str]) -> int:
     from longattn import plan
+    from longattn.arguments import MISSING, positional
 
     known = ", ".join(plan.MODELS)
-    if not arguments or arguments[0].startswith("-"):
-        if arguments and arguments[0] in ("-h", "--help"):
-            _parse(plan.PlanOptions, ["--help"], "plan MODEL", default=plan.PlanOptions())
-        return _fail(f"plan needs a model first: {known}, or a config file")
-    name, *rest = arguments
+    name = _first(arguments, f"plan needs a model first: {known}, or a config file")
+    default, mesh = plan.PlanOptions(), None
     if name in plan.MODELS:
-        default, mesh = plan.PlanOptions(model=plan.MODELS[name]), None
+        default = plan.PlanOptions(model=plan.MODELS[name])
     elif name.endswith((".py", ".json")):
         c = load_config(name)
         default, mesh = plan.PlanOptions(model=c.model, data=c.data, optimiser=c.optimiser), c.mesh
-        name = Path(name).stem
-    else:
+    elif name:
         return _fail(f"unknown model {name!r}{_suggest(name, plan.MODELS)}; there are {known}, and config files")
-    # Shorter names of what is changed most, and flags that take no value.
-    for short, long in (("T", "data.T"), ("B", "data.B"), ("remat", "model.remat"), ("dtype", "model.dtype")):
-        rest = [f"--{long}{a[len(short) + 2 :]}" if a.split("=")[0] == f"--{short}" else a for a in rest]
-    flags = {"--json": "--json=True", "--analytic": "--analytic=True", "--no-cache": "--cache=False"}
-    rest = [flags.get(a, a) for a in rest]
-    options = _parse(plan.PlanOptions, rest, f"plan {name}", default=default)
-    plan.run(options if mesh is None else plan.with_mesh(options, mesh), name)
+    named = dataclasses.make_dataclass(
+        "PlanArguments",
+        [
+            ("name", Annotated[str, *positional("MODEL", help=f"{known}, or a config file")]),
+            ("options", plan.PlanOptions),
+        ],
+        namespace={"__doc__": plan.PlanOptions.__doc__},
+    )
+    options = _parse(named, arguments, "plan", default=named(MISSING, default)).options
+    plan.run(options if mesh is None else plan.with_mesh(options, mesh), Path(name).stem if mesh else name)
     return 0
 
 
 def _profile(arguments: list[str]) -> int:
-    if any(a.split("=")[0] == "--trace" for a in arguments):
-        from longattn.bench import run_profile
-
-        run_profile.run(_parse(run_profile.TraceOptions, arguments, "profile --trace RUN"))
+    name, *rest = arguments or [""]
+    if name in _HELP:
+        print(f"usage: longattn profile kernel|sequence|run ...\n\n{PROFILE}", end="")
         return 0
-    if arguments and arguments[0].split("=")[0] == "--sequence":
-        from longattn.plan import sequence
+    if name not in PROFILES:
+        given = f"{name!r}{_suggest(name, PROFILES)}" if name else "nothing"
+        return _fail(f"profile needs what to profile, given {given}; it knows {', '.join(PROFILES)}")
+    return PROFILES[name](rest)
 
-        named = len(arguments) > 1 and not arguments[1].startswith("-")
-        words = arguments if named or "=" in arguments[0] else ["--sequence", "all", *arguments[1:]]
-        sequence.run(_parse(sequence.SequenceOptions, words, "profile --sequence [STRATEGY]"))
-        return 0
-    if arguments[:2] == ["--static", "gpu"]:
-        from longattn.aot.kernels import gpu_command
-        from longattn.aot.kernels.cases import gpu
 
-        return _static("gpu", arguments, gpu_command.ProfileOptions, gpu_command.run, gpu.CASES)
-    from longattn.aot import kernels
-    from longattn.aot.kernels import cases
+@dataclass(frozen=True)
+class _Target:
+    """The one option of `profile kernel` that says which others there are."""
 
-    return _static("tpu", arguments, kernels.ProfileOptions, kernels.run, cases.CASES)
+    target: Literal["tpu", "gpu"] = "tpu"
+
+
+def _profile_kernel(arguments: list[str]) -> int:
+    chosen, _ = _parse(_Target, arguments, "profile kernel", add_help=False, return_unknown_args=True)
+    if chosen.target == "gpu":
+        from longattn.aot.kernels import gpu_command as command
+    else:
+        from longattn.aot.kernels import command  # type: ignore[no-redef]
+    command.run(_parse(command.ProfileOptions, arguments, "profile kernel"))
+    return 0
+
+
+def _profile_sequence(arguments: list[str]) -> int:
+    from longattn.plan import sequence
+
+    sequence.run(_parse(sequence.SequenceOptions, arguments, "profile sequence"))
+    return 0
+
+
+def _profile_run(arguments: list[str]) -> int:
+    from longattn.bench import run_profile
+
+    needs = "profile run needs a run, such as: longattn profile run runs/bytelm_small"
+    run_profile.run(_parse(run_profile.RunProfileOptions, arguments, "profile run", needs))
+    return 0
 
 
 def _bringup(arguments: list[str]) -> int:
@@ -326,86 +351,42 @@ def _bringup(arguments: list[str]) -> int:
     return 1 if bringup.run(options)["verdict"] == "failed" else 0
 
 
-def _static(kind: str, arguments: list[str], options: Any, run: Callable[[Any], Any], cases: Any) -> int:
-    if arguments[:1] == ["--static"] and len(arguments) > 2 and not arguments[2].startswith("-"):
-        arguments = [*arguments[:2], "--cases", *arguments[2:]]
-    elif not {"-h", "--help", "--cases"} & set(arguments):
-        names = ", ".join(cases)
-        return _fail(
-            f"profile needs --static tpu or gpu and a case, --sequence, or --trace and a run; for {kind} the cases are "
-            f"{names}"
-        )
-    run(_parse(options, arguments, f"profile --static {kind}"))
-    return 0
-
-
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
-    "bench": _bench,
     "compare": _compare,
     "study": _study,
     "plan": _plan,
     "profile": _profile,
     "bringup": _bringup,
 }
+PROFILES: dict[str, Callable[[list[str]], int]] = {
+    "kernel": _profile_kernel,
+    "sequence": _profile_sequence,
+    "run": _profile_run,
+}
 
 
-# ---- how arguments become values
+# ---- what the arguments name
 
 
-def _parse(kind: Any, arguments: list[str], command: str, default: Any = None) -> Any:
-    """A dataclass from command-line arguments; a mistake exits with 2 and says which name was meant."""
-    import tyro
+def _parse(kind: Any, arguments: list[str], command: str, needs: str = "", **options: Any) -> Any:
+    from longattn.arguments import parse  # here: the help needs no tyro
 
-    from longattn import mask
-
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def mask_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-        if not (isinstance(info.type, type) and issubclass(info.type, mask.Mask)):
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="MASK",
-            instance_from_str=lambda words: mask.parse(words[0]),
-            is_instance=lambda value: isinstance(value, mask.Mask),
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    settings = {} if default is None else {"default": default}
-    flags = tyro.conf.FlagCreatePairsOff if default is None else tyro.conf.FlagConversionOff
-    said = io.StringIO()
-    try:
-        with registry, contextlib.redirect_stderr(said):
-            return tyro.cli(
-                kind,
-                args=arguments,
-                prog=f"longattn {command}",
-                config=(tyro.conf.AvoidSubcommands, flags),
-                use_underscores=True,
-                **settings,
-            )
-    except SystemExit as error:
-        if not error.code:
-            raise
-        raise ValueError(_one_line(said.getvalue())) from error
+    return parse(kind, arguments, command, needs, **options)
 
 
-def _one_line(box: str) -> str:
-    """What tyro says in a box: its first paragraph and the first name that it proposes."""
-    rows = [row.strip("│ ") for row in box.splitlines()]
-    rows = [row for row in rows if row and row[0] not in "╭╰"]
-    rule = next((i for i, row in enumerate(rows) if row.startswith("─")), len(rows))
-    proposed = next((rows[i + 1] for i, row in enumerate(rows[:-1]) if row.startswith("Perhaps you meant")), None)
-    return " ".join(rows[:rule]) + (
-        f"; did you mean {proposed.split()[0]}?" if proposed else "; --help lists the options"
-    )
+def _first(arguments: list[str], needs: str) -> str:
+    """Returns the first argument, which names where the defaults come from; "" if help is asked for instead."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0]
+    if not set(_HELP) & set(arguments):
+        raise ValueError(needs)
+    return ""
 
 
 def load_config(path: str) -> Config:
-    """The `config` of a Python file, or the one that a run's config.json holds. Raises ValueError for anything else."""
+    """Returns the `config` of a Python file or of a run's config.json. Raises ValueError for anything else."""
     import runpy
 
     if not Path(path).is_file():
@@ -425,10 +406,13 @@ def load_config(path: str) -> Config:
     return config
 
 
-def _compilation_cache(*, scopes: bool = False) -> None:
-    """Keep compiled programs between processes: in JAX_COMPILATION_CACHE_DIR, else in the user's cache folder.
+# ---- this process
 
-    With `scopes` a program is found only if its named scopes are the same too: a trace tells them.
+
+def _compilation_cache(*, scopes: bool = False) -> None:
+    """Keeps compiled programs on disk: in JAX_COMPILATION_CACHE_DIR, else in the user's cache folder.
+
+    With `scopes` a kept program is used only if its named scopes are the same, since a trace shows them.
     """
     import jax
 
@@ -441,11 +425,13 @@ def _compilation_cache(*, scopes: bool = False) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed. XLA's CPU programs take their scratch from malloc anew at every call; where it is
-    given back to the system each time, page faults cost a training step of a small model 3 to 5% of its time.
+    """Lets glibc keep freed memory instead of returning it to the system.
+
+    XLA's CPU programs allocate their scratch memory at every call. Page faults of memory that was returned in between
+    cost 3 to 5% of a small model's training step.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc's alone has these parameters
+    if hasattr(libc, "mallopt"):  # only glibc has mallopt
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

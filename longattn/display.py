@@ -1,4 +1,4 @@
-"""How numbers, tables and pages look, the same in all commands."""
+"""The common look of numbers, tables and pages."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 def plain_table(title: str) -> Table:
-    """An empty table in the style of all."""
+    """Returns an empty table in the common style."""
     return Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def digits(number: float) -> str:
-    """Three digits, or all before the point."""
+    """Returns a number with three digits, or with all digits before the point."""
     return f"{number:.3g}" if abs(number) < 999.5 else f"{number:,.0f}"
 
 
 def seconds_text(seconds: float) -> str:
-    """Three digits with a unit."""
+    """Returns a time with three digits and a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= size:
             return f"{digits(seconds / size)} {unit}"
@@ -32,7 +32,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def bytes_text(n: float) -> str:
-    """Three digits with a unit."""
+    """Returns a size with three digits and a unit."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n >= size:
             return f"{digits(n / size)} {unit}"
@@ -40,7 +40,7 @@ def bytes_text(n: float) -> str:
 
 
 def device_text(environment: Mapping[str, Any]) -> str:
-    """The device of `train.record.environment`, a CPU by its model."""
+    """Returns the name of the device in an `environment()`: a CPU's model, else the device's kind."""
     device = environment["device"]
     return environment["host"]["cpu"] if device["platform"] == "cpu" else device["kind"]
 
@@ -49,4 +49,4 @@ def style() -> Markup:
     """Returns the CSS of every page of this project."""
     from markupsafe import Markup  # here: only pages need it, and it comes with the extra `study`
 
-    return Markup(resources.files("longattn").joinpath("style.css").read_text())
+    return Markup(resources.files("longattn").joinpath("style.css").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Where a result was made: versions, device, host, commit and memory of this process."""
+"""The record of where a result was made: versions, device, host, commit, and memory of this process."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ENVIRONMENT_VERSION = 1
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill at any moment leaves the old or the new one, never a part."""
+    """Writes a file in one step: a process that is killed leaves the old or the new file, never a part."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
 def environment(data: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Versions, device, commit, command and data of this process, for a record that can be repeated."""
+    """Returns versions, device, commit, command and data of this process, so that a result can be repeated."""
     packages = ("longattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     versions = {"python": platform.python_version()}
     for name in packages:
@@ -51,14 +51,14 @@ def environment(data: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The git commit of this package's sources, with "+" where they have changed since; None outside git."""
+    """Returns the git commit of this package's sources, with "+" if they have changed since; None outside git."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True).stdout
 
     try:
-        git("ls-files", "--error-unmatch", "mask.py")  # an installed copy may lie inside somebody else's repository
+        git("ls-files", "--error-unmatch", "mask.py")  # an installed copy may be inside another repository
         return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--", ".").strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -73,7 +73,7 @@ def _cpu_name() -> str:
 
 
 def available_memory() -> int | None:
-    """Bytes that a program may still take on the default device; None where the system does not say."""
+    """Returns the free bytes of the default device, or None if the system does not report them."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
@@ -81,16 +81,16 @@ def available_memory() -> int | None:
     with contextlib.suppress(OSError):
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         found.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # a container's limit, "max" where there is none
+    with contextlib.suppress(OSError, ValueError):  # a container's limit, or "max"
         group = Path("/sys/fs/cgroup")
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))  # a cache
+        used = int((group / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))  # the page cache
         found.append(int((group / "memory.max").read_text()) - used)
     return min(found, default=None)
 
 
 def peak_memory() -> int:
-    """Bytes: the most the default device held so far; on a CPU the most this process held."""
+    """Returns the default device's peak bytes so far; on a CPU this process's peak."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

@@ -1,6 +1,7 @@
-"""Which of several processes this one is, and one line on standard error when the others are gone.
+"""Finds out which of several processes this one is, and reports in one line when another one is lost.
 
-`longattn train` and `longattn eval` run on as many processes as their environment says, in this order:
+`longattn train` and `longattn eval` run on as many processes as the environment says. The first of these that is set
+decides:
 
   LONGATTN_COORDINATOR, LONGATTN_PROCESSES, LONGATTN_PROCESS   host:port of process 0, how many, which one: all three
   TPU_WORKER_HOSTNAMES, MEGASCALE_NUM_SLICES                   a TPU on GKE; JAX finds out the rest
@@ -8,12 +9,13 @@
   JOBSET_NAME, JOB_COMPLETION_INDEX, ...                       a pod of a JobSet; the manifest passes them on
   the metadata server                                          a worker of a Cloud TPU; JAX finds out the rest
 
-LONGATTN_PORT is process 0's port under SLURM and in a JobSet. LONGATTN_CONNECT: seconds until all must have come, 300
-by default. LONGATTN_HEARTBEAT: seconds of silence after which a process counts as lost, 60 by default.
+LONGATTN_PORT is process 0's port under SLURM and in a JobSet. LONGATTN_CONNECT is how many seconds processes wait for
+each other at the start, 300 by default. LONGATTN_HEARTBEAT is how many seconds of silence make a process count as lost,
+60 by default.
 
-JAX's coordination service ends the processes that lose another one by an abort and a stack trace of C++, which nothing
-inside of them can prevent. So a process of several is two: the one that was started hands over to another, passes its
-signals and its words on, and says in one line what an abort meant. Nothing here touches a device.
+When a process is lost, JAX's coordination service aborts the others with a C++ stack trace, which they cannot prevent.
+So each of several processes starts a child that does the work. The parent forwards signals and output, and explains an
+abort in one line. Nothing here touches a device.
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LOST = 75  # the exit code where other processes are gone: sysexits.h's EX_TEMPFAIL, "try again"
-STOPPED = 128 + signal.SIGTERM  # after saving
-# For the process that the supervisor starts: the supervisor's process id, and where to write the exit code.
+LOST = 75  # exit code if another process is lost: EX_TEMPFAIL of sysexits.h, "try again"
+STOPPED = 128 + signal.SIGTERM  # exit code after SIGTERM and saving
+# Environment of the child: the supervisor's process id, and the file descriptor for its exit code.
 _SUPERVISED, _VERDICT = "LONGATTN_SUPERVISED", "LONGATTN_VERDICT"
 _EXPLICIT = ("LONGATTN_COORDINATOR", "LONGATTN_PROCESSES", "LONGATTN_PROCESS")
 _PORT = 8476
-# Google's PCI devices that are TPUs, as the Makefile has them.
+# PCI ids of Google and its TPUs, as in the Makefile.
 _GOOGLE = "0x1ae0"
 _TPUS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076", "0x0083", "0x007c")
 
@@ -45,11 +47,11 @@ _TPUS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076", "
 class Launch:
     """One process of several."""
 
-    source: str  # what said so
-    coordinator: str | None  # host:port of process 0; None: JAX finds out, and which process this is
+    source: str  # where the environment says so
+    coordinator: str | None  # host:port of process 0; None: JAX finds it out, and which process this is
     processes: int | None
     process: int | None
-    connect: int  # seconds until all processes must have come
+    connect: int  # seconds to wait for all processes at the start
     heartbeat: int  # seconds of silence after which a process counts as lost
 
     def __str__(self) -> str:
@@ -62,9 +64,9 @@ class Launch:
 
 
 def detect(env: Mapping[str, str]) -> Launch | None:
-    """What the environment says of this process; None where it is the only one.
+    """Returns which of several processes the environment says that this is; None if it is the only one.
 
-    Raises ValueError, naming the variable, for settings that are incomplete or contradict each other.
+    Raises ValueError, naming the variable, for settings that are incomplete or contradictory.
     """
     connect = _whole(env, "LONGATTN_CONNECT", 1, 300)
     heartbeat = _whole(env, "LONGATTN_HEARTBEAT", 5, 60)
@@ -91,7 +93,7 @@ def _text(env: Mapping[str, str], name: str, why: str) -> str:
 
 
 def _whole(env: Mapping[str, str], name: str, least: int, default: int | None = None, why: str = "") -> int:
-    """An integer of at least `least`; a missing one is `default`, or the mistake that `why` explains."""
+    """Returns an integer of at least `least`. A missing one is `default`, or else the mistake that `why` explains."""
     if default is not None and not env.get(name):
         return default
     text = _text(env, name, why)
@@ -130,13 +132,13 @@ def _slurm(env: Mapping[str, str]) -> tuple[str, int, int]:
             f"SLURM_PROCID={process} must be less than SLURM_STEP_NUM_TASKS={processes}: start by srun, or set "
             + ", ".join(_EXPLICIT)
         )
-    # Steps of different jobs may share a node; these ports are above those that Linux hands out.
+    # Jobs may share a node, so the port depends on the job. Linux gives out no ports of this range by itself.
     port = _whole(env, "LONGATTN_PORT", 1, 61440 + _whole(env, "SLURM_JOB_ID", 0, why=why) % 4096)
     return f"{first_host(_text(env, 'SLURM_STEP_NODELIST', why))}:{port}", processes, process
 
 
 def first_host(nodes: str) -> str:
-    """The first host of SLURM's short form of a list: "gpu[003-007,9],cpu1" begins with gpu003."""
+    """Returns the first host of a SLURM node list: gpu003 for "gpu[003-007,9],cpu1"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
 
@@ -153,13 +155,13 @@ def _jobset(env: Mapping[str, str]) -> tuple[str, int, int]:
                 f"{index}={env[index]} must be less than {count}={env[count]}: PROCESSES_IN_JOB must be the Job's "
                 "parallelism, JOB_REPLICAS the JobSet's replicas"
             )
-    # The name that the JobSet's headless service gives the first pod of its first job.
+    # The JobSet's headless service gives the first pod of the first job this name.
     coordinator = f"{name}-{job}-0-0.{name}:{_whole(env, 'LONGATTN_PORT', 1, _PORT)}"
     return coordinator, jobs * pods, job_index * pods + pod
 
 
 def _has_tpu(env: Mapping[str, str], devices: Path = Path("/sys/bus/pci/devices")) -> bool:
-    """Whether this machine has a TPU that JAX may use."""
+    """Returns whether this machine has a TPU that JAX may use."""
     if "tpu" not in (env.get("JAX_PLATFORMS") or "tpu"):
         return False
 
@@ -178,11 +180,11 @@ def _workers_on_gke(env: Mapping[str, str]) -> int:
 
 
 def _workers_of_cloud_tpu(env: Mapping[str, str]) -> int:
-    """What the metadata server of a Cloud TPU says; 1 where there is none."""
+    """Returns the number of workers that a Cloud TPU's metadata server reports; 1 without such a server."""
     if env.get("TPU_SKIP_MDS_QUERY") or not _has_tpu(env):
         return 1
 
-    import urllib.request  # on a TPU alone: every command imports this module
+    import urllib.request  # here: every command imports this module, and only a TPU needs this
 
     def attribute(name: str) -> str:
         host = env.get("GCE_METADATA_IP", "metadata.google.internal")
@@ -203,19 +205,19 @@ def _workers_of_cloud_tpu(env: Mapping[str, str]) -> int:
 
 
 def supervised() -> bool:
-    """Whether `supervise` started this process."""
+    """Returns whether `supervise` started this process."""
     return os.environ.get(_SUPERVISED) == str(os.getppid())
 
 
 def settle(code: int) -> None:
-    """Tell the supervisor how this process ends, should JAX abort it before it has."""
+    """Tells the supervisor this process's exit code, in case JAX aborts the process before it exits."""
     os.write(int(os.environ[_VERDICT]), bytes([code]))
 
 
 def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) -> int:
-    """Run `longattn COMMAND` in a process of its own and return its exit code: `LOST` where others were lost.
+    """Runs `longattn COMMAND` in a child process and returns its exit code, `LOST` if another process was lost.
 
-    goes_on: what happens when the same command is started again, for that line.
+    goes_on: returns what happens when the same command is started again, for the line about a lost process.
     """
     package = str(Path(__file__).parents[1])
     paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
@@ -225,7 +227,7 @@ def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) ->
         for process in child:
             process.send_signal(signal.SIGTERM)
 
-    # A launcher's SIGTERM may reach both processes; the other one hears it twice then, which is no more than once.
+    # A launcher's SIGTERM may reach both processes; the child handles a second one like the first.
     signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
     settled, verdict = os.pipe()
@@ -260,9 +262,9 @@ def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) ->
 
 
 def _pass_on(child: subprocess.Popen[bytes]) -> str:
-    """Pass on what the process says, and return what the coordination service reported.
+    """Forwards the child's stderr, and returns the report of the coordination service.
 
-    That report stays untold, unless LONGATTN_TRACEBACK asks for it, and so do Gloo's lines about connections.
+    The report and Gloo's lines about connections are hidden unless LONGATTN_TRACEBACK is set.
     """
     everything, report, hidden = bool(os.environ.get("LONGATTN_TRACEBACK")), b"", False
     for line in child.stderr:
@@ -270,7 +272,7 @@ def _pass_on(child: subprocess.Popen[bytes]) -> str:
             report += line
             hidden = True
         else:
-            # Several threads write them, so that two may share a line, whose ends then follow one another.
+            # Several threads write Gloo's lines, so two may share a line, and an empty one follows.
             hidden = b"connected peer ranks" in line or (hidden and not line.strip())
         if everything or not hidden:
             sys.stderr.buffer.write(line)
@@ -279,7 +281,7 @@ def _pass_on(child: subprocess.Popen[bytes]) -> str:
 
 
 def meaning(report: str, launch: Launch) -> str:
-    """What the coordination service's report means, in words."""
+    """Explains the coordination service's report in one line."""
     silent = re.search(r"stopped sending heartbeats\):\s*([\d,\s]+)", report)
     if silent:
         lost = ", ".join(re.findall(r"\d+", silent[1]))
@@ -299,6 +301,6 @@ def meaning(report: str, launch: Launch) -> str:
 
 
 def die_with_the_supervisor() -> None:
-    """End this process when the one that started it ends, however that does."""
-    with contextlib.suppress(AttributeError, OSError):  # Linux alone has it
+    """Lets the kernel kill this process when its parent ends for any reason."""
+    with contextlib.suppress(AttributeError, OSError):  # only Linux has prctl
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)

@@ -1,19 +1,23 @@
 """Attention masks as values over positions: which query may attend to which key.
 
-A mask is a rule on the position of a query and of a key, never an array over T x S. Two questions can be asked of it:
-`mask(q_pos, k_pos)` (is this pair visible?) and `mask.kind(q_lo, q_hi, k_lo, k_hi)` (does a block of positions hold no
-visible pair, some, or only visible ones?), which lets a kernel skip empty blocks and drop the mask in full ones.
+A mask is a rule on the positions of a query and a key, never an array over T x S. It answers three questions:
+
+    mask(q_pos, k_pos)                    is this pair visible?
+    mask.kind(q_lo, q_hi, k_lo, k_hi)     does a block of positions hold no visible pair, some, or only visible ones?
+    mask.is_relative                      does the mask read q - k only?
+
+With `kind` a kernel skips empty blocks and drops the mask in full ones.
 
     Causal() & Window(512)          # at most 512 tokens back
-    Causal() | Prefix(64)           # a prefix that everybody sees (prefix-LM)
+    Causal() | Prefix(64)           # a prefix that every query sees (prefix-LM)
     Window(256) | Global(4)         # Longformer, arXiv:2004.05150
     Causal() & Chunked(8192)        # Llama 4's local layers
 
-Masks are frozen, hashable as long as they hold no array, and registered pytrees: integers are static, arrays leaves.
-Two leaves exist: `Prefix(n [B])` and `BlockSparse(block_size, visible [B|1 H|1 Jq Jk])`. Their axes align with the
-first two of a rank-4 shape [B H . .]: arguments of lower rank are taken as [1 1 . .], and the answer has rank 4.
+Masks are frozen, registered pytrees: integers are static, arrays are leaves. Without arrays a mask is hashable. Two
+leaves exist: `Prefix(n [B])` and `BlockSparse(block_size, visible [B|1 H|1 Jq Jk])`. Their axes align with the first
+two of a rank-4 shape [B H . .]: arguments of lower rank are taken as [1 1 . .], and the answer has rank 4.
 
-NumPy arguments (and leaves) give NumPy answers without touching a device: schedules are made on the host at trace time.
+NumPy arguments (and leaves) give NumPy answers without touching a device, for schedules that are made at trace time.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ _INT32 = 2**31 - 1
 
 
 def _xp(*xs: Any) -> Any:
-    """jax.numpy if any argument is a JAX array or tracer, else numpy."""
+    """Returns jax.numpy if any argument is a JAX array or tracer, else numpy."""
     return jnp if any(isinstance(x, jax.Array) for x in xs) else np
 
 
@@ -44,19 +48,19 @@ def _shape(*xs: Any) -> tuple[int, ...]:
 
 
 def _lift(x: Any, rank: int) -> Any:
-    """`x` with leading axes of size 1 up to `rank`: explicit, so that jax_numpy_rank_promotion='raise' passes."""
+    """Returns x with leading axes of size 1 up to `rank`, explicit for jax_numpy_rank_promotion='raise'."""
     return _xp(x).reshape(x, (1,) * (rank - np.ndim(x)) + tuple(np.shape(x)))
 
 
 def _kind(empty: Any, full: Any, *bounds: Any) -> Any:
-    """int8 of the broadcast shape of everything: FULL where `full`, else EMPTY where `empty`, else PARTIAL."""
+    """Returns int8 in the shape of all arguments: FULL where `full`, else EMPTY where `empty`, else PARTIAL."""
     xp = _xp(empty, full, *bounds)
     kind = xp.where(full, np.int8(FULL), xp.where(empty, np.int8(EMPTY), np.int8(PARTIAL)))
     return xp.broadcast_to(kind, _shape(kind, *bounds))
 
 
 def _integer(mask: Mask, name: str, low: int) -> None:
-    """Normalises the field `name` to a Python int within [low, 2**31), else raises ValueError."""
+    """Makes the field `name` a Python int; raises ValueError unless it lies in [low, 2**31)."""
     value = getattr(mask, name)
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= _INT32:
         raise ValueError(f"{type(mask).__name__}.{name}={value!r} must be an integer of at least {low}, below 2**31")
@@ -65,25 +69,30 @@ def _integer(mask: Mask, name: str, low: int) -> None:
 
 @dataclass(frozen=True, repr=False)
 class Mask:
-    """Base of all masks. Combine them with `&`, `|` and `~`; `str(mask)` is an expression that `parse` reads back."""
+    """The base class of masks. They combine with `&`, `|` and `~`; `parse` reads `str(mask)` back."""
 
     def __init_subclass__(cls) -> None:
         jax.tree_util.register_pytree_with_keys(cls, _flatten, lambda aux, leaves: _unflatten(cls, aux, leaves))
 
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
-        """Visible pairs: bool of the broadcast shape of two int32 arrays of positions."""
+        """Returns which pairs are visible: bool in the broadcast shape of two int32 arrays of positions."""
         raise NotImplementedError
 
     def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
-        """EMPTY, PARTIAL or FULL (int8) for queries in [q_lo, q_hi] and keys in [k_lo, k_hi], both ends included.
+        """Returns EMPTY, PARTIAL or FULL (int8) for queries in [q_lo, q_hi] and keys in [k_lo, k_hi], inclusive.
 
-        The bounds are ints or int32 arrays that broadcast, with lo <= hi. EMPTY and FULL are promises about every pair
-        of positions in the block; PARTIAL is none.
+        The bounds are ints or int32 arrays that broadcast, with lo <= hi. EMPTY and FULL hold for every pair of
+        positions in the block. PARTIAL promises nothing.
         """
         raise NotImplementedError
 
+    @property
+    def is_relative(self) -> bool:
+        """Whether the mask reads positions through q - k only."""
+        return False
+
     def dense(self, T: int, S: int) -> Any:
-        """The whole [T S] pattern at positions arange(T), arange(S) ([B H T S] with array leaves). For tests."""
+        """Returns the pattern [T S] at positions arange(T), arange(S), or [B H T S] with array leaves. For tests."""
         return self(np.arange(T, dtype=np.int32)[:, None], np.arange(S, dtype=np.int32)[None, :])
 
     def __and__(self, other: Mask) -> Mask:
@@ -111,7 +120,7 @@ def _text(value: Any) -> str:
 
 
 def _flatten(mask: Mask) -> tuple[list[tuple[Any, Any]], Any]:
-    """Integers and functions are static; whatever else stands in a field (arrays, masks, placeholders) is a child."""
+    """Returns the leaves and static fields: integers and functions are static, everything else is a leaf or a mask."""
     leaves, static = [], []
     for field in dataclasses.fields(mask):
         value = getattr(mask, field.name)
@@ -134,6 +143,10 @@ def _unflatten(cls: type[Mask], aux: Any, leaves: Any) -> Mask:
 class Full(Mask):
     """Every pair is visible."""
 
+    @property
+    def is_relative(self) -> bool:
+        return True
+
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         return _xp(q_pos, k_pos).ones(_shape(q_pos, k_pos), bool)
 
@@ -145,6 +158,10 @@ class Full(Mask):
 class Causal(Mask):
     """k <= q."""
 
+    @property
+    def is_relative(self) -> bool:
+        return True
+
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         return k_pos <= q_pos
 
@@ -154,7 +171,7 @@ class Causal(Mask):
 
 @dataclass(frozen=True, repr=False)
 class Window(Mask):
-    """-right <= q - k <= left. With right=0 it is causal, and Window(0) sees itself only; right=-1 hides itself."""
+    """-right <= q - k <= left. right=0 makes it causal; Window(0) sees itself only; right=-1 hides itself."""
 
     left: int
     right: int = 0
@@ -164,6 +181,10 @@ class Window(Mask):
         _integer(self, "right", -_INT32)
         if self.left < -self.right:
             raise ValueError(f"{self} must have left >= -right: no distance q - k lies in [-right, left]")
+
+    @property
+    def is_relative(self) -> bool:
+        return True
 
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         return (q_pos - k_pos <= self.left) & (q_pos - k_pos >= -self.right)
@@ -204,7 +225,7 @@ class Prefix(Mask):
             raise ValueError(f"Prefix.n={_text(self.n)} must be an integer or an int32 array [B]")
 
     def _limit(self, *xs: Any) -> tuple[Any, ...]:
-        """(n, *xs), all ready to broadcast."""
+        """Returns (n, *xs) with shapes that broadcast."""
         if isinstance(self.n, int) or self.n.ndim == 0:  # one sequence, as a kernel sees it
             return (self.n, *xs)
         return (self.n.reshape(-1, 1, 1, 1), *(_lift(x, 4) for x in xs))
@@ -247,6 +268,10 @@ class Dilated(Mask):
         _integer(self, "step", 1)
         if self.left * self.step > _INT32:
             raise ValueError(f"{self} must reach less than 2**31 back: left * step = {self.left * self.step}")
+
+    @property
+    def is_relative(self) -> bool:
+        return True
 
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         distance = q_pos - k_pos
@@ -338,6 +363,10 @@ class And(Mask):
     a: Mask
     b: Mask
 
+    @property
+    def is_relative(self) -> bool:
+        return self.a.is_relative and self.b.is_relative
+
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         return _pair(lambda a, b: a & b, self.a(q_pos, k_pos), self.b(q_pos, k_pos))
 
@@ -358,6 +387,10 @@ class Or(Mask):
     a: Mask
     b: Mask
 
+    @property
+    def is_relative(self) -> bool:
+        return self.a.is_relative and self.b.is_relative
+
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         return _pair(lambda a, b: a | b, self.a(q_pos, k_pos), self.b(q_pos, k_pos))
 
@@ -375,6 +408,10 @@ class Not(Mask):
 
     a: Mask
 
+    @property
+    def is_relative(self) -> bool:
+        return self.a.is_relative
+
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
         visible = self.a(q_pos, k_pos)
         return _xp(visible).logical_not(visible)
@@ -390,7 +427,7 @@ _PARSABLE = {c.__name__: c for c in (Full, Causal, Window, Chunked, Prefix, Glob
 
 
 def parse(text: str) -> Mask:
-    """The mask that an expression stands for: the inverse of `str` for masks without arrays or functions.
+    """Returns the mask that an expression stands for. Inverts `str` for masks without arrays or functions.
 
     Raises ValueError for anything but the array-free masks, integers, `&`, `|`, `~` and parentheses.
     """

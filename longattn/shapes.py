@@ -29,12 +29,12 @@ FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 def statistics_dtype(dtype: Any) -> np.dtype:
-    """The dtype of accumulators, softmax statistics and states: float64 for float64 inputs, else float32."""
+    """Returns the dtype of accumulators, softmax statistics and states: float64 for float64 inputs, else float32."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the closest known one, and all of them."""
+    """Returns the end of an error message about an unknown name: the closest known name, and all of them."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(known)}"
@@ -69,7 +69,7 @@ def check_dtype(name: str, x: Any, allowed: tuple[str, ...]) -> None:
 
 
 def check_positive(name: str, x: Any) -> float:
-    """`x` as a Python float. Raises ValueError unless it is a positive, finite Python number (it is static)."""
+    """Returns x as a float. Raises ValueError unless it is a positive, finite Python number: it is static."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise ValueError(f"{name}={x!r} must be a Python float: it is a constant of the compiled program, not an array")
     if not (math.isfinite(x) and x > 0):

@@ -1,4 +1,4 @@
-"""Which compilers of accelerators that are not there are installed."""
+"""Skips tests whose compiler for an accelerator is not installed."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ needs_cuda = _skip_without(compilers.cuda_versions, "the compiler for GPUs")
 
 
 def cost_here(request: dict) -> dict:
-    """What XLA for a TPU takes a case to cost: FLOPs, and bytes between device memory and the core."""
+    """Returns XLA's cost of a case on a TPU: FLOPs, and bytes between HBM and the core."""
     from longattn.aot.kernels import tpu
     from longattn.aot.kernels.cases import Shape
 

@@ -19,7 +19,7 @@ PUBLIC = {
     "longattn.ops.attention.api",
     "longattn.ops.conv",
     "longattn.ops.linear.api",
-    "longattn.parallel.api",
+    "longattn.parallel.attention",
     "longattn.parallel.conv",
     "longattn.parallel.layout",
     "longattn.parallel.linear",

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 import json
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from longattn import cli
-from longattn.config import Config, Mesh, RoPE
+from longattn.arguments import _spelling
+from longattn.config import Data, Mesh, Model, RoPE, Run
 from longattn.mask import Causal, Window
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
-def parse(*arguments: str) -> Config:
-    return cli._parse(Config, list(arguments), "train c.py", default=Config())
-
-
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a refused command prints."""
+    """Returns the one line that a refused command prints."""
     assert cli.main(list(arguments)) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -45,15 +47,108 @@ def test_help_needs_nothing_heavy() -> None:
 
 def test_unknown_command_suggests(capsys) -> None:
     assert "did you mean 'train'" in fails(capsys, "trian")
-    assert "attention" in fails(capsys, "bench", "conv")
+    assert "did you mean 'kernel'" in fails(capsys, "profile", "kernels")
     assert "config file" in fails(capsys, "train")
     assert cli.main([]) == 2
 
 
-def test_help_of_bench(capsys) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "now"),
+    [
+        ("bench", "compare attention"),
+        ("bench conv", "compare attention"),
+        ("bench attention --T 64", "compare attention --T 64"),
+        ("profile --static tpu jax_flash --chips v6e", "profile kernel jax_flash --chips v6e --target tpu"),
+        ("profile --static=gpu matmul", "profile kernel matmul --target gpu"),
+        ("profile --sequence", "profile sequence"),
+        ("profile --sequence ring --T 64", "profile sequence ring --T 64"),
+        ("profile --trace runs/x --json", "profile run runs/x --json"),
+    ],
+)
+def test_commands_that_have_a_new_name_say_it(capsys, arguments: str, now: str) -> None:
+    assert fails(capsys, *arguments.split()) == f"longattn: this command has a new name: longattn {now}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "position", "option"),
+    [
+        ("train", "CONFIG", "--init_from, --run.init_from"),
+        ("eval", "RUN", "--overlap"),
+        ("compare", "CASE", "--with A,B"),
+        ("compare attention", "", "--against"),
+        ("study", "", "--preset"),
+        ("plan", "MODEL", "--no_cache"),
+        ("profile kernel", "CASE...", "--chips"),
+        ("profile kernel --target gpu", "CASE...", "--archs"),
+        ("profile sequence", "[STRATEGY]", "--layout"),
+        ("profile run", "RUN", "--depth"),
+        ("bringup", "", "--seconds"),
+    ],
+)
+def test_help_shows_what_is_given_by_its_position(capsys, command: str, position: str, option: str) -> None:
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["bench", "--help"])
-    assert "--against" in capsys.readouterr().out
+        cli.main([*command.split(), "--help"])
+    said = capsys.readouterr().out
+    assert ("positional arguments" in said) == bool(position)
+    assert position in said
+    assert option in said
+    assert said.split("\n")[2][:1].isupper()  # what the command does
+
+
+def test_every_spelling_is_of_a_field_that_there_is() -> None:
+    from longattn import plan
+    from longattn.aot.kernels import command, gpu_command
+    from longattn.bench import compare, run_profile
+    from longattn.plan import sequence
+
+    classes = [
+        cli.TrainOptions, cli.EvalOptions, compare.CompareOptions, plan.PlanOptions, command.ProfileOptions,
+        gpu_command.ProfileOptions, sequence.SequenceOptions, run_profile.RunProfileOptions, Model, Run,
+        *get_args(Data),
+    ]  # fmt: skip
+    fields = {(c.__name__, f.name) for c in classes for f in dataclasses.fields(c)}
+    assert set(_spelling()) - fields == {("PlanArguments", "options")}
+
+
+def test_help_of_a_group(capsys) -> None:
+    assert cli.main(["profile", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"profile {name}" in said for name in cli.PROFILES)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--help", "usage: longattn"),
+        ("train --help", "CONFIG"),
+        ("plan --help", "--no_cache"),
+        ("compare --help", "CASE"),
+        ("profile kernel --help", "CASE..."),
+        ("profile sequence --topology v5e:2x2 --T 8192", "recommended"),
+        ("profile sequence ring --topology v5e:2x2 --T 8192", "whose queries"),
+        ("plan llama3_1b --topology h100:8 --T 8192 --B 8 --strategies all --analytic", "#"),
+        ("train na\u00efve.py", "longattn: config na"),
+        ("train \u8def.py", "longattn: config \\u8def.py does not exist"),
+        ("train \udcff.py", "longattn: config"),
+    ],
+)
+def test_commands_print_in_any_encoding(monkeypatch, arguments: str, said: str, encoding: str) -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with contextlib.suppress(SystemExit):
+        assert cli.main(arguments.split()) in (0, 2)
+    stream.flush()
+    assert said in written.getvalue().decode(encoding, "replace")
+
+
+def test_an_ascii_terminal_shows_a_name_that_is_not_ascii() -> None:
+    run = [sys.executable, "-m", "longattn", "train", "na\u00efve \u2265 \u2588.py"]
+    done = subprocess.run(run, capture_output=True, env={**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2
+    assert done.stderr.decode("ascii") == "longattn: config na\\xefve >= #.py does not exist\n"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt's parameters are glibc's")
@@ -71,12 +166,18 @@ def test_training_keeps_the_memory_that_it_frees() -> None:
     assert int(done.stdout) < 100  # of 65,536 pages
 
 
-def test_typed_overrides() -> None:
-    config = parse(
+def test_typed_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "c.py"
+    path.write_text("from longattn.config import Config\nconfig = Config()\n")
+    options = cli.train_options([
+        str(path), "--json", "--T", "96",
         "--model.D", "128", "--model.mlp_chunk", "64", "--run.profile", "3", "4", "--model.tie", "False",
-        "--model.mixers.0.mask", "Causal() & Window(512)", "--model.mixers.0.rope.base", "500", "--run.init_from", "x",
+        "--model.mixers.0.mask", "Causal() & Window(512)", "--model.mixers.0.rope.base", "500", "--init-from", "x",
         "--mesh.data", "2", "--mesh.seq", "4", "--mesh.layout", "zigzag",
-    )  # fmt: skip
+    ])  # fmt: skip
+    config = options.config
+    assert options.json
+    assert (config.run.init_from, config.data.T) == ("x", 96)
     assert (config.model.D, config.model.mlp_chunk, config.model.tie) == (128, 64, False)
     assert config.run.profile == (3, 4)
     assert config.mesh == Mesh(data=2, seq=4, layout="zigzag")
@@ -126,26 +227,27 @@ def test_config_of_another_version_is_one_line(capsys, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the cases are matmul"),
-        (["--static", "tpu"], "for tpu the cases are matmul, longattn"),
-        (["--static", "tpu", "jax_flsh"], "unknown case 'jax_flsh'; the cases are matmul"),
-        (["--static", "gpu"], "for gpu the cases are matmul, jax_mgpu"),
-        (["--static", "cpu", "matmul"], "--static"),
-        (["--static", "gpu", "jax_flash"], "unknown case 'jax_flash'; the cases are matmul, jax_mgpu"),
-        (["--static", "gpu", "matmul", "--archs", "sm_70"], "--archs"),
-        (["--static", "tpu", "matmul", "--chips", "v4"], "--chips"),
-        (["--static", "tpu", "matmul", "--bT", "1000"], "bT=1000 must divide T=8192"),
+        ([], "for tpu the cases are matmul, longattn"),
+        (["jax_flsh"], "unknown case 'jax_flsh'; the cases are matmul"),
+        (["--target", "gpu"], "for gpu the cases are matmul, jax_mgpu"),
+        (["matmul", "--target", "cpu"], "invalid choice 'cpu' for argument '--target'"),
+        (["jax_flash", "--target", "gpu"], "unknown case 'jax_flash'; the cases are matmul, jax_mgpu"),
+        (["matmul", "--target=gpu", "--archs", "sm_70"], "--archs"),
+        (["--target", "gpu", "matmul", "--chips", "v6e"], "Unrecognized options: --chips"),
+        (["matmul", "--chips", "v4"], "--chips"),
+        (["matmul", "--bT", "1000"], "bT=1000 must divide T=8192"),
     ],
 )
 def test_mistaken_profiles_are_one_line(capsys, arguments: list[str], message: str) -> None:
-    assert message in fails(capsys, "profile", *arguments)
+    assert message in fails(capsys, "profile", "kernel", *arguments)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "compare needs a case; the cases are attention_forward, attention_forward_backward, linear_forward,"),
-        (["--with", "xla"], "compare needs a case"),
+        (["--json"], "compare needs a case"),
+        (["--with", "xla"], "unknown case 'xla'"),
         (["attention_forwards"], "unknown case 'attention_forwards'"),
         (["attention_forward", "--with", "xla,jax_n"], "unknown contestant 'jax_n'"),
         (["attention_forward", "--with"], "--with must name at least one contestant"),
@@ -190,13 +292,14 @@ def test_a_traced_run_takes_no_program_with_other_scopes(monkeypatch) -> None:
 
 
 def test_profile_of_a_trace_that_is_not_there_is_one_line(capsys, tmp_path: Path) -> None:
-    assert "holds no trace" in fails(capsys, "profile", "--trace", str(tmp_path))
-    assert "--trace" in fails(capsys, "profile", "--trace")
-    assert "--trace and a run" in fails(capsys, "profile")
+    assert "holds no trace" in fails(capsys, "profile", "run", str(tmp_path))
+    assert "profile run needs a run, such as" in fails(capsys, "profile", "run")
+    assert "it knows kernel, sequence, run" in fails(capsys, "profile")
 
 
 def test_eval_of_no_run_is_one_line(capsys, tmp_path: Path) -> None:
     assert "is no run" in fails(capsys, "eval", str(tmp_path))
+    assert "eval needs a run first" in fails(capsys, "eval", "--json")
 
 
 def test_interrupt_is_one_line(capsys, monkeypatch) -> None:

@@ -119,12 +119,6 @@ def test_what_is_no_config_at_all(text, message):
             lambda: c.Config(mesh=c.Mesh(ring=4, seq=3, strategy="usp", layout="zigzag"), data=c.ByteLM(T=36)),
             r"self\.mesh\.ring=4 \* self\.mesh\.seq=3 must divide self\.data\.T=36: .* of 24 .*, next 48",
         ),
-        (lambda: c.Mesh(ring=2, seq=2), r"Mesh\.ring=2 with strategy='ring': usp, and no other, has parts"),
-        (lambda: c.Mesh(seq=4, strategy="usp"), r"Mesh\.ring=1 with strategy='usp'.*strategy='ulysses'"),
-        (
-            lambda: c.Mesh(seq=4, strategy="balanced", layout="zigzag"),
-            r"Mesh\.layout='zigzag' with strategy='balanced'",
-        ),
         (lambda: c.Config(mesh=c.Mesh(data=16)), r"must divide 8, the rows of a micro-batch"),
         (lambda: c.Config(mesh=c.Mesh(tensor=8)), r"self\.mesh\.tensor=8 must divide self\.model\.K=4"),
     ],

@@ -1,4 +1,4 @@
-"""Which of several processes this one is, by its environment; what an abort meant; scripts that launchers take."""
+"""Detecting the launcher from the environment, the meaning of an abort, and the launchers' scripts."""
 
 from __future__ import annotations
 

@@ -46,6 +46,19 @@ def test_rule(mask, rule):
     np.testing.assert_array_equal(traced, expected)
 
 
+@pytest.mark.parametrize(("mask", "rule"), RULES, ids=lambda x: str(x) if isinstance(x, m.Mask) else "")
+def test_is_relative(mask, rule):
+    """A mask that calls itself relative stays the same when queries and keys move together; the others here do not."""
+    q, k = np.arange(T)[:, None], np.arange(S)[None]
+    moves = [np.array_equal(mask(q + step, k + step), mask.dense(T, S)) for step in range(1, 8)]
+    assert mask.is_relative == all(moves)
+
+
+def test_is_relative_of_masks_with_arrays():
+    prefix, blocks = m.Prefix(np.array([2], np.int32)), m.BlockSparse(4, np.ones((1, 1, 2, 2), bool))
+    assert not any(mask.is_relative for mask in (prefix, blocks, m.Causal() & prefix, ~blocks | m.Full()))
+
+
 def test_leaves_are_per_sequence_and_head():
     n = np.array([2, 9, 0], np.int32)
     prefix = m.Prefix(n).dense(T, S)
@@ -92,7 +105,7 @@ ranges = st.tuples(st.integers(-5, 35), st.integers(0, 12)).map(lambda x: (x[0],
 
 
 def block(mask, q, k):
-    """All visibilities in a block, [... Tq Tk]."""
+    """Returns all visibilities in a block, [... Tq Tk]."""
     return np.asarray(mask(np.arange(q[0], q[1] + 1)[:, None], np.arange(k[0], k[1] + 1)[None, :]))
 
 

@@ -3,17 +3,18 @@
 #
 #   TPU=my-v5e-64 ZONE=us-west4-a configs/launch/cloud_tpu.sh configs/needle_ring8.py --mesh.data 8 --run.dir /mnt/runs
 #
-# Before: the slice exists, and longattn is installed in ~/longattn on every worker (`pip install -e .[train,tpu]` by
-# the same line with --worker=all). run.dir must be on a file system that all workers share, such as a Filestore mount.
-# The arguments are those of `longattn train`; the mesh must be of all chips of the slice. To go on after a
+# Before you start: create the slice, and install longattn in ~/longattn on every worker (`pip install -e .[train,tpu]`
+# by the ssh line below, with --worker=all). run.dir must be on a file system that all workers share, such as a
+# Filestore mount. The arguments are those of `longattn train`; the mesh must use all chips of the slice. After a
 # preemption, run it again once the slice is back.
 set -euo pipefail
 
 : "${TPU:?the name of the TPU VM or queued resource}"
 : "${ZONE:?its zone, such as us-west4-a}"
 
-# Read by longattn on each worker (longattn/launch.py). Which worker it is, and where worker 0 is, longattn and JAX ask
-# the metadata server; LONGATTN_COORDINATOR, LONGATTN_PROCESSES and LONGATTN_PROCESS are for machines without one.
+# Read by longattn on each worker (longattn/launch.py). longattn and JAX ask the metadata
+# server which worker this is and where worker 0 is. LONGATTN_COORDINATOR, LONGATTN_PROCESSES and LONGATTN_PROCESS are
+# for machines without one.
 variables=(
   "LONGATTN_CONNECT=${LONGATTN_CONNECT:-600}"    # seconds until all workers must have come
   "LONGATTN_HEARTBEAT=${LONGATTN_HEARTBEAT:-60}" # seconds of silence after which a worker counts as lost

@@ -1,1 +1,1 @@
-"""What compilers say about programs and kernels, also for devices that are not attached."""
+"""Compiles programs and kernels ahead of time, also for devices that are not attached, and reads the result."""

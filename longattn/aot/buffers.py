@@ -1,8 +1,7 @@
-"""What a program keeps in device memory at its peak, by name: XLA's own account of its buffers.
+"""Reads from XLA's dump which buffers a program holds in device memory at its peak.
 
-Where `xla_dump_to` names a folder, XLA writes, for a program that fits and for one that does not, how much memory it
-needs and which values are alive where it needs most. A parameter is called by its path in the state, a temporary by the
-scope it was traced in.
+With `xla_dump_to`, XLA writes how much memory a program needs and which values are alive when, whether it fits or not.
+A parameter is named by its path in the state, a temporary by the scope it was traced in.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ _RANGE = re.compile(r"^ +(\S+):(\d+)-(\d+)$", re.MULTILINE)
 class Buffer:
     """A value that is alive at the peak."""
 
-    name: str  # a path in the state, or the scope of what computed it
+    name: str  # a path in the state, or the scope that computed it
     kind: str  # one of BUFFER_KINDS
     type: str  # such as bf16[8,4096]
     bytes: int
 
 
 def account(folder: Path, program: Program, weights: Iterable[tuple[int, ...]]) -> tuple[int, list[Buffer]]:
-    """(bytes of device memory that the program needs, the buffers alive at its peak, largest first).
+    """Returns the bytes of device memory that a program needs, and the buffers alive at its peak, largest first.
 
-    The buffers' sum is less than the need: buffers do not lie without gaps.
+    The buffers sum up to less than the need, because there are gaps between them.
 
     Args:
-      folder: what XLA wrote.
-      program: the compiled one.
-      weights: shapes of parameters, whole and as they lie on a device.
+      folder: XLA's dump.
+      program: the compiled program.
+      weights: shapes of parameters, whole and as sharded.
 
     Raises:
-      ValueError: where XLA wrote no account of this form.
+      ValueError: XLA's report has an unknown form.
     """
     total = _TOTAL.search(read(folder, "-memory-usage-report.txt"))
     values = _values(read(folder, "-buffer-assignment.txt"))
@@ -56,14 +55,14 @@ def account(folder: Path, program: Program, weights: Iterable[tuple[int, ...]]) 
     found: dict[tuple[int, int], Buffer] = {}
     for value, name, start, end in spans:
         instruction, _, element = name.removesuffix("}").partition("{")
-        # A place holds one value at a time, under several names; the largest is it.
+        # One value at a time occupies a place, but under several names: the largest is the value.
         if start <= at <= end and instruction in by_name and value.bytes > getattr(found.get(value.place), "bytes", 0):
             found[value.place] = _buffer(*by_name[instruction], element, value.bytes, known)
     return int(total[1]), sorted(found.values(), key=lambda b: -b.bytes)
 
 
 def _peak(spans: list[tuple[_Value, str, int, int]]) -> int:
-    """The step of the schedule at which the places in use are largest together."""
+    """Returns the step of the schedule at which the places in use are largest in total."""
     changes: list[tuple[int, int, tuple[int, int], int]] = []
     for value, _, start, end in spans:
         changes += [(start, 1, value.place, value.bytes), (end + 1, 0, value.place, value.bytes)]
@@ -83,27 +82,26 @@ def _peak(spans: list[tuple[_Value, str, int, int]]) -> int:
 
 
 def read(folder: Path, ending: str) -> str:
-    """One of the files that XLA wrote of a compiled program: ".txt" is its text, whether it fits or not.
+    """Reads one file of XLA's dump: ".txt" is the compiled program, whether it fits or not.
 
-    Raises:
-      ValueError: where there is none.
+    Raises ValueError if there is no such file.
     """
     found = sorted(folder.glob(f"*after_optimizations{ending}"), key=lambda path: path.stat().st_size)
     if not found:
         raise ValueError(f"XLA wrote no {ending.removeprefix('-')}: this version is not known")
-    return found[-1].read_text()  # the program's own: those of the little ones that jax compiles beside it are small
+    return found[-1].read_text()  # the largest is the program's: jax compiles small ones beside it
 
 
 @dataclass(frozen=True)
 class _Value:
-    """Where a value lies."""
+    """Place and size of a value."""
 
     place: tuple[int, int]  # allocation, offset
     bytes: int
 
 
 def _values(text: str) -> dict[str, _Value]:
-    """The values in device memory, by name."""
+    """Returns the values in device memory by name."""
     values: dict[str, _Value] = {}
     allocation, color = 0, 0
     for line in text.splitlines():
@@ -119,7 +117,7 @@ def _plain(name: str) -> str:
 
 
 def _squeezed(shape: Iterable[int]) -> tuple[int, ...]:
-    """A shape's sizes, whatever their order, without ones: compilers transpose and reshape."""
+    """Returns a shape's sizes sorted and without ones, since compilers transpose and reshape."""
     return tuple(sorted(n for n in shape if n > 1))
 
 
@@ -137,7 +135,7 @@ def _buffer(
 
 
 def _scope(computation: Computation, instruction: Instruction, depth: int = 3) -> str:
-    """The scope of an instruction, or of the first with a scope that uses it: what compilers insert has none."""
+    """Returns an instruction's scope, or that of its first user: instructions inserted by the compiler have none."""
     if instruction.scope or depth == 0:
         return instruction.scope
     users = (i for i in computation.instructions if any(name == instruction.name for name, _ in i.operands))
@@ -156,7 +154,7 @@ def _kind(instruction: Instruction, scope: str, array: Array | None, weights: se
 
 
 def short(scope: str) -> str:
-    """A scope without the names that jax's transformations put into it."""
+    """Removes the names of jax's transformations from a scope."""
     parts = [part for part in scope.split(";")[0].replace("\\'", "'").split("/") if part not in _NOISE]
     path = "/".join(part for part in parts if not part.startswith(("jvp(", "transpose(", "jit(")))
     if "transpose(" in scope:
@@ -168,6 +166,6 @@ _NOISE = {"while", "body", "eval_jaxpr", "checkpoint", "rematted_computation", "
 
 
 def by_kind(buffers: Iterable[Buffer]) -> Mapping[str, int]:
-    """Bytes by kind, in the order of BUFFER_KINDS."""
+    """Returns bytes by kind, in the order of BUFFER_KINDS."""
     buffers = list(buffers)
     return {kind: sum(b.bytes for b in buffers if b.kind == kind) for kind in BUFFER_KINDS}

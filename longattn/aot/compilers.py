@@ -1,8 +1,8 @@
-"""The compilers of accelerators that are not there: where they are, and how to call them.
+"""Finds and calls the compilers for accelerators that are not attached.
 
-libtpu compiles for any TPU without one, jax's CUDA plugin for any GPU. They read their flags once, when they load, and
-a compiler may abort or never end, which must not take the rest of a table with it: so each compilation is a process of
-its own, with a time limit. Only there are they to be found: a jax that sees them without a device complains.
+libtpu compiles for any TPU, jax's CUDA plugin for any GPU. Each compilation runs in a process of its own with a time
+limit, for three reasons. The compilers read their flags only once, when they load. They may abort or hang, which must
+not stop the caller. And jax complains about a compiler whose device is missing, so only that process may see it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ from jax.experimental import topologies
 from longattn.cost import hardware
 from longattn.cost.topology import Topology
 
-FOLDER = "LONGATTN_AOT"  # a folder that `pip install --target` put the compilers into
+FOLDER = "LONGATTN_AOT"  # environment variable: the folder that `pip install --target` put the compilers into
 
 
 def _folder(module: str, marker: str, kind: str, name: str, packages: str) -> Path:
-    """The folder that holds a compiler's packages: `LONGATTN_AOT`, else where `module` is installed beside jax.
+    """Returns the folder of a compiler's packages: `LONGATTN_AOT`, else where `module` is installed beside jax.
 
-    Raises:
-      ValueError: where there is none, with the remedy.
+    Raises ValueError, with the remedy, if it is not installed.
     """
     if named := os.environ.get(FOLDER):
         if not (Path(named) / marker).exists():
@@ -46,7 +45,7 @@ def _folder(module: str, marker: str, kind: str, name: str, packages: str) -> Pa
         return Path(named).resolve()
     try:
         spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # of the package that the module would be in
+    except ModuleNotFoundError:  # its parent package is missing
         spec = None
     if spec is None or spec.origin is None:
         raise ValueError(
@@ -57,23 +56,23 @@ def _folder(module: str, marker: str, kind: str, name: str, packages: str) -> Pa
 
 
 def libtpu_folder() -> Path:
-    """The folder that holds the package libtpu. Raises ValueError, with the remedy, where there is none."""
+    """Returns the folder of the package libtpu. Raises ValueError, with the remedy, if it is not installed."""
     return _folder("libtpu", "libtpu/libtpu.so", "libtpu", "libtpu, the compiler for TPUs,", "libtpu")
 
 
 def libtpu_version() -> str:
-    """libtpu's version."""
+    """Returns libtpu's version."""
     found = importlib.metadata.distributions(name="libtpu", path=[str(libtpu_folder())])
     return next((d.version for d in found), "unknown")
 
 
 def tpu_environment(flags: str = "") -> dict[str, str]:
-    """The variables under which a process compiles for TPUs and computes on its CPU; `flags` are libtpu's."""
+    """Returns the environment of a process that compiles for TPUs and computes on its CPU; `flags` go to libtpu."""
     return {
         "JAX_PLATFORMS": "cpu",
         "TPU_LIBRARY_PATH": str(libtpu_folder() / "libtpu" / "libtpu.so"),
         "LIBTPU_INIT_ARGS": flags,
-        # No machine with a TPU is asked who it is.
+        # Keep libtpu from asking a metadata server, which is not there, about its machine.
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -82,7 +81,7 @@ def tpu_environment(flags: str = "") -> dict[str, str]:
 
 
 def cuda_folder() -> Path:
-    """The folder that holds jax's plugin for CUDA. Raises ValueError, with the remedy, where there is none."""
+    """Returns the folder of jax's plugin for CUDA. Raises ValueError, with the remedy, if it is not installed."""
     return _folder(
         "jax_plugins.xla_cuda13",
         "jax_plugins/xla_cuda13",
@@ -93,10 +92,9 @@ def cuda_folder() -> Path:
 
 
 def cuda_tool(name: str) -> Path:
-    """ptxas or nvdisasm: the one beside jax's plugin for CUDA, else the one on PATH.
+    """Returns the path of ptxas or nvdisasm: the one beside jax's plugin for CUDA, else the one on PATH.
 
-    Raises:
-      ValueError: where there is none, with the remedy.
+    Raises ValueError, with the remedy, if there is none.
     """
     pinned = cuda_folder() / "nvidia" / "cu13" / "bin" / name
     if pinned.is_file():
@@ -108,41 +106,40 @@ def cuda_tool(name: str) -> Path:
 
 
 def cuda_versions() -> dict[str, str]:
-    """Versions of the compilers for GPUs, by name."""
+    """Returns the versions of the compilers for GPUs by name."""
     found = importlib.metadata.distributions(name="jax-cuda13-plugin", path=[str(cuda_folder())])
     versions = {"jax-cuda13-plugin": next((d.version for d in found), "unknown")}
     for tool in ("ptxas", "nvdisasm"):
-        said = subprocess.run([cuda_tool(tool), "--version"], capture_output=True, text=True, check=False).stdout
-        number = re.search(r"\bV(\d[\d.]*)", said)
+        output = subprocess.run([cuda_tool(tool), "--version"], capture_output=True, text=True, check=False).stdout
+        number = re.search(r"\bV(\d[\d.]*)", output)
         versions[tool] = number[1] if number else "unknown"
     return versions
 
 
 def cuda_environment() -> dict[str, str]:
-    """The variables under which a process compiles for GPUs and computes on its CPU."""
+    """Returns the environment of a process that compiles for GPUs and computes on its CPU."""
     ptxas = cuda_tool("ptxas")
     return {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(cuda_folder()),
-        # XLA and Mosaic write the dialect of PTX that the ptxas they find can read: it must be the one that is used.
+        # XLA and Mosaic emit PTX for the ptxas that they find here, so it must be the one that compiles it.
         "CUDA_ROOT": str(ptxas.parents[1]),
         "PATH": os.pathsep.join([str(ptxas.parent), os.environ.get("PATH", os.defpath)]),
     }
 
 
 def gpu_topology(name: str, hosts: int = 1, devices: int = 1) -> topologies.TopologyDescription:
-    """`hosts` hosts of `devices` GPUs of the kind `name` that are not there; NVLink connects those of one host.
+    """Describes `hosts` hosts with `devices` GPUs each, connected by NVLink within a host, without having them.
 
-    Works in a process that has `cuda_environment()`. What is to be compiled is traced and lowered under
-    `jax.default_device(topology.devices[0])`: Pallas asks that device, and not the mesh, what it lowers for.
+    Works in a process with `cuda_environment()`. Trace and lower under `jax.default_device(topology.devices[0])`:
+    Pallas asks that device, and not the mesh, what it lowers for.
 
     Args:
       name: a key of `hardware.GPUS`.
-      hosts: whose GPUs have one `process_index`; jax reports no slices here.
-      devices: of one host.
+      hosts: number of hosts. The GPUs of a host share a `process_index`; jax reports no slices here.
+      devices: GPUs per host.
 
-    Raises:
-      ValueError: where there is no such GPU or number of them.
+    Raises ValueError for an unknown GPU or a number below 1.
     """
     if name not in hardware.GPUS:
         raise ValueError(f"{name!r} is no GPU that can be compiled for; those are {', '.join(hardware.GPUS)}")
@@ -151,25 +148,25 @@ def gpu_topology(name: str, hosts: int = 1, devices: int = 1) -> topologies.Topo
     return topologies.get_topology_desc(
         topology_name=name,
         platform="cuda",
-        topology=f"{hosts}x1x{devices}",  # slices, hosts of a slice, devices of a host
+        topology=f"{hosts}x1x{devices}",  # slices x hosts per slice x devices per host
         target_config=hardware.gpu_target(name),
     )
 
 
 def environment_of(where: Topology) -> dict[str, str]:
-    """The variables of a process that compiles for `where`. Raises ValueError if its compiler is not installed."""
+    """Returns the environment of a process that compiles for `where`. Raises ValueError if it has no compiler."""
     return cuda_environment() if where.is_gpu else tpu_environment()
 
 
 def devices_of(where: Topology) -> list[Any]:
-    """The devices of `where`, in a process that has `environment_of(where)`."""
+    """Returns the devices of `where`, in a process with `environment_of(where)`."""
     if where.is_gpu:
         return list(gpu_topology(where.chip.name, *where.dims).devices)
     return list(topologies.get_topology_desc(topology_name=where.name, platform="tpu").devices)
 
 
 def _inherited() -> dict[str, str]:
-    """This process's variables without those that change what a compiler makes: an answer depends on what was asked."""
+    """Returns this process's environment without variables that change a compiler's output."""
     return {name: x for name, x in os.environ.items() if not name.startswith(("JAX_", "XLA_FLAGS", "LIBTPU_INIT_ARGS"))}
 
 
@@ -177,19 +174,19 @@ _children: set[subprocess.Popen[str]] = set()
 
 
 def stop() -> None:
-    """End the compilations that other threads of this process wait for."""
+    """Kills the compilations that other threads of this process wait for."""
     for child in list(_children):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
 
 
 def call(function: str, request: Mapping[str, Any], environment: Mapping[str, str], timeout: float) -> dict[str, Any]:
-    """`function(request)` in a process of its own: its answer, or {"reason": why there is none}.
+    """Calls `function(request)` in a process of its own; returns its answer, or {"reason": why there is none}.
 
     Args:
       function: "module:name" of a function from JSON to JSON.
-      request: what it is given.
-      environment: variables to set, beside this process's own.
+      request: its argument.
+      environment: variables to set on top of this process's own.
       timeout: seconds.
     """
     paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")]
@@ -203,7 +200,7 @@ def call(function: str, request: Mapping[str, Any], environment: Mapping[str, st
         )  # fmt: skip
         _children.add(child)
         try:
-            _, said = child.communicate(json.dumps(request), timeout=timeout)
+            _, errors = child.communicate(json.dumps(request), timeout=timeout)
         except subprocess.TimeoutExpired:
             return {"reason": f"the compiler took more than {timeout:g} s"}
         finally:
@@ -212,8 +209,8 @@ def call(function: str, request: Mapping[str, Any], environment: Mapping[str, st
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
         if not answer.is_file():
-            # What a compiler says as it aborts stands before the stack that its signal handler prints.
-            lines = [line.strip() for line in said.split("\n*** ")[0].splitlines() if line.strip()]
+            # An aborting compiler prints its message, and then the stack of its signal handler.
+            lines = [line.strip() for line in errors.split("\n*** ")[0].splitlines() if line.strip()]
             ended = f"the compiler ended with {child.returncode}"
             return {"reason": f"{ended}: {lines[-1] if lines else 'it said nothing'}"}
         found = json.loads(answer.read_text())
@@ -224,17 +221,17 @@ def call(function: str, request: Mapping[str, Any], environment: Mapping[str, st
 
 
 def serve() -> None:
-    """The child of `call`: a request on stdin, the answer in the file that is named. It ends when its parent does."""
+    """Runs the child of `call`: reads a request on stdin and writes the answer to a file. It dies with its parent."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Compilers abort, and an image of their memory would lie in the caller's folder.
+    # No core dump in the caller's folder when a compiler aborts.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     function, path = sys.argv[1:]
     module, name = function.split(":")
     request = json.load(sys.stdin)
     try:
         answer = getattr(importlib.import_module(module), name)(request)
-    except Exception as error:  # the compilers' refusals are of many classes; each becomes a row with its reason
+    except Exception as error:  # compilers raise many classes; each becomes a row with its reason
         answer = {"reason": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     Path(path).write_text(json.dumps(answer))

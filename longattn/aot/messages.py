@@ -1,10 +1,9 @@
-"""What devices along the sequence send each other in one layer's attention: bytes counted in the compiled program.
+"""Counts the bytes that devices along the sequence send each other in one layer's attention, in compiled programs.
 
-The programs of the forward pass and of the backward pass are compiled for CPU devices of this process, and each
-collective counts as often as its loop runs. Two programs, as in a scan over layers: where both passes are one, XLA may
-find that the first hop back is the first hop forward, and keep its keys. The local attention is the reference, so that
-programs are small: what is sent does not depend on it. float32 and float16 are sent as they are; XLA for CPUs sends
-bfloat16 as float32.
+Forward and backward pass are compiled for the CPU devices of this process; a collective counts as often as its loop
+runs. They are two programs, as in a scan over layers: in a single one, XLA may notice that the first hop back equals
+the first hop forward, and keep its keys. The local attention is the reference, which makes programs small and does not
+change the messages. XLA for CPUs sends bfloat16 as float32, and other dtypes as they are.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from longattn.parallel.layout import SequenceLayout
 SCOPES = (
     "hop", "behind", "home", "keys", "queries", "results", "gradients", "gather", "scatter", "exchange",
 )  # fmt: skip
-_COUNTED = Rates(flops=1.0, hbm=1.0, link=1.0, network=1.0, node=2**30)  # only the counts are read
+_ANY_RATES = Rates(flops=1.0, hbm=1.0, link=1.0, network=1.0, node=2**30)  # only the counts are used
 
 
 def measured(problem: Problem, way: Way) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(forward, backward): by scope, the bytes that each device receives [P]; what is in no scope is "ids".
+    """Returns, for the forward and the backward pass, the bytes that each device receives [P] by scope.
 
-    Raises:
-      ValueError: where this process has too few devices; and with NotImplementedError, as `problem.check`.
+    Messages outside every scope count as "ids". Raises ValueError if this process has too few devices, and what
+    `problem.check` raises.
     """
     check(problem, way)
     if jax.device_count() < way.P:
@@ -39,9 +38,9 @@ def measured(problem: Problem, way: Way) -> tuple[dict[str, np.ndarray], dict[st
     names = ("seq",) if len(way.sizes) == 1 else ("ring", "seq")
     devices = np.array(jax.devices()[: way.P]).reshape(way.sizes)
     mesh = Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
-    lies = NamedSharding(mesh, PartitionSpec(None, names))
+    sharding = NamedSharding(mesh, PartitionSpec(None, names))
     shape = lambda *sizes, dtype=problem.dtype: jax.ShapeDtypeStruct(
-        (problem.B, problem.T, *sizes), dtype, sharding=lies
+        (problem.B, problem.T, *sizes), dtype, sharding=sharding
     )
     q, k, v, do = (
         shape(heads, size)
@@ -60,29 +59,29 @@ def measured(problem: Problem, way: Way) -> tuple[dict[str, np.ndarray], dict[st
     def forward(q: Any, k: Any, v: Any, ids: Any) -> Any:
         return jax.vjp(lambda q, k, v: attend(q, k, v, ids), q, k, v)
 
-    there = _compiled(forward, q, k, v, ids)
+    forward_program = _compiled(forward, q, k, v, ids)
     pull = jax.tree.map(
-        lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         jax.eval_shape(forward, q, k, v, ids),
-        there.output_shardings,
+        forward_program.output_shardings,
     )[1]
-    back = _compiled(lambda pull, do: pull(do), pull, do)
-    return _received(there, way.P), _received(back, way.P)
+    backward_program = _compiled(lambda pull, do: pull(do), pull, do)
+    return _received(forward_program, way.P), _received(backward_program, way.P)
 
 
 def _compiled(function: Any, *arguments: Any) -> Any:
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # it is never run
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # the program never runs
     return jax.jit(function).lower(*arguments).compile(compiler_options=options)
 
 
 def _received(compiled: Any, P: int) -> dict[str, np.ndarray]:
-    totals = walk(hlo.parse(compiled.as_text()), _COUNTED)
+    totals = walk(hlo.parse(compiled.as_text()), _ANY_RATES)
     found: dict[str, np.ndarray] = {}
     for (what, _), runs in totals.collectives.items():
         scope = next((part for part in reversed(what.scope.split("/")) if part in SCOPES), "ids")
-        mine = found.setdefault(scope, np.zeros(P))
+        received = found.setdefault(scope, np.zeros(P))
         if what.pairs:
-            np.add.at(mine, [to for _, to in what.pairs], runs * what.bytes)
+            np.add.at(received, [to for _, to in what.pairs], runs * what.bytes)
         else:
-            mine += runs * what.bytes
+            received += runs * what.bytes
     return found

@@ -1,8 +1,8 @@
-"""One attention over a mesh, forward and backward, compiled for a machine that need not be there: what hides its sends.
+"""Compiles one attention over a mesh, forward and backward, and reports which of its transfers overlap with work.
 
-`python -m longattn.aot.overlap v5p:2x2x4 ring zigzag --T 524288` prints, for each kind of transfer in the
-compiler's schedule, how often it runs, how often attention's kernel runs while it is under way, and for how long
-devices wait for it. A kernel's own time is not known here: a transfer beside one counts as hidden.
+`python -m longattn.aot.overlap v5p:2x2x4 ring zigzag --T 524288` prints a row per kind of transfer in the compiler's
+schedule: how often it runs, how often attention's kernel runs meanwhile, and how long devices wait for it. The machine
+need not be attached. A kernel's own time is not known here: a transfer beside one counts as hidden.
 """
 
 from __future__ import annotations
@@ -31,52 +31,53 @@ from longattn.models.transformer import REMAT
 def compiled(
     where: topology.Topology, strategy: str, layout: str, T: int, H: int, K: int, D: int, timeout: float = 1800.0
 ) -> dict[str, Any]:
-    """`layer` in a process that has the machine's compiler: causal attention of one sequence over all its devices.
+    """Compiles causal attention of one bfloat16 sequence over all devices of a machine, in a process of its own.
 
     Args:
       where: the machine.
-      strategy, layout: as for `longattn.parallel.attention`; not usp.
+      strategy, layout: as for `longattn.parallel.attention`, a strategy of one axis.
       T: tokens.
-      H, K, D: query heads, key/value heads and their size, in bfloat16.
+      H, K, D: query heads, key/value heads and head size.
       timeout: seconds for the compiler.
 
     Returns:
-      collectives: as in a plan's row; exposed: seconds; instructions: of the program; or {"reason": why there is none}.
+      "collectives" (as in a plan's row), "exposed" (seconds), and the numbers of "instructions" and "kernels"; or
+      "reason", if there is no program.
     """
     request = {"topology": where.name, "strategy": strategy, "layout": layout, "T": T, "H": H, "K": K, "D": D}
     return compilers.call("longattn.aot.overlap:layer", request, compilers.environment_of(where), timeout)
 
 
 def layer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The child's side of `compiled`."""
+    """Answers a request of `compiled`, in the child process."""
     where = topology.parse(request["topology"])
     devices = compilers.devices_of(where)
     mesh = parallel.make_mesh(seq=len(devices), devices=devices)
-    lies = NamedSharding(mesh, P(None, "seq"))
+    sharding = NamedSharding(mesh, P(None, "seq"))
     attend = functools.partial(
         parallel.attention, mesh=mesh, strategy=request["strategy"], layout=parallel.SequenceLayout(request["layout"])
     )
 
-    attend = jax.checkpoint(attend, policy=REMAT["attention"])  # as in a training step: the passes share no transfer
+    attend = jax.checkpoint(attend, policy=REMAT["attention"])  # as in training: the passes share no transfer
 
     def both(q: Any, k: Any, v: Any, do: Any, fill: Any) -> Any:
         out, pull = jax.vjp(attend, q, k, v)
         return out, pull(do)
 
-    array = lambda heads: jax.ShapeDtypeStruct((1, request["T"], heads, request["D"]), jnp.bfloat16, sharding=lies)
+    array = lambda heads: jax.ShapeDtypeStruct((1, request["T"], heads, request["D"]), jnp.bfloat16, sharding=sharding)
     q, k = array(request["H"]), array(request["K"])
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        step = jax.jit(both, out_shardings=lies, keep_unused=True)
-        lowered = step.trace(q, k, k, q, train_step.filling(where, mesh)).lower()  # kernels need not be compiled
+        step = jax.jit(both, out_shardings=sharding, keep_unused=True)
+        lowered = step.trace(q, k, k, q, train_step.filler(where, mesh)).lower()  # saves compiling kernels
     with tempfile.TemporaryDirectory(prefix="longattn_overlap_") as folder:
         _, text, _ = train_step.compiled_text(lowered, Path(folder), filled=True)
-    found, rates = hlo.parse(text), train_step.published(where, mesh)
-    totals = walk(found, rates)
+    program, rates = hlo.parse(text), train_step.published_rates(where, mesh)
+    totals = walk(program, rates)
     return {
         "collectives": train_step.collectives(totals, rates, mesh),
         "exposed": totals.exposed,
-        "instructions": sum(len(c.instructions) for c in found.computations.values()),
-        "kernels": sum("longattn_attention" in i.scope for c in found.computations.values() for i in c.instructions
+        "instructions": sum(len(c.instructions) for c in program.computations.values()),
+        "kernels": sum("longattn_attention" in i.scope for c in program.computations.values() for i in c.instructions
                        if i.opcode == "custom-call"),
     }  # fmt: skip
 
@@ -84,7 +85,7 @@ def layer(request: Mapping[str, Any]) -> dict[str, Any]:
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("topology")
-    parser.add_argument("strategy", choices=[name for name in parallel.STRATEGIES if name != "usp"])
+    parser.add_argument("strategy", choices=[s.name for s in parallel.STRATEGIES.values() if s.axes == 1])
     parser.add_argument("layout", nargs="?", default="contiguous")
     for name, default in (("T", 524_288), ("H", 32), ("K", 8), ("D", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)

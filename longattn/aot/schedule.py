@@ -1,16 +1,15 @@
-"""A compiled program's schedule walked through at a chip's published rates: a bound on the time of a step.
+"""Walks through a compiled program's schedule at published rates, for a lower bound on the time of a step.
 
-Each instruction takes the longer of its products at the chip's peak and its bytes at the memory's bandwidth; a transfer
-takes the links that it needs (of a TPU slice as `torus.py` says) for its bytes at their bandwidth. A synchronous
-collective stops the chip. One that is started and awaited later is hidden behind what runs between: each link works for
-one transfer at a time, first for the one that is awaited first, and where the wait comes too early the chip stands
-still for the rest. Copies that are started ahead and those to and from the host's memory cost nothing here, so that it
-stays a bound.
+Each instruction takes the longer of its products at the chip's peak and its bytes at HBM's bandwidth. A transfer
+occupies its links (in a TPU slice, those that `torus.py` finds) for its bytes at their bandwidth. A synchronous
+collective stops the chip. An asynchronous one overlaps with what runs between its start and its wait. A link serves one
+transfer at a time, the one awaited first; if the wait comes too early, the chip idles for the rest. Prefetched copies
+and copies to and from the host cost nothing here, which keeps the result a lower bound.
 
-How long attention's kernels run does not stand in the program, for their lists of blocks are data: `walk` takes them
-to run so long that all beside them is hidden, `bound` knows how long they take together at the least.
+The program does not say how long attention's kernels run, because their lists of blocks are data. `walk` assumes that
+they hide everything beside them; `bound` is given their least total time.
 
-Everything real is slower: nothing reaches its peak, no link is without a pause, latencies are left out.
+Real steps are slower: nothing reaches its peak, links pause, and latencies are left out.
 """
 
 from __future__ import annotations
@@ -25,33 +24,33 @@ from typing import Any
 
 import numpy as np
 
-from longattn.aot import hlo
+from longattn.aot import collectives, instructions
 from longattn.aot.hlo import Computation, Instruction, Program
 from longattn.cost.collective import Collective
 from longattn.cost.torus import Torus
 
-LINEAR = "linear_attention"  # in the scopes of all that linear attention computes and sends
+LINEAR = "linear_attention"  # part of every scope of linear attention
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one device can do per second at most."""
+    """Peak rates of one device, per second."""
 
     flops: float  # bfloat16 products
     hbm: float  # bytes from and to its memory
     link: float  # bytes received from its node or pod
     network: float  # bytes received from another node
     node: int  # devices of a node, in the program's order
-    torus: Torus | None = None  # of a TPU slice: its links take the place of `link` and `network`
+    torus: Torus | None = None  # links of a TPU slice, which replace `link` and `network`
 
     def times(self, collectives: Iterable[Collective]) -> dict[Collective, np.ndarray]:
-        """The least seconds that each takes of each of a number of links, or sets of them: its own is the longest."""
+        """Returns the least seconds for which each collective occupies each link (or set); its time is the longest."""
         if self.torus is not None:
             return self.torus.times(collectives)
         return {what: np.array([self._switched(what)]) for what in collectives}
 
     def _switched(self, what: Collective) -> float:
-        """Between nodes all devices of a node share what must come over the network."""
+        """Returns the seconds over switches: the devices of a node share the bytes that cross the network."""
         n, nodes = len(what.group), len({device // self.node for device in what.group})
         if what.pairs:
             crossing = 1.0 if any(a // self.node != b // self.node for a, b in what.pairs) else 0.0
@@ -63,7 +62,7 @@ class Rates:
 
 
 class Sums(defaultdict[Any, float]):
-    """Numbers by key, zero where there is none."""
+    """Numbers by key; missing keys are zero."""
 
     def __init__(self) -> None:
         super().__init__(float)
@@ -75,19 +74,19 @@ class Sums(defaultdict[Any, float]):
 
 @dataclass
 class Totals:
-    """One device's step, or a part of it."""
+    """Totals of a step, or of a part of it, on one device."""
 
     flops: float = 0.0  # of matrix products
-    linear: float = 0.0  # of these, those of linear attention
+    linear: float = 0.0  # FLOPs of linear attention among them
     hbm_bytes: float = 0.0
     host_bytes: float = 0.0  # to the host's memory and back
     compute: float = 0.0  # seconds in which instructions run
-    exposed: float = 0.0  # seconds in which the chip only waits for others
-    busy: Any = 0.0  # seconds of each link, as `Rates.times` has them
-    collectives: Sums = field(default_factory=Sums)  # runs of (which Collective, whether asynchronous)
+    exposed: float = 0.0  # seconds in which the chip only waits for messages
+    busy: Any = 0.0  # seconds of each link, as in `Rates.times`
+    collectives: Sums = field(default_factory=Sums)  # runs of each (Collective, whether asynchronous)
     waits: Sums = field(default_factory=Sums)  # seconds of `exposed` due to each
-    beside: Sums = field(default_factory=Sums)  # runs of each that were under way while attention was computed
-    unknown: Sums = field(default_factory=Sums)  # runs of loops and kernels whose bound is data, by scope: not counted
+    beside: Sums = field(default_factory=Sums)  # runs of each that overlapped with attention
+    unknown: Sums = field(default_factory=Sums)  # uncounted runs of loops and kernels, by scope: their bounds are data
 
     def add(self, other: Totals, times: float = 1.0) -> None:
         self.flops += times * other.flops
@@ -108,44 +107,47 @@ class Totals:
 
 
 def backward(scope: str) -> bool:
-    """Whether what was traced there belongs to a backward pass."""
+    """Returns whether a scope belongs to a backward pass."""
     return "transpose(" in scope
 
 
 def softmax(scope: str) -> bool:
-    """Whether what was traced there is softmax attention."""
+    """Returns whether a scope belongs to softmax attention."""
     return "attention" in scope and LINEAR not in scope
 
 
 def walk(program: Program, rates: Rates) -> Totals:
-    """The whole program's totals. Loops whose bound is data are left out and named; of branches the shortest counts."""
+    """Returns the program's totals. Names loops with data-dependent bounds, without counting them.
+
+    Of the branches of a conditional the shortest counts.
+    """
     return _Walk(program, rates, _times(program, rates), frozenset((False, True))).computation(program.entry)
 
 
 def bound(program: Program, rates: Rates, totals: Totals, attention: Mapping[bool, float]) -> Totals:
-    """The totals of `walk`, where waits are those of a step whose attention takes no longer than it must.
+    """Returns the totals of `walk` with the waits of a step whose attention takes its least time.
 
-    Whatever runs longer adds to the step what it hides of transfers, or more. So a step takes at least the time of a
-    walk in which some passes' attention hides nothing and takes no time, and the others' hides all, and their time
-    added: the longest of these.
+    Attention that runs longer lengthens the step by at least what it hides. So each choice of passes gives a bound: the
+    attention of these passes hides everything and adds its time, that of the others hides nothing and takes no time.
+    The largest of these bounds holds.
 
     Args:
       program: the program.
-      rates: what its devices can do.
-      totals: what `walk` says of them.
-      attention: seconds of all attention of the (True: backward) passes at the least; not part of the totals.
+      rates: peak rates of its devices.
+      totals: the result of `walk`.
+      attention: least seconds of attention in the forward (False) and backward (True) passes; not part of the totals.
     """
-    times, more = _times(program, rates), sum(attention.values())
-    longest, waits = totals.seconds + more, totals.waits
+    times, attention_seconds = _times(program, rates), sum(attention.values())
+    longest, waits = totals.seconds + attention_seconds, totals.waits
     for n in range(len(attention)):
         for hiding in map(frozenset, itertools.combinations(attention, n)):
-            other = _Walk(program, rates, times, hiding).computation(program.entry)
-            seconds = other.seconds + sum(attention[passed] for passed in hiding)
+            candidate = _Walk(program, rates, times, hiding).computation(program.entry)
+            seconds = candidate.seconds + sum(attention[passed] for passed in hiding)
             if seconds > longest:
-                longest, waits = seconds, other.waits
-    exposed, seen = longest - more - totals.compute, sum(waits.values())
-    # What that walk sees beyond it is what attention's time hides: of each in proportion.
-    part = (exposed - totals.exposed) / (seen - totals.exposed) if seen > totals.exposed else 0.0
+                longest, waits = seconds, candidate.waits
+    exposed, waited = longest - attention_seconds - totals.compute, sum(waits.values())
+    # That walk waits longer than `exposed`: attention hides the rest, in proportion of every wait.
+    part = (exposed - totals.exposed) / (waited - totals.exposed) if waited > totals.exposed else 0.0
     blended = Sums()
     blended.add(totals.waits, 1 - part)
     blended.add(waits, part)
@@ -153,9 +155,9 @@ def bound(program: Program, rates: Rates, totals: Totals, attention: Mapping[boo
 
 
 def _times(program: Program, rates: Rates) -> dict[Collective, np.ndarray]:
-    """Of all collectives of a program."""
+    """Returns `Rates.times` of all collectives of a program."""
     found = (
-        hlo.collective(program, computation, instruction)
+        collectives.collective(program, computation, instruction)
         for computation in program.computations.values()
         for instruction in computation.instructions
     )
@@ -163,18 +165,21 @@ def _times(program: Program, rates: Rates) -> dict[Collective, np.ndarray]:
 
 
 @dataclass(eq=False)
-class _Sent:
-    """A collective on its way."""
+class _InFlight:
+    """A collective that was started and not yet awaited."""
 
-    name: str  # of the instruction that started it
+    name: str  # name of the instruction that started it
     what: Collective
-    left: np.ndarray  # seconds of each link's time
-    due: float  # the place of the instruction that awaits it
+    left: np.ndarray  # seconds of each link that it still needs
+    due: float  # index of the instruction that awaits it
     beside: bool = False  # whether attention was computed meanwhile
 
 
 class _Walk:
-    """`hiding`: the passes (True: backward) whose attention hides all that is beside it; others' takes no time."""
+    """Walks through computations, each once.
+
+    `hiding` are the passes (True: backward) whose attention hides everything beside it; other attention takes no time.
+    """
 
     def __init__(
         self, program: Program, rates: Rates, times: Mapping[Collective, np.ndarray], hiding: frozenset[bool]
@@ -188,35 +193,35 @@ class _Walk:
         return self.done[computation.name]
 
     def _computation(self, computation: Computation) -> Totals:
-        totals, sent, due = Totals(), list[_Sent](), self._awaited(computation)
+        totals, in_flight, due = Totals(), list[_InFlight](), self._awaited(computation)
         for at, instruction in enumerate(computation.instructions):
             opcode = instruction.opcode
             if opcode == "while":
-                runs = hlo.trips(self.program, computation, instruction)
+                runs = instructions.trips(self.program, computation, instruction)
                 if runs is None:
                     totals.unknown[instruction.scope] += 1
-                    self._hide(sent, self._unknown([instruction.scope]))
+                    self._hide(in_flight, self._unknown([instruction.scope]))
                     continue
-                self._inner(self.program.computations[instruction.attribute("body")], totals, sent, runs)
-            elif opcode == "custom-call" and "longattn_attention" in instruction.scope:  # its lists are data, too
+                self._inner(self.program.computations[instruction.attribute("body")], totals, in_flight, runs)
+            elif opcode == "custom-call" and "longattn_attention" in instruction.scope:  # its lists are data too
                 totals.unknown[instruction.scope] += 1
-                totals.hbm_bytes += hlo.hbm_bytes(self.program, computation, instruction)
-                self._hide(sent, self._unknown([instruction.scope]))
+                totals.hbm_bytes += instructions.hbm_bytes(self.program, computation, instruction)
+                self._hide(in_flight, self._unknown([instruction.scope]))
             elif opcode == "conditional":
                 branches = self.program.branches(instruction)
-                # Attention is charged by formula, that of the device which has most of it: it is at its kernel here.
+                # A formula counts the attention of the device that has most: take the branch with its kernel.
                 attending = [branch for branch in branches if self.computation(branch).unknown]
-                self._inner(min(attending or branches, key=lambda b: self.computation(b).seconds), totals, sent)
+                self._inner(min(attending or branches, key=lambda b: self.computation(b).seconds), totals, in_flight)
             elif opcode == "call":
-                self._inner(self.program.computations[instruction.attribute("to_apply")], totals, sent)
+                self._inner(self.program.computations[instruction.attribute("to_apply")], totals, in_flight)
             else:
-                self._one(computation, instruction, totals, sent, at, due)
-        while sent:  # awaited outside of this computation, if at all: charged here
-            self._wait(sent[0], totals, sent)
+                self._one(computation, instruction, totals, in_flight, at, due)
+        while in_flight:  # awaited outside of this computation, if at all: counted here
+            self._wait(in_flight[0], totals, in_flight)
         return totals
 
     def _awaited(self, computation: Computation) -> dict[str, int]:
-        """For each start of a collective the place of the instruction that awaits it."""
+        """Returns, for each start of a collective, the index of the instruction that awaits it."""
         under_way: list[tuple[str, str | None]] = []
         found: dict[str, int] = {}
         for at, instruction in enumerate(computation.instructions):
@@ -231,40 +236,42 @@ class _Walk:
                     under_way.remove(start)
         return found
 
-    def _inner(self, inner: Computation, totals: Totals, sent: list[_Sent], runs: int = 1) -> None:
-        """A computation that runs so often; what is under way gets what it leaves of the links' time."""
+    def _inner(self, inner: Computation, totals: Totals, in_flight: list[_InFlight], runs: int = 1) -> None:
+        """Adds a computation that runs `runs` times; collectives in flight use the links' time that it leaves free."""
         found = self.computation(inner)
         totals.add(found, runs)
         if runs:
-            free = np.maximum(found.seconds - found.busy, 0.0)  # they may be busy beside what is not counted
-            self._hide(sent, runs * (free + self._unknown(found.unknown)))
+            free = np.maximum(found.seconds - found.busy, 0.0)  # links may be busy beside attention that is not counted
+            self._hide(in_flight, runs * (free + self._unknown(found.unknown)))
 
     def _unknown(self, scopes: Iterable[str]) -> float:
-        """For how long what is not counted runs at the most."""
+        """Returns an upper bound on the seconds of what is not counted."""
         counted = lambda scope: softmax(scope) and backward(scope) not in self.hiding
         return 0.0 if all(map(counted, scopes)) else math.inf
 
     def _one(
-        self, computation: Computation, instruction: Instruction, totals: Totals, sent: list[_Sent], at: int,
+        self, computation: Computation, instruction: Instruction, totals: Totals, in_flight: list[_InFlight], at: int,
         due: Mapping[str, int],
     ) -> None:  # fmt: skip
         role, what = _role(self.program, computation, instruction)
         if role == "done":
-            for awaited in [s for s in sent if s.due == at]:
-                self._wait(awaited, totals, sent)
+            for awaited in [s for s in in_flight if s.due == at]:
+                self._wait(awaited, totals, in_flight)
             return
         if role in ("start", "whole"):
             times = self.times[what]
             totals.collectives[what, role == "start"] += 1
             totals.busy = totals.busy + times
-            begun = _Sent(instruction.name, what, times, due.get(instruction.name, math.inf) if role == "start" else at)
-            bisect.insort(sent, begun, key=lambda s: s.due)
+            begun = _InFlight(
+                instruction.name, what, times, due.get(instruction.name, math.inf) if role == "start" else at
+            )
+            bisect.insort(in_flight, begun, key=lambda s: s.due)
             if role == "whole":
-                self._wait(begun, totals, sent, asynchronous=False)
+                self._wait(begun, totals, in_flight, asynchronous=False)
             return
-        flops = hlo.flops(self.program, computation, instruction)
-        moved = hlo.hbm_bytes(self.program, computation, instruction)
-        offloaded = hlo.host_bytes(computation, instruction)
+        flops = instructions.flops(self.program, computation, instruction)
+        moved = instructions.hbm_bytes(self.program, computation, instruction)
+        offloaded = instructions.host_bytes(computation, instruction)
         ahead = offloaded or instruction.opcode in ("copy-start", "async-start")
         seconds = 0.0 if ahead else max(flops / self.rates.flops, moved / self.rates.hbm)
         totals.flops += flops
@@ -272,34 +279,34 @@ class _Walk:
         totals.hbm_bytes += moved
         totals.host_bytes += offloaded
         totals.compute += seconds
-        self._hide(sent, seconds)
+        self._hide(in_flight, seconds)
 
     @staticmethod
-    def _hide(sent: list[_Sent], seconds: Any) -> None:
-        """The links work while something runs, each for so long: attention, where it is not known how long."""
-        for collective in sent:
+    def _hide(in_flight: list[_InFlight], seconds: Any) -> None:
+        """Lets each link work for `seconds`, which are infinite beside attention of unknown length."""
+        for collective in in_flight:
             collective.beside |= bool(np.isinf(seconds).any())
             used = np.minimum(collective.left, seconds)
             collective.left = collective.left - used
             seconds = seconds - used
 
-    def _wait(self, awaited: _Sent, totals: Totals, sent: list[_Sent], asynchronous: bool = True) -> None:
-        """It is done before the chip goes on; what is due later goes on beside it."""
+    def _wait(self, awaited: _InFlight, totals: Totals, in_flight: list[_InFlight], asynchronous: bool = True) -> None:
+        """Waits for a collective; those that are due later proceed meanwhile."""
         seconds = float(awaited.left.max())
         totals.exposed += seconds
         totals.waits[awaited.what, asynchronous] += seconds
-        self._hide(sent, seconds)
+        self._hide(in_flight, seconds)
         totals.beside[awaited.what, asynchronous] += awaited.beside
-        sent.remove(awaited)
+        in_flight.remove(awaited)
 
     def _channel(self, instruction: Instruction) -> str | None:
-        """The channel of the collective inside a fusion, by which its start and its end are known."""
+        """Returns the channel of the collective inside a fusion, which pairs its start with its end."""
         inner = self.program.called(instruction)
         return next((c for i in inner.instructions if (c := i.attribute("channel_id"))), None) if inner else None
 
 
 def _role(program: Program, computation: Computation, instruction: Instruction) -> tuple[str, Collective | None]:
-    """start, done or whole of a collective; else compute, which may carry one along."""
+    """Returns whether an instruction is the "start", the "done" or the "whole" of a collective, else "compute"."""
     opcode, name = instruction.opcode, instruction.name
     if opcode == "fusion" and name.startswith("async-collective-done"):
         return "done", None
@@ -308,7 +315,7 @@ def _role(program: Program, computation: Computation, instruction: Instruction) 
     inner = program.called(instruction) if opcode == "fusion" else None
     if inner is not None and inner.name.startswith("async_collective_fusion"):
         return "compute", None
-    what = hlo.collective(program, computation, instruction)
+    what = collectives.collective(program, computation, instruction)
     if what is None:
         return "compute", None
     started = opcode.endswith("-start") or name.startswith("async-collective-start")

@@ -1,6 +1,6 @@
-"""The project's own train step, compiled for a machine that need not be there, and what its program says of itself.
+"""Compiles the project's training step for a machine that is not attached, and reads the program.
 
-`facts` works in the process that asks; `compile_step` is its child, which has the machine's compiler.
+`facts` runs in the calling process; `compile_step` runs in its child, which has the machine's compiler.
 """
 
 from __future__ import annotations
@@ -20,49 +20,47 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from longattn import cache as caches
-from longattn.aot import buffers as memory
-from longattn.aot import compilers, hlo
+from longattn.aot import buffers, compilers, hlo
 from longattn.aot.schedule import Rates, Totals, backward, bound, softmax, walk
 from longattn.config import Config, from_json, to_json
-from longattn.cost import flops, topology
-from longattn.cost import step as analytic
+from longattn.cost import flops, step, topology
 from longattn.cost.collective import axes_of
 from longattn.cost.topology import Topology
 from longattn.models.context import Context
 from longattn.parallel import mesh as meshes
-from longattn.train import step as steps
+from longattn.train.step import batch_shapes, batch_sharding, context_of, state_shapes, train_step
 
 
 def cache_folder() -> Path:
-    """Where compiled programs' facts are kept."""
+    """Returns the folder that keeps the facts of compiled programs."""
     return caches.folder("plan")
 
 
 def facts(config: Config, where: Topology, timeout: float, cache: Path | None = None) -> dict[str, Any]:
-    """What `compile_step` found out, or {"reason": why there is no program}.
+    """Returns the answer of `compile_step`, or {"reason": why there is no program}.
 
     Args:
       config: the model, its data, mesh and optimiser; the mesh has as many devices as `where`.
       where: the machine.
       timeout: seconds for the compiler.
-      cache: a folder of earlier answers, by the hash of the lowered program; None keeps nothing.
+      cache: a folder of earlier answers by the hash of the lowered program; None keeps nothing.
 
     Raises:
-      ValueError: where the machine's compiler is not installed.
+      ValueError: the machine's compiler is not installed.
     """
     request = {"config": to_json(config), "topology": where.name, "cache": None if cache is None else str(cache)}
     return compilers.call("longattn.aot.train_step:compile_step", request, compilers.environment_of(where), timeout)
 
 
 def accounts(config: Config, where: Topology, timeout: float, cache: Path | None = None) -> dict[str, Any]:
-    """`facts` but for what the code itself tells, in a fraction of the time: kernels are not compiled. For TPUs.
+    """Returns most of `facts` in a fraction of the time, without compiling kernels. For several TPUs.
 
-    The step has one more argument, which fills the device's memory, so that the compiler refuses it once it has
-    scheduled it and laid out its memory. The argument is taken off again. Products and messages are those of `facts`;
-    schedule and memory nearly, for the compiler still knows that memory is short.
+    The step gets one more argument, which fills the device's memory: the compiler schedules the program, assigns its
+    buffers, and then refuses it. The argument's bytes are subtracted again. FLOPs and messages equal those of `facts`;
+    schedule and memory almost do, because the compiler still sees that memory is short.
 
     Raises:
-      ValueError: for a mesh of one device, for GPUs, and where the machine's compiler is not installed.
+      ValueError: the mesh has one device, the machine has GPUs, or its compiler is not installed.
     """
     if where.is_gpu or config.mesh.size == 1:
         raise ValueError(f"accounts are of TPUs, several of them: compile for {where.name} as a whole")
@@ -73,23 +71,23 @@ def accounts(config: Config, where: Topology, timeout: float, cache: Path | None
 
 
 def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
-    """One train step compiled: memory, collectives, FLOPs and a bound on its time, of one device.
+    """Compiles a training step; returns memory, collectives, FLOPs and a lower bound on its time for one device.
 
-    A program that the compiler refuses for its memory has `fits` false and the memory it needs, but no time.
+    If the compiler refuses the program for its memory, the answer has `fits` false and the memory, but no time.
     """
     config, where = from_json(request["config"]), topology.parse(request["topology"])
     devices = compilers.devices_of(where)
     context, state, batch = _arguments(config, devices)
     began = time.perf_counter()
-    step: Any = steps.train_step(config, context)
+    function: Any = train_step(config, context)
     arguments: tuple[Any, ...] = state, batch
     filled = 0
     if request.get("fill"):
-        fill = filling(where, context.mesh)
-        plain, arguments, filled = step, (state, batch, fill), fill.shape[1] * fill.dtype.itemsize
-        step = jax.jit(lambda state, batch, fill: plain(state, batch), donate_argnums=0, keep_unused=True)
+        fill = filler(where, context.mesh)
+        plain, arguments, filled = function, (state, batch, fill), fill.shape[1] * fill.dtype.itemsize
+        function = jax.jit(lambda state, batch, fill: plain(state, batch), donate_argnums=0, keep_unused=True)
     with _target(where, context, devices):
-        lowered = step.trace(*arguments).lower()
+        lowered = function.trace(*arguments).lower()
 
     def compiled() -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="longattn_plan_") as name:
@@ -99,12 +97,12 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
     if not request["cache"]:
         return compiled() | {"cached": False}
     here = Path(__file__).parent
-    counting = [*here.glob("*.py"), *(here.parent / "cost").rglob("*.py")]
+    counting_code = [*here.glob("*.py"), *(here.parent / "cost").rglob("*.py")]
     key = {
         "topology": where.name,
         "compiler": _compiler(where),
         "jax": jax.__version__,
-        "sources": caches.sources(counting),
+        "sources": caches.sources(counting_code),
         "program": hashlib.sha256(lowered.as_text(debug_info=True).encode()).hexdigest(),
     }
     answer, cached = caches.remembered(Path(request["cache"]), key, compiled)
@@ -116,21 +114,21 @@ def _compiler(where: Topology) -> str:
 
 
 def _arguments(config: Config, devices: list[Any]) -> tuple[Context | None, Any, Any]:
-    """(context, shapes of the state, shapes of the batch), as they lie on the devices."""
+    """Returns the context, and the sharded shapes of state and batch."""
     c = config.mesh
     if c.size == 1:
         alone = SingleDeviceSharding(devices[0])
         place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone)
-        return None, jax.tree.map(place, steps.state_shapes(config)), jax.tree.map(place, steps.batch_shapes(config))
-    context = steps.context_of(config, devices)
-    lies = steps.batch_sharding(config, context)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), steps.batch_shapes(config))
-    return context, steps.state_shapes(config, context), batch
+        return None, jax.tree.map(place, state_shapes(config)), jax.tree.map(place, batch_shapes(config))
+    context = context_of(config, devices)
+    sharding = batch_sharding(config, context)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch_shapes(config))
+    return context, state_shapes(config, context), batch
 
 
 @contextlib.contextmanager
 def _target(where: Topology, context: Context | None, devices: list[Any]) -> Iterator[None]:
-    """Back ends and kernels are chosen for the machine, not for this process's own device."""
+    """Makes back ends and kernels choose for the machine, not for this process's own device."""
     mesh = context.mesh if context else meshes.make_mesh(devices=devices[:1])
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
@@ -139,20 +137,21 @@ def _target(where: Topology, context: Context | None, devices: list[Any]) -> Ite
         yield
 
 
-def filling(where: Topology, mesh: Any) -> jax.ShapeDtypeStruct:
-    """An argument that fills the memory of every device: no program with it fits."""
-    lies = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return jax.ShapeDtypeStruct((where.size, where.hbm_bytes // 4), np.float32, sharding=lies)
+def filler(where: Topology, mesh: Any) -> jax.ShapeDtypeStruct:
+    """Returns an argument that fills the memory of every device, so that no program with it fits."""
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.ShapeDtypeStruct((where.size, where.hbm_bytes // 4), np.float32, sharding=sharding)
 
 
 def compiled_text(lowered: Any, folder: Path, *, filled: bool) -> tuple[Any, str, str | None]:
-    """(the compiled program or None, its text as scheduled, why it is refused or None); XLA writes into `folder`.
+    """Returns the compiled program or None, its scheduled text, and the reason of a refusal or None.
 
-    A program that is too large for its machine is refused after it has been scheduled. One that is only because it is
-    `filled` is not changed to need less.
+    XLA writes its dump into `folder`, also for a program that it refuses as too large: it schedules first.
     """
     options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
-    if filled:  # neither is anything so large that it is computed twice instead of kept, nor are transfers held back
+    if (
+        filled
+    ):  # keep XLA from saving memory, by rematerialising values and delaying transfers, only because of the filler
         options["xla_tpu_rematerialization_min_size_in_bytes"] = str(2**60)
         options["xla_tpu_scheduler_percent_shared_memory_limit"] = "1000"
     try:
@@ -161,7 +160,7 @@ def compiled_text(lowered: Any, folder: Path, *, filled: bool) -> tuple[Any, str
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
             raise
-        return None, memory.read(folder, ".txt"), " ".join(str(error).split("\n")[0].split())
+        return None, buffers.read(folder, ".txt"), " ".join(str(error).split("\n")[0].split())
 
 
 def _compiled(
@@ -169,17 +168,17 @@ def _compiled(
 ) -> dict[str, Any]:
     compiled, text, refused = compiled_text(lowered, folder, filled=filled > 0)
     program = hlo.parse(text)
-    needed, buffers = memory.account(folder, program, _weights(state))
+    needed, alive = buffers.account(folder, program, _weights(state))
     if filled:
-        needed, buffers, refused = needed - filled, [b for b in buffers if b.bytes < filled], None
+        needed, alive, refused = needed - filled, [b for b in alive if b.bytes < filled], None
     answer: dict[str, Any] = {
         "fits": refused is None and needed <= where.hbm_bytes,
         "refused": refused,
         "hbm_bytes": needed,
         "hbm_limit": where.hbm_bytes,
         "instructions": sum(len(c.instructions) for c in program.computations.values()),
-        "by_kind": memory.by_kind(buffers),
-        "buffers": [vars(b) for b in buffers[:40]],
+        "by_kind": buffers.by_kind(alive),
+        "buffers": [vars(b) for b in alive[:40]],
     }
     if filled:
         return answer | _time(program, config, where, mesh)
@@ -198,7 +197,7 @@ def _compiled(
 
 
 def _weights(state: Any) -> Iterator[tuple[int, ...]]:
-    """Shapes in which matrices are met: as they lie on a device, and whole, but never all layers of a whole one."""
+    """Yields the shapes in which matrices appear: sharded, and gathered, but never gathered for all layers at once."""
     for path, x in jax.tree_util.tree_leaves_with_path(state.params):
         stacked = re.search(meshes.STACKED, jax.tree_util.keystr(path, simple=True, separator="/"))
         local = x.sharding.shard_shape(x.shape)
@@ -208,8 +207,8 @@ def _weights(state: Any) -> Iterator[tuple[int, ...]]:
             yield local[1:]
 
 
-def published(where: Topology, mesh: Mesh | None) -> Rates:
-    """What a device can do at most; `mesh`: of the program's devices, None where it has one."""
+def published_rates(where: Topology, mesh: Mesh | None) -> Rates:
+    """Returns the published peak rates of a device; `mesh` is None for a program on one device."""
     torus = None if mesh is None else where.torus(mesh.devices.flat)
     return Rates(
         where.peak_flops, where.hbm_bandwidth, where.link_bandwidth, where.network_bandwidth, where.node, torus
@@ -217,16 +216,16 @@ def published(where: Topology, mesh: Mesh | None) -> Rates:
 
 
 def _time(program: hlo.Program, config: Config, where: Topology, mesh: Mesh | None) -> dict[str, Any]:
-    """FLOPs, bytes, collectives and the bound on the step's time."""
-    rates = published(where, mesh)
-    # Softmax attention's loops run as often as the mask's blocks say: what was not counted is what the formula says.
-    # Linear attention's are of known length, and its kernels say themselves what they compute.
+    """Returns FLOPs, bytes, collectives and the lower bound on the step's time."""
+    rates = published_rates(where, mesh)
+    # Loops of softmax attention run as often as the mask needs, which the program does not say: a formula counts them.
+    # Loops of linear attention have known lengths, and its kernels state their FLOPs.
     totals = walk(program, rates)
     passes = {backward(scope) for scope in totals.unknown if softmax(scope)}
-    by_formula = {p: f for p, f in zip((False, True), analytic.attention_flops(config)) if p in passes}
+    by_formula = {p: f for p, f in zip((False, True), step.attention_flops(config)) if p in passes}
     attention = sum(by_formula.values())
     totals = bound(program, rates, totals, {p: f / rates.flops for p, f in by_formula.items()})
-    host = totals.host_bytes / where.host_bandwidth  # what goes there is there before any of it comes back
+    host = totals.host_bytes / where.host_bandwidth  # both directions in turn: nothing returns before all is there
     seconds = max(totals.seconds + attention / rates.flops, host)
     model = flops.step_flops(config) / where.size
     return {
@@ -251,12 +250,12 @@ def _time(program: hlo.Program, config: Config, where: Topology, mesh: Mesh | No
 
 
 def collectives(totals: Totals, rates: Rates, mesh: Mesh | None) -> list[dict[str, Any]]:
-    """One row for each kind of collective in each scope, with the most bytes first."""
+    """Returns a row per kind of collective and scope, most bytes first."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     times = rates.times(what for what, _ in totals.collectives)
     for (what, asynchronous), runs in totals.collectives.items():
         axes = axes_of(what.pairs, mesh.shape) if mesh is not None and what.pairs else what.axes
-        key = (what.kind, len(what.group), axes, memory.short(what.scope), asynchronous)
+        key = (what.kind, len(what.group), axes, buffers.short(what.scope), asynchronous)
         row = rows.setdefault(
             key,
             {

@@ -1,1 +1,1 @@
-"""What clocks say: timings, traces and comparisons, measured on this machine."""
+"""Timings, traces and comparisons: everything that is measured on this machine's device."""

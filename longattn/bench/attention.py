@@ -1,9 +1,8 @@
-"""`longattn bench attention`: our attention against PyTorch's and JAX's, and a window against the whole.
+"""`longattn compare attention`: our attention against PyTorch's and JAX's, and a window against the full mask.
 
-The candidates of a row take turns, each after a warm-up, so that whatever slows the machine down slows all of them. A
-ratio is one of medians, with a bootstrap interval. Nothing is timed before outputs (and gradients) were seen to agree.
-Times are host clock around `block_until_ready`: on an accelerator choose T so large that dispatch, some 50 us, is
-nothing.
+The candidates of a row take turns, each after a warm-up, so that a slow machine slows all of them alike. A ratio is one
+of medians, with a bootstrap interval. Outputs (and gradients) must agree before anything is timed. Times are wall-clock
+around `block_until_ready`: on an accelerator choose T large enough to hide the dispatch of some 50 us.
 """
 
 from __future__ import annotations
@@ -34,20 +33,17 @@ from longattn.environment import available_memory, environment
 from longattn.mask import Causal, Full, Mask, Window
 from longattn.ops.attention.api import attention as ours
 
-VERSION = 1
+VERSION = 2
 WORKER = Path(__file__).with_name("torch_worker.py")
 TORCH_PYTHON = "LONGATTN_TORCH_PYTHON"
-WIDTH = 96  # the table's: a narrower terminal wraps it rather than losing digits
-
-# ---- timing, for any callables
-
+WIDTH = 96  # of the table: a narrower terminal wraps it and loses no digits
 
 # ---- candidates
 
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """Time attention: forward, and forward + backward, against PyTorch and JAX, and a window against the whole."""
+    """Time attention by wall-clock against PyTorch and JAX, and a window against the full mask."""
 
     T: tuple[int, ...] = (2048, 8192, 16384)  # lengths
     B: int = 1  # sequences
@@ -56,12 +52,12 @@ class AttentionOptions:
     D: int = 64  # head size
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     mask: Mask = Causal()  # an expression such as "Causal() & Window(512)"
-    window: int = 1024  # also time this window of `mask`, and its ratio to the whole; 0: not
+    window: int = 1024  # also time `mask` within this window; 0: do not
     what: tuple[Literal["forward", "forward_backward"], ...] = ("forward", "forward_backward")
-    against: tuple[Literal["torch", "jax", "reference"], ...] | None = None  # none: torch, where it is there, and jax
-    implementation: str | None = None  # our back end; none: the best that accepts
-    repeats: int = 7  # rounds
-    threads: int = 2  # cores, where the device is the CPU
+    against: tuple[Literal["torch", "jax", "reference"], ...] | None = None  # none: torch, if it is found, and jax
+    implementation: str | None = None  # our back end; none: the best that accepts the call
+    repeats: int = 7  # timed calls of each candidate
+    threads: int = 2  # cores to use, if the device is the CPU
     json: bool = False  # print one JSON document instead of the table
 
     def __post_init__(self) -> None:
@@ -83,14 +79,14 @@ class AttentionOptions:
 
     @property
     def heads(self) -> int:
-        """Key/value heads."""
+        """Number of key/value heads."""
         return self.H if self.K is None else self.K
 
 
 Attend = Callable[[Any, Any, Any], Any]
 RESULTS = ("out", "dq", "dk", "dv")
-# Relative L2 error up to which two implementations agree. float32: some thousand roundings of 6e-8, added like a random
-# walk; the 16-bit types round each probability and each output once, by 2**-9 and 2**-12.
+# Largest relative L2 error between two implementations that agree. float32: about a thousand roundings of 6e-8 each,
+# which add up like a random walk. The 16-bit types round each probability and output once, by 2**-9 and 2**-12.
 AGREE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 
 
@@ -104,17 +100,17 @@ def _forward_backward(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def candidate(attend: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """(q, k, v, do) -> (out,), or with `what` "forward_backward" (out, dq, dk, dv); other inputs stand behind v."""
+    """Returns (q, k, v, do) -> (out,), or -> (out, dq, dk, dv) for "forward_backward". Other inputs follow v."""
     return _forward_backward(attend) if what == "forward_backward" else lambda *arrays: (attend(*arrays[:-1]),)
 
 
 def _program(attend: Attend, what: str) -> Any:
-    """The jitted candidate."""
+    """Returns the jitted candidate."""
     return jax.jit(candidate(attend, what))
 
 
 def jax_nn(mask: Mask, implementation: Literal["xla", "cudnn"] = "xla") -> Attend:
-    """jax.nn's attention."""
+    """Returns jax.nn's attention with a mask."""
 
     def attend(q: Any, k: Any, v: Any) -> Any:
         dot_product_attention = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
@@ -131,7 +127,7 @@ def _window(options: AttentionOptions) -> Mask:
 
 
 def _attends(options: AttentionOptions, peers: Sequence[str]) -> dict[str, Attend]:
-    """The candidates that run under JAX, by name; "longattn" is the one that the others are compared with."""
+    """Returns the candidates that run under JAX, by name. The others are compared with "longattn"."""
     attends: dict[str, Attend] = {
         "longattn": functools.partial(ours, mask=options.mask, implementation=options.implementation)
     }
@@ -145,7 +141,7 @@ def _attends(options: AttentionOptions, peers: Sequence[str]) -> dict[str, Atten
 
 
 class Torch:
-    """A worker process of the interpreter that has PyTorch. It keeps its inputs between calls and times itself."""
+    """A worker process whose interpreter has PyTorch. It keeps its inputs between calls and times itself."""
 
     def __init__(self, python: str):
         try:
@@ -170,8 +166,8 @@ class Torch:
         return answer
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """The worker's answer. Raises ValueError with its error."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended: the answer says so
+        """Sends a command and returns the worker's answer. Raises ValueError with the worker's error."""
+        with contextlib.suppress(BrokenPipeError):  # the worker has ended: reading its answer reports that
             print(json.dumps({"command": command, **arguments}), file=self.process.stdin, flush=True)
         return self._answer()
 
@@ -185,7 +181,7 @@ class Torch:
 
 @contextlib.contextmanager
 def _torch(options: AttentionOptions) -> Iterator[tuple[Torch | None, str]]:
-    """(the worker, "") or (None, why there is none)."""
+    """Yields (the worker, ""), or (None, the reason why there is none)."""
     wanted = options.against is None or "torch" in options.against
     python = os.environ.get(TORCH_PYTHON, "")
     reason = ""
@@ -211,17 +207,17 @@ def _torch(options: AttentionOptions) -> Iterator[tuple[Torch | None, str]]:
 
 
 def attention(options: AttentionOptions, console: Console | None = None) -> dict[str, Any]:
-    """Measures, prints a table (or the JSON document) on stdout and returns the document.
+    """Measures, prints a table (or the JSON document) on stdout, and returns the document.
 
     Raises:
-      ValueError: for options that make no sense, or PyTorch asked for and not there.
+      ValueError: if PyTorch was asked for and is not found, or T needs more memory than there is.
       FloatingPointError: if two candidates disagree; nothing is timed then.
     """
     console = console or Console(width=max(WIDTH, Console().width))
     progress = Console(stderr=True)
     peers = ("torch", "jax") if options.against is None else options.against
     with contextlib.ExitStack() as stack:
-        # Before JAX starts its CPU client, which makes as many threads as it may use cores.
+        # Before JAX starts its CPU client, which starts one thread per core that it may use.
         n: int | None = stack.enter_context(cores(options.threads))
         if jax.default_backend() != "cpu":
             stack.close()
@@ -230,12 +226,12 @@ def attention(options: AttentionOptions, console: Console | None = None) -> dict
         skipped = {"torch": why} if why and options.against is None else {}
         document: dict[str, Any] = {
             "version": VERSION,
-            "kind": "bench attention",
+            "kind": "compare attention",
             "options": {**asdict(options), "mask": str(options.mask)},
             "environment": environment(),
             "torch": torch and torch.version,
             "cores": n,
-            "load": os.getloadavg()[0],  # what else the machine was doing
+            "load": os.getloadavg()[0],  # the machine's load from other work
             "peak_flops": hardware.detect().peak_flops,
             "skipped": skipped,
             "rows": [],
@@ -256,7 +252,7 @@ def attention(options: AttentionOptions, console: Console | None = None) -> dict
 
 
 def inputs(options: AttentionOptions, T: int) -> dict[str, np.ndarray]:
-    """q, k, v and the cotangent do: standard normal float32 [B T H|K D], rounded to the dtype under test."""
+    """Returns q, k, v and the cotangent do, standard normal [B T H|K D]: float32, rounded to the dtype under test."""
     rng = np.random.default_rng(T)
     heads = {"q": options.H, "k": options.heads, "v": options.heads, "do": options.H}
     shape = lambda h: (options.B, T, h, options.D)
@@ -265,13 +261,13 @@ def inputs(options: AttentionOptions, T: int) -> dict[str, np.ndarray]:
 
 
 def numbers(options: AttentionOptions, T: int) -> int:
-    """In queries, keys, values and cotangent."""
+    """Returns the number of elements of q, k, v and the cotangent."""
     return options.B * T * 2 * (options.H + options.heads) * options.D
 
 
 def check_memory(numbers: int, T: int) -> None:
-    """Raises ValueError where so many numbers of inputs and their results are beyond this machine's memory."""
-    needs, free = 3 * 4 * numbers, available_memory()  # drawn in float32, rounded, and once more in the results
+    """Raises ValueError if inputs of that many elements, and their results, exceed this machine's free memory."""
+    needs, free = 3 * 4 * numbers, available_memory()  # in float32: drawn, rounded, and the results
     if free is not None and needs > free:
         raise ValueError(
             f"{T=} is too long for this machine: inputs and results take {needs / 2**30:.1f} GiB, "
@@ -282,7 +278,7 @@ def check_memory(numbers: int, T: int) -> None:
 def _row(
     options: AttentionOptions, T: int, what: str, peers: Sequence[str], torch: Torch | None, threads: int | None
 ) -> dict[str, Any]:
-    """Everything about one length and one direction."""
+    """Returns the document's row for one length and one direction."""
     check_memory(numbers(options, T), T)
     drawn = inputs(options, T)
     arrays = [jnp.asarray(x, options.dtype) for x in drawn.values()]
@@ -330,7 +326,7 @@ def _row(
 
 
 def flops(options: AttentionOptions, T: int, what: str, *, window: bool = False) -> float:
-    """What the visible pairs cost, without recomputation: the same for every candidate, however it computes them."""
+    """Returns the FLOPs of the visible pairs without recomputation, which are the same for every candidate."""
     mask = _window(options) if window else options.mask
     parts = cost.attention_flops(visible_pairs(mask, T), options.H * options.B, options.D)
     return parts.forward + (parts.backward if what == "forward_backward" else 0)
@@ -345,7 +341,7 @@ def _agree(
     torch: Torch | None,
     threads: int | None,
 ) -> dict[str, float]:
-    """Largest relative L2 error over the results, ours against each peer's. Raises FloatingPointError beyond AGREE."""
+    """Returns our largest relative L2 error against each peer. Raises FloatingPointError for one beyond AGREE."""
     mine = [np.asarray(x, np.float32) for x in fns["longattn"]()]
     errors = {}
     for name in [n for n in fns if n not in ("longattn", "window")]:
@@ -371,12 +367,12 @@ def _agree(
 
 
 def relative_error(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
-    """The largest relative L2 error of a's arrays against b's."""
+    """Returns the largest relative L2 error of an array of `a` against the same one of `b`."""
     return max(float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in zip(a, b, strict=True))
 
 
 def _exponents(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Per direction and candidate the exponents of time and scratch memory against T, where there are two lengths."""
+    """Returns by direction and candidate how time and scratch memory grow with T: the exponents, given two lengths."""
     result: dict[str, Any] = {}
     for what in dict.fromkeys(row["what"] for row in rows):
         same = [row for row in rows if row["what"] == what]
@@ -393,7 +389,7 @@ def _exponents(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _print(console: Console, document: Mapping[str, Any]) -> None:
-    """The document as a table, a line per length, direction and candidate."""
+    """Prints the document as a table with a line per length, direction and candidate."""
     options, environment, rows = document["options"], document["environment"], document["rows"]
     title = f"attention {options['mask']}: B{options['B']} H{options['H']} D{options['D']} {options['dtype']}"
     table = plain_table(title)

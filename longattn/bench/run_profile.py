@@ -1,8 +1,8 @@
-"""`longattn profile --trace RUN`: what the steps of a training run cost on the device, from the trace it recorded.
+"""`longattn profile run RUN`: device time of a training run's steps, from the trace that the run recorded.
 
-A step's wall time is from its first op to the first op of the next step: what the device waited for, such as data, is
-in it. Idle is the share of it in which no op ran, of this program or another. What came after the last step is not
-known: it ends with its completion, and where there are others it is left out of the medians of wall time and idle.
+A step's wall time lasts from its first op to the first op of the next step, so it includes waiting, such as for data.
+Idle is the share of it in which no op ran, of this program or another. The last step has no next one: its wall time
+ends with its completion, and the medians of wall time and idle leave it out if there are other steps.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from longattn.bench import trace
 from longattn.display import plain_table, seconds_text
 from longattn.train.record import read_config
 
-VERSION = 1
+VERSION = 2
 WIDTH = 120
 
 
 @dataclass(frozen=True)
-class TraceOptions:
-    """Device time of a training run's steps, by op and by named scope, from the trace that it recorded."""
+class RunProfileOptions:
+    """Show the device time of a training run's steps, by op and by named scope, from the trace that it recorded."""
 
-    trace: str  # the folder that `longattn train` wrote, or any folder of a jax.profiler trace
-    program: str | None = None  # the compiled program to read; none: the one that kept the device busy for longest
-    depth: int = 3  # scopes are cut to as many parts
-    top: int = 10  # kernels shown
+    run: str  # the folder that `longattn train` wrote, or any folder of a jax.profiler trace
+    program: str | None = None  # the compiled program to read; none: the one that kept the device busy longest
+    depth: int = 3  # number of parts of a scope's name that are kept
+    top: int = 10  # number of kernels to show
     json: bool = False  # print one JSON document instead of the tables
 
     def __post_init__(self) -> None:
@@ -42,7 +42,7 @@ class TraceOptions:
 
 
 def _find(folder: Path) -> tuple[Path, int]:
-    """The newest trace, and the number of its first step. Raises ValueError, with the remedy, where there is none."""
+    """Returns the newest trace and the number of its first step. Raises ValueError, with the remedy, for none."""
     first, is_run = 1, (folder / "config.json").is_file()
     if is_run:
         window = read_config(folder).run.profile
@@ -60,18 +60,18 @@ def _find(folder: Path) -> tuple[Path, int]:
 
 
 def part_of(scope: trace.Scope, depth: int) -> str:
-    """A scope without the model's own names, layers joined, cut: layer/mixer/attention for every layer.
+    """Returns a scope cut to `depth` parts and the same for all layers, such as layer/mixer/attention.
 
-    What belongs to several of its parts is the model's.
+    An op that belongs to no single part belongs to "model".
     """
     path = [re.sub(r"^layer_\d+$", "layer", name) for name in scope.path]
     path = [name for name in path if name not in ("layers", "Transformer") and not name.startswith("Transformer.")]
     return "/".join(path[:depth]) or ("model" if scope.path else "(no scope)")
 
 
-def read(options: TraceOptions) -> dict[str, Any]:
-    """The document. Raises ValueError for a folder without a trace, or a program that it does not hold."""
-    path, first = _find(Path(options.trace))
+def read(options: RunProfileOptions) -> dict[str, Any]:
+    """Returns the document. Raises ValueError for a folder without a trace, or a program that the trace lacks."""
+    path, first = _find(Path(options.run))
     recorded = trace.read(path.read_bytes())
     program = options.program or recorded.busiest()
     executions = recorded.of(program)
@@ -85,7 +85,7 @@ def read(options: TraceOptions) -> dict[str, Any]:
     by_device: dict[str, list[trace.Execution]] = defaultdict(list)
     for e in executions:
         by_device[e.device].append(e)
-    steps, whole = [], []  # all, and those whose wall time is known
+    steps, whole = [], []  # all steps, and those with a known wall time
     for device, mine in by_device.items():
         everything = [e for e in recorded.executions if e.device == device]
         for i, (e, after) in enumerate(zip(mine, [*mine[1:], None])):
@@ -100,7 +100,7 @@ def read(options: TraceOptions) -> dict[str, Any]:
     kernels = trace.kernels(executions)
     return {
         "version": VERSION,
-        "kind": "profile trace",
+        "kind": "profile run",
         "trace": str(path.parent),
         "program": program,
         "devices": len(by_device),
@@ -119,8 +119,8 @@ def read(options: TraceOptions) -> dict[str, Any]:
     }
 
 
-def run(options: TraceOptions, console: Console | None = None) -> dict[str, Any]:
-    """Prints the tables (or the JSON document) and gives the document."""
+def run(options: RunProfileOptions, console: Console | None = None) -> dict[str, Any]:
+    """Prints the tables (or the JSON document) and returns the document."""
     document = read(options)
     if options.json:
         print(json.dumps(document))

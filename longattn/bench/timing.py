@@ -15,16 +15,16 @@ from scipy.special import stdtrit
 
 
 class Seconds(float):
-    """What a candidate returns that has timed itself, such as a worker in another process."""
+    """The result of a candidate that times itself, such as a worker in another process."""
 
 
 def interleave(
     fns: Mapping[str, Callable[[], Any]], repeats: int, *, warm: int = 1, pause: float = 0.02
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each candidate, taking turns: `repeats` rounds after `warm` calls each.
+    """Returns the seconds of each call, by candidate: `repeats` rounds in turns, after `warm` untimed calls of each.
 
-    The order rotates, so that nobody always runs after the same one; `pause` seconds before each call let the threads
-    of the one before go to sleep. A call's arrays are waited for; a result of class `Seconds` stands for itself.
+    The order rotates, so that no candidate always follows the same one. `pause` seconds before each call let the
+    threads of the previous one go to sleep. A call ends when its arrays are ready; a `Seconds` result is taken as is.
     """
     for fn in fns.values():
         for _ in range(warm):
@@ -43,7 +43,7 @@ def interleave(
 
 @dataclass(frozen=True)
 class Interval:
-    """A number and its 95% interval (nan where there is none)."""
+    """A number and its 95% interval, nan if unknown."""
 
     value: float
     low: float
@@ -57,7 +57,7 @@ Samples = Sequence[float] | np.ndarray
 
 
 def ratio(a: Samples, b: Samples, draws: int = 2000) -> Interval:
-    """median(a) / median(b) of samples that were taken in turns, with a bootstrap interval over the rounds."""
+    """Returns median(a) / median(b) of samples taken in turns, with a bootstrap interval over the rounds."""
     x, y = np.asarray(a), np.asarray(b)
     rounds = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
     spread = np.median(x[rounds], 1) / np.median(y[rounds], 1)
@@ -66,10 +66,10 @@ def ratio(a: Samples, b: Samples, draws: int = 2000) -> Interval:
 
 
 def fit_exponent(sizes: Samples, values: Samples | Sequence[Samples], draws: int = 2000) -> Interval:
-    """The exponent e of value ~ size**e, by least squares of the logarithms.
+    """Returns the exponent e of value ~ size**e, by least squares of the logarithms.
 
-    With several samples per size: of their medians, and a bootstrap interval over the samples. With one value per size:
-    the interval is the regression's own (Student's t), nan for two sizes.
+    Several samples per size give a fit of their medians, with a bootstrap interval over the samples. One value per size
+    gives the regression's own interval (Student's t), nan for two sizes.
 
     Raises:
       ValueError: for fewer than two sizes, or values that are not positive.
@@ -97,9 +97,9 @@ def fit_exponent(sizes: Samples, values: Samples | Sequence[Samples], draws: int
 
 
 def temp_bytes(fn: Callable[..., Any], *shapes: Any) -> int:
-    """Scratch memory of the compiled program: bytes besides arguments and results, by XLA's own account.
+    """Returns the compiled program's scratch memory: bytes besides arguments and results, as XLA reports them.
 
-    `shapes` are arrays or ShapeDtypeStructs; `fn` may be jitted already. Nothing runs.
+    shapes: arrays or ShapeDtypeStructs. fn may be jitted already. Nothing runs.
     """
     jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
     return int(jitted.lower(*shapes).compile().memory_analysis().temp_size_in_bytes)
@@ -107,7 +107,7 @@ def temp_bytes(fn: Callable[..., Any], *shapes: Any) -> int:
 
 @contextlib.contextmanager
 def cores(n: int) -> Iterator[int]:
-    """Keeps this process, all its threads and its children on at most n cores; gives how many they have."""
+    """Keeps this process, its threads and its children on at most n cores; yields how many they have."""
     if not hasattr(os, "sched_setaffinity"):
         yield os.cpu_count() or 1
         return

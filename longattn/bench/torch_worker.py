@@ -1,4 +1,4 @@
-"""PyTorch's side of `longattn bench attention`, run by the interpreter that has PyTorch.
+"""PyTorch's side of `longattn compare attention`, run by the interpreter that has PyTorch.
 
 It needs PyTorch and NumPy alone. It reads one JSON command per line on stdin and answers
 each with one JSON line on stdout:
@@ -21,7 +21,7 @@ class Worker:
         self.torch = torch
 
     def load(self, folder, dtype, threads, causal, mask):
-        """q, k, v, do from [B T H D] float32 files; to PyTorch's own layout [B H T D], contiguous."""
+        """Reads q, k, v, do from [B T H D] float32 files into PyTorch's layout [B H T D], contiguous."""
         torch, self.folder = self.torch, folder
         torch.set_num_threads(threads)
         self.q, self.k, self.v, self.do = (self._read(name).to(getattr(torch, dtype)) for name in ("q", "k", "v", "do"))

@@ -5,7 +5,6 @@ belong to each back end's `Tuning`.
 """
 
 from longattn.config.data import MQAR, ByteLM, Data, Needle
-from longattn.config.serialise import VERSION, from_json, to_json
 from longattn.config.mesh import Mesh
 from longattn.config.mixers import (
     GLA,
@@ -19,9 +18,11 @@ from longattn.config.mixers import (
     RetNet,
     RoPE,
     Softmax,
+    mixer_classes,
 )
 from longattn.config.model import Model
 from longattn.config.run import Config, Optimiser, Run
+from longattn.config.serialise import VERSION, from_json, to_json
 
 __all__ = [
     "GLA",
@@ -46,5 +47,6 @@ __all__ = [
     "Run",
     "Softmax",
     "from_json",
+    "mixer_classes",
     "to_json",
 ]

@@ -1,4 +1,4 @@
-"""Checks of fields, each with an error that names the class, the field, its value and the rule."""
+"""Checks of config fields; their errors name the class, the field, its value and the rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tasks: what a model is trained on."""
+"""The tasks that a model is trained on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ByteLM:
     overlap: int = 1  # bytes a piece of a long file repeats from the piece before, without loss
     valid: float = 0.05  # share of the documents held out (by a hash of the path, so it never moves)
     max_bytes: int | None = None  # stop after this many bytes of corpus
-    balance: bool = False  # share a step's rows out by the pairs that attention sees, so that all devices have as many
+    balance: bool = False  # share out a step's rows so that all devices have equally many visible pairs
 
     def __post_init__(self) -> None:
         positive(self, "T", "B", "overlap", "max_bytes")

@@ -4,9 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from longattn.config.checks import positive
+
+LayoutName = Literal["contiguous", "zigzag", "striped"]  # the orders of a sequence over its devices: parallel/layout.py
+
+if TYPE_CHECKING:
+    StrategyName = str
+else:
+
+    class _AnyString(type):
+        def __instancecheck__(cls, value: object) -> bool:
+            return isinstance(value, str)
+
+    class StrategyName(metaclass=_AnyString):
+        """Any string, as the type of a field that names a strategy of `longattn.parallel.STRATEGIES`.
+
+        That table lies above this module, which therefore cannot check the name: whoever makes a mesh from a config
+        does. The command line knows by this type where to list the names.
+        """
+
+
+def layout_unit(layout: LayoutName, shards: int) -> int:
+    """The number whose multiples a layout divides into `shards` shards: zigzag has two pieces in each."""
+    return 2 * shards if layout == "zigzag" and shards > 1 else shards
 
 
 @dataclass(frozen=True)
@@ -20,24 +42,12 @@ class Mesh:
     fsdp: int = 1  # rows of the batch
     tensor: int = 1  # heads and the MLP's width
     seq: int = 1  # positions
-    ring: int = 1  # parts of the sequence between which keys and values travel, each on seq devices: strategy usp
-    strategy: Literal["ring", "balanced", "all_gather", "ulysses", "usp"] = (
-        "ring"  # how queries meet the keys of other devices; see parallel/api.py
-    )
-    layout: Literal["contiguous", "zigzag", "striped"] = "contiguous"  # which tokens a device has; parallel/layout.py
+    ring: int = 1  # shards of the sequence, each on seq devices, between which keys and values travel: strategy usp
+    strategy: StrategyName = "ring"  # how queries meet the keys of other devices; see parallel/attention.py
+    layout: LayoutName = "contiguous"  # which tokens a device has; see parallel/layout.py
 
     def __post_init__(self) -> None:
         positive(self, "data", "fsdp", "tensor", "seq", "ring")
-        if (self.ring > 1) != (self.strategy == "usp"):
-            raise ValueError(
-                f"Mesh.ring={self.ring} with strategy={self.strategy!r}: usp, and no other, has parts that devices "
-                "share, at least 2; set ring and strategy='usp', or neither (of one part, usp is strategy='ulysses')"
-            )
-        if self.strategy == "balanced" and self.layout != "contiguous":
-            raise ValueError(
-                f"Mesh.layout={self.layout!r} with strategy='balanced': both even out the causal work; "
-                "set layout='contiguous', or strategy='ring'"
-            )
 
     @property
     def size(self) -> int:
@@ -51,17 +61,16 @@ class Mesh:
         return {axis: getattr(self, axis) for axis in axes}
 
     @property
-    def sequence(self) -> int:
-        """Devices among which a sequence is divided."""
+    def P(self) -> int:
+        """Devices along the sequence."""
         return self.ring * self.seq
 
     @property
-    def parts(self) -> int:
-        """Parts that the layout orders: one on each device, or where there is a ring on the devices of a part of it."""
+    def shards(self) -> int:
+        """Shards that `layout` permutes: one for each device on the ring axis for usp, else on the seq axis."""
         return self.ring if self.ring > 1 else self.seq
 
     @property
     def unit(self) -> int:
-        """What data.T must be a multiple of: zigzag has two halves of every part."""
-        halves = 2 if self.layout == "zigzag" and self.parts > 1 else 1
-        return math.lcm(self.sequence, halves * self.parts)
+        """The number whose multiples data.T may be."""
+        return math.lcm(self.P, layout_unit(self.layout, self.shards))

@@ -1,4 +1,4 @@
-"""One dataclass for each way to attend: what `Model.mixers` holds."""
+"""One dataclass for each mixer: the values that `Model.mixers` holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longattn.config.checks import above_zero, increasing, positive
 
 @dataclass(frozen=True)
 class RoPE:
-    """Rotary position embedding (arXiv:2104.09864) and how it is stretched to longer contexts."""
+    """Rotary position embedding (arXiv:2104.09864) and its scaling to longer contexts."""
 
     base: float = 10_000.0  # period base: angle of pair i at position p is p * base ** (-2 i / D)
     scaling: Literal["none", "linear", "yarn"] = "none"  # linear: arXiv:2306.15595; yarn: arXiv:2309.00071
@@ -29,7 +29,15 @@ class RoPE:
 
 
 @dataclass(frozen=True)
-class Softmax:
+class Mixer:
+    """Base class of the configs of mixers.
+
+    A subclass is a frozen dataclass whose name is that of the module class which computes it, in `models.MIXERS`.
+    """
+
+
+@dataclass(frozen=True)
+class Softmax(Mixer):
     """Exact softmax attention with any mask."""
 
     mask: masks.Mask = masks.Causal()  # an expression on the command line: "Causal() & Window(512)"
@@ -51,7 +59,7 @@ class Softmax:
 
 
 @dataclass(frozen=True)
-class LinearAttention:
+class LinearAttention(Mixer):
     """Softmax replaced by the product of positive features, elu(x) + 1 (arXiv:2006.16236)."""
 
     eps: float = 1e-6  # added to the sum of weights that divides the output
@@ -61,11 +69,11 @@ class LinearAttention:
 
 
 @dataclass(frozen=True)
-class Performer:
+class Performer(Mixer):
     """Softmax estimated with positive orthogonal random features, FAVOR+ (arXiv:2009.14794)."""
 
     features: int = 256  # random features of a head
-    seed: int = 0  # of the features, which are no parameters
+    seed: int = 0  # draws the features, which are no parameters
     eps: float = 1e-6  # added to the sum of weights that divides the output
 
     def __post_init__(self) -> None:
@@ -74,7 +82,7 @@ class Performer:
 
 
 @dataclass(frozen=True)
-class Based:
+class Based(Mixer):
     """exp(q k) replaced by its Taylor series up to the square (arXiv:2402.18668)."""
 
     features: int = 16  # size of a query/key head before the feature map
@@ -86,12 +94,12 @@ class Based:
 
 
 @dataclass(frozen=True)
-class RetNet:
+class RetNet(Mixer):
     """Retention: a fixed decay per head (arXiv:2307.08621)."""
 
     V: int | None = None  # size of a value head; None: 2 * Model.D
-    fastest: float = 1 / 32  # what the first head forgets per token
-    slowest: float = 1 / 512  # what the last head forgets per token; those between in equal ratios
+    fastest: float = 1 / 32  # share of the state that the first head forgets per token
+    slowest: float = 1 / 512  # the same for the last head; heads between are spaced in equal ratios
     rope: RoPE | None = RoPE()  # None: no position encoding but the decay
 
     def __post_init__(self) -> None:
@@ -103,11 +111,11 @@ class RetNet:
 
 
 @dataclass(frozen=True)
-class GLA:
+class GLA(Mixer):
     """Gated linear attention: a decay per channel that depends on the token (arXiv:2312.06635)."""
 
     D: int | None = None  # size of a query/key head; None: Model.D / 2
-    rank: int = 16  # of the decay's projection
+    rank: int = 16  # rank of the decay's projection
     temperature: float = 16.0  # decays are sigmoid(.) ** (1 / temperature)
 
     def __post_init__(self) -> None:
@@ -116,13 +124,13 @@ class GLA:
 
 
 @dataclass(frozen=True)
-class Mamba2:
+class Mamba2(Mixer):
     """State-space duality: a decay per head that depends on the token (arXiv:2405.21060)."""
 
-    expand: int = 2  # heads, in multiples of Model.H
+    expand: int = 2  # heads per head of Model.H
     state: int = 128  # size of a query/key head: the paper's N
     groups: int = 1  # query/key heads
-    taps: int = 4  # of the short convolutions
+    taps: int = 4  # taps of the short convolutions
     steps: tuple[float, float] = (1e-3, 0.1)  # range of the step size at initialisation, log-uniform
     rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
 
@@ -132,11 +140,11 @@ class Mamba2:
 
 
 @dataclass(frozen=True)
-class GatedDeltaNet:
+class GatedDeltaNet(Mixer):
     """The delta rule with a decay per head that depends on the token (arXiv:2412.06464)."""
 
     V: int | None = None  # size of a value head; None: 2 * Model.D
-    taps: int = 4  # of the short convolutions
+    taps: int = 4  # taps of the short convolutions
     steps: tuple[float, float] = (1e-3, 0.1)  # range of the step size at initialisation, log-uniform
     rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
 
@@ -146,12 +154,12 @@ class GatedDeltaNet:
 
 
 @dataclass(frozen=True)
-class KimiDeltaAttention:
+class KimiDeltaAttention(Mixer):
     """The delta rule with a decay per channel that depends on the token (arXiv:2510.26692)."""
 
     V: int | None = None  # size of a value head; None: Model.D
-    rank: int | None = None  # of the projections of decay and output gate; None: Model.D
-    taps: int = 4  # of the short convolutions
+    rank: int | None = None  # rank of the projections of decay and output gate; None: Model.D
+    taps: int = 4  # taps of the short convolutions
     steps: tuple[float, float] = (1e-3, 0.1)  # range of the step size at initialisation, log-uniform
     rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
 
@@ -160,5 +168,12 @@ class KimiDeltaAttention:
         increasing(self, "steps", "rates")
 
 
-# The union of every mixer's config; a new mixer joins here.
-Mixer = Softmax | LinearAttention | Performer | Based | RetNet | GLA | Mamba2 | GatedDeltaNet | KimiDeltaAttention
+def mixer_classes() -> dict[str, type[Mixer]]:
+    """Every mixer's config class by its name, also those that are defined outside this package."""
+    found: dict[str, type[Mixer]] = {}
+    below = Mixer.__subclasses__()
+    while below:
+        cls = below.pop(0)
+        found[cls.__name__] = cls
+        below += cls.__subclasses__()
+    return found

@@ -22,9 +22,9 @@ class Model:
     W: int = 257  # vocabulary
     mixers: tuple[Mixer, ...] = (Softmax(),)  # a pattern: layer i takes mixers[i % len(mixers)]
     tie: bool = True  # the output head is the embedding, transposed
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; parameters are float32
-    norm_eps: float = 1e-6  # of every RMSNorm
-    mlp_chunk: int | None = None  # the MLP runs over the sequence in pieces of this many tokens
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # dtype of the computation; parameters are float32
+    norm_eps: float = 1e-6  # eps of every RMSNorm
+    mlp_chunk: int | None = None  # the MLP runs over the sequence in chunks of this many tokens
     scan: bool = True  # scan over the layers where all mixers are equal
     remat: Literal["none", "full", "attention", "dots", "offload"] = (
         "none"  # what the backward pass recomputes; see models/transformer.py

@@ -1,4 +1,4 @@
-"""The optimiser, the run, and the whole that `longattn train` takes."""
+"""The configs of the optimiser and of the run, and the whole config that `longattn train` takes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Optimiser:
     clip: float = 1.0  # global gradient norm is clipped to this; 0 turns clipping off
     accumulate: int = 1  # micro-batches per step; must divide data.B
     z_loss: float = 0.0  # weight of the mean squared log-partition
-    loss_chunk: int = 512  # tokens whose logits exist at once
+    loss_chunk: int = 512  # number of tokens whose logits exist at once
 
     def __post_init__(self) -> None:
         positive(self, "accumulate", "loss_chunk")
@@ -38,18 +38,18 @@ class Optimiser:
 
 @dataclass(frozen=True)
 class Run:
-    """How long, how often, and where."""
+    """How long a training runs, what it writes when, and where."""
 
     name: str = "run"  # the folder under `dir`
     dir: str = "runs"  # parent of the run's folder
     steps: int = 1000  # optimiser steps
-    seed: int = 0  # of the parameters and of the data order
+    seed: int = 0  # draws the parameters and the data order
     log_every: int = 10  # steps between lines of metrics
     eval_every: int = 250  # steps between evaluations; 0: only at the end
     eval_batches: int = 16  # batches of an evaluation; 0: the whole held-out set
     save_every: int = 250  # steps between checkpoints
     keep: int = 2  # newest checkpoints kept, besides the best
-    profile: tuple[int, int] | None = None  # (first step, number of steps) of a trace, for `longattn profile --trace`
+    profile: tuple[int, int] | None = None  # (first step, number of steps) of a trace, for `longattn profile run`
     tensorboard: bool = False  # also write TensorBoard scalars
     init_from: str = ""  # start from the parameters of this run's best checkpoint
 
@@ -82,11 +82,11 @@ class Config:
             raise ValueError(f"{self.mesh.data=} * {self.mesh.fsdp=} must divide {rows}, the rows of a micro-batch")
         along = f"{self.mesh.ring=} * {self.mesh.seq=}" if self.mesh.ring > 1 else f"{self.mesh.seq=}"
         if short := -self.data.T % self.mesh.unit:
-            unit = f"{self.mesh.unit} for {self.mesh.layout=}" if self.mesh.unit > self.mesh.sequence else "it"
+            unit = f"{self.mesh.unit} for {self.mesh.layout=}" if self.mesh.unit > self.mesh.P else "it"
             raise ValueError(
                 f"{along} must divide {self.data.T=}: set T to a multiple of {unit}, next {self.data.T + short}"
             )
-        if self.mesh.size > 1 and self.model.E % (self.mesh.fsdp * self.mesh.sequence):
+        if self.mesh.size > 1 and self.model.E % (self.mesh.fsdp * self.mesh.P):
             raise ValueError(f"{self.mesh.fsdp=} * {along} must divide {self.model.E=}: they slice matrices")
         if self.model.K % self.mesh.tensor or self.model.F % self.mesh.tensor:
             raise ValueError(f"{self.mesh.tensor=} must divide {self.model.K=} and {self.model.F=}")

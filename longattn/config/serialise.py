@@ -1,25 +1,22 @@
-"""Configs as JSON: `to_json` and `from_json` round-trip a `Config` with a version and class names."""
+"""Configs as JSON: `from_json` restores what `to_json` writes, a version and objects with class names."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from typing import Any
 
 from longattn import mask as masks
 from longattn.config.data import MQAR, ByteLM, Needle
 from longattn.config.mesh import Mesh
-from longattn.config.mixers import Mixer, RoPE
+from longattn.config.mixers import RoPE, mixer_classes
 from longattn.config.model import Model
 from longattn.config.run import Config, Optimiser, Run
 
 VERSION = 3
 
 
-_CLASSES: dict[str, type] = {
-    c.__name__: c for c in (RoPE, *typing.get_args(Mixer), Model, ByteLM, MQAR, Needle, Mesh, Optimiser, Run, Config)
-}
+_CLASSES: dict[str, type] = {c.__name__: c for c in (RoPE, Model, ByteLM, MQAR, Needle, Mesh, Optimiser, Run, Config)}
 
 
 def _encode(value: Any) -> Any:
@@ -41,9 +38,10 @@ def _decode(value: Any) -> Any:
     name = value.get("class")
     if name == "Mask":
         return masks.parse(value["expression"])
-    if name not in _CLASSES:
-        raise ValueError(f"class {name!r} in the JSON is no config of this version; it knows {sorted(_CLASSES)}")
-    cls = _CLASSES[name]
+    classes = _CLASSES | mixer_classes()
+    if name not in classes:
+        raise ValueError(f"class {name!r} in the JSON is no config of this version; it knows {sorted(classes)}")
+    cls = classes[name]
     given = {k: _decode(v) for k, v in value.items() if k != "class"}
     known = {f.name for f in dataclasses.fields(cls)}
     if given.keys() != known:

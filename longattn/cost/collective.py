@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# What a buffer is: the state's parts by their paths, copies and gradients of parameters by their shapes, the rest by
-# the pass that computes it.
+# Kinds of buffers. Paths tell the parts of the state, shapes the copies and gradients of parameters, and the pass that
+# computes a buffer tells the rest.
 BUFFER_KINDS = (
     "parameters", "moments", "batch", "gradients", "gathered or cast parameters", "forward pass", "backward pass",
     "other",
@@ -19,15 +19,15 @@ BUFFER_KINDS = (
 class Collective:
     """One collective in the schedule."""
 
-    kind: str  # one of `hlo.KINDS`
-    bytes: int  # that each device receives in one run
+    kind: str  # one of `aot.collectives.KINDS`
+    bytes: int  # bytes that each device receives in one run
     group: tuple[int, ...]  # the devices of the first group, by their place in the program's order
-    axes: str  # of the mesh, where the program names them: not of a collective-permute, see `axes_of`
+    axes: str  # mesh axes, where the program names them; for a collective-permute see `axes_of`
     scope: str
-    pairs: tuple[tuple[int, int], ...] = ()  # of a collective-permute: who sends to whom
+    pairs: tuple[tuple[int, int], ...] = ()  # (sender, receiver) of a collective-permute
 
 
 def axes_of(pairs: Iterable[tuple[int, int]], sizes: Mapping[str, int]) -> str:
-    """The axes of a mesh along which pairs of its devices, by their place in it, lie apart, with commas."""
+    """The names, joined by commas, of the mesh axes along which the devices of some pair differ."""
     ends = np.unravel_index(np.array([*pairs], dtype=int).reshape(-1, 2).T, tuple(sizes.values()))
     return ",".join(name for name, (a, b) in zip(sizes, ends, strict=True) if (a != b).any())

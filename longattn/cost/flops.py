@@ -1,47 +1,31 @@
-"""What attention and models cost, by formula: visible pairs, FLOPs, parameters, bytes of training state.
+"""Formulas for the cost of attention and of models: FLOPs, parameters, bytes of training state.
 
-Conventions. A multiply-add is 2 FLOPs; only matrix products count. Attention costs its visible (query, key) pairs, so
-causal attention counts half of T x T, whatever a kernel computes besides. Training is forward + backward;
-recomputation (blockwise attention's own, or a remat policy's) is listed apart and is no part of the MFU.
-(Megatron-LM, arXiv:2104.04473, and PaLM, arXiv:2204.02311 appendix B, count all T x T: their figures are higher.)
+A multiply-add is 2 FLOPs, and only matrix products count. Attention is charged for its visible (query, key) pairs, so
+causal attention counts half of T x T, whatever a kernel computes besides. Training is forward + backward.
+Recomputation, by blockwise attention or by a remat policy, is listed apart and is no part of the MFU. Megatron-LM
+(arXiv:2104.04473) and PaLM (arXiv:2204.02311, appendix B) count all of T x T: their figures are higher.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
-from typing import Any
 
-import jax
-import numpy as np
-
-from longattn.config import (
-    GLA,
-    Based,
-    Config,
-    GatedDeltaNet,
-    KimiDeltaAttention,
-    LinearAttention,
-    Mamba2,
-    Mixer,
-    Model,
-    Performer,
-    RetNet,
-    Softmax,
-)
+from longattn.config import Config, Mixer, Model
 from longattn.cost.pairs import visible_pairs
+from longattn.models import module_of
+from longattn.ops.calls import AttentionCall, Call, ConvolutionCall, LinearCall
 
 
 @dataclass(frozen=True)
 class AttentionFlops:
-    """FLOPs of softmax attention itself: no projections."""
+    """FLOPs of softmax attention without projections."""
 
     forward: float  # q k^T and p v: 2 pairs H (D + V)
     backward: float  # dv, dp, dq, dk: twice the forward
-    recompute: float  # q k^T once more, by a backward pass that has kept only out and lse; no part of the MFU
+    recompute: float  # q k^T again, in a backward pass that kept only out and lse; no part of the MFU
 
 
 def attention_flops(pairs: float, H: int, D: int, V: int | None = None) -> AttentionFlops:
@@ -55,10 +39,10 @@ def attention_flops(pairs: float, H: int, D: int, V: int | None = None) -> Atten
 class Flops:
     """FLOPs by part of the model."""
 
-    attention: float  # what the visible pairs cost
-    projections: float  # q, k, v and out
+    attention: float  # the mixers' calls and their own products; of softmax attention the visible pairs
+    projections: float  # the mixers' matrices, such as q, k, v and out
     mlp: float
-    head: float  # of the vocabulary; the embedding is a look-up
+    head: float  # the product with the vocabulary; the embedding is a look-up
 
     @property
     def total(self) -> float:
@@ -66,23 +50,6 @@ class Flops:
 
     def __mul__(self, factor: float) -> Flops:
         return Flops(*(factor * x for x in astuple(self)))
-
-
-def _softmax(mixer: Softmax, model: Model, T: int, documents: tuple[int, ...] | None) -> tuple[float, float]:
-    pairs = visible_pairs(mixer.mask, T, documents=documents)
-    return attention_flops(pairs, model.H, model.D).forward, 4.0 * T * model.E * model.D * (model.H + model.K)
-
-
-@functools.lru_cache(maxsize=256)
-def mixer_shapes(mixer: Mixer, model: Model) -> dict[str, tuple[int, ...]]:
-    """The shapes of a mixer's parameters by their names, from its module."""
-    from longattn.models import MIXERS, Context  # here, because flax comes with the extra `train` alone
-
-    module = MIXERS[type(mixer).__name__](mixer, model, Context("reference"))
-    x = jax.ShapeDtypeStruct((1, 1, model.E), np.float32)
-    params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in flat}
 
 
 def linear_flops(tokens: float, state: int, *, delta: bool = False) -> float:
@@ -93,52 +60,31 @@ def linear_flops(tokens: float, state: int, *, delta: bool = False) -> float:
     return (6.0 if delta else 4.0) * tokens * state
 
 
-def _linear(mixer: Any, model: Model, T: int, documents: tuple[int, ...] | None) -> tuple[float, float]:
-    from longattn.models import MIXERS
-
-    tokens = T if documents is None else sum(documents)
-    state: int = MIXERS[type(mixer).__name__].sizes(mixer, model)[0]
-    attention = linear_flops(tokens, state, delta=isinstance(mixer, GatedDeltaNet | KimiDeltaAttention))
-    if isinstance(mixer, Performer):
-        attention += 2.0 * tokens * (model.H + model.K) * mixer.features * model.D
-    weights = (s for name, s in mixer_shapes(mixer, model).items() if is_matrix(name, s))
-    return attention, 2.0 * T * sum(map(math.prod, weights))
-
-
-def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether tokens are multiplied by a mixer's parameter as by a matrix."""
-    return len(shape) > 1 and not name.endswith(("conv", "bias"))
+def call_flops(call: Call, documents: tuple[int, ...] | None = None) -> float:
+    """Forward FLOPs of one call over one sequence (`documents`: as for `visible_pairs`)."""
+    match call:
+        case AttentionCall():
+            pairs = visible_pairs(call.mask, call.T, call.keys, documents=documents)
+            return attention_flops(pairs, call.H, call.D, call.values).forward
+        case LinearCall():
+            tokens = call.T if documents is None else sum(documents)
+            return linear_flops(tokens, call.H * call.D * call.V, delta=call.delta)
+        case ConvolutionCall():
+            return 0.0  # no matrix product
 
 
-# Per class of mixer: forward FLOPs of one layer over one sequence, (attention, projections). A new mixer joins here ...
-_LINEAR = (LinearAttention, Performer, Based, RetNet, GLA, Mamba2, GatedDeltaNet, KimiDeltaAttention)
-_MIXER_FLOPS: dict[type, Callable[..., tuple[float, float]]] = {Softmax: _softmax, **dict.fromkeys(_LINEAR, _linear)}
-
-
-def _softmax_parameters(mixer: Softmax, model: Model) -> int:
-    return 2 * model.E * model.D * (model.H + model.K) + 2 * model.D * mixer.qk_norm + model.H * mixer.sinks
-
-
-def _linear_parameters(mixer: Mixer, model: Model) -> int:
-    return sum(map(math.prod, mixer_shapes(mixer, model).values()))
-
-
-# ... and here: parameters of one layer's mixer.
-_MIXER_PARAMETERS: dict[type, Callable[..., int]] = {
-    Softmax: _softmax_parameters,
-    **dict.fromkeys(_LINEAR, _linear_parameters),
-}
-
-
-def known(model: Model) -> bool:
-    """Whether the FLOPs of all its mixers are known here."""
-    return all(type(mixer) in _MIXER_FLOPS for mixer in model.mixers)
+def mixing_flops(mixer: Mixer, model: Model, T: int, documents: tuple[int, ...] | None = None) -> float:
+    """Forward FLOPs of one layer's mixer over one sequence besides its matrices: its calls, and its own products."""
+    module = module_of(mixer)
+    own, _ = module.own_flops(mixer, model, T if documents is None else sum(documents))
+    return sum(call_flops(call, documents) for call in module.calls(mixer, model, T)) + own
 
 
 def layer_flops(mixer: Mixer, model: Model, T: int, documents: Iterable[int] | None = None) -> Flops:
     """Forward FLOPs of one layer over one sequence of T tokens (`documents`: as for `visible_pairs`)."""
     documents = None if documents is None else tuple(documents)
-    attention, projections = _MIXER_FLOPS[type(mixer)](mixer, model, T, documents)
+    attention = mixing_flops(mixer, model, T, documents)
+    projections = 2.0 * T * sum(map(math.prod, module_of(mixer).matrices(mixer, model).values()))
     return Flops(attention, projections, 6.0 * T * model.E * model.F, 0.0)
 
 
@@ -158,14 +104,14 @@ def flops_per_token(model: Model, T: int, *, training: bool = True, documents: I
 def step_flops(config: Config, documents: Mapping[int, float] | None = None) -> float:
     """FLOPs of one training step over all devices, recomputation left out.
 
-    `documents`: how many documents of each length a row holds on average, for attention sees no further; None is one
-    of T tokens. Padding is counted where it is computed, outside attention.
+    `documents`: how many documents of each length a row holds on average, since attention sees no further. None means
+    one document of T tokens. Padding counts outside attention, where it is computed.
     """
     model, T = config.model, config.data.T
     flops = forward_flops(model, T)
     if documents is not None:
         attention = [
-            layers * rows * _MIXER_FLOPS[type(mixer)](mixer, model, length, None)[0]
+            layers * rows * mixing_flops(mixer, model, T, (length,))
             for mixer, layers in Counter(model.layers).items()
             for length, rows in documents.items()
         ]
@@ -174,9 +120,9 @@ def step_flops(config: Config, documents: Mapping[int, float] | None = None) -> 
 
 
 def attention_share(model: Model, T: int, *, head: bool = True) -> float:
-    """Attention's part of the FLOPs of the whole model at length T, in [0, 1]; head=False: of its layers alone.
+    """Attention's share of the FLOPs of the whole model at length T, in [0, 1]; head=False: of its layers alone.
 
-    Forward and training have the same shares: the backward pass is twice the forward in every part.
+    Forward and training have the same shares, since the backward pass is twice the forward in every part.
     """
     flops = forward_flops(model, T)
     return flops.attention / (flops.total - (0 if head else flops.head))
@@ -197,11 +143,15 @@ class Parameters:
         return sum(astuple(self))
 
 
+def _numbers(mixer: Mixer, model: Model) -> int:
+    return sum(map(math.prod, module_of(mixer).parameters(mixer, model).values()))
+
+
 def parameters(model: Model) -> Parameters:
     """How many parameters `models.init_params` makes."""
     return Parameters(
         embedding=model.W * model.E,
-        mixers=sum(_MIXER_PARAMETERS[type(mixer)](mixer, model) for mixer in model.layers),
+        mixers=sum(times * _numbers(mixer, model) for mixer, times in Counter(model.layers).items()),
         mlp=3 * model.N * model.E * model.F,
         norms=(2 * model.N + 1) * model.E,
         head=0 if model.tie else model.W * model.E,
@@ -210,7 +160,7 @@ def parameters(model: Model) -> Parameters:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes that training holds whatever the batch and the length."""
+    """Bytes that training holds at any batch size and length."""
 
     parameters: int  # float32
     optimiser: int  # AdamW's two moments, float32

@@ -3,9 +3,9 @@
 Every figure is per chip and comes from the vendor's page named in `Chip.source`; GPU peaks are dense, without the
 doubling for 2:4 sparsity, and for the SXM or HGX board. None of them was measured here.
 
-Google publishes no bandwidth between a TPU and its host: `host_bandwidth` is what the TPU chapter of "How to Scale Your
-Model" (jax-ml.github.io/scaling-book/tpus) says of TPU v4, 16 GB/s each way, and computes with, 15 GB/s, for v6e. Of
-GPUs it is half of the PCIe bandwidth that their data sheets give for both directions.
+Google publishes no bandwidth between a TPU and its host. `host_bandwidth` is 16 GB/s each way, the figure for TPU v4 in
+"How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus), which computes with 15 GB/s for v6e. For GPUs it is half
+the PCIe bandwidth that their data sheets give for both directions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Chip:
     link_bandwidth: float  # bytes/s to other chips, both directions added: ICI, NVLink, or PCIe where there is neither
     links: int  # to neighbours, among which that bandwidth is divided; 1: a switch, or the host, leads to every chip
     host_bandwidth: float  # bytes/s to the host's memory, and as many back at the same time: PCIe
-    devices: int  # JAX devices that one chip shows up as
+    devices: int  # JAX devices per chip
     kinds: str  # regular expression of the `device_kind` that JAX reports
     source: str  # where the figures are published
 
@@ -61,15 +61,15 @@ CHIPS: dict[str, Chip] = {chip.name: chip for chip in _TABLE}
 class TensorCore:
     """A matrix core of a TPU as its compiler schedules for it: one bundle of instructions per cycle.
 
-    `mxu_flops` is read off libtpu's own schedules of bfloat16 products (the cycles that a product of known size keeps
-    the matrix units busy), `hbm_usable` off its refusal of a program too large; the rest is what jax's
-    `pltpu.get_tpu_info` knows. Clocks are not published: the chip's peak
-    is taken to be all matrix units busy in every cycle.
+    `mxu_flops` comes from libtpu's schedules of bfloat16 products: the cycles for which a product of known size keeps
+    the matrix units busy. `hbm_usable` comes from its refusal of a program too large, the rest from jax's
+    `pltpu.get_tpu_info`. Clocks are not published: the chip's peak is assumed to mean all matrix units busy in every
+    cycle.
     """
 
     mxu_flops: int  # bfloat16 FLOP per cycle of all matrix units of the core
-    vmem_bytes: int  # memory that the core computes from
-    hbm_usable: int  # bytes of one JAX device that libtpu lets a program have; the rest of its HBM is the system's
+    vmem_bytes: int  # bytes of the core's vector memory
+    hbm_usable: int  # bytes of one JAX device's HBM that libtpu gives a program; the system keeps the rest
     per_device: int  # cores of one JAX device; a grid spreads over them where it is marked parallel
     topology: str  # libtpu's name of a small slice
 
@@ -96,7 +96,7 @@ def hbm_bytes_per_cycle(name: str) -> float:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU of CHIPS as its compilers ask for it.
+    """A GPU of CHIPS, with the figures that its compilers need.
 
     What a multiprocessor holds is in the CUDA programming guide's table of compute capabilities
     (docs.nvidia.com/cuda/cuda-c-programming-guide, "features and technical specifications"); how many there are, their
@@ -104,7 +104,7 @@ class Gpu:
     in the tuning guides (docs.nvidia.com/cuda/blackwell-tuning-guide).
     """
 
-    arch: str  # what ptxas calls the instruction set; "a": with the instructions of this generation alone
+    arch: str  # ptxas's name of the instruction set; "a" adds instructions that only this generation has
     kind: str  # as JAX reports it
     multiprocessors: int
     tensor_flops: int  # dense bfloat16 FLOP per cycle of one multiprocessor

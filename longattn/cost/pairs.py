@@ -1,4 +1,4 @@
-"""How many (query, key) pairs a mask shows: exact, and never by a T x S array."""
+"""Exact numbers of (query, key) pairs that a mask shows, counted without a T x S array."""
 
 from __future__ import annotations
 
@@ -9,21 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from longattn.mask import FULL, PARTIAL, And, Causal, Dilated, Full, Mask, Not, Or, Window
+from longattn.mask import FULL, PARTIAL, Mask
 
 _LEAF = 16  # below this edge a block's pairs are counted one by one
 
 
 _PIECE = 4096  # blocks looked at together: bounds the memory of the count
-
-
-def of_distance(mask: Mask) -> bool:
-    """Whether the mask reads positions only through q - k."""
-    if isinstance(mask, And | Or):
-        return of_distance(mask.a) and of_distance(mask.b)
-    if isinstance(mask, Not):
-        return of_distance(mask.a)
-    return isinstance(mask, Full | Causal | Window | Dilated)
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -76,20 +67,20 @@ def _pairs_one_by_one(mask: Mask, blocks: np.ndarray) -> np.ndarray:
 
 
 def _per_head(x: Any) -> np.ndarray:
-    """[B H . .] of a mask's answer, which has rank 2 unless the mask holds arrays."""
+    """A mask's answer as [B H . .]; it has rank 2 unless the mask holds arrays."""
     x = np.asarray(x)
     return x if x.ndim == 4 else x[None, None]
 
 
 @functools.lru_cache(maxsize=4096)
 def _pairs(mask: Mask, T: int, S: int) -> int:
-    if of_distance(mask):
+    if mask.is_relative:
         return _pairs_by_distance(mask, T, S)
     return int(_pairs_in(mask, np.array([[0, T - 1, 0, S - 1]], np.int32))[0, 0])
 
 
 def visible_pairs(mask: Mask, T: int, S: int | None = None, documents: Iterable[int] | None = None) -> int | float:
-    """Pairs (query, key) that one head of one sequence computes: exact, and never by a T x S array.
+    """The exact number of (query, key) pairs that one head of one sequence computes, without a T x S array.
 
     Masks of q - k are summed over the distances, in O(T + S); others by halving blocks that `mask.kind` calls
     PARTIAL, in O(T) for masks with an edge, O(T S) for `Fn`.
@@ -123,11 +114,11 @@ def visible_pairs(mask: Mask, T: int, S: int | None = None, documents: Iterable[
 
 
 def pairs_between(mask: Mask, queries: range, keys: range) -> int:
-    """Visible pairs of queries and keys at positions of one step: exact.
+    """The exact number of visible pairs of queries and keys, at positions that are one step apart in both.
 
     Raises:
-      NotImplementedError: for masks that are no rule of q - k, of positions that are not adjacent, and beyond 2**28
-        pairs: they would be looked at one by one.
+      NotImplementedError: for other masks than rules of q - k where positions are not adjacent and there are more than
+        2**28 pairs, which would be counted one by one.
       ValueError: for masks with array leaves, and ranges of different steps.
     """
     if jax.tree.leaves(mask):
@@ -136,7 +127,7 @@ def pairs_between(mask: Mask, queries: range, keys: range) -> int:
         raise ValueError(f"{queries=} and {keys=} must have one step")
     if not len(queries) or not len(keys):
         return 0
-    if of_distance(mask):
+    if mask.is_relative:
         return _pairs_by_distance(mask, len(queries), len(keys), queries[0] - keys[0], queries.step)
     if queries.step == 1:
         return int(_pairs_in(mask, np.array([[queries[0], queries[-1], keys[0], keys[-1]]], np.int32))[0, 0])
@@ -148,7 +139,7 @@ def pairs_between(mask: Mask, queries: range, keys: range) -> int:
 
 @functools.lru_cache(maxsize=256)
 def pairs_by_part(mask: Mask, T: int, parts: int) -> tuple[int, ...]:
-    """Visible pairs of the queries of each of `parts` equal, contiguous parts of a sequence, over all its keys: exact.
+    """The exact number of visible pairs of each of `parts` equal, contiguous parts of the queries with all keys.
 
     Raises:
       ValueError: where `parts` does not divide T.

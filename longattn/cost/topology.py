@@ -22,10 +22,10 @@ _NETWORK = {"a100-40": 25e9, "a100-80": 25e9, "h100": 50e9, "h200": 50e9, "b200"
 
 @dataclass(frozen=True)
 class Topology:
-    """Accelerators that need not be there."""
+    """The chips of a machine and how they are joined. The machine need not be at hand."""
 
     chip: Chip
-    dims: tuple[int, ...]  # chips along each axis of the torus; of GPUs (hosts, GPUs of a host)
+    dims: tuple[int, ...]  # chips along each axis of the torus; for GPUs (hosts, GPUs of a host)
 
     @property
     def name(self) -> str:
@@ -38,54 +38,55 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """JAX devices."""
+        """The number of JAX devices."""
         return math.prod(self.dims) * self.chip.devices
 
     @property
     def hbm_bytes(self) -> int:
-        """Memory of one device that a program may use."""
+        """Bytes of one device's memory that a program may use."""
         if self.is_gpu:
             return self.chip.hbm_bytes
         return hardware.TENSOR_CORES[self.chip.name].hbm_usable
 
     @property
     def peak_flops(self) -> float:
-        """bfloat16 FLOP/s of one device."""
+        """Peak bfloat16 FLOP/s of one device."""
         return self.chip.peak_bf16_flops / self.chip.devices
 
     @property
     def hbm_bandwidth(self) -> float:
-        """Bytes/s of one device."""
+        """Bytes/s between one device and its memory."""
         return self.chip.hbm_bandwidth / self.chip.devices
 
     @property
     def link_bandwidth(self) -> float:
-        """Bytes/s that one device receives over all its links together; GPUs: NVLink, within a host."""
+        """Bytes/s that one device receives over all its links together; for GPUs over NVLink, within a host."""
         return self.chip.link_bandwidth / 2 / self.chip.devices
 
     @property
     def one_link(self) -> float:
-        """Bytes/s of a single link between chips, in one direction; GPUs: all of NVLink, for a switch is at its end."""
+        """Bytes/s of one link between chips in one direction; for GPUs all of NVLink, which leads to a switch."""
         return self.chip.link_bandwidth / 2 / self.chip.links
 
     @property
     def network_bandwidth(self) -> float:
-        """Bytes/s that one device receives from other hosts; of TPUs, whose slice is one network, as over its links."""
+        """Bytes/s that one device receives from other hosts; for TPUs the links', since a slice is one network."""
         return _NETWORK.get(self.chip.name, self.link_bandwidth)
 
     @property
     def rings(self) -> tuple[bool, ...]:
-        """Of a TPU slice, which axes have wrap-around links: with three axes all, from whole cubes on, or none.
+        """Whether each axis of a TPU slice has wrap-around links.
 
-        So says docs.cloud.google.com/tpu/docs/v5p; of pods with two axes jax-ml.github.io/scaling-book/tpus says that
-        only an axis as long as the pod's has them.
+        Slices of three axes have them on all axes if they consist of whole cubes, else on none
+        (docs.cloud.google.com/tpu/docs/v5p). In pods of two axes only an axis as long as the pod's has them
+        (jax-ml.github.io/scaling-book/tpus).
         """
         if len(self.dims) == 3:
             return (all(n % _CUBE == 0 for n in self.dims),) * 3
         return tuple(n >= _POD for n in self.dims)
 
     def torus(self, devices: Iterable[Any]) -> Torus | None:
-        """Its links, where these are its devices in a program's order; None for GPUs, which hang on switches."""
+        """The links between these devices, given in a program's order; None for GPUs, which switches join."""
         if self.is_gpu:
             return None
         places = tuple(tuple(device.coords[: len(self.dims)]) for device in devices)
@@ -93,19 +94,19 @@ class Topology:
 
     @property
     def node(self) -> int:
-        """Devices that need no other network to reach each other."""
+        """The number of devices that reach each other without the network between hosts."""
         return self.dims[1] if self.is_gpu else self.size
 
     @property
     def host_bandwidth(self) -> float:
-        """Bytes/s that one device sends to the host's memory, and as many back at the same time."""
+        """Bytes/s that one device sends to the host's memory; it receives as many at the same time."""
         return self.chip.host_bandwidth / self.chip.devices
 
     def smaller(self) -> list[Topology]:
-        """This machine and those of its kind with fewer devices, smallest first, each half the one after."""
+        """This machine and smaller ones of its kind, smallest first; each has half the devices of the next."""
         ladder, dims = [self.dims], list(self.dims)
         while math.prod(dims) > 1:
-            if self.is_gpu:  # hosts are left out before GPUs of a host
+            if self.is_gpu:  # halve the hosts before the GPUs of a host
                 dims[0 if dims[0] > 1 else 1] //= 2
                 ladder.append(tuple(dims))
                 continue
@@ -118,7 +119,7 @@ class Topology:
 
 
 def parse(name: str) -> Topology:
-    """The topology of a name.
+    """The topology that a name such as "v5e:4x4" describes.
 
     Raises:
       ValueError: for a chip that cannot be compiled for, or dimensions that it does not have.

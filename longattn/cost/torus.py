@@ -1,21 +1,21 @@
 """The links of a TPU slice: which of them a collective needs, and for how long at least.
 
-Chips stand on a grid, and each is joined to its neighbours by one link each way; where the slice has wrap-around links
-an axis is a ring. XLA's schedules do not say which links a message takes. So the least is charged that these rules
-allow; without them, messages over detours could be a little faster:
+Chips stand on a grid. One link each way joins a chip to each neighbour; wrap-around links make an axis a ring. XLA's
+schedules do not say which links a message takes, so these rules give a lower bound. Only messages over detours could be
+faster:
 
-    messages         a message takes a shortest way and is not split, but for two halves where both ways around a ring
+    messages         a message takes a shortest way. It is not split, except into halves where both ways around a ring
                      are equally far
     permutes         all pairs go along the axes in one order, the best one for the busiest link
-    all-to-all       so does every pair of the group; parallel links share the load
+    all-to-all       every pair of the group does the same; parallel links share the load
     all-gather, reduce-scatter    what a chip receives, or sends, goes over those of its links on which a shortest way
                      from another chip of the group ends: the two of a ring where the group lies along one axis, one at
                      the ends of an axis that is no ring
     all-reduce       both, one after the other or at once: a chip sends and receives the array once at least, and all
                      together what a reduce-scatter and an all-gather send
 
-Devices of one chip share its links, and are taken to reach each other at what all of them carry together. Slices are
-no twisted tori, which have to be asked for.
+Devices of one chip share its links, and reach each other at the rate of all of them together. Twisted tori, which a
+user has to request, are not covered.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def ways(start: int, end: int, n: int, ring: bool = True) -> list[tuple[int, lis
 
 @dataclass(frozen=True)
 class Torus:
-    """A slice, and where each device of a program stands in it."""
+    """A slice, and the place of each device of a program in it."""
 
     sizes: tuple[int, ...]  # chips along each axis
     rings: tuple[bool, ...]  # whether an axis has wrap-around links
@@ -53,9 +53,10 @@ class Torus:
     places: tuple[tuple[int, ...], ...]  # the coordinates of each device's chip, in the program's order
 
     def times(self, collectives: Iterable[Collective]) -> dict[Collective, np.ndarray]:
-        """Seconds that each takes of every set of links, [sets]: it is done when each set has worked for so long.
+        """Seconds for which each collective occupies every set of links [sets].
 
-        A set works for one collective at a time. Of sets that all use alike there is one.
+        A collective is done when each set has worked for that long. A set works for one collective at a time. Sets
+        that all collectives use alike are counted once.
         """
         collectives = list(dict.fromkeys(collectives))
         if not collectives:
@@ -73,13 +74,13 @@ class Torus:
                 continue
             usable, bytes_ = received[c]
             links = usable.sum(0)
-            # Where links are not alike a reduce-scatter is held up by what the ends of a line send, and they receive
-            # little: that does not meet what others make them receive.
+            # Where links differ, the ends of a line limit a reduce-scatter by what they send. They receive little, so
+            # it does not compete with what other collectives make them receive.
             apart = c.kind == "reduce-scatter" and len(set(links[links > 0])) > 1
             row[int(apart)] = np.where(sets.astype(int) @ usable == links, bytes_, 0.0) / rates[:, None]
         flat = rows.reshape(len(rows), -1)
         used = flat.any(0)
-        used[0] = True  # where none is
+        used[0] = True  # at least one column, where no link is used
         found = np.unique(flat[:, used], axis=1)
         return dict(zip(collectives, found, strict=True))
 
@@ -93,21 +94,21 @@ class Torus:
         return tuple(math.prod(self.sizes[axis + 1 :]) for axis in range(len(self.sizes)))
 
     def _number(self, place: Iterable[int]) -> int:
-        """A chip's, by its coordinates."""
+        """The number of the chip at these coordinates."""
         return sum(at * stride for at, stride in zip(place, self._strides, strict=True))
 
     def _axis(self, axis: int, start: int, end: int) -> Iterator[tuple[int, float, list[int]]]:
-        """Of the ways along an axis: (direction, share of the message, places entered)."""
+        """Yields (direction, share of the message, places entered) for each shortest way along an axis."""
         found = ways(start, end, self.sizes[axis], self.rings[axis])
         for way, entered in found:
             yield 2 * axis + (way < 0), 1 / len(found), entered
 
     def _empty(self) -> np.ndarray:
-        """Of nothing, for every direction in which a chip is entered and every chip: [directions chips]."""
+        """Zeros [directions chips]: one for each direction in which each chip can be entered."""
         return np.zeros((len(self._rates), math.prod(self.sizes)))
 
     def _loads(self, what: Collective) -> np.ndarray | None:
-        """Bytes over each link [directions chips], for each direction by the chip that it leads to; None: not known."""
+        """Bytes over each link [directions chips], by direction and the chip it leads to; None where not known."""
         if what.kind == "collective-permute":
             orders = itertools.permutations(range(len(self.sizes)))
             return min((self._permuted(what, order) for order in orders), key=np.max)
@@ -152,7 +153,7 @@ class Torus:
         return loads
 
     def _received(self, what: Collective) -> tuple[np.ndarray, np.ndarray]:
-        """(over which directions a chip may receive [directions chips], what it must receive in bytes [chips])."""
+        """(directions over which a chip may receive [directions chips], bytes that it must receive [chips])."""
         usable, bytes_ = self._empty().astype(bool), self._empty()[0]
         chips, each, groups = self._members(what)
         numbers, n = np.array([self._number(chip) for chip in chips]), len(what.group)

@@ -60,7 +60,7 @@ class Context:
         self._insist_on_order()
         channels = (*x.shape[:2], -1)
         arrays = x.reshape(channels), w.reshape(-1, w.shape[2]), None if b is None else b.reshape(-1)
-        if self.mesh is None or self.parts == 1:
+        if self.mesh is None or self.P == 1:
             y, tail = short_convolution(*arrays, **options)
         else:
             divided = x.shape[2] % self.mesh.shape.get(self.head_axis, 1) == 0
@@ -76,15 +76,15 @@ class Context:
         return PartitionSpec(self.batch_axes, self.axis)
 
     @property
-    def parts(self) -> int:
-        """In how many parts the sequence lies on the mesh."""
+    def P(self) -> int:
+        """Devices along the sequence."""
         return 1 if self.mesh is None else devices_on(self.mesh, self.axis)
 
     @property
-    def layout_parts(self) -> int:
-        """How many parts the layout orders: those of the outer of two axes, whose tokens lie in order along the inner.
+    def shards(self) -> int:
+        """Shards that `layout` permutes: one for each device on the outer of two axes, else on the only one.
 
-        The P of all methods of `layout`.
+        Along the inner axis the tokens of a shard lie in order. This is the argument P of the methods of `layout`.
         """
         if self.mesh is None:
             return 1
@@ -95,14 +95,12 @@ class Context:
         if self.mesh is None:
             return "one device"
         axes = " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items() if n > 1)
-        return f"{self.mesh.size} devices: {axes}" + (
-            f", {self.strategy}, {self.layout.name}" if self.parts > 1 else ""
-        )
+        return f"{self.mesh.size} devices: {axes}" + (f", {self.strategy}, {self.layout.name}" if self.P > 1 else "")
 
     @property
     def in_order(self) -> bool:
         """Whether tokens lie as they follow one another."""
-        return self.layout_parts == 1 or self.layout == SequenceLayout()
+        return self.shards == 1 or self.layout == SequenceLayout()
 
     def _insist_on_order(self) -> None:
         if not self.in_order:
@@ -117,7 +115,7 @@ class Context:
 
     def positions(self, T: int) -> Int32[Array, "1 T"]:
         """The positions of T tokens of one document."""
-        return jnp.asarray(self.layout.positions(T, self.layout_parts))[None]
+        return jnp.asarray(self.layout.positions(T, self.shards))[None]
 
     def restore(self, ids: Any) -> Any:
         """A tree of ids [B T] in the order of the sequence, each row whole on all devices that share it.
@@ -126,15 +124,13 @@ class Context:
         """
         if self.in_order:
             return ids
-        return jax.tree.map(lambda x: self._whole(self.layout.restore(self._whole(x), self.layout_parts)), ids)
+        return jax.tree.map(lambda x: self._whole(self.layout.restore(self._whole(x), self.shards)), ids)
 
     def permute(self, ids: Any) -> Any:
         """The inverse of `restore`: nothing is sent, each device takes its own."""
         if self.in_order:
             return ids
-        take = lambda x: place(
-            self.layout.permute(self._whole(x), self.layout_parts), self.mesh, self.tokens, "the ids"
-        )
+        take = lambda x: place(self.layout.permute(self._whole(x), self.shards), self.mesh, self.tokens, "the ids")
         return jax.tree.map(take, ids)
 
     def _whole(self, x: Array) -> Array:
@@ -144,7 +140,7 @@ class Context:
         self, x: Float[Array, "B T E"], source: SequenceLayout, target: SequenceLayout
     ) -> Float[Array, "B T E"]:
         """Activations in another layout: see `longattn.parallel.layout.convert`."""
-        if source == target or self.layout_parts == 1:
+        if source == target or self.shards == 1:
             return x
         (batch,) = fit(PartitionSpec(self.batch_axes), self.mesh)
         return convert(x, source, target, mesh=self.mesh, axis=self.axis, batch_axes=batch)

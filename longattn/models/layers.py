@@ -114,7 +114,7 @@ class SwiGLU(nn.Module):
         up = self.param("up", fan_in(0, 1), (E, F), jnp.float32)
         down = self.param("down", fan_in(0, 1, 1 / (2 * self.model.N)), (F, E), jnp.float32)
         context = self.context or Context()
-        P = context.parts
+        P = context.P
         B, T = x.shape[0], x.shape[1] // P
         if chunk is None or chunk >= T:
             return swiglu(x, gate, up, down)

@@ -1,8 +1,9 @@
-"""Mixers that keep a state of fixed size in the place of keys and values: the linear family.
+"""Mixers that keep a state of fixed size instead of keys and values: the linear family.
 
-Each is a layer as its paper has it around one call of `longattn.ops.linear.linear_attention`; what differs is said in
-its docstring. None of them adds positions where its paper has none: order comes from decays and short convolutions.
-Where the model has fewer key/value heads than query heads (K < H), a layer says what it does with K.
+Each is its paper's layer around one call of `longattn.ops.linear.linear_attention`; its docstring names the
+differences. None adds positions where its paper has none: order comes from decays and short convolutions. If the model
+has fewer key/value heads than query heads (K < H), the layer says what it does with K.
+Letters: M is the number of features, R the rank of a projection, C the taps of a short convolution.
 """
 
 from __future__ import annotations
@@ -15,28 +16,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int32
 
 from longattn import config
 from longattn.models.context import Context
 from longattn.models.layers import RMSNorm, fan_in, no_state, rope_frequencies, rotate
+from longattn.models.mixer import Buffers, MixerModule, Widths
+from longattn.ops.calls import LinearCall
 from longattn.ops.linear import xla
+from longattn.ops.linear.pallas_tpu.tuning import LANES
+from longattn.parallel.mesh import SLICED, Rule
 
 Heads = Float[Array, "B T H D"]
 Features = Float[Array, "B T H M"]
+_F32 = 4  # bytes
 
 
 # ---- parts
 
 
 def project(module: nn.Module, name: str, x: Float[Array, "B T E"], H: int, D: int) -> Heads:
-    """x times the parameter `name` [E H D]."""
+    """Returns x times the parameter `name` [E H D]."""
     w = module.param(name, fan_in(0, (1, 2)), (x.shape[-1], H, D), jnp.float32)
     return jnp.einsum("BTE,EHD->BTHD", x, w.astype(x.dtype))
 
 
 def low_rank(module: nn.Module, name: str, x: Float[Array, "B T E"], rank: int, H: int, D: int) -> Heads:
-    """x times `name`_down [E R] times `name`_up [R H D]."""
+    """Returns x times `name`_down [E R] times `name`_up [R H D]."""
     down = module.param(f"{name}_down", fan_in(0, 1), (x.shape[-1], rank), jnp.float32)
     up = module.param(f"{name}_up", fan_in(0, (1, 2)), (rank, H, D), jnp.float32)
     x = jnp.einsum("BTE,ER->BTR", x, down.astype(x.dtype))
@@ -44,7 +51,7 @@ def low_rank(module: nn.Module, name: str, x: Float[Array, "B T E"], rank: int, 
 
 
 def out(module: nn.Module, y: Heads, model: config.Model) -> Float[Array, "B T E"]:
-    """The heads' outputs times the parameter `out` [H V E]."""
+    """Returns the heads' outputs times the parameter `out` [H V E]."""
     w = module.param("out", fan_in((0, 1), 2, 1 / (2 * model.N)), (*y.shape[2:], model.E), jnp.float32)
     with jax.named_scope("out"):
         return jnp.einsum("BTHV,HVE->BTE", y, w.astype(y.dtype))
@@ -53,7 +60,7 @@ def out(module: nn.Module, y: Heads, model: config.Model) -> Float[Array, "B T E
 def convolved(
     module: Linear, name: str, x: Heads, taps: int, segment_ids: Int32[Array, "B T"] | None, *, bias: bool = False
 ) -> Heads:
-    """silu of a short causal convolution with the parameter `name`_conv [H D C], drawn from +-1/sqrt(C)."""
+    """Returns silu of a short causal convolution with the parameter `name`_conv [H D C], drawn from +-1/sqrt(C)."""
     H, D = x.shape[2:]
     bound = taps**-0.5
     uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -63,7 +70,7 @@ def convolved(
 
 
 def unit(x: Heads) -> Heads:
-    """x / |x| over the last axis, computed in float32."""
+    """Returns x / |x| over the last axis, computed in float32."""
     wide = x.astype(jnp.float32)
     return (wide * jax.lax.rsqrt(jnp.sum(wide**2, -1, keepdims=True) + 1e-6)).astype(x.dtype)
 
@@ -71,10 +78,10 @@ def unit(x: Heads) -> Heads:
 def decay(
     module: nn.Module, x: Array, steps: tuple[float, float], rates: tuple[float, float]
 ) -> tuple[Float32[Array, "B T ..."], Float32[Array, "B T ..."]]:
-    """log_decay and step size of x [B T H] or [B T H D]: -exp(decay_log) * step, step = softplus(x + decay_bias).
+    """Returns log_decay = -exp(decay_log) * step, and step = softplus(x + decay_bias), for x [B T H] or [B T H D].
 
-    Section 7 of arXiv:2405.21060: a rate for each head, exp(decay_log), drawn from `rates`; a bias of x's shape such
-    that at x = 0 the step sizes are drawn from `steps`, uniformly in their logarithm.
+    As in section 7 of arXiv:2405.21060: each head has a rate exp(decay_log), drawn from `rates`. The bias is drawn so
+    that at x = 0 the step sizes are uniform in their logarithm over `steps`.
     """
 
     def log_rate(key: Array, shape: Any, dtype: Any) -> Array:
@@ -91,66 +98,66 @@ def decay(
 
 
 def per_head(module: nn.Module, name: str, x: Float[Array, "B T E"], H: int) -> Float32[Array, "B T H"]:
-    """x times the parameter `name` [E H], in float32."""
+    """Returns x times the parameter `name` [E H], in float32."""
     w = module.param(name, fan_in(0, 1), (x.shape[-1], H), jnp.float32)
     return jnp.einsum("BTE,EH->BTH", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def taylor(x: Heads) -> Features:
-    """Features whose products are 1 + s + s**2 / 2 with s = q k / sqrt(D): 1, x, and of x x^T the upper triangle.
+    """Returns features whose products are 1 + s + s**2 / 2 with s = q k / sqrt(D).
 
-    x_i x_j and x_j x_i are one feature, sqrt(2) times as large: D (D + 1) / 2 of them.
+    They are 1, x, and the upper triangle of x x^T. x_i x_j and x_j x_i are one feature, sqrt(2) times as large, so the
+    triangle has D (D + 1) / 2.
     """
     D = x.shape[-1]
     wide = x.astype(jnp.float32) * D**-0.25
-    squares = [wide[..., i : i + 1] * wide[..., i:] * _diagonal_apart(D - i) for i in range(D)]
+    squares = [wide[..., i : i + 1] * wide[..., i:] * _multiplicity(D - i) for i in range(D)]
     return jnp.concatenate([jnp.ones_like(wide[..., :1]), wide, *squares], -1).astype(x.dtype)
 
 
-def _diagonal_apart(n: int) -> np.ndarray:
-    """The first of n products is x_i x_i, which comes once: 1 / sqrt(2); the others twice."""
+def _multiplicity(n: int) -> np.ndarray:
+    """Returns factors for the n products x_i x_i, x_i x_{i+1} ...: the first occurs once in x x^T, the others twice."""
     return np.where(np.arange(n) == 0, 0.5**0.5, 1.0).astype(np.float32).reshape(1, 1, 1, -1)
 
 
-def orthogonal_features(m: int, D: int, seed: int) -> np.ndarray:
-    """Random directions [m D], D by D orthogonal, as long as normal vectors (section 3.2 of arXiv:2009.14794)."""
+def orthogonal_features(M: int, D: int, seed: int) -> np.ndarray:
+    """Returns random directions [M D], orthogonal in groups of D, with the lengths of normal vectors.
+
+    Section 3.2 of arXiv:2009.14794.
+    """
     rng = np.random.default_rng(seed)
 
     def rotation() -> np.ndarray:
         Q, R = np.linalg.qr(rng.standard_normal((D, D)))
-        return Q.T * np.sign(np.diag(R))[:, None]  # without the signs not every rotation is equally likely
+        return Q.T * np.sign(np.diag(R))[:, None]  # without the signs, rotations are not equally likely
 
-    blocks = [rotation() for _ in range(-(-m // D))]
-    lengths = np.linalg.norm(rng.standard_normal((m, D)), axis=1, keepdims=True)
-    return (np.concatenate(blocks)[:m] * lengths).astype(np.float32)
+    blocks = [rotation() for _ in range(-(-M // D))]
+    lengths = np.linalg.norm(rng.standard_normal((M, D)), axis=1, keepdims=True)
+    return (np.concatenate(blocks)[:M] * lengths).astype(np.float32)
 
 
 def favor(x: Heads, directions: np.ndarray, *, query: bool) -> Features:
-    """Positive random features exp(w x - |x|**2 / 2) / sqrt(m) of x / D**(1/4) (lemma 1 of arXiv:2009.14794).
+    """Returns positive random features exp(w x - |x|**2 / 2) / sqrt(M) of x / D**(1/4) (lemma 1 of arXiv:2009.14794).
 
-    A query's are divided by their largest, which the normaliser cancels. A key's are not: the largest over a sequence
-    would let later tokens touch earlier ones, and exponents never exceed |w|**2 / 2.
+    A query's features are divided by the largest of them, which the normaliser cancels. A key's are not: the largest
+    over a sequence would let later tokens change earlier ones, and exponents never exceed |w|**2 / 2.
     """
-    m, D = directions.shape
+    M, D = directions.shape
     wide = x.astype(jnp.float32) * D**-0.25
     exponent = jnp.einsum("BTHD,MD->BTHM", wide, directions, precision=jax.lax.Precision.HIGHEST)
     exponent = exponent - jnp.sum(wide**2, -1, keepdims=True) / 2
     if query:
         exponent = exponent - jax.lax.stop_gradient(jnp.max(exponent, -1, keepdims=True))
-    return (jnp.exp(exponent) * m**-0.5).astype(x.dtype)
+    return (jnp.exp(exponent) * M**-0.5).astype(x.dtype)
 
 
 # ---- mixers
 
 
-class Linear(nn.Module):
-    """What the mixers of this family share. Each defines `mix` and `sizes`."""
+class Linear(MixerModule):
+    """Base of the mixers of this family. Each defines `mix` and `sizes`."""
 
-    config: Any
-    model: config.Model
-    context: Context | None = None
-
-    in_order = True  # a state is handed on from token to token
+    in_order = True  # the state passes from token to token, so the sequence must lie in order
 
     @nn.compact
     def __call__(
@@ -165,35 +172,63 @@ class Linear(nn.Module):
 
     @nn.nowrap
     def scan(self, q: Array, k: Array, v: Array, **options: Any) -> Heads:
-        """The outputs of `linear_attention` where the context says.
+        """Returns the outputs of the context's `linear_attention`.
 
-        Named like the states, which without them would spare a remat policy nothing: what follows reads the outputs.
+        They carry the states' checkpoint name: saving the states alone would still re-run the scan, since later ops
+        read the outputs.
         """
         return checkpoint_name((self.context or Context()).linear_attention(q, k, v, **options)[0], "linear_state")
 
     @nn.nowrap
     def normalised(self, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Heads:
-        """sum_s (q k_s) v_s / (eps + sum_s q k_s): the sum of the weights is one more column of v, of ones."""
+        """Returns sum_s (q k_s) v_s / (eps + sum_s q k_s). A further column of v, of ones, gives the sum of weights."""
         y = self.scan(q, k, jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1), segment_ids=segment_ids)
         total = y[..., -1:].astype(jnp.float32) + self.config.eps
         return (y[..., :-1].astype(jnp.float32) / total).astype(v.dtype)
 
     @classmethod
     def state_elements(cls, mixer: Any, model: config.Model, T: int) -> int:
-        """The state and the convolutions' last inputs: the same after any number of tokens."""
+        """Returns the size of the state and of the convolutions' last inputs, which do not depend on T."""
         state, tail = cls.sizes(mixer, model)
         return state + tail
 
     @classmethod
     def bytes_read_per_token(cls, mixer: Any, model: config.Model, T: int, itemsize: int = 2) -> int:
-        """All of it; the state is float32 whatever the itemsize."""
+        """Returns the bytes of all of it; the state is float32 whatever the itemsize."""
         state, tail = cls.sizes(mixer, model)
         return 4 * state + itemsize * tail
 
     @staticmethod
     def sequential_steps(mixer: Any, model: config.Model, T: int) -> int:
-        """A chunk waits for the state of the one before it."""
+        """Returns the number of chunks: each waits for the state of the one before."""
         return -(-T // xla.Tuning().chunk)
+
+    @classmethod
+    def sizes(cls, mixer: Any, model: config.Model) -> tuple[int, int]:
+        """Returns the elements of the recurrence's state and of the inputs that short convolutions keep."""
+        raise NotImplementedError(f"{cls.__name__} must define sizes")
+
+    @classmethod
+    def sharding(cls, mixer: Any, model: config.Model) -> tuple[Rule, ...]:
+        """Returns rules that slice matrices along E and divide heads over `tensor`."""
+        return (
+            ("q|k|v|gate", P(SLICED, "tensor", None)),  # [E H D]
+            ("decay|beta", P(SLICED, "tensor")),  # [E H]
+            ("(decay|gate)_down", P(SLICED, None)),  # [E R]
+            ("(decay|gate)_up", P(None, "tensor", None)),  # [R H D]
+            ("(q|k|v)_conv(_bias)?", P("tensor")),  # [H D C], [H D]
+            ("decay_log|decay_bias|skip", P("tensor")),  # [H], or [H D]
+            ("out", P("tensor", None, SLICED)),  # [H D E]
+            ("norm/scale", P()),  # [D]
+        )
+
+    @classmethod
+    def buffers(cls, mixer: Any, model: config.Model, call: LinearCall, widths: Widths) -> Buffers | None:
+        """Returns the counts of layers without an output gate, or with convolutions and a gate."""
+        w, c = widths, widths.itemsize
+        if w.channels:
+            return Buffers(mlp=c * (5 * w.F + 6 * w.E + w.convolved + 2 * w.out))
+        return Buffers(mlp=c * (4 * w.F + 4 * w.E + w.out))
 
 
 class LinearAttention(Linear):
@@ -218,9 +253,9 @@ class LinearAttention(Linear):
 class Performer(Linear):
     """Attention with positive orthogonal random features, FAVOR+ (arXiv:2009.14794), drawn once from the config's seed.
 
-    Query head h reads key/value head h // (H // K). The features are never drawn again during training, and all layers
-    and heads have the same. The paper's code adds 1e-6 to each feature; here eps is in the denominator alone, beside
-    weights in units of the query's largest feature.
+    Query head h reads key/value head h // (H // K). The features stay the same during training, for all layers and
+    heads. The paper's code adds 1e-6 to each feature. Here eps is in the denominator alone, added to weights in units
+    of the query's largest feature.
     """
 
     @nn.nowrap
@@ -237,13 +272,26 @@ class Performer(Linear):
     def sizes(mixer: config.Performer, model: config.Model) -> tuple[int, int]:
         return model.H * mixer.features * (model.D + 1), 0
 
+    @staticmethod
+    def own_flops(mixer: config.Performer, model: config.Model, T: float) -> tuple[float, float]:
+        """Returns the products with random directions, which have no gradient."""
+        flops = 2.0 * T * (model.H + model.K) * mixer.features * model.D
+        return flops, flops
+
+    @classmethod
+    def buffers(cls, mixer: config.Performer, model: config.Model, call: LinearCall, widths: Widths) -> Buffers:
+        """Returns the family's counts, and the features of q and k in both dtypes beside their inputs."""
+        w, c = widths, widths.itemsize
+        features = (_F32 + c) * (w.q + w.k) + c * (5 * w.E + (call.Hq + call.Hk) * model.D + w.v)
+        return Buffers(mlp=c * (4 * w.F + 4 * w.E + w.out), features=features)
+
 
 class Based(Linear):
-    """Attention with the second-order Taylor series in the place of exp (arXiv:2402.18668).
+    """Attention with the second-order Taylor series instead of exp (arXiv:2402.18668).
 
-    The paper pairs it with attention over small windows in layers of their own; here that is a pattern of mixers, such
-    as (Based(), Softmax(mask=Causal() & Window(63))). Its symmetric features are kept once: 153 instead of 273 at 16.
-    Query head h reads key/value head h // (H // K).
+    The paper alternates it with layers of attention over small windows. Here a pattern of mixers says so, such as
+    (Based(), Softmax(mask=Causal() & Window(63))). Symmetric features are kept once: 16 channels have
+    153 instead of 273. Query head h reads key/value head h // (H // K).
     """
 
     @nn.nowrap
@@ -261,13 +309,20 @@ class Based(Linear):
         d = mixer.features
         return model.H * (1 + d + d * (d + 1) // 2) * (model.D + 1), 0
 
+    @classmethod
+    def buffers(cls, mixer: config.Based, model: config.Model, call: LinearCall, widths: Widths) -> Buffers:
+        """Returns the family's counts, and each product of a channel with those after it, filled up to lanes."""
+        w, c = widths, widths.itemsize
+        features = _F32 * call.H * (LANES * (2 * mixer.features - 1) + w.q // call.Hq) + 2 * c * w.E
+        return Buffers(mlp=c * (4 * w.F + 4 * w.E + w.out), features=features)
+
 
 class RetNet(Linear):
     """Multi-scale retention (arXiv:2307.08621): rotated q and k, a fixed decay per head, a norm and a swish gate.
 
-    The paper's GroupNorm over heads is an RMSNorm of each head with one gain for all, as in the authors' code but for
-    the gain; the norm cancels the paper's other normalisations of the scores, which are left out. All heads are
-    Model.H.
+    The paper's GroupNorm over heads is an RMSNorm of each head, as in the authors' code, here with one gain for all
+    heads. It cancels the paper's other normalisations of the scores, so they are left out. All arrays have Model.H
+    heads.
     """
 
     @nn.nowrap
@@ -291,12 +346,18 @@ class RetNet(Linear):
     def sizes(mixer: config.RetNet, model: config.Model) -> tuple[int, int]:
         return model.H * model.D * (mixer.V or 2 * model.D), 0
 
+    @classmethod
+    def buffers(cls, mixer: config.RetNet, model: config.Model, call: LinearCall, widths: Widths) -> Buffers:
+        """Returns the counts with an output gate, and with q and k before they are rotated."""
+        w, c = widths, widths.itemsize
+        return Buffers(mlp=c * (4 * w.F + 4 * w.E + 2 * w.out) + c * (w.q + w.k))
+
 
 class GLA(Linear):
     """Gated linear attention (arXiv:2312.06635): log_decay = logsigmoid(x W_down W_up + b) / temperature, per channel.
 
     The norm of each head is an RMSNorm, as in the authors' code; the paper's text says LayerNorm. The output gate,
-    swish, has no bias. All heads are Model.H.
+    swish, has no bias. All arrays have Model.H heads.
     """
 
     @nn.nowrap
@@ -317,12 +378,18 @@ class GLA(Linear):
     def sizes(mixer: config.GLA, model: config.Model) -> tuple[int, int]:
         return model.H * (mixer.D or model.D // 2) * model.D, 0
 
+    @classmethod
+    def buffers(cls, mixer: config.GLA, model: config.Model, call: LinearCall, widths: Widths) -> Buffers:
+        """Returns the counts with an output gate."""
+        w, c = widths, widths.itemsize
+        return Buffers(mlp=c * (4 * w.F + 4 * w.E + 2 * w.out))
+
 
 class Mamba2(Linear):
     """The SSD layer (arXiv:2405.21060): q and k (the paper's C and B) shared by heads, v = step * x, a skip D x.
 
-    `expand` * Model.H heads of Model.D channels. Matrices that the paper joins into one in-projection are apart. The
-    norm is over all channels, of y * silu(gate).
+    It has `expand` * Model.H heads of Model.D channels. The paper's in-projection is split into one matrix per result.
+    The norm is taken over all channels of y * silu(gate).
     """
 
     @nn.nowrap
@@ -346,9 +413,25 @@ class Mamba2(Linear):
         values = mixer.expand * model.H * model.D
         return values * mixer.state, (mixer.taps - 1) * (values + 2 * mixer.groups * mixer.state)
 
+    @classmethod
+    def sharding(cls, mixer: config.Mamba2, model: config.Model) -> tuple[Rule, ...]:
+        """Returns the family's rules, and for b and c, whose few heads all others read, rules that divide no heads."""
+        return (
+            ("b|c", P(SLICED, None, None)),  # [E H D]
+            ("(b|c)_conv(_bias)?", P()),  # [H D C], [H D]
+            *super().sharding(mixer, model),
+        )
+
+    @classmethod
+    def buffers(cls, mixer: config.Mamba2, model: config.Model, call: LinearCall, widths: Widths) -> Buffers:
+        """Returns the counts with a skip and a norm over all channels, in float32."""
+        w, c = widths, widths.itemsize
+        mlp = c * (4 * w.F + 4 * w.E + 4 * w.out) + 3 * _F32 * w.channels[0]
+        return Buffers(mlp=mlp, kernel=(2 * c + _F32) * w.out, overlaps_mlp=False)
+
 
 class GatedDeltaNet(Linear):
-    """The gated delta rule (arXiv:2412.06464): Mamba-2's decay, beta in (0, 1), q and k of length 1.
+    """The gated delta rule (arXiv:2412.06464): Mamba-2's decay, beta in (0, 1), q and k normalised to length 1.
 
     q and k have Model.K heads, v, decay and beta Model.H. The norm of each head is an RMSNorm times silu(gate).
     """
@@ -373,10 +456,10 @@ class GatedDeltaNet(Linear):
 
 
 class KimiDeltaAttention(Linear):
-    """The delta rule with a decay per channel (arXiv:2510.26692), from a projection of low rank; q and k of length 1.
+    """The delta rule with a low-rank decay per channel (arXiv:2510.26692); q and k are normalised to length 1.
 
-    The decay is -exp(decay_log) softplus(x W_down W_up + decay_bias), with a rate per head; the norm of each head is an
-    RMSNorm times sigmoid(x G_down G_up). All heads are Model.H.
+    log_decay is -exp(decay_log) softplus(x W_down W_up + decay_bias), with a rate per head. The norm of each head is an
+    RMSNorm times sigmoid(x G_down G_up). All arrays have Model.H heads.
     """
 
     @nn.nowrap

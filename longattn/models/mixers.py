@@ -1,89 +1,16 @@
-"""The ways to attend, as modules (x, positions, segment_ids, state) -> (y, state), and the table of them.
-
-A mixer is a class named like its config in `longattn.config`, with what `Softmax` has: its fields, its static methods,
-and `in_order`, which says whether a device's tokens must follow one another and those of the device before. Once it is
-in `MIXERS`, the transformer, the trainer and the study use it without a change.
-"""
+"""The table of mixers, and what it says of a mixer's config."""
 
 from __future__ import annotations
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int32
-
 from longattn import config
-from longattn.mask import EMPTY
 from longattn.models import linear
-from longattn.models.context import Context
-from longattn.models.layers import RMSNorm, fan_in, no_state, rope_frequencies, rope_temperature, rotate
+from longattn.models.mixer import MixerModule
+from longattn.models.softmax import Softmax
+from longattn.ops.calls import Call
 from longattn.parallel import SequenceLayout
+from longattn.shapes import suggest
 
-
-class Softmax(nn.Module):
-    """Exact softmax attention: projections, optional RMSNorm of q and k, rotary positions, grouped key/value heads."""
-
-    config: config.Softmax
-    model: config.Model
-    context: Context | None = None
-
-    in_order = False  # tokens may lie in any layout
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T E"],
-        positions: Int32[Array, "B T"] | None = None,
-        segment_ids: Int32[Array, "B T"] | None = None,
-        state: None = None,
-    ) -> tuple[Float[Array, "B T E"], None]:
-        no_state(state)
-        cfg, m, context = self.config, self.model, self.context or Context()
-        heads = fan_in(0, (1, 2))
-        wq, wk, wv = (
-            self.param(n, heads, (m.E, h, m.D), jnp.float32).astype(x.dtype) for n, h in zip("qkv", (m.H, m.K, m.K))
-        )
-        wo = self.param("out", fan_in((0, 1), 2, 1 / (2 * m.N)), (m.H, m.D, m.E), jnp.float32).astype(x.dtype)
-        with jax.named_scope("projections"):
-            q = jnp.einsum("BTE,EHD->BTHD", x, wq)
-            k = jnp.einsum("BSE,EKD->BSKD", x, wk)
-            v = jnp.einsum("BSE,EKV->BSKV", x, wv)
-        if cfg.qk_norm:
-            q, k = RMSNorm(m.norm_eps, name="q_norm")(q), RMSNorm(m.norm_eps, name="k_norm")(k)
-        if cfg.rope is not None:
-            frequencies = rope_frequencies(cfg.rope, m.D)
-            at = context.positions(x.shape[1]) if positions is None else positions
-            with jax.named_scope("rotary"):
-                q, k = rotate(q, at, frequencies), rotate(k, at, frequencies)
-        y = context.attention(
-            q, k, v, mask=cfg.mask, segment_ids=segment_ids, positions=positions,
-            scale=m.D**-0.5 * rope_temperature(cfg.rope), softcap=cfg.softcap,
-            sinks=self.param("sinks", nn.initializers.zeros, (m.H,), jnp.float32) if cfg.sinks else None,
-        )  # fmt: skip
-        with jax.named_scope("out"):
-            return jnp.einsum("BTHV,HVE->BTE", y, wo), None
-
-    @staticmethod
-    def state_elements(mixer: config.Softmax, model: config.Model, T: int) -> int:
-        """Keys and values of the tokens before T that a query at T - 1 or later may see."""
-        keys, last = np.arange(T, dtype=np.int32), np.int32(T - 1)
-        needed = mixer.mask.kind(last, np.int32(2**30), keys, keys) != EMPTY
-        return model.K * 2 * model.D * int(np.sum(needed))
-
-    @staticmethod
-    def bytes_read_per_token(mixer: config.Softmax, model: config.Model, T: int, itemsize: int = 2) -> int:
-        """Keys and values visible to the query at T - 1."""
-        visible = mixer.mask(np.int32(T - 1), np.arange(T, dtype=np.int32))
-        return model.K * 2 * model.D * int(np.sum(np.asarray(visible))) * itemsize
-
-    @staticmethod
-    def sequential_steps(mixer: config.Softmax, model: config.Model, T: int) -> int:
-        """No token waits for another."""
-        return 1
-
-
-MIXERS: dict[str, type[nn.Module]] = {
+MIXERS: dict[str, type[MixerModule]] = {
     m.__name__: m
     for m in (
         Softmax,
@@ -99,23 +26,37 @@ MIXERS: dict[str, type[nn.Module]] = {
 }
 
 
+def module_of(mixer: config.Mixer) -> type[MixerModule]:
+    """The module class that computes a mixer's config. Raises ValueError for a config whose name MIXERS lacks."""
+    name = type(mixer).__name__
+    if name not in MIXERS:
+        raise ValueError(f"mixer {name!r} must be in longattn.models.MIXERS; {suggest(name, MIXERS)}")
+    return MIXERS[name]
+
+
 def layout_of(mixer: config.Mixer, layout: SequenceLayout) -> SequenceLayout:
     """The layout in which a layer takes and gives its tokens: this one, or contiguous where it needs them in order."""
-    return SequenceLayout() if MIXERS[type(mixer).__name__].in_order else layout
+    return SequenceLayout() if module_of(mixer).in_order else layout
+
+
+def calls[C: Call](mixer: config.Mixer, model: config.Model, T: int, kind: type[C]) -> list[C]:
+    """The calls of one kind that one layer makes over one sequence of T tokens."""
+    return [call for call in module_of(mixer).calls(mixer, model, T) if isinstance(call, kind)]
 
 
 def state_elements(mixer: config.Mixer, model: config.Model, T: int) -> int:
-    """Elements of state that one layer keeps per sequence after T tokens, to go on with token T."""
-    return MIXERS[type(mixer).__name__].state_elements(mixer, model, T)
+    """Elements of state that one layer keeps per sequence after T tokens, to continue with token T."""
+    return module_of(mixer).state_elements(mixer, model, T)
 
 
 def bytes_read_per_token(mixer: config.Mixer, model: config.Model, T: int, itemsize: int = 2) -> int:
-    """Bytes of state that one layer reads per sequence to predict token T: keys, values and inputs of `itemsize` bytes
-    each, states of recurrences of 4.
+    """Bytes of state that one layer reads per sequence to predict token T.
+
+    Keys, values and inputs have `itemsize` bytes per element, states of recurrences 4.
     """
-    return MIXERS[type(mixer).__name__].bytes_read_per_token(mixer, model, T, itemsize)
+    return module_of(mixer).bytes_read_per_token(mixer, model, T, itemsize)
 
 
 def sequential_steps(mixer: config.Mixer, model: config.Model, T: int) -> int:
-    """How many results of a forward pass of one layer over T tokens wait for each other, in chunks as XLA has them."""
-    return MIXERS[type(mixer).__name__].sequential_steps(mixer, model, T)
+    """How many results of one layer's forward pass over T tokens wait for each other, with XLA's chunks."""
+    return module_of(mixer).sequential_steps(mixer, model, T)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray, UInt32
 from longattn import config as configs
 from longattn.models.context import Context
 from longattn.models.layers import RMSNorm, SwiGLU, fan_in, no_state
-from longattn.models.mixers import MIXERS, layout_of
+from longattn.models.mixers import layout_of, module_of
 from longattn.parallel import SequenceLayout
 
 _policies = jax.checkpoint_policies
@@ -52,9 +52,8 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "B T E"], positions: Int32[Array, "B T"] | None, segment_ids: Int32[Array, "B T"] | None
     ) -> Float[Array, "B T E"]:
-        name = type(self.mixer).__name__
         x = checkpoint_name(x, "block_input")
-        mixer = MIXERS[name](self.mixer, self.model, self.context, name="mixer")
+        mixer = module_of(self.mixer)(self.mixer, self.model, self.context, name="mixer")
         y, _ = mixer(RMSNorm(self.model.norm_eps, name="mixer_norm")(x), positions, segment_ids, None)
         context = self.context or Context()
         x = context.spread(x + y)

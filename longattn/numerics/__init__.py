@@ -1,4 +1,4 @@
-"""Whether a back end computes what it should: results and all gradients, by a tolerance that is derived."""
+"""Checks a back end: its results and all gradients, against a derived tolerance."""
 
 from longattn.numerics.attention import PartsProblem, Problem
 from longattn.numerics.compare import (

@@ -1,4 +1,4 @@
-"""Problems of attention: of all keys at once, and of keys in parts."""
+"""Problems of attention: to all keys at once, and to keys in two shards."""
 
 from __future__ import annotations
 
@@ -12,51 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision
 
-from longattn.mask import Causal, Mask, Prefix
+from longattn.mask import Mask, Prefix
 from longattn.numerics.compare import Drawn, Results, packed
 from longattn.ops import partial as partials
 from longattn.ops.attention import api
+from longattn.ops.calls import AttentionCall
 
-_LOGITS = 2**25  # that exist at once where a problem must be quickly compared
+_LOGITS = 2**25  # logits that exist at once in a problem that is quickly compared
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(AttentionCall):
     """A call of attention with everything that is differentiable, drawn from the normal distribution."""
 
     op: ClassVar[str] = "attention"
     api: ClassVar[Any] = api
 
-    T: int  # queries
-    H: int  # query heads
-    D: int  # head size of queries and keys
-    B: int = 1  # sequences
-    S: int | None = None  # keys; none: T
-    K: int | None = None  # key/value heads; none: H
-    V: int | None = None  # head size of values; none: D
-    dtype: str = "float32"  # of q, k, v
-    mask: Mask = Causal()
-    prefix: int = 0  # tokens that everybody sees, at most: another number in each sequence; 0: no prefix
-    documents: int = 0  # that share each sequence, positions restarting at each, as in training; 0: no segment ids
-    scale: float | None = None  # of the logits; none: D**-0.5
-    softcap: float | None = None
-    sinks: bool = False  # float32 [H]
-    bias: tuple[int, ...] | None = None  # its shape, which broadcasts to [B H T S]; float32
-    rise: float = 1.0  # keys grow along the sequence to so many times their size at its start, and logits with them
-
-    @property
-    def keys(self) -> int:
-        return self.T if self.S is None else self.S
-
-    @property
-    def heads(self) -> int:
-        """Key/value heads."""
-        return self.H if self.K is None else self.K
-
-    @property
-    def values(self) -> int:
-        """Head size of values."""
-        return self.D if self.V is None else self.V
+    prefix: int = 0  # longest prefix that every query sees; each sequence draws its own; 0: no prefix
+    documents: int = 0  # packed documents per sequence, with restarting positions, as in training; 0: no segment ids
+    bias: tuple[int, ...] | None = None  # shape of a float32 bias, which broadcasts to [B H T S]
+    rise: float = 1.0  # factor by which keys, and so logits, grow along the sequence
 
     def shaped(self) -> Drawn:
         p, array = self, jax.ShapeDtypeStruct
@@ -95,16 +70,15 @@ class Problem:
         return {"out": out, "lse": lse}
 
     def plain(self, arrays: Any, ids: Any) -> dict[str, Any]:
-        """The whole matrix at once, each result rounded to the problem's dtype, forwards and backwards.
+        """Computes the whole matrix at once, with each result rounded to the problem's dtype, in both passes.
 
-        Products are exact but for their sum in float32, so that on any device its error is what this precision costs
-        there.
+        Products are exact except for their float32 sum. So the error is the cost of this precision on any device.
         """
         p, bits = self, jnp.finfo(self.dtype)
-        # Factors that were rounded to bfloat16 are exact in any device's products, and compiled in a third of the time.
+        # Any device multiplies bfloat16 factors exactly at default precision, which compiles in a third of the time.
         product = functools.partial(jnp.einsum, precision=None if p.dtype == "bfloat16" else Precision.HIGHEST)
 
-        def r(x: Any) -> Any:  # its transpose rounds cotangents
+        def r(x: Any) -> Any:  # its transpose rounds the cotangents
             return jax.lax.reduce_precision(x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
 
         q, k, v = (arrays[name].astype(jnp.float32) for name in "qkv")
@@ -131,22 +105,20 @@ class Problem:
         return {"out": out, "lse": jnp.where(empty, -jnp.inf, m + jnp.log(total)).transpose(0, 2, 1)}
 
     def units(self, truth: Results) -> float:
-        """Of the longest sums, and of an lse that is kept for the backward pass, whose rounding, in proportion to its
-        size, is in every weight there.
-        """
+        """Allows for the longest sums, and for the rounding of the lse: it enters every weight of the backward pass."""
         p, lse = self, truth["lse"][np.isfinite(truth["lse"])]
         terms = p.B * p.H * max(p.T, p.keys, p.D, p.values)
         return max(terms, 1024) ** 0.5 + (float(np.sqrt(np.mean(np.square(lse)))) if lse.size else 0.0)
 
     def shorter(self) -> Problem:
-        """So short that few logits exist at once, and a multiple of 128 unless it was as short before."""
+        """Returns a problem so short that few logits exist at once; T becomes a multiple of 128 if it changes."""
         T = max(128, math.isqrt(_LOGITS // self.H) // 128 * 128)
         return replace(self, T=min(self.T, T))
 
 
 @dataclass(frozen=True)
 class PartsProblem(Problem):
-    """The keys in two parts, as the devices of a ring hold them: partial results are merged, partial gradients summed.
+    """Attention to keys in two shards, as in a ring: partial results are merged, partial gradients summed.
 
     The reference attends to all keys at once.
     """

@@ -1,6 +1,6 @@
-"""What the numerics try: together every part of both contracts, softmax and linear, that a kernel may accept.
+"""Lists problems that together cover all of both contracts, softmax and linear, that a kernel may accept.
 
-And of both what only devices that share a sequence call: attention to a part of the keys, passes of the state alone.
+They include calls of devices that share a sequence: attention to a shard of the keys, and passes of the state alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from longattn.numerics import AnyProblem, LinearProblem, PartsProblem, Problem, 
 
 
 def problems(T: int) -> dict[str, AnyProblem]:
-    """By name, what training uses most first; `T`, at least 64, is about the length of each."""
+    """Returns the problems by name, the most used in training first; `T` (at least 64) is about their length."""
     odd, half, quarter = T - 37, T // 2, T // 4
     causal = Problem(T=T, H=2, D=128, dtype="bfloat16")
     single = replace(causal, dtype="float32")
@@ -56,26 +56,26 @@ _KINDS: dict[str, dict[str, Any]] = {
     f"{name}{', delta rule' * delta}": {"decay": decay, "delta": delta}
     for decay, name in (("none", ""), ("scalar", ", head decay"), ("vector", ", channel decay"))
     for delta in (False, True)
-}  # of linear attention, by what names say of them
+}  # of linear attention, by the words for them in a problem's name
 
 
 def _linear(T: int) -> dict[str, LinearProblem]:
-    """Every kind in both precisions, in one as documents are trained on and in the other as nothing is a whole chunk.
+    """Returns every kind in both precisions: in one with packed documents, in the other with no whole chunk.
 
-    The plain implementation keeps a state for every token, hence shorter lengths than attention's.
+    They are shorter than attention's problems, because the plain implementation keeps a state for every token.
     """
     packed = LinearProblem(T=T, H=2, D=128, heads=(1, 1, 2), documents=3, state=True)
     odd = LinearProblem(T=T + 13, H=2, D=64, V=128, B=2, rate=3.0)
     found = {}
     for i, (name, kind) in enumerate(_KINDS.items()):
         for precision, dtype in enumerate(("bfloat16", "float32")):
-            what, problem = (("packed documents", packed), ("odd T, D 64", odd))[(i + precision) % 2]
-            found[f"linear{name}, {what}{', float32' * precision}"] = replace(problem, **kind, dtype=dtype)
+            label, problem = (("packed documents", packed), ("odd T, D 64", odd))[(i + precision) % 2]
+            found[f"linear{name}, {label}{', float32' * precision}"] = replace(problem, **kind, dtype=dtype)
     return found
 
 
 def _states(T: int) -> dict[str, StateProblem]:
-    """Every kind once, with documents, and with and without the delta rule in another precision and at another length.
+    """Returns every kind once, with documents; precision and length differ with and without the delta rule.
 
     Decays are so slow that no token is forgotten.
     """
@@ -83,8 +83,8 @@ def _states(T: int) -> dict[str, StateProblem]:
     odd = StateProblem(T=T + 13, H=2, D=64, V=128, B=2, documents=3, rate=4 / T)
     found = {}
     for i, (name, kind) in enumerate(_KINDS.items()):
-        what, problem = (("whole chunks", whole), ("odd T, D 64, float32", odd))[(i + i // 2) % 2]
-        found[f"linear state alone{name}, {what}"] = replace(problem, **kind)
+        label, problem = (("whole chunks", whole), ("odd T, D 64, float32", odd))[(i + i // 2) % 2]
+        found[f"linear state alone{name}, {label}"] = replace(problem, **kind)
     return found
 
 

@@ -1,8 +1,8 @@
-"""Whether a back end computes what it should: results and all gradients, by a tolerance that is derived.
+"""Compares a back end's results and gradients with the truth, against a derived tolerance.
 
-Errors are Euclidean norms against the truth. A back end's may be at most twice that of a plain implementation of the
-same precision on the same device, beside the rounding of sums (as flash-attention's tests have it, arXiv:2205.14135).
-`AnyProblem` is what a kind of problem has to say.
+An error is the Euclidean norm of the difference to the truth. It may be at most twice the error of a plain
+implementation of the same precision on the same device, plus the rounding of sums (as in the tests of flash-attention,
+arXiv:2205.14135). `AnyProblem` is the interface of a kind of problem.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import numpy as np
 
 from longattn import shapes
 
-_ENOUGH = 64
-Results = Mapping[str, Any]  # what the operation returns, by name, and the gradient dx of every array x
+_ENOUGH = 64  # numbers of a result over all draws
+Results = Mapping[str, Any]  # by name: the operation's results, and the gradient dx of every array x
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A problem's arrays, in NumPy, or their ShapeDtypeStructs, by name."""
+    """A problem's NumPy arrays, or their ShapeDtypeStructs, by name."""
 
-    arrays: dict[str, Any]  # what has a gradient
-    ids: dict[str, Any]  # what has none, int32
-    cotangents: dict[str, Any]  # of what the operation returns; none: it has no gradient
+    arrays: dict[str, Any]  # arguments with a gradient
+    ids: dict[str, Any]  # arguments without, int32
+    cotangents: dict[str, Any]  # cotangents of the results; empty if the operation has no gradient
 
 
 @runtime_checkable
 class AnyProblem(Protocol):
-    """A call of an operation with everything that is differentiable: a frozen dataclass."""
+    """A call of an operation with everything that is differentiable; implementations are frozen dataclasses."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     op: ClassVar[str]
@@ -42,33 +42,33 @@ class AnyProblem(Protocol):
 
     @property
     def T(self) -> int:
-        """Tokens."""
+        """The number of tokens."""
 
     @property
     def dtype(self) -> str:
-        """Of q, k and v."""
+        """The dtype of q, k and v."""
 
     def shaped(self) -> Drawn:
-        """Shapes and dtypes of the arrays."""
+        """Returns the shapes and dtypes of the arrays."""
 
     def fill(self, arrays: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """The ids; arrays of float32 normal numbers become, in place, such as the operation is made for."""
+        """Returns the ids, and turns arrays of normal numbers, in place, into realistic ones (decays < 0, ...)."""
 
     def call(self, arrays: Any, ids: Any, implementation: str) -> dict[str, Any]:
-        """What the back end returns."""
+        """Returns the back end's results."""
 
     def plain(self, arrays: Any, ids: Any) -> dict[str, Any]:
-        """The same in plain JAX, in float32, rounded to the problem's dtype wherever a device may round."""
+        """Computes the same in plain float32 JAX, rounded to the problem's dtype wherever a device may round."""
 
     def units(self, truth: Results) -> float:
-        """In the last place, that rounding is allowed beside the plain implementation's error."""
+        """Returns the units in the last place that rounding may add to the plain implementation's error."""
 
     def shorter(self) -> AnyProblem:
-        """A problem of the same kind, which is quickly compared."""
+        """Returns a problem of the same kind that is quickly compared."""
 
 
 def packed(B: int, T: int, documents: int, rng: np.random.Generator) -> tuple[Any, Any]:
-    """segment_ids and positions [B T] of so many documents in each sequence, cut at random."""
+    """Returns segment_ids and positions [B T] of `documents` documents per sequence, cut at random."""
     starts = np.zeros((B, T), bool)
     for row in starts:
         row[rng.choice(T - 1, documents - 1, replace=False) + 1] = True
@@ -77,7 +77,7 @@ def packed(B: int, T: int, documents: int, rng: np.random.Generator) -> tuple[An
 
 
 def draw(problem: AnyProblem, seed: int = 0) -> Drawn:
-    """Equal for equal problems and seeds."""
+    """Draws the arrays of a problem; equal problems and seeds give equal arrays."""
     s, rng = problem.shaped(), np.random.default_rng(seed)
     drawn = {name: rng.standard_normal(a.shape, np.float32) for name, a in s.arrays.items()}
     ids = problem.fill(drawn, rng)
@@ -86,10 +86,10 @@ def draw(problem: AnyProblem, seed: int = 0) -> Drawn:
 
 
 def draws(problem: AnyProblem) -> tuple[Drawn, ...]:
-    """So many draws that no result has fewer than 64 numbers in all.
+    """Draws a problem so often that no result has fewer than 64 numbers in all.
 
-    Of a few numbers, as are the gradients of two heads' sinks, the error is a matter of chance, and so is its ratio to
-    another implementation's.
+    With few numbers, such as the gradients of two heads' sinks, the error is left to chance, and so is its ratio to the
+    error of another implementation.
     """
     fewest = min(math.prod(a.shape) for a in problem.shaped().arrays.values())
     return tuple(draw(problem, seed) for seed in range(-(-_ENOUGH // fewest)))
@@ -100,7 +100,7 @@ def draws(problem: AnyProblem) -> tuple[Drawn, ...]:
 
 @functools.partial(jax.jit, static_argnames=("problem", "implementation"))
 def _results(arrays: Any, ids: Any, cotangents: Any, *, problem: AnyProblem, implementation: str | None) -> Any:
-    """Of a back end, or of the plain implementation, with the gradients, if there are any."""
+    """Returns the results and gradients of a back end, or of the plain implementation if that is None."""
 
     def call(arrays: Any) -> Any:
         return problem.plain(arrays, ids) if implementation is None else problem.call(arrays, ids, implementation)
@@ -113,29 +113,29 @@ def _results(arrays: Any, ids: Any, cotangents: Any, *, problem: AnyProblem, imp
 
 
 def check(problem: AnyProblem, implementation: str) -> None:
-    """Raises NotImplementedError with the reason where the back end refuses the problem here; computes nothing."""
-    # Traced anew each time: a refusal depends on the device, of which the cache of a jitted function knows nothing.
+    """Raises NotImplementedError, with the reason, if the back end refuses the problem here; computes nothing."""
+    # Bypasses jit's cache: a refusal depends on the device, which is no part of its key.
     f = functools.partial(_results.__wrapped__, problem=problem, implementation=implementation)
     given = problem.shaped()
     jax.eval_shape(f, given.arrays, given.ids, given.cotangents)
 
 
 def computed(problem: AnyProblem, implementation: str | None, drawn: Sequence[Drawn]) -> Results:
-    """What the back end computes on the default device, in NumPy, with an axis of draws before all others."""
+    """Computes on the default device; returns NumPy arrays with a leading axis of draws."""
     f = functools.partial(_results, problem=problem, implementation=implementation)
     results = [jax.device_get(f(d.arrays, d.ids, d.cotangents)) for d in drawn]
     return {name: np.stack([r[name] for r in results]) for name in results[0]}
 
 
 def truth(problem: AnyProblem, implementation: str, drawn: Sequence[Drawn], dtype: Any) -> Results:
-    """`computed` of the same numbers in a wider dtype: what is taken to be exact."""
+    """Computes with the same numbers in a wider dtype, which counts as exact."""
     cast = lambda tree: {name: np.asarray(x).astype(dtype) for name, x in tree.items()}
     wide = [Drawn(cast(d.arrays), d.ids, cast(d.cotangents)) for d in drawn]
     return computed(replace(problem, dtype=np.dtype(dtype).name), implementation, wide)
 
 
 def plain(problem: AnyProblem, drawn: Sequence[Drawn]) -> Results:
-    """`computed` by the problem's plain implementation."""
+    """Computes with the problem's plain implementation."""
     return computed(problem, None, drawn)
 
 
@@ -144,12 +144,12 @@ def plain(problem: AnyProblem, drawn: Sequence[Drawn]) -> Results:
 
 @dataclass(frozen=True)
 class Deviation:
-    """One result's error, as a share of the truth's norm (as it is, where that is 0)."""
+    """The error of one result as a share of the truth's norm; absolute where that is 0."""
 
     error: float
     allowed: float
     plain: float  # error of the plain implementation
-    flaw: str = ""  # what is wrong whatever the error
+    flaw: str = ""  # a fault that no tolerance excuses
 
     @property
     def agrees(self) -> bool:
@@ -162,15 +162,15 @@ class Deviation:
 def deviations(
     got: Results, truth: Results, plain: Results, work: Any, units: float | None = None
 ) -> dict[str, Deviation]:
-    """How far each result is from the truth.
+    """Returns how far each result is from the truth.
 
     Args:
-      got: what is judged.
-      truth: as if exact, of the same names and shapes.
-      plain: what a plain implementation of the same precision gives.
+      got: the results to judge.
+      truth: the exact results, with the same names and shapes.
+      plain: the results of a plain implementation of the same precision.
       work: the dtype of statistics and accumulators.
-      units: in its last place that rounding is allowed beside; None: sqrt(n) for a sum of n terms, with n the number of
-        a result's elements, at least 1024.
+      units: units in its last place that rounding may add. None is sqrt(n), for a sum of n terms, where n is the number
+        of a result's elements and at least 1024.
     """
     found = {}
     for name, array in got.items():
@@ -196,9 +196,9 @@ def deviations(
 def tried(
     problem: AnyProblem, implementation: str, drawn: Sequence[Drawn], truth: Results, plain: Results
 ) -> dict[str, Any]:
-    """A back end on the default device, as JSON: its `outcome` is "passed", "failed" or "refused".
+    """Tries a back end on the default device; returns, as JSON, its `outcome`: "passed", "failed" or "refused".
 
-    With `results`, each as of `Deviation`, and the `worst` of them, or a `reason`; and the `seconds` that it took.
+    Beside it are `results` (fields of `Deviation`) with the name of the `worst`, or a `reason`; and the `seconds`.
     """
     began = time.perf_counter()
     try:
@@ -207,7 +207,7 @@ def tried(
         except NotImplementedError as refusal:
             return {"outcome": "refused", "reason": " ".join(str(refusal).split())}
         got, again = (computed(problem, implementation, drawn) for _ in range(2))
-    except Exception as error:  # of the compiler's or the device's many kinds: a kernel that was accepted must run
+    except Exception as error:  # compilers and devices raise many classes: an accepted kernel must run
         row: dict[str, Any] = {
             "outcome": "failed",
             "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",
@@ -229,10 +229,10 @@ def tried(
 
 
 def _json(d: Deviation) -> dict[str, Any]:
-    """None for what is no number, which JSON does not know."""
+    """Returns a deviation as JSON, with None for NaN and infinity."""
     return {name: None if isinstance(x, float) and not np.isfinite(x) else x for name, x in asdict(d).items()}
 
 
 def _share(d: Deviation) -> float:
-    """How much of what is allowed an error is; a flaw is beyond all."""
+    """Returns the error as a share of the allowed one; infinite for a flaw."""
     return np.inf if d.flaw else d.error / d.allowed if d.allowed else float(d.error > 0)

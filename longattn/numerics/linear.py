@@ -16,12 +16,12 @@ from longattn.numerics.compare import Drawn, Results, packed
 from longattn.ops import dispatch
 from longattn.ops.linear import api
 
-_STATES = 2**25  # numbers of the plain implementation's states, one a token, where a problem must be quickly compared
+_STATES = 2**25  # numbers in the plain implementation's states, one per token, in a problem that is quickly compared
 
 
 @dataclass(frozen=True)
 class LinearProblem:
-    """A call of linear attention with everything that is differentiable; with the delta rule keys have length 1."""
+    """A call of linear attention with everything that is differentiable; with the delta rule keys have norm 1."""
 
     op: ClassVar[str] = "linear attention"
     api: ClassVar[Any] = api
@@ -30,13 +30,13 @@ class LinearProblem:
     H: int  # heads of the state, the largest of those of q, k and v
     D: int  # head size of queries and keys
     B: int = 1  # sequences
-    V: int | None = None  # head size of values; none: D
-    heads: tuple[int, int, int] | None = None  # of q, k and v; none: H each
+    V: int | None = None  # head size of values; None: D
+    heads: tuple[int, int, int] | None = None  # of q, k and v; None: H each
     decay: str = "none"  # none, scalar (a head's) or vector (a channel's)
     delta: bool = False
     rate: float = 0.1  # mean of -log_decay
-    state: bool = False  # an initial one
-    documents: int = 0  # that share each sequence; 0: no segment ids
+    state: bool = False  # with an initial state
+    documents: int = 0  # packed documents per sequence; 0: no segment ids
     dtype: str = "float32"  # of q, k, v
     scale: float = 1.0  # of the output
 
@@ -68,10 +68,10 @@ class LinearProblem:
         return {"out": out, "final_state": state}
 
     def plain(self, arrays: Any, ids: Any) -> dict[str, Any]:
-        """Token by token, the factors of every product rounded to the problem's dtype, forwards and backwards.
+        """Computes token by token, with the factors of every product rounded to the problem's dtype, in both passes.
 
-        Sums, and the state from token to token, are float32. The reference keeps factors as they are, which no product
-        of half precision does: what it errs is the rounding of results alone.
+        Sums and the state are float32. The reference is no yardstick: it does not round factors, as any product in half
+        precision must, so its error is only the rounding of results.
         """
         p, dtype = self, jnp.float32
         product, decayed = _rounding(p.dtype)
@@ -98,22 +98,22 @@ class LinearProblem:
         return {"out": out.swapaxes(0, 1).astype(p.dtype), "final_state": S}
 
     def units(self, truth: Results) -> float:
-        """Of the longest sums, over tokens and heads."""
+        """Allows for the longest sums, over tokens and heads."""
         return max(self.B * self.H * max(self.T, self.D, self.V or self.D), 1024) ** 0.5
 
     def shorter(self) -> LinearProblem:
-        """So short that few states exist at once, and a multiple of 128 unless it was as short before."""
+        """Returns a problem so short that few states exist at once; T becomes a multiple of 128 if it changes."""
         T = max(128, _STATES // (self.H * self.D * (self.V or self.D)) // 128 * 128)
         return replace(self, T=min(self.T, T))
 
 
 @dataclass(frozen=True)
 class StateProblem(LinearProblem):
-    """What devices that share a sequence compute of the state alone, by a back end's `fold` and `pull`.
+    """The passes over the state alone that devices sharing a sequence run, by a back end's `fold` and `pull`.
 
-    The state after the tokens, from the initial one; with the delta rule the transition from any other, which the same
-    fold makes of the identity beside it; and the gradient of the initial state, of both results. The last sequence is
-    one document: where others begin there is no transition.
+    Results are the state after the tokens, and the initial state's gradient from both cotangents. With the delta rule
+    also the transition matrix, which the same fold computes from an identity beside the state. The last sequence is one
+    document, because there is no transition across the start of a document.
     """
 
     op: ClassVar[str] = "linear attention in parts"
@@ -140,22 +140,22 @@ class StateProblem(LinearProblem):
         operands, options, names = api.validate(
             **(absent | given | ids), scale=self.scale, implementation=implementation, tuning=None
         )
-        shaped, columns = jax.eval_shape(api.prepared, operands), dS.shape[3]
-        *tokens, S, ids = api.prepared(operands)
+        x, shaped, columns = api.prepare(operands), jax.eval_shape(api.prepare, operands), dS.shape[3]
+        S = x.initial_state
         if self.delta:
             S = jnp.concatenate([S, self._identity(S.dtype)], 3)
 
-        def accepts(back_end: Any) -> None:
-            back_end.check(*shaped, options)
-            api.check_fold(back_end, shaped, S.shape[3], options)
+        def accepts(back_end: Any) -> tuple[Any, Any]:
+            return back_end.check(shaped, options), api.check_fold(back_end, shaped, S.shape[3], options)
 
-        back_end = api.BACK_ENDS[dispatch.choose(names, api.BACK_ENDS, accepts)]
-        both = back_end.fold(*tokens[1:], S, ids, options)
-        found = {"final_state": both[..., :columns], "dinitial_state": back_end.pull(*tokens, ids, do, dS, options)}
+        name, (plan, fold_plan) = dispatch.choose(names, api.BACK_ENDS, accepts)
+        back_end = api.BACK_ENDS[name]
+        both = back_end.fold(x._replace(q=None, initial_state=S), options, fold_plan)
+        found = {"final_state": both[..., :columns], "dinitial_state": back_end.pull(x, do, dS, options, plan)}
         return found | ({"transition": both[..., columns:]} if self.delta else {})
 
     def plain(self, arrays: Any, ids: Any) -> dict[str, Any]:
-        """Each from whole passes over the tokens."""
+        """Computes each result by whole passes over the tokens."""
         do, dS, given = _cotangents(arrays)
         after = lambda S, **other: super(StateProblem, self).plain(given | {"initial_state": S} | other, ids)
         S = given["initial_state"]
@@ -168,20 +168,20 @@ class StateProblem(LinearProblem):
         return made
 
     def _identity(self, dtype: Any) -> Any:
-        """[B H D D]"""
+        """Returns identities [B H D D]."""
         return jnp.broadcast_to(jnp.eye(self.D, dtype=dtype)[None, None], (self.B, self.H, self.D, self.D))
 
 
 def _cotangents(arrays: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Those of a `StateProblem`'s results, of all tokens' outputs and of the state; and what else there is."""
+    """Splits the arrays of a `StateProblem`: the outputs' cotangent, the state's cotangent, and the other arrays."""
     given = dict(arrays)
     return given.pop("dout"), given.pop("dfinal_state"), given
 
 
 def _rounding(dtype: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Of float32 arrays, einsum of two and exp(a [B H D]) S [B H D V], with their factors rounded to `dtype`.
+    """Returns an einsum of two float32 arrays, and exp(a [B H D]) S [B H D V], with factors rounded to `dtype`.
 
-    Gradients have factors too: cotangents are rounded where they are one. The decay itself scales float32.
+    Cotangents are rounded where they are factors of a gradient. The decay scales the state in float32.
     """
     bits = jnp.finfo(dtype)
     einsum = functools.partial(jnp.einsum, precision=None if dtype == "bfloat16" else Precision.HIGHEST)
@@ -189,11 +189,11 @@ def _rounding(dtype: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def product(equation: str, a: Any, b: Any, scale: float = 1.0) -> Any:
         @jax.custom_gradient
-        def of(a: Any, b: Any) -> Any:
+        def rounded(a: Any, b: Any) -> Any:
             x, pull = jax.vjp(functools.partial(einsum, equation), r(a), r(b))
             return scale * x, lambda dx: tuple(scale * d for d in pull(r(dx)))
 
-        return of(a, b)
+        return rounded(a, b)
 
     @jax.custom_gradient
     def decayed(a: Any, S: Any) -> Any:

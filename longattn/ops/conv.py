@@ -1,10 +1,12 @@
 """Convolutions along a sequence: short causal ones, long ones by FFT, and the kernels of diagonal state spaces.
 
-    short_convolution  y_t = sum_{c < C} w[:, C-1-c] x_{t-c} + b, of a few taps, packed and carried over calls
-    long_convolution   y_t = sum_{s <= t} K[:, t-s] u_s, in O(T log T)
-    diagonal_kernel    the K of a state space, diagonal_step: the same as a recurrence
+    short_convolution  y_t = sum_{c < C} w[:, C-1-c] x_{t-c} + b, for a few taps, packed and carried over calls
+    long_convolution   y_t = sum_{s <= t} kernel[:, t-s] u_s, in O(T log T)
+    diagonal_kernel    the kernel of a state space; diagonal_step is the same as a recurrence
 
 All accumulate in float32 (float64 for float64 inputs) and are differentiable in every array of floats.
+Letters: here C is the number of taps of a short convolution, L that of a long one. A, B, C of a state space are the
+matrices of its papers; its D complex numbers per channel are its state.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ ACTIVATIONS = {None: lambda y: y, "silu": jax.nn.silu}
 
 
 def _channels(name: str, x: Any) -> tuple[int, int, int]:
-    """B, T, E of an input. Raises ValueError unless it is a float array of that rank."""
+    """Returns B, T, E of an input. Raises ValueError unless it is a float array of that rank."""
     shapes.check_rank(name, x, "B T E")
     shapes.check_dtype(name, x, shapes.FLOATS)
     return tuple(x.shape)
@@ -38,11 +40,11 @@ def _short(x, weight, bias, segment_ids, tail, activation):
     (T, C), wide = (x.shape[1], weight.shape[1]), statistics_dtype(x.dtype)
     extended = jnp.concatenate([tail, x], 1)  # [B C-1+T E]
     segment = None
-    if segment_ids is not None and T:  # which segment of the call, from 0; what comes before the call belongs to 0
+    if segment_ids is not None and T:  # index of the segment within the call; the tail belongs to segment 0
         starts = segment_ids[:, 1:] != segment_ids[:, :-1]
         segment = jnp.pad(jnp.cumsum(starts, 1, dtype=jnp.int32), ((0, 0), (C, 0)))  # [B C-1+T]
     y = 0.0 if bias is None else bias.astype(wide)[None, None]
-    inputs = extended.astype(wide)  # before the taps are cut: so their gradients are summed wide
+    inputs = extended.astype(wide)  # before the taps are cut, so that their gradients are summed in `wide`
     for c in range(C):
         tap = inputs[:, C - 1 - c :][:, :T]
         if segment is not None and c:
@@ -89,18 +91,18 @@ def short_convolution(
     tail: Float[Array, "B C-1 E"] | None = None,
     activation: Literal["silu"] | None = None,
 ) -> tuple[Float[Array, "B T E"], Float[Array, "B C-1 E"]]:
-    """A causal convolution of each channel by itself, as shifted sums: what recurrent layers look at their inputs with.
+    """Convolves each channel by itself, causally, as a sum of shifted inputs.
 
-    As section 3.3 of arXiv:2302.10866 and the layers of arXiv:2312.00752 have it. One token of decoding is a call with
-    T = 1 and the tail of the call before.
+    Recurrent layers apply it to their inputs: section 3.3 of arXiv:2302.10866, arXiv:2312.00752. To decode a token,
+    call it with T = 1 and the tail of the call before.
 
     Args:
       x: bfloat16, float16, float32 or float64; any T.
-      weight: of any float dtype; weight[:, C-1] is of the token itself, weight[:, 0] of the one C - 1 before it.
+      weight: any float dtype. weight[:, C-1] multiplies the token itself, weight[:, 0] the one C - 1 before it.
       bias: added before the activation.
-      segment_ids: a token whose id differs from the one before it is the first that its segment sees.
+      segment_ids: a token whose id differs from the one before starts a segment, which sees no earlier inputs.
       tail: the last C - 1 inputs before the call, which the call's first segment continues; None is zeros.
-      activation: of the sum, before it is rounded.
+      activation: applied to the sum, before it is rounded.
 
     Returns:
       y in x's dtype, and the tail for the next call in x's dtype: inputs of the last token's segment, zeros before it.
@@ -119,7 +121,7 @@ def _long(u, kernel):
     u, kernel = dispatch.vary_together((u, kernel))
     T, wide = u.shape[1], statistics_dtype(u.dtype)
     kernel = kernel[:, :T]
-    n = 1 << max(T + kernel.shape[1] - 2, 0).bit_length()  # so long that nothing wraps around
+    n = 1 << max(T + kernel.shape[1] - 2, 0).bit_length()  # long enough that nothing wraps around
     spectrum = jnp.fft.rfft(jnp.swapaxes(u.astype(wide), 1, 2), n) * jnp.fft.rfft(kernel.astype(wide), n)[None]
     return jnp.swapaxes(jnp.fft.irfft(spectrum, n)[..., :T], 1, 2).astype(u.dtype)
 
@@ -127,13 +129,13 @@ def _long(u, kernel):
 def long_convolution(
     u: Float[Array, "B T E"], kernel: Float[Array, "E L"], *, segment_ids: Int32[Array, "B T"] | None = None
 ) -> Float[Array, "B T E"]:
-    """A causal convolution of each channel with a kernel as long as the sequence, by FFT (arXiv:2111.00396).
+    """Convolves each channel with a kernel as long as the sequence, causally, by FFT (arXiv:2111.00396).
 
     The error of an FFT is relative to the largest outputs of a sequence, not to each of them.
 
     Args:
       u: bfloat16, float16, float32 or float64; transformed in float32, or float64.
-      kernel: of any float dtype, of any length: taps beyond T meet no input.
+      kernel: any float dtype, any length. Taps beyond T meet no input.
       segment_ids: must be None.
 
     Returns:
@@ -161,12 +163,12 @@ def long_convolution(
 
 
 def _discrete(A, B, step):
-    """Ā = exp(step A) and B̄ = (Ā - 1) / A B: the input is held over a step (ZOH)."""
+    """Returns step A, whose exponential is Ā, and B̄ = (Ā - 1) / A B: the input is held over a step (ZOH)."""
     return step * A, jnp.expm1(step * A) / A * B
 
 
 def _check_state_space(A: Any, B: Any, C: Any, step: Any) -> tuple[Array, Array, Array, Array]:
-    """A, B, C [E D] and step [E 1] in one complex dtype. Raises ValueError for other shapes and dtypes."""
+    """Returns A, B, C [E D] and step [E 1] in one complex dtype. Raises ValueError for other shapes and dtypes."""
     for name, x in (("A", A), ("B", B), ("C", C)):
         shapes.check_rank(name, x, "E D")
         shapes.check_shape(name, x, tuple(A.shape), "E D")
@@ -185,17 +187,17 @@ def diagonal_kernel(
     step: Float[Array, "E"],
     L: int,
 ) -> Float[Array, "E L"]:
-    """The convolution kernel of the state space x' = A x + B u, y = 2 Re C x, whose A is diagonal, sampled each `step`.
+    """Returns the kernel of the state space x' = A x + B u, y = 2 Re C x with diagonal A, sampled each `step`.
 
-    K_l = 2 Re sum_n C_n B̄_n Ā_n**l with Ā = exp(step A), B̄ = (Ā - 1) / A B: section 3 of arXiv:2206.11893 (S4D),
-    where D conjugate pairs stand for a state of 2 D. The powers are products of those of l // R and of l % R with R
-    near the root of L, so [E D L] never exists.
+    kernel_l = 2 Re sum_n C_n B̄_n Ā_n**l with Ā = exp(step A), B̄ = (Ā - 1) / A B: section 3 of arXiv:2206.11893 (S4D),
+    where D conjugate pairs stand for a state of 2 D. A power l is the product of the powers l - l % R and l % R, with R
+    near the root of L, so no array [E D L] exists.
 
     Args:
-      A: complex64 or complex128, of negative real part; S4D-Lin starts from -1/2 + i pi n.
-      B, C: of A's dtype.
-      step: of each channel, positive; float32 or float64.
-      L: how many taps.
+      A: complex64 or complex128, with negative real part; S4D-Lin starts from -1/2 + i pi n.
+      B, C: A's dtype.
+      step: positive, one per channel; float32 or float64.
+      L: number of taps.
 
     Returns:
       [E L], float32 or float64. Angles of L steps are exact to L * step * |A| roundings.
@@ -224,11 +226,11 @@ def diagonal_step(
     C: Complex[Array, "E D"],
     step: Float[Array, "E"],
 ) -> tuple[Float[Array, "B E"], Complex[Array, "B E D"]]:
-    """One token of the recurrence that `diagonal_kernel` unrolls: x = Ā x + B̄ u, y = 2 Re C x.
+    """Computes one token of the recurrence that `diagonal_kernel` unrolls: x = Ā x + B̄ u, y = 2 Re C x.
 
     Args:
-      u: the input, of step's dtype.
-      state: of A's dtype; zeros before the first token.
+      u: the input, in step's dtype.
+      state: A's dtype; zeros before the first token.
       A, B, C, step: as for `diagonal_kernel`.
 
     Returns:

@@ -1,7 +1,7 @@
 """Choosing a back end: an ordered table, refusals with reasons before any compute, never a silent fall-back.
 
-An operation keeps a table {name: module}, best first. Each module has `check(...)`, which raises NotImplementedError
-with a reason where the back end cannot serve the call.
+An operation keeps a table {name: module}, best first. Each module has `check(...)`: it raises NotImplementedError with
+a reason where the back end cannot serve the call, and returns the plan of the call otherwise.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from longattn.shapes import suggest
 
 
 def vary_together(tree: Any) -> Any:
-    """The same arrays, each varying over every manual mesh axis that any of them varies over.
+    """Returns the same arrays, each varying over every manual mesh axis that any of them varies over.
 
-    Under shard_map(check_vma=True) a replicated array meets sharded ones here, once, so that a back end sees one axis
-    type in its loop carries and cotangents; the transpose sums the gradient of what was replicated. Elsewhere it does
-    nothing.
+    Under shard_map(check_vma=True) replicated arrays meet sharded ones here, once, so a back end sees one axis type in
+    its loop carries and cotangents. The transpose sums the gradients of replicated arrays. Outside of shard_map nothing
+    changes.
     """
     leaves, treedef = jax.tree.flatten(tree)
     varying = [jax.typeof(x).manual_axis_type.varying for x in leaves]
@@ -32,13 +32,13 @@ def vary_together(tree: Any) -> Any:
     return treedef.unflatten(jax.lax.pcast(x, m, to="varying") if m else x for x, m in zip(leaves, missing))
 
 
-def fold_vmap(function: Callable[..., Any], *arrays: Any, shared: int | None = None) -> Any:
-    """`function` of trees of arrays [B ...] or None; vmap makes a longer B of its axis.
+def fold_vmap(function: Callable[..., Any], *arrays: Any, shared: tuple[int, ...] = ()) -> Any:
+    """Returns `function(*arrays)` for trees of arrays [B ...]; vmap's axis is folded into B.
 
-    Pallas would add it to the grid, which a kernel that walks by itself cannot have.
+    Pallas's own rule would prepend a grid axis, and our kernels iterate over the grid serially.
 
     Args:
-      shared: the place of an argument whose arrays may be [1 ...] beside B > 1, and stay so where vmap shares them.
+      shared: indices of arguments whose arrays may be [1 ...] beside B > 1; those that vmap does not map stay [1 ...].
     """
     call = jax.custom_batching.custom_vmap(function)
 
@@ -53,7 +53,7 @@ def fold_vmap(function: Callable[..., Any], *arrays: Any, shared: int | None = N
             return jnp.broadcast_to(x, (size, B, *x.shape[2:])).reshape(size * B, *x.shape[2:])
 
         pairs = enumerate(zip(arrays, batched))
-        folded = [jax.tree.map(functools.partial(fold, shared=i == shared), *pair) for i, pair in pairs]
+        folded = [jax.tree.map(functools.partial(fold, shared=i in shared), *pair) for i, pair in pairs]
         out = call(*folded)
         return jax.tree.map(lambda x: x.reshape(size, B, *x.shape[1:]), out), jax.tree.map(lambda _: True, out)
 
@@ -61,7 +61,7 @@ def fold_vmap(function: Callable[..., Any], *arrays: Any, shared: int | None = N
 
 
 def once(backward: Callable[..., Any], *arrays: Any) -> Any:
-    """`backward(*arrays)`, the gradients of a back end; to differentiate them again is an error that says the remedy.
+    """Returns `backward(*arrays)`, a back end's gradients; differentiating them raises an error that names the remedy.
 
     Raises:
       NotImplementedError: in jvp, linearisation and reverse mode.
@@ -79,20 +79,20 @@ def once(backward: Callable[..., Any], *arrays: Any) -> Any:
 
 
 class Target(NamedTuple):
-    """What a program is compiled for."""
+    """The device that a program is compiled for."""
 
     platform: str  # "cpu", "tpu", "gpu"
     kind: str  # such as "TPU v5 lite", "NVIDIA H100 80GB HBM3"
 
 
 def target() -> Target:
-    """The device of the abstract mesh where one is set (it need not be attached to this host), else the default one."""
+    """Returns the device of the abstract mesh if one is set (attached to this host or not), else the default one."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return Target(device.platform, device.device_kind)
 
 
 def require_tpu(dtype: Any) -> None:
-    """Raises NotImplementedError unless the target is a TPU, or interpreted as one, and has products of `dtype`."""
+    """Raises NotImplementedError unless the target is a TPU (or interpreted as one) that multiplies `dtype`."""
     to = target()
     if to.platform != "tpu" and not interpreted_as_tpu():
         raise NotImplementedError(f"the kernels are for TPUs, the target is {to.kind!r}")
@@ -101,7 +101,7 @@ def require_tpu(dtype: Any) -> None:
 
 
 def candidates(implementation: Any, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
-    """The back ends to try, in order: `default` for None, else the name or names given. All must be `known`."""
+    """Returns the back ends to try, in order: `default` for None, else those given. All must be `known`."""
     if implementation is None:
         return tuple(default)
     names = (implementation,) if isinstance(implementation, str) else implementation
@@ -114,7 +114,7 @@ def candidates(implementation: Any, known: Sequence[str], default: Sequence[str]
 
 
 def check_tuning(tuning: Any, implementation: Any, names: Sequence[str], table: Mapping[str, Any]) -> None:
-    """Raises ValueError unless `tuning` is None, or comes with exactly one named back end and is of its kind."""
+    """Raises ValueError unless `tuning` is None, or the Tuning of exactly one named back end."""
     if tuning is None:
         return
     if implementation is None or len(names) != 1:
@@ -123,13 +123,13 @@ def check_tuning(tuning: Any, implementation: Any, names: Sequence[str], table: 
         raise ValueError(f"{tuning=} must be None or a Tuning of {names[0]!r}")
 
 
-def choose(names: Sequence[str], table: Mapping[str, Any], accepts: Callable[[Any], None]) -> str:
-    """The first of `names` whose back end `accepts` does not refuse.
+def choose(names: Sequence[str], table: Mapping[str, Any], check: Callable[[Any], Any]) -> tuple[str, Any]:
+    """Returns the first back end of `names` that accepts the call, and the plan that its check returned.
 
     Args:
       names: candidates, best first.
       table: back ends by name.
-      accepts: calls the back end's check, which raises NotImplementedError(reason).
+      check: calls a back end's check, which raises NotImplementedError(reason) or returns its plan.
 
     Raises:
       NotImplementedError: with the reason of each candidate, if all refuse.
@@ -137,9 +137,7 @@ def choose(names: Sequence[str], table: Mapping[str, Any], accepts: Callable[[An
     reasons = []
     for name in names:
         try:
-            accepts(table[name])
+            return name, check(table[name])
         except NotImplementedError as refusal:
             reasons.append(f"{name}: {refusal}")
-        else:
-            return name
     raise NotImplementedError("no back end accepts this call; " + "; ".join(reasons))

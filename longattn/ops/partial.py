@@ -1,19 +1,19 @@
-"""The two algebras of parts of a sequence: of softmax attention, and of states.
+"""How results over parts of a sequence combine: attention over some of the keys, and states over some of the tokens.
 
 Partial results of attention over disjoint sets of keys merge into the result over their union:
 
     lse = logaddexp(lse_a, lse_b);   out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 
-(section 3.1 of arXiv:2205.14135, normalised at every step). `merge` is associative and commutative up to rounding, with
-`EMPTY = (0, -inf)` as its unit, so rings, split-key decoding and sparse branches are orders of merges. Everything is
-differentiable in both fields, and at lse = -inf values and gradients are exact zeros, never NaN.
+(section 3.1 of arXiv:2205.14135, normalised at every step). Up to rounding `merge` is associative and commutative, and
+(0, -inf) is its neutral element. So rings, split-key decoding and sparse branches are orders of merges. Everything is
+differentiable in both fields. At lse = -inf values and gradients are exact zeros, never NaN.
 
-What consecutive tokens do to the state of linear attention is an affine map, and those of consecutive parts `chain`:
+Consecutive tokens change the state of linear attention by an affine map. `chain` composes the maps of two parts:
 
     S -> M S + N;   later . earlier = (M_l M_e, M_l N_e + N_l)
 
-M is a product of decays, a number per channel; with the delta rule (arXiv:2406.06484) a matrix. As matrices do not
-commute the order of the parts matters; that of chaining does not, up to rounding. Where a segment begins M is 0.
+M is a product of decays, one number per channel; with the delta rule (arXiv:2406.06484) it is a matrix. Matrices do not
+commute, so the order of the parts matters. Chaining is associative up to rounding. M is 0 where a segment begins.
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ from longattn.shapes import Out, Statistic
 
 
 class Partial(NamedTuple):
-    """Attention over some of the keys."""
+    """The result of attention over some of the keys."""
 
-    out: Out  # float32 (float64 for float64 inputs), normalised over the keys seen; zeros where there is none
-    lse: Statistic  # the same dtype, natural logarithm of the sum of exp(logits); -inf where no key is seen
+    out: Out  # float32 (float64 for float64 inputs), normalised over the keys seen; zero if no key is seen
+    lse: Statistic  # the same dtype, natural logarithm of the sum of exp(logits); -inf if no key is seen
 
 
 def _finite(lse: Array) -> Array:
-    """`lse` with 0 for -inf: what to subtract under exp, where -inf - -inf would be NaN."""
+    """Returns lse with 0 for -inf, to be subtracted under exp: -inf - -inf would be NaN."""
     return jnp.where(lse == -jnp.inf, 0.0, lse)
 
 
 def logaddexp(a: Array, b: Array) -> Array:
-    """log(exp(a) + exp(b)) whose value and gradients are right at -inf, also for non-finite cotangents there."""
+    """Returns log(exp(a) + exp(b)). Value and gradients are right at -inf, even for non-finite cotangents there."""
     m = jax.lax.stop_gradient(_finite(jnp.maximum(a, b)))
     total = jnp.exp(a - m) + jnp.exp(b - m)
     return jnp.where(total == 0, -jnp.inf, m + jnp.log(jnp.where(total == 0, 1.0, total)))
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """Attention over the union of two disjoint sets of keys."""
+    """Returns attention over the union of two disjoint sets of keys."""
     lse = logaddexp(a.lse, b.lse)
     weight_a, weight_b = jnp.exp(a.lse - _finite(lse)), jnp.exp(b.lse - _finite(lse))
     return Partial(weight_a[..., None] * a.out + weight_b[..., None] * b.out, lse)
 
 
 def finish(p: Partial, sinks: Float[Array, "H"] | None = None, dtype: Any = None) -> Partial:
-    """The end of an order of merges: adds the sinks, one more logit per head in the denominator, and casts `out`.
+    """Adds the sinks (one more logit per head in the denominator) after the last merge, and casts `out`.
 
-    Call it once: merging results that already hold the sinks would count them twice.
+    Call it once: merging results that already hold the sinks counts them twice.
 
     Args:
       p: attention over all keys.
-      sinks: one logit per head, or None for none.
-      dtype: of the result's `out`; None keeps float32. `lse` keeps its dtype.
+      sinks: one logit per head, or None.
+      dtype: the dtype of the returned `out`; None keeps float32. `lse` keeps its dtype.
 
     Returns:
-      The finished attention; where no key is visible, `out` is zero and `lse` the sink's logit.
+      The finished attention. Where no key is visible `out` is zero and `lse` is the sink's logit.
     """
     out, lse = p
     if sinks is not None:
@@ -76,24 +76,24 @@ def finish(p: Partial, sinks: Float[Array, "H"] | None = None, dtype: Any = None
 
 
 class Affine(NamedTuple):
-    """What consecutive tokens do to a state S [B H D V], which becomes transition S + state. float32, or float64."""
+    """The map S -> transition S + state by which consecutive tokens change a state. float32, or float64."""
 
-    transition: Float[Array, "B H #D"] | Float[Array, "B H D D"]  # decays of rows of S, 1 for all of them, or a matrix
-    state: Float[Array, "B H D V"]  # what they make of a state of zeros
+    transition: Float[Array, "B H #D"] | Float[Array, "B H D D"]  # decays per row of S, or one, or a matrix
+    state: Float[Array, "B H D V"]  # the state after the tokens, from zeros
 
 
 def _times(transition: Array, x: Array) -> Array:
-    """The transition times a state or a transition of its own kind, in full products."""
+    """Returns the transition times a state, or times a transition of its own kind, in full precision."""
     if transition.ndim == 4:
         return jnp.einsum("BHCD,BHDV->BHCV", transition, x, precision=Precision.HIGHEST)
     return (transition if x.ndim == 3 else transition[..., None]) * x
 
 
 def advance(S: Float[Array, "B H D V"], tokens: Affine) -> Float[Array, "B H D V"]:
-    """The state after the tokens, from the one before them."""
+    """Returns the state after the tokens, from the state before them."""
     return _times(tokens.transition, S) + tokens.state
 
 
 def chain(earlier: Affine, later: Affine) -> Affine:
-    """What earlier tokens and then later ones do."""
+    """Returns the map of earlier tokens followed by later ones."""
     return Affine(_times(later.transition, earlier.transition), advance(earlier.state, later))

@@ -1,6 +1,6 @@
-"""The functions of `longattn.ops` over a device mesh, on global arrays."""
+"""The functions of `longattn.ops` over a device mesh: they take and return global arrays."""
 
-from longattn.parallel.api import STRATEGIES, attention, attention_with_lse
+from longattn.parallel.attention import STRATEGIES, attention, attention_with_lse
 from longattn.parallel.conv import short_convolution
 from longattn.parallel.layout import SequenceLayout
 from longattn.parallel.linear import linear_attention

@@ -1,17 +1,18 @@
-"""DistFlashAttn's balanced schedule (arXiv:2310.03294, section 3.2): devices without work of their own help others.
+"""DistFlashAttn's balanced schedule (arXiv:2310.03294, section 3.2): idle devices help others.
 
-Under a causal mask device i of a contiguous layout has i + 1 shards of keys to see. At step t = 1 .. P // 2, device
-i >= t attends to the keys of device i - t, which sent them; device i < t, which has no such keys, takes the queries of
-device i - t + P against its own keys, and sends back the partial result, which its owner merges. Every pair is computed
-once, in P // 2 + 1 steps; for even P half of the devices idle in the last one. (The paper's algorithm 2 stops its
-helpers at the last step for odd P, too, which loses (P - 1) / 2 pairs; here they go on.)
+Under a causal mask device i of a contiguous layout sees i + 1 shards of keys. At step t = 1 .. P // 2, device i >= t
+attends to the keys of device i - t, which sent them. Device i < t has no such keys. It takes the queries of device
+i - t + P, attends with them to its own keys, and sends the partial result back to their owner, which merges it. Every
+pair is computed once, in P // 2 + 1 steps; for even P half of the devices idle in the last one. (The paper's algorithm
+2 stops its helpers at the last step for odd P, too, which loses (P - 1) / 2 pairs. Here they go on.)
 
-In the backward pass keys, or queries with the cotangent and its statistics, go the same ways, and the gradients of what
-was lent go back. While step t is computed, what step t + 1 needs and what step t - 1 found for others are on their way.
+The backward pass has the same schedule. Keys travel, or queries with the cotangent and its statistics, and the
+gradients of what was lent come back. While step t is computed, the inputs of step t + 1 and the results that step t - 1
+found for others are in transit.
 
 Per device and layer on average, in units of S K D elements of k and as many of v, T H D of q and T H V of out:
 
-    forward     (P - 1) / 2P pairs; half of them, a little more for even P, cost 1 / P of k and of v, the others 1 / P
+    forward     (P - 1) / 2P pairs. Half of them, a little more for even P, cost 1 / P of k and of v; the others 1 / P
                 of q, and of out in float32
     backward    the former 1 / P of k and of v, and of dk and of dv in float32; the others 1 / P of q and of dout, and
                 of dq in float32
@@ -37,32 +38,32 @@ from longattn.ops import partial as partials
 from longattn.ops.attention.contract import Visibility
 from longattn.ops.partial import Partial
 from longattn.parallel import pairs
-from longattn.parallel.spec import Call, Edges, Strategy, sent, without_out
+from longattn.parallel.strategy import Call, Edges, Strategy, sent, without_out
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Who lends what to whom, and which pairs are computed."""
+    """One step of the schedule: who lends what to whom, and which pairs are computed."""
 
     t: int
-    keys: Edges  # from their owner to the device whose queries see them
-    queries: Edges  # from their owner to the device that helps
-    which: np.ndarray  # bool [P P], all pairs that a device may be at, those without work too
+    keys: Edges  # (owner, device whose queries see them)
+    queries: Edges  # (owner, device that helps)
+    which: np.ndarray  # bool [P P], the pair of every device, those without work too
 
     def at(self, device: Any) -> tuple[Any, Any]:
-        """The pair (queries of, keys of) that a device is at; it is empty where it idles."""
+        """A device's pair at this step: (whose queries, whose keys); the mask shows none of it where it idles."""
         t, P, xp = self.t, len(self.which), jnp if isinstance(device, jax.Array) else np
-        if 2 * t < P:  # whose keys a device has not, it helps
+        if 2 * t < P:  # device i < t helps device i - t + P
             return xp.where(device >= t, device, device - t + P), xp.where(device >= t, device - t, device)
         return device, (device - t) % P
 
 
 def steps(needed: np.ndarray) -> list[Step]:
-    """The schedule for the pairs that are needed [P P], on and below the diagonal; steps without any are left out."""
+    """The schedule for the pairs needed [P P], all on or below the diagonal; steps without pairs are left out."""
     P, found = len(needed), []
     for t in range(1, P // 2 + 1):
         keys = [(i - t, i) for i in range(t, P) if needed[i, i - t]]
-        helped = range(P - t, P) if 2 * t < P else ()  # at 2 t = P the pairs of helpers are the others' own
+        helped = range(P - t, P) if 2 * t < P else ()  # at 2 t = P the helpers' pairs are those of the owners
         queries = [(i, i + t - P) for i in helped if needed[i, i + t - P]]
         step = Step(t, keys, queries, np.zeros((P, P), bool))
         step.which[step.at(np.arange(P))] = True
@@ -76,7 +77,7 @@ def _back(edges: Edges) -> Edges:
 
 
 class _Roles:
-    """What this device does at a step."""
+    """This device's part in a step: it computes for itself or helps another device."""
 
     def __init__(self, step: Step, call: Call):
         self.step, self.axis = step, call.axis
@@ -85,29 +86,30 @@ class _Roles:
         self.own = self.device >= step.t if step.queries else None  # None: nobody helps
 
     def choose(self, own: Any, other: Any) -> Any:
-        """Of this device's queries, or of those that it helps."""
+        """`own` where this device computes for itself, `other` where it helps."""
         return own if self.own is None else jax.tree.map(lambda a, b: jnp.where(self.own, a, b), own, other)
 
     def lend(self, queries: Any, keys: Any) -> tuple[Any, Any]:
-        """What arrives here: queries to help with (None where nobody helps), and keys."""
+        """Sends and returns what arrives here: queries to help with (None where nobody helps), and keys."""
         lent = sent(queries, self.axis, self.step.queries, "queries") if self.step.queries else None
         return lent, sent(keys, self.axis, self.step.keys, "keys")
 
 
 class _Work(NamedTuple):
-    """What is done with the pair of a step."""
+    """What a pass does at each step: the forward and the backward pass walk the same schedule."""
 
     compute: Callable[..., Any]  # (roles, queries, keys) -> found
-    keep: Callable[..., Any]  # (sums, roles, found) -> sums, with what was found of this device's own
-    give: Callable[..., Any]  # (roles, found) -> what others found of this device's own, sent here
-    take: Callable[..., Any]  # (sums, roles, given) -> sums, with that
+    keep: Callable[..., Any]  # (sums, roles, found) -> sums, with the results of this device's own queries or keys
+    give: Callable[..., Any]  # (roles, found) -> results that other devices found for this one, sent here
+    take: Callable[..., Any]  # (sums, roles, given) -> sums, with those
 
 
 def _walk(queries: Any, keys: Any, call: Call, needed: np.ndarray, work: _Work, sums: Any) -> Any:
-    """All steps; what the next one needs is on its way while one computes, and so is what the last one gives back.
+    """Runs all steps and returns the sums; the next step's inputs and the last one's results travel meanwhile.
 
-    XLA ends a transfer as soon as it thinks that enough has run since its start, and it thinks so of sums. The barriers
-    leave it nothing to run in between but what is computed, and keep it from sending what later steps need as well.
+    XLA's scheduler awaits a transfer once it estimates enough work to have passed, and it counts cheap additions. The
+    barriers leave nothing between start and end but the attention of a step. They also keep XLA from sending the inputs
+    of later steps at once.
     """
     planned = [_Roles(step, call) for step in steps(needed)]
     lent = planned[0].lend(queries, keys) if planned else None
@@ -125,9 +127,9 @@ def _walk(queries: Any, keys: Any, call: Call, needed: np.ndarray, work: _Work, 
 
 
 def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, call: Call) -> Any:
-    """Attention of this device's queries over the keys of all devices on `call.axis`."""
+    """Returns (out, lse, kept) of this device's queries over the keys of all devices on `call.axis`."""
     local, device = pairs.local(q, k, visibility, call), lax.axis_index(call.axis)
-    own = local.attend(pairs.at_distance(call.devices, [0]), device, device, q, (k, v), None)
+    own = local.attend(pairs.at_distance(call.P, [0]), device, device, q, (k, v), None)
     hidden = dispatch.vary_together((jnp.full(own.lse.shape, -jnp.inf, own.lse.dtype), q))[0]
 
     def compute(roles: _Roles, q: Array, kv: Any) -> Partial:
@@ -144,7 +146,7 @@ def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, ca
     def take(so_far: Partial, roles: _Roles, given: Partial | None) -> Partial:
         if given is None:
             return so_far
-        helped = np.isin(np.arange(call.devices), [owner for owner, _ in roles.step.queries])
+        helped = np.isin(np.arange(call.P), [owner for owner, _ in roles.step.queries])
         return partials.merge(so_far, given._replace(lse=jnp.where(jnp.asarray(helped)[device], given.lse, -jnp.inf)))
 
     out, lse = _walk(q, (k, v), call, local.pairs.needed, _Work(compute, keep, give, take), own)
@@ -152,7 +154,7 @@ def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, ca
 
 
 def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, visibility: Visibility, call: Call) -> Any:
-    """Its gradients."""
+    """Returns dq, dk, dv and no dbias for `forward`."""
     q, k, v = kept
     local, device = pairs.local(q, k, visibility, call), lax.axis_index(call.axis)
     dlse = without_out(out, do, dlse)
@@ -181,12 +183,13 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, visibili
         return tuple(a if b is None else a + b for a, b in zip(sums, given))
 
     queries = q, lse, do, dlse
-    own = gradients(pairs.at_distance(call.devices, [0]), (device, device), queries, (k, v))
+    own = gradients(pairs.at_distance(call.P, [0]), (device, device), queries, (k, v))
     return *_walk(queries, (k, v), call, local.pairs.needed, _Work(compute, keep, give, take), own), None
 
 
-def _check(mask: Mask, T: int, S: int, call: Call) -> None:
-    if call.layout.name != "contiguous":
+def check(mask: Mask, T: int, S: int, call: Call) -> None:
+    """Raises NotImplementedError for a layout that is balanced by itself, and for a mask that shows later keys."""
+    if call.layout.name not in BALANCED.layouts:
         raise NotImplementedError(
             f"strategy='balanced' balances the contiguous layout, not {call.layout.name}, which is balanced by itself; "
             "use strategy='ring'"
@@ -199,4 +202,12 @@ def _check(mask: Mask, T: int, S: int, call: Call) -> None:
         )
 
 
-BALANCED = Strategy(forward, backward, check=_check)
+BALANCED = Strategy(
+    "balanced",
+    "devices without work of their own under a causal mask help others",
+    forward,
+    backward,
+    layouts=("contiguous",),
+    even=True,
+    check=check,
+)

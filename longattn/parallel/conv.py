@@ -1,4 +1,4 @@
-"""The short causal convolution over a mesh: each device takes the few inputs before its own from the previous one."""
+"""The short causal convolution over a mesh: each device receives the few inputs before its own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from longattn.ops import conv, dispatch
-from longattn.parallel.api import axes, divide_rows
 from longattn.parallel.layout import Axis, devices_on
 from longattn.parallel.linear_state import continues, first, last, previous, where
-from longattn.parallel.mesh import divide_tokens
+from longattn.parallel.mesh import axes, divide_rows, divide_tokens
 
 
 def _before(x, weight, segment_ids, tail, axis):
-    """The C - 1 inputs before this device's: of the device before it those of its last segment, if it goes on here."""
+    """Returns the C - 1 inputs before this device's. The previous device sends those of its last segment."""
     taps = weight.shape[1] - 1
     ids = None if segment_ids is None else segment_ids[:, x.shape[1] - taps :]
     _, left = conv.short_convolution(x[:, x.shape[1] - taps :], weight, segment_ids=ids)
@@ -65,25 +64,25 @@ def short_convolution(
 ) -> tuple[Float[Array, "B T E"], Float[Array, "B C-1 E"]]:
     """`longattn.ops.conv.short_convolution` over a mesh: B along `batch_axes`, T along `axis`, E along `head_axis`.
 
-    A device sends its last C - 1 inputs to the next, in x's dtype, and in the backward pass their gradient back; and a
-    tail that is asked for is summed.
+    A device sends its last C - 1 inputs to the next, in x's dtype, and receives their gradient in the backward pass. If
+    the tail is used, the last device's tail is summed, among zeros, to all.
 
     Args:
-      x: global; arrays that lie otherwise are moved.
+      x: a global array; one that is sharded otherwise is moved.
       mesh: a Mesh (its axes Auto), or an AbstractMesh; None is the current one (`jax.set_mesh`).
-      axis: the mesh axis, or several, along which the sequence is spread, in order: device i holds the i-th part.
-      batch_axes: mesh axes along which sequences are spread; those that the mesh has.
-      head_axis: the mesh axis along which channels are spread, if the mesh has it; None: all are on each device.
+      axis: the mesh axis, or several, along which the sequence is sharded, in order: device i holds shard i.
+      batch_axes: mesh axes along which B is sharded; those that the mesh has.
+      head_axis: the mesh axis along which channels are sharded, if the mesh has it; None: all are on each device.
       weight, bias, segment_ids, tail, activation: as for `longattn.ops.conv.short_convolution`, global.
 
     Returns:
-      y and the tail for the next call, spread likewise; along `axis` each device has the tail.
+      y and the tail for the next call, sharded likewise; along `axis` each device has the tail.
 
     Raises:
       ValueError: for invalid arguments: an axis that the mesh lacks or that is not Auto; B or T that its devices do not
         divide.
-      NotImplementedError: with the reason, for parts of fewer than C - 1 tokens, and for channels that `head_axis` does
-        not divide.
+      NotImplementedError: with the reason, for shards of fewer than C - 1 tokens, and for channels that `head_axis`
+        does not divide.
     """
     mesh, batch, head = axes(mesh, axis, batch_axes, head_axis or "")
     tail = conv.validate_short(x, weight, bias, segment_ids=segment_ids, tail=tail, activation=activation)

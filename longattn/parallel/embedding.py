@@ -1,4 +1,4 @@
-"""Rows of an embedding that is sliced along E over a mesh, for tokens that are spread over it."""
+"""Look-up of embedding rows over a mesh, with the table sliced along E and the tokens sharded."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ def rows(
     scale: float,
     dtype: Any,
 ) -> Float[Array, "B T E"]:
-    """`scale * table[tokens]` in `dtype`, spread like the tokens; the table is never whole on a device.
+    """`scale * table[tokens]` in `dtype`, sharded like the tokens; the table is never whole on a device.
 
-    Each device looks up its slice of the rows of all tokens on the axes `SLICED`, and an all-to-all brings the slices
-    of a row together: B T E elements of `dtype` in all, whatever W is, and as many in the backward pass, where each
-    device sums the gradient of its slice in the table's dtype.
+    Each device looks up its slice of the rows of all tokens on the axes `SLICED`, and an all-to-all joins the slices of
+    a row. All devices together send B T E elements of `dtype`, whatever W is, and the same in the backward pass. There
+    each device sums the gradient of its slice in the table's dtype.
 
     Args:
-      table: sliced along E over the axes `SLICED` of the mesh, which must divide E.
-      tokens: int32 in [0, W), B and T as `spec` says.
-      mesh: whose axes are Auto.
-      spec: how tokens lie.
-      scale: of the rows.
-      dtype: of the rows on their way, and of the result.
+      table: the embedding, sliced along E over the axes `SLICED` of the mesh, which must divide E.
+      tokens: int32 in [0, W), with B and T sharded by `spec`.
+      mesh: the mesh, all of whose axes are Auto.
+      spec: the sharding of the tokens.
+      scale: factor of the rows.
+      dtype: dtype of the rows sent, and of the result.
 
     Raises:
       ValueError: where the devices on `SLICED` do not divide E.
     """
     axes = tuple(axis for axis in SLICED if axis in mesh.axis_names)
-    tokens_lie, table_lies = fit(spec, mesh), sharding(mesh, P(None, axes), table.shape, "the embedding").spec
+    token_spec, table_spec = fit(spec, mesh), sharding(mesh, P(None, axes), table.shape, "the embedding").spec
     devices = math.prod(mesh.shape[axis] for axis in axes)
 
     @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(table_lies, tokens_lie), out_specs=P(*tokens_lie, None), check_vma=True
+        jax.shard_map, mesh=mesh, in_specs=(table_spec, token_spec), out_specs=P(*token_spec, None), check_vma=True
     )
     def local(table: Array, tokens: Array) -> Array:
         table, tokens = dispatch.vary_together((table, tokens))
@@ -56,7 +56,7 @@ def rows(
         with jax.named_scope("gather"):
             everyone = lax.all_gather(tokens, axes)  # [devices b t]
         slices = (jnp.take(table, everyone, axis=0) * scale).astype(dtype)  # [devices b t e]
-        with jax.named_scope("exchange"):  # of my tokens, a slice from each device
+        with jax.named_scope("exchange"):  # brings this device's tokens a slice from each device
             mine = lax.all_to_all(slices, axes, split_axis=0, concat_axis=0)
         return jnp.moveaxis(mine, 0, 2).reshape(*tokens.shape, devices * table.shape[1])
 

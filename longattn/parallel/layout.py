@@ -1,19 +1,19 @@
-"""In which order a sequence lies on the devices along an axis: one value that all who read positions share.
+"""The order of a sequence over the devices along an axis: one value that everything that reads positions shares.
 
-    contiguous    device i holds the i-th part
-    zigzag        of 2 P parts, device i holds parts i and 2 P - 1 - i: under a causal mask all devices have the same
-                  work (arXiv:2407.21783, section 3.3.2)
-    striped       token t is on device t mod P: likewise, up to the diagonal (arXiv:2311.09431)
+    contiguous    device i holds the i-th of P pieces
+    zigzag        device i holds pieces i and 2 P - 1 - i of 2 P: under a causal mask all devices have the same work
+                  (arXiv:2407.21783, section 3.3.2)
+    striped       device t mod P holds token t: the same work up to the diagonal (arXiv:2311.09431)
 
-Global arrays are in the layout's order along axis 1, so that a part of them is one slice. Every device holds its tokens
-in the order of their positions.
+Global arrays are in the layout's order along axis 1, so that each shard is one slice of them. Every device holds its
+tokens in the order of their positions.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,14 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
+from longattn.config.mesh import LayoutName, layout_unit
 from longattn.shapes import suggest
 
-Name = Literal["contiguous", "zigzag", "striped"]
 Axis = str | tuple[str, ...]  # a mesh axis, or several, the devices in row-major order
 
 
 def names_of(axis: Axis) -> tuple[str, ...]:
-    """The mesh axes of an axis."""
+    """The names of the mesh axes that `axis` stands for."""
     return (axis,) if isinstance(axis, str) else tuple(axis)
 
 
@@ -40,33 +40,36 @@ def devices_on(mesh: Mesh | AbstractMesh, axis: Axis) -> int:
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """The order of a sequence over P devices. Hashable and static."""
+    """The order of a sequence over P devices, or over the P shards that devices of an inner axis divide again.
 
-    name: Name = "contiguous"
+    Hashable and static.
+    """
+
+    name: LayoutName = "contiguous"
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(Name):
-            raise ValueError(f"layout {self.name!r} must be one; {suggest(str(self.name), get_args(Name))}")
+        if self.name not in get_args(LayoutName):
+            raise ValueError(f"layout {self.name!r} must be one; {suggest(str(self.name), get_args(LayoutName))}")
 
     def unit(self, P: int) -> int:
-        """What divides every length that lies on P devices."""
-        return 2 * P if self.name == "zigzag" and P > 1 else P
+        """The number whose multiples the layout divides over P devices."""
+        return layout_unit(self.name, P)
 
     def check(self, length: int, P: int, name: str = "T") -> None:
         """Raises ValueError, naming the next length, where the layout does not divide this one."""
         if length % (unit := self.unit(P)):
-            parts = f"{P} devices along the sequence" + (", two parts each" if unit > P else "")
+            devices = f"{P} devices along the sequence" + (", two pieces each" if unit > P else "")
             raise ValueError(
-                f"{name}={length} must be a multiple of {unit} for the {self.name} layout ({parts}); pad it to "
+                f"{name}={length} must be a multiple of {unit} for the {self.name} layout ({devices}); pad it to "
                 f"{-(-length // unit) * unit}"
             )
 
     def _halves(self, P: int) -> np.ndarray:
-        """Of zigzag, the parts in the layout's order."""
+        """The pieces of zigzag in the layout's order."""
         return np.stack([np.arange(P), 2 * P - 1 - np.arange(P)], 1).reshape(-1)
 
     def permute(self, x: Any, P: int) -> Any:
-        """An array [B T ...] of sequences in order, in the layout's order; NumPy stays NumPy."""
+        """An array [B T ...] from the order of the sequence into the layout's; NumPy stays NumPy."""
         return self._reordered(x, P, back=False)
 
     def restore(self, x: Any, P: int) -> Any:
@@ -88,7 +91,7 @@ class SequenceLayout:
         return self.permute(np.arange(T, dtype=np.int32)[None], P)[0]
 
     def local_positions(self, device: Any, T: int, P: int) -> Int32[Array, " t"]:
-        """The positions of a device's tokens, of T in all; `device` may be traced."""
+        """The positions of one device's tokens, of T in all; `device` may be traced."""
         n, device = T // P, jnp.asarray(device, jnp.int32)
         at = jnp.arange(n, dtype=jnp.int32)
         if self.name == "striped":
@@ -99,14 +102,14 @@ class SequenceLayout:
         return jnp.where(at < half, at + device * half, at + (2 * P - 1 - device) * half - half)
 
     def runs(self, device: int, T: int, P: int) -> list[tuple[int, int]]:
-        """Bounds, both included, of the positions of a device's pieces: equal pieces of its tokens, in their order."""
+        """(first, last) positions of a device's pieces, which are equal in length and in the order of its tokens."""
         n = T // P
         if self.name == "striped":
             return [(device, device + (n - 1) * P)]
         if self.name == "contiguous" or P == 1:
             return [(device * n, (device + 1) * n - 1)]
         half = n // 2
-        return [(part * half, (part + 1) * half - 1) for part in (device, 2 * P - 1 - device)]
+        return [(piece * half, (piece + 1) * half - 1) for piece in (device, 2 * P - 1 - device)]
 
 
 def convert(
@@ -118,34 +121,34 @@ def convert(
     axis: Axis,
     batch_axes: tuple[str, ...] = (),
 ) -> Float[Array, "B T ..."]:
-    """A global array [B T ...] in another layout: each device sends its tokens to where they belong, once.
+    """Returns a global array [B T ...] in another layout.
 
-    Between zigzag and contiguous by two permutations of half shards, of striped by an all-to-all of whole shards: at
-    most B T / P elements of each trailing index leave a device. Along two axes the layouts order the parts of the
-    first, and a device holds a piece of one, which is sent whole.
+    Two permutations of half shards convert between zigzag and contiguous, an all-to-all between striped and contiguous.
+    At most B T / P elements of each trailing index leave a device in each. Zigzag becomes striped by way of contiguous.
+    Along two axes the layouts order the shards of the outer one, and each device sends its part of a shard whole.
 
     Args:
-      x: in the order of `source`, T along `axis`.
+      x: the array, in the order of `source`, with T sharded along `axis`.
       source, target: the layouts.
-      mesh: whose axes are Auto.
-      axis: along which the sequence lies.
-      batch_axes: along which sequences lie.
+      mesh: the mesh, all of whose axes are Auto.
+      axis: the mesh axis, or two, along which the sequence is sharded.
+      batch_axes: mesh axes along which the batch is sharded.
 
     Raises:
       ValueError: for a length that a layout does not divide; with striped, T must be a multiple of the devices' square.
-      NotImplementedError: along two axes for striped, and for zigzag where the second has an odd number of devices:
-        what a device holds is then no piece of the sequence.
+      NotImplementedError: along two axes for striped, and for zigzag where the inner one has an odd number of devices:
+        the tokens of a device are then not contiguous in the sequence.
     """
-    P, parts = devices_on(mesh, axis), mesh.shape[names_of(axis)[0]]
+    P, shards = devices_on(mesh, axis), mesh.shape[names_of(axis)[0]]
     for layout in (source, target):
-        layout.check(x.shape[1], parts)
-    if source == target or parts == 1:
+        layout.check(x.shape[1], shards)
+    if source == target or shards == 1:
         return x
-    if parts < P and ("striped" in (source.name, target.name) or P // parts % 2):
+    if shards < P and ("striped" in (source.name, target.name) or P // shards % 2):
         raise NotImplementedError(
-            f"a sequence along {axis}, {parts} parts of {P // parts} devices each, is not converted from {source.name} "
-            f"to {target.name}; choose the layout contiguous, zigzag with an even number of devices to a part, or a "
-            "strategy with one axis"
+            f"a sequence along {axis}, {shards} shards of {P // shards} devices each, is not converted from "
+            f"{source.name} to {target.name}; choose the layout contiguous, zigzag with an even number of "
+            "devices to a shard, or a strategy with one axis"
         )
     if "striped" in (source.name, target.name) and x.shape[1] % P**2:
         raise ValueError(
@@ -156,8 +159,8 @@ def convert(
 
     def local(x: Array) -> Array:
         with jax.named_scope(f"{source.name}_to_{target.name}"):
-            if parts < P:
-                pieces, places = source.positions(P, parts), np.argsort(target.positions(P, parts))
+            if shards < P:
+                pieces, places = source.positions(P, shards), np.argsort(target.positions(P, shards))
                 return lax.ppermute(x, axis, [(i, int(places[piece])) for i, piece in enumerate(pieces)])
             if source.name != "contiguous":
                 x = _gather(x, source, axis, P)
@@ -167,16 +170,16 @@ def convert(
 
 
 def _gather(x: Array, layout: SequenceLayout, axis: Axis, P: int) -> Array:
-    """A device's tokens [B n ...] of the layout become those of the contiguous one."""
+    """Sends a device's tokens [B n ...] of the layout, and returns its tokens of the contiguous layout."""
     if layout.name == "striped":
         B, n, *rest = x.shape
         x = lax.all_to_all(x, axis, split_axis=1, concat_axis=1, tiled=True)  # (sender, its n/P tokens in order)
         return x.reshape(B, P, n // P, *rest).swapaxes(1, 2).reshape(x.shape)
     device = lax.axis_index(axis)
-    low, high = jnp.split(x, 2, 1)  # parts `device` and 2 P - 1 - device: one is even, one is odd
+    low, high = jnp.split(x, 2, 1)  # pieces `device` and 2 P - 1 - device: one is even, one is odd
     even, odd = _ordered(device % 2 == 1, low, high)
-    parts = [(i, 2 * P - 1 - i) for i in range(P)]
-    to = [[(i, part // 2) for i in range(P) for part in parts[i] if part % 2 == parity] for parity in (0, 1)]
+    pieces = [(i, 2 * P - 1 - i) for i in range(P)]
+    to = [[(i, piece // 2) for i in range(P) for piece in pieces[i] if piece % 2 == parity] for parity in (0, 1)]
     return jnp.concatenate([lax.ppermute(even, axis, to[0]), lax.ppermute(odd, axis, to[1])], 1)
 
 
@@ -186,8 +189,8 @@ def _scatter(x: Array, layout: SequenceLayout, axis: Axis, P: int) -> Array:
         B, n, *rest = x.shape
         x = x.reshape(B, n // P, P, *rest).swapaxes(1, 2).reshape(x.shape)
         return lax.all_to_all(x, axis, split_axis=1, concat_axis=1, tiled=True)
-    even, odd = jnp.split(x, 2, 1)  # parts 2 device and 2 device + 1
-    holder = lambda part: part if part < P else 2 * P - 1 - part
+    even, odd = jnp.split(x, 2, 1)  # pieces 2 device and 2 device + 1
+    holder = lambda piece: piece if piece < P else 2 * P - 1 - piece
     even = lax.ppermute(even, axis, [(i, holder(2 * i)) for i in range(P)])
     odd = lax.ppermute(odd, axis, [(i, holder(2 * i + 1)) for i in range(P)])
     return jnp.concatenate(_ordered(lax.axis_index(axis) % 2 == 1, even, odd), 1)

@@ -1,6 +1,6 @@
-"""Linear attention over a mesh: sequences, their tokens and heads divided among devices.
+"""Linear attention over a mesh: batch, sequence and heads sharded.
 
-The devices that share a sequence hand on states: see `longattn.parallel.linear_state`.
+Devices that share a sequence exchange states: see `longattn.parallel.linear_state`.
 """
 
 from __future__ import annotations
@@ -16,39 +16,36 @@ from jaxtyping import Array, Float
 
 from longattn.ops.linear.api import linear_attention as local_linear_attention
 from longattn.ops.linear.api import validate
-from longattn.ops.linear.contract import Beta, Decay, Ids, Key, Out, Query, State, Value
+from longattn.ops.linear.contract import Arrays, Beta, Decay, Ids, Key, Out, Query, State, Value
 from longattn.parallel import linear_state
-from longattn.parallel.api import axes, divide_rows
 from longattn.parallel.layout import Axis, devices_on
-from longattn.parallel.mesh import divide_tokens
+from longattn.parallel.mesh import axes, divide_rows, divide_tokens
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "batch", "axis", "head", "options", "names"))
-def _linear_attention(arrays, *, mesh, batch, axis, head, options, names):
+def _linear_attention(x, *, mesh, batch, axis, head, options, names):
     heads = 1 if head is None else mesh.shape[head]
-    along = axis if devices_on(mesh, axis) > 1 and 0 not in arrays[0].shape[:2] else None
-    tokens = lambda x: None if x is None else P(batch, along, head if x.shape[2] % heads == 0 else None)
-    q, k, v, log_decay, beta, state, ids = arrays
-    decays = P(head) if log_decay is not None and log_decay.ndim == 1 else tokens(log_decay)
-    states = P(batch, head)
-    specs = (tokens(q), tokens(k), tokens(v), decays, tokens(beta), None if state is None else states)
+    along = axis if devices_on(mesh, axis) > 1 and 0 not in x.q.shape[:2] else None
+    tokens = lambda y: None if y is None else P(batch, along, head if y.shape[2] % heads == 0 else None)
+    specs = Arrays(
+        q=tokens(x.q),
+        k=tokens(x.k),
+        v=tokens(x.v),
+        log_decay=P(head) if x.log_decay is not None and x.log_decay.ndim == 1 else tokens(x.log_decay),
+        beta=tokens(x.beta),
+        initial_state=None if x.initial_state is None else P(batch, head),
+        segment_ids=None if x.segment_ids is None else P(batch, along),
+    )
 
     @functools.partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(*specs, None if ids is None else P(batch, along)),
-        out_specs=(P(batch, along, head), states),
-        check_vma=True,
+        jax.shard_map, mesh=mesh, in_specs=(specs,), out_specs=(P(batch, along, head), P(batch, head)), check_vma=True
     )
-    def local(q, k, v, log_decay, beta, state, ids):
+    def local(x):
         if along is not None:
-            return linear_state.attend(q, k, v, log_decay, beta, state, ids, axis, options, names)
-        return local_linear_attention(
-            q, k, v, log_decay=log_decay, beta=beta, initial_state=state, segment_ids=ids, scale=options.scale,
-            implementation=names, tuning=options.tuning,
-        )  # fmt: skip
+            return linear_state.attend(x, axis, options, names)
+        return local_linear_attention(**x._asdict(), scale=options.scale, implementation=names, tuning=options.tuning)
 
-    return local(*arrays)
+    return local(x)
 
 
 def linear_attention(
@@ -68,22 +65,22 @@ def linear_attention(
     implementation: str | Sequence[str] | None = None,
     tuning: Any = None,
 ) -> tuple[Out, State]:
-    """`longattn.linear_attention` of global arrays: B along `batch_axes`, T along `axis`, H along `head_axis`.
+    """`longattn.linear_attention` of global arrays: B sharded along `batch_axes`, T along `axis`, H along `head_axis`.
 
-    Where T lies in parts, devices send each other states, whose size does not depend on T, and compute 1.2 to 1.6 times
+    Devices that share a sequence send each other states, whose size does not depend on T. They compute 1.2 to 1.6 times
     the products of one device with as many tokens, forward and backward: see `longattn.parallel.linear_state`. Reverse
     mode only.
 
     Args:
-      q, k, v: global arrays; arrays that lie otherwise are moved. One head for all others to read is replicated.
+      q, k, v: global arrays; those that are sharded otherwise are moved. A single head of q, k or v is replicated.
       mesh: a Mesh (its axes Auto), or an AbstractMesh; None is the current one (`jax.set_mesh`).
-      axis: the mesh axis, or several, along which the sequence is spread, in order: device i holds the i-th part.
-      batch_axes: mesh axes along which sequences are spread; those that the mesh has.
-      head_axis: the mesh axis along which heads are spread, if the mesh has it.
+      axis: the mesh axis, or several, along which the sequence is sharded, in order: device i holds shard i.
+      batch_axes: mesh axes along which B is sharded; those that the mesh has.
+      head_axis: the mesh axis along which heads are sharded, if the mesh has it.
       log_decay, beta, initial_state, segment_ids, scale, implementation, tuning: as for `longattn.linear_attention`.
 
     Returns:
-      out and the final state, spread likewise; along `axis` each device has the final state.
+      out and the final state, sharded likewise; along `axis` each device has the final state.
 
     Raises:
       ValueError: for invalid arguments: an axis that the mesh lacks or that is not Auto; B or T that its devices do not
@@ -92,19 +89,19 @@ def linear_attention(
         serves the call.
     """
     mesh, batch, head = axes(mesh, axis, batch_axes, head_axis)
-    arrays, options, names = validate(
+    x, options, names = validate(
         q, k, v, log_decay=log_decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids, scale=scale,
         implementation=implementation, tuning=tuning,
     )  # fmt: skip
-    divide_rows(mesh, arrays[0].shape[0], batch)
-    divide_tokens(mesh, arrays[0].shape[1], axis)
+    divide_rows(mesh, x.q.shape[0], batch)
+    divide_tokens(mesh, x.q.shape[1], axis)
     heads = 1 if head is None else mesh.shape[head]
-    for name, x in zip("qkv", arrays):
-        if x.shape[2] % heads and x.shape[2] > 1:
+    for name, own in (("q", x.q.shape[2]), ("k", x.k.shape[2]), ("v", x.v.shape[2])):
+        if own % heads and own > 1:
             raise NotImplementedError(
-                f"the {x.shape[2]} heads of {name} do not divide over the {heads} devices on {head!r}; use a mesh "
-                f"whose {head!r} divides {x.shape[2]}"
+                f"the {own} heads of {name} do not divide over the {heads} devices on {head!r}; use a mesh whose "
+                f"{head!r} divides {own}"
             )
-    if max(x.shape[2] for x in arrays[:3]) % heads:
+    if x.H % heads:
         raise NotImplementedError(f"one head does not divide over the {heads} devices on {head!r}; use a mesh with one")
-    return tuple(_linear_attention(arrays, mesh=mesh, batch=batch, axis=axis, head=head, options=options, names=names))
+    return tuple(_linear_attention(x, mesh=mesh, batch=batch, axis=axis, head=head, options=options, names=names))

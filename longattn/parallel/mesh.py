@@ -1,12 +1,14 @@
-"""The device mesh, and which axis of which array lies along which of its axes.
+"""The device mesh, and the sharding of every array over it.
 
-Four axes. `data`: rows of the batch. `fsdp`: rows of the batch too. `tensor`: heads and the MLP's width
-(arXiv:1909.08053). `seq`: positions; where there is a fifth axis, `ring`, they lie along `ring` and, within, along
-`seq`. Of every matrix a device on `fsdp`, `ring` and `seq` holds a slice, gathered where it is used (ZeRO stage 3,
-arXiv:1910.02054); over `data` they are replicated. All axes are Auto: the partitioner lays out what is outside of a
-shard_map.
+    data        rows of the batch; parameters are replicated
+    fsdp        rows of the batch; a slice of every matrix, gathered where it is used (ZeRO stage 3, arXiv:1910.02054)
+    tensor      heads and the MLP's width (arXiv:1909.08053)
+    seq         positions; a slice of every matrix, as fsdp
+    ring        an optional fifth axis: positions are then sharded along `ring`, and each shard along `seq`
 
-A parameter lies as the first rule says whose pattern is found in its path, such as "layers/layer_0/mixer/q". The
+All axes are Auto: the partitioner shards the arrays outside a shard_map.
+
+The first rule whose pattern is found in a parameter's path, such as "layers/layer_0/mixer/q", gives its sharding. The
 optimiser's moments have the parameter's path as the end of their own, so the same rules hold for them.
 """
 
@@ -24,30 +26,15 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from longattn.parallel.layout import Axis, devices_on
+from longattn.parallel.layout import Axis, devices_on, names_of
+from longattn.shapes import suggest
 
-AXES = ("data", "fsdp", "tensor", "ring", "seq")  # all that a mesh may have; ring only where it has several devices
-SLICED = ("fsdp", "ring", "seq")  # the axes over which matrices are sliced, along E
+AXES = ("data", "fsdp", "tensor", "ring", "seq")  # the axes of a mesh; ring is left out where it has one device
+SLICED = ("fsdp", "ring", "seq")  # the axes that slice matrices along E
 
-Rule = tuple[str, P]  # a regular expression for `re.search` in the path, and how the array lies
+Rule = tuple[str, P]  # a regular expression for `re.search` in the path, and the array's sharding
 
-PARAMETERS: tuple[Rule, ...] = (
-    (r"(^|/)(embedding|head)$", P(None, SLICED)),  # [W E]; not along W: that of bytes, 257, is a prime
-    (r"/mixer/(q|k|v|gate)$", P(SLICED, "tensor", None)),  # [E H D]
-    (r"/mixer/(b|c)$", P(SLICED, None, None)),  # [E H D] of few heads, read by all of v's
-    (r"/mixer/(decay|beta)$", P(SLICED, "tensor")),  # [E H]
-    (r"/mixer/(decay|gate)_down$", P(SLICED, None)),  # [E R]
-    (r"/mixer/(decay|gate)_up$", P(None, "tensor", None)),  # [R H D]
-    (r"/mixer/(b|c)_conv(_bias)?$", P()),  # [H D C], [H D]
-    (r"/mixer/(q|k|v)_conv(_bias)?$", P("tensor")),  # [H D C], [H D]
-    (r"/mixer/(decay_log|decay_bias|skip)$", P("tensor")),  # [H], or [H D]
-    (r"/mixer/out$", P("tensor", None, SLICED)),  # [H D E]
-    (r"/mixer/sinks$", P("tensor")),  # [H]
-    (r"/mlp/(gate|up)$", P(SLICED, "tensor")),  # [E F]
-    (r"/mlp/down$", P("tensor", SLICED)),  # [F E]
-    (r"(^|_|/)norm/scale$", P()),  # [E] or [D]
-)
-STACKED = r"(^|/)layers/"  # the parameters of scanned layers have an axis of layers before those of their rule
+STACKED = r"(^|/)layers/"  # parameters of scanned layers have an axis of layers before the axes of their rule
 
 
 def make_mesh(
@@ -61,15 +48,15 @@ def make_mesh(
 ) -> Mesh:
     """A mesh of these sizes whose axes are Auto.
 
-    Neighbours on the later axes are neighbours in the machine: a process's devices follow one another along `seq` as
-    far as it goes. Devices of several slices (TPU pods joined by a slower network) are crossed by `data` alone, or by
-    `fsdp` where `data` is 1, whose messages are the fewest. Hosts of GPUs, each of which XLA counts as a slice, may be
-    crossed by every axis.
+    Neighbours on the later axes are neighbours in the machine: as many of a process's devices as `seq` has follow one
+    another along it. Between several slices (TPU pods joined by a slower network) lies `data` alone, or `fsdp` where
+    `data` is 1, since these axes send the fewest messages. XLA counts each host of GPUs as a slice; any axis may lie
+    between hosts.
 
     Args:
       data, fsdp, tensor, seq: devices along each axis; their product must be the number of devices.
-      ring: devices along one more axis, before seq; 1: the mesh has no such axis.
-      devices: any devices, those of an ahead-of-time topology too; None is all devices.
+      ring: devices along one more axis, before seq; with 1 the mesh has no such axis.
+      devices: any devices, also those of an ahead-of-time topology; None is all devices.
 
     Raises:
       ValueError: for sizes that do not multiply to the number of devices, or slices that no axis can cross.
@@ -90,7 +77,7 @@ def make_mesh(
 
 
 def _arranged(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
-    """The devices in the mesh's shape; slices lie along the first axis of more than one device."""
+    """The devices in the mesh's shape; slices are divided along `data`, or along `fsdp` where `data` is 1."""
     shape = tuple(sizes.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1 or getattr(devices[0], "platform", "") == "gpu":  # XLA numbers GPUs host by host
@@ -106,6 +93,45 @@ def _arranged(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
+def _mesh(mesh: Mesh | AbstractMesh | None, axis: Axis) -> Mesh | AbstractMesh:
+    """The mesh given, or the current one. Raises ValueError unless it has the axis, and all its axes are Auto."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if mesh.empty:
+        raise ValueError("mesh=None needs a current mesh: pass mesh= or set one with jax.set_mesh(mesh)")
+    for name in names_of(axis):
+        if name not in mesh.axis_names:
+            raise ValueError(f"{axis=} must be an axis of the mesh; {suggest(str(name), mesh.axis_names)}")
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if kind != AxisType.Auto:
+            remedy = (
+                "call longattn.attention inside a shard_map" if kind == AxisType.Manual else "make it with Auto axes"
+            )
+            raise ValueError(f"axis {name!r} of the mesh is {kind.name} and must be Auto; {remedy}")
+    return mesh
+
+
+def axes(
+    mesh: Mesh | AbstractMesh | None, axis: Axis, batch_axes: tuple[str, ...], head_axis: str
+) -> tuple[Mesh | AbstractMesh, tuple[str, ...], str | None]:
+    """The mesh to use, and its axes along which the batch and the heads are sharded.
+
+    Raises ValueError for an axis that the mesh lacks or that is not Auto, and for one named twice.
+    """
+    mesh = _mesh(mesh, axis)
+    batch = tuple(name for name in batch_axes if name in mesh.axis_names)
+    head = head_axis if head_axis in mesh.axis_names else None
+    if len({*names_of(axis), *batch, head}) != len(names_of(axis)) + len(batch) + 1:
+        raise ValueError(f"{axis=}, {batch_axes=} and {head_axis=} must be different axes of the mesh")
+    return mesh, batch, head
+
+
+def divide_rows(mesh: Mesh | AbstractMesh, B: int, batch: tuple[str, ...]) -> None:
+    """Raises ValueError unless the batch axes divide B."""
+    rows = math.prod(mesh.shape[name] for name in batch)
+    if B % rows:
+        raise ValueError(f"{B=} must be a multiple of {rows}, the devices on the batch axes {batch}")
+
+
 def divide_tokens(mesh: Mesh | AbstractMesh, T: int, axis: Axis, name: str = "T") -> None:
     """Raises ValueError, naming the next length, unless the devices along the sequence divide it."""
     devices = devices_on(mesh, axis)
@@ -115,7 +141,7 @@ def divide_tokens(mesh: Mesh | AbstractMesh, T: int, axis: Axis, name: str = "T"
 
 
 def fit(spec: P, mesh: Mesh | AbstractMesh) -> P:
-    """The spec without the axes that the mesh lacks."""
+    """The PartitionSpec without the axes that the mesh lacks."""
 
     def keep(entry: Any) -> Any:
         if isinstance(entry, tuple):
@@ -126,7 +152,10 @@ def fit(spec: P, mesh: Mesh | AbstractMesh) -> P:
 
 
 def sharding(mesh: Mesh | AbstractMesh, spec: P, shape: Sequence[int], name: str) -> NamedSharding:
-    """How an array of this shape lies. Raises ValueError, naming array and axis, where devices do not divide a size."""
+    """The sharding of an array of this shape.
+
+    Raises ValueError, naming the array and the axis, where the devices do not divide a size.
+    """
     spec = fit(spec, mesh)
     for i, entry in enumerate(spec):
         names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
@@ -139,10 +168,10 @@ def sharding(mesh: Mesh | AbstractMesh, spec: P, shape: Sequence[int], name: str
     return NamedSharding(mesh, spec)
 
 
-def shardings(mesh: Mesh | AbstractMesh, tree: Any, rules: Sequence[Rule] = PARAMETERS) -> Any:
-    """How every array of a tree lies: parameters, optimiser states or both; arrays or ShapeDtypeStructs.
+def shardings(mesh: Mesh | AbstractMesh, tree: Any, rules: Sequence[Rule]) -> Any:
+    """The shardings of a tree of parameters, optimiser states or both; scalars are replicated.
 
-    Scalars are replicated. Raises ValueError for a path that no rule matches, and where devices do not divide a size.
+    Raises ValueError for a path that no rule matches, and where devices do not divide a size.
     """
 
     def one(path: Any, x: Any) -> NamedSharding:
@@ -159,5 +188,5 @@ def shardings(mesh: Mesh | AbstractMesh, tree: Any, rules: Sequence[Rule] = PARA
 
 
 def place(x: Array, mesh: Mesh | AbstractMesh, spec: P, name: str) -> Array:
-    """`x`, held to lie as `spec` says inside a jit; `name` is for the error where devices do not divide a size."""
+    """`x`, constrained inside a jit to the sharding of `spec`; `name` names it where devices do not divide a size."""
     return jax.lax.with_sharding_constraint(x, sharding(mesh, spec, x.shape, name))

@@ -1,11 +1,11 @@
 """Queries of one device and keys of another: what a mask shows of such a pair, known before anything runs.
 
-A layout and a mask without arrays say for each pair of devices (i, j) which of i's queries see which of j's keys: none,
-all of a rectangle, the same as in one sequence in order, or what only the positions say. Strategies neither compute nor
-send for pairs without a visible key, and where all keys are visible the mask is dropped.
+A layout and a mask without arrays tell for each pair of devices (i, j) which of i's queries see which of j's keys. The
+pair may show nothing, all of a rectangle, the same as in one sequence in order, or what only the positions tell.
+Strategies neither compute nor send for pairs without a visible key. Where all keys are visible the mask is dropped.
 
-Positions that are given rise by one per token within a segment, so for masks of q - k they say what the layout's own
-positions say; of other masks nothing is known beforehand.
+Positions that are given rise by one per token within a segment. Masks of q - k then show what they show of the layout's
+own positions; of other masks nothing is known beforehand.
 """
 
 from __future__ import annotations
@@ -21,71 +21,70 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from longattn.mask import EMPTY, FULL, And, Causal, Dilated, Fn, Full, Mask, Not, Or, Window
+from longattn.mask import EMPTY, FULL, And, Causal, Fn, Full, Mask, Not, Or, Window
 from longattn.ops import dispatch
 from longattn.ops import partial as partials
 from longattn.ops.attention import attend_partial, backward_partial
 from longattn.ops.attention.contract import Visibility
 from longattn.ops.partial import Partial
-from longattn.parallel.spec import Call
+from longattn.parallel.strategy import Call
 from longattn.shapes import statistics_dtype
 
 
 @dataclass(frozen=True)
 class Case:
-    """What of a pair is computed: queries [q0, q1) against keys [k0, k1) of the devices' shards."""
+    """The part of a pair that is computed: queries [q0, q1) against keys [k0, k1) of the devices' shards."""
 
     q: tuple[int, int] = (0, 0)
     k: tuple[int, int] = (0, 0)
-    mask: Mask | None = None  # over places in the shards, which stand for positions; None: the call's, over positions
+    mask: Mask | None = None  # of indices into the shards; None: the call's mask, of positions
 
     @property
     def empty(self) -> bool:
+        """Whether there is nothing to compute."""
         return self.q[0] == self.q[1]
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Of P devices: the distinct cases, and `table[i, j]`, the case of i's queries and j's keys."""
+    """The distinct cases of P devices, and `table[i, j]`, the index of the case of i's queries and j's keys."""
 
     cases: tuple[Case, ...]
     table: np.ndarray  # int32 [P P]
 
     @property
     def needed(self) -> np.ndarray:
-        """bool [P P], where there is something to compute."""
+        """bool [P P], True where there is something to compute."""
         return ~np.array([case.empty for case in self.cases])[self.table]
 
 
 def _unknown(q_pos: Any, k_pos: Any) -> Any:
-    raise NotImplementedError  # stands for a mask in questions of kinds, is never asked for single pairs
+    raise NotImplementedError  # the Fn mask around this is asked for its kind alone, never for single pairs
 
 
 def _known(mask: Mask, in_order: bool) -> Mask:
-    """The mask, with what cannot be known of it beforehand in the place of other rules."""
+    """The mask, with `_unknown` in place of the rules that depend on arrays or on positions that are given."""
     match mask:
         case And(a, b) | Or(a, b):
             return type(mask)(_known(a, in_order), _known(b, in_order))
         case Not(a):
             return Not(_known(a, in_order))
-        case Full() | Causal() | Window() | Dilated():  # of q - k
-            return mask
-    return mask if in_order and not jax.tree.leaves(mask) else Fn(_unknown)
+    return mask if mask.is_relative or (in_order and not jax.tree.leaves(mask)) else Fn(_unknown)
 
 
 def pairs(mask: Mask, call: Call, T: int, S: int) -> Pairs:
-    """What `mask` shows of every pair of devices, for T queries and S keys in all."""
+    """The case of every pair of devices, for T queries and S keys in all."""
     return _pairs(_known(mask, call.in_order), call, T, S)
 
 
 @functools.lru_cache(maxsize=256)
 def _pairs(mask: Mask, call: Call, T: int, S: int) -> Pairs:
-    layout, P = call.layout, call.devices
+    layout, P = call.layout, call.P
     q, k = (np.array([layout.runs(i, n, P) for i in range(P)], np.int32) for n in (T, S))  # [P pieces (first, last)]
     q, k = q[:, None, :, None], k[None, :, None, :]
     kinds = mask.kind(q[..., 0], q[..., 1], k[..., 0], k[..., 1])  # [P P pieces pieces]
     cases: dict[Case, int] = {}
-    known: dict[Any, int] = {}  # by what a case depends on
+    known: dict[Any, int] = {}  # from what a case depends on to its index
     table = np.zeros((P, P), np.int32)
     for i, j in np.ndindex(P, P):
         key = kinds[i, j].tobytes(), np.sign(i - j)
@@ -97,7 +96,7 @@ def _pairs(mask: Mask, call: Call, T: int, S: int) -> Pairs:
 
 
 def _case(mask: Mask, layout: str, i: int, j: int, kinds: np.ndarray, t: int, s: int) -> Case:
-    """Of device i's t queries and j's s keys, from the kinds of their pieces."""
+    """The case of device i's t queries and j's s keys, from the kinds of their pieces."""
     rows, columns = (np.flatnonzero((kinds != EMPTY).any(axis)) for axis in (1, 0))
     if not rows.size:
         return Case()
@@ -111,19 +110,9 @@ def _case(mask: Mask, layout: str, i: int, j: int, kinds: np.ndarray, t: int, s:
     whole = (0, t), (0, s)
     if t == s and mask == Causal() and (i == j or layout == "striped"):  # every device's tokens are in order
         return Case(*whole, Causal() if j <= i else Window(t, -1))
-    if t == s and i == j and layout == "contiguous" and _of_distance(mask):
+    if t == s and i == j and layout == "contiguous" and mask.is_relative:
         return Case(*whole, mask)
     return Case(q_slice, k_slice)
-
-
-def _of_distance(mask: Mask) -> bool:
-    """Whether the mask is a rule on q - k alone."""
-    match mask:
-        case And(a, b) | Or(a, b):
-            return _of_distance(a) and _of_distance(b)
-        case Not(a):
-            return _of_distance(a)
-    return isinstance(mask, Full | Causal | Window | Dilated)
 
 
 # ---- computing a pair, of devices that are known when it runs
@@ -131,7 +120,7 @@ def _of_distance(mask: Mask) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Local:
-    """What every pair of a call is computed with: ids and positions of all devices, whole on each."""
+    """Computes any pair of a call; every device has the ids and positions of all."""
 
     call: Call
     visibility: Visibility
@@ -141,9 +130,9 @@ class Local:
 
     def options(self, case: Case, i: Any, j: Any, B: int) -> dict[str, Any]:
         """The keyword arguments of `attend_partial` for the case of device i's queries and device j's keys."""
-        call, visibility, P = self.call, self.visibility, self.call.devices
+        call, visibility, P = self.call, self.visibility, self.call.P
 
-        def part(x: Array, device: Any, length: int, within: tuple[int, int]) -> Array:
+        def shard(x: Array, device: Any, length: int, within: tuple[int, int]) -> Array:
             mine = lax.dynamic_slice_in_dim(x, device * (length // P), length // P, 1)
             return jnp.broadcast_to(mine[:, slice(*within)], (B, within[1] - within[0]))
 
@@ -153,10 +142,10 @@ class Local:
             rows = [call.layout.local_positions(device, n, P)[None, slice(*at)] for _, device, n, at in sides]
             positions = tuple(jnp.broadcast_to(x, (B, x.shape[1])) for x in rows)
         elif case.mask is None and not call.in_order:
-            positions = tuple(part(getattr(visibility, f"{side}_positions"), *rest) for side, *rest in sides)
+            positions = tuple(shard(getattr(visibility, f"{side}_positions"), *rest) for side, *rest in sides)
         segments = None
         if visibility.q_segments is not None:
-            segments = tuple(part(getattr(visibility, f"{side}_segments"), *rest) for side, *rest in sides)
+            segments = tuple(shard(getattr(visibility, f"{side}_segments"), *rest) for side, *rest in sides)
         return call.options(visibility.mask if case.mask is None else case.mask, positions, segments)
 
     def _switch(self, which: np.ndarray, i: Any, j: Any, branch: Callable[..., Any], *arrays: Any) -> Any:
@@ -172,7 +161,7 @@ class Local:
     def attend(
         self, which: np.ndarray, i: Any, j: Any, q: Array, kv: tuple[Array, Array], so_far: Partial | None
     ) -> Partial:
-        """`so_far`, of i's queries, merged with what they see of j's keys."""
+        """`so_far`, a partial of i's queries, merged with their attention over j's keys."""
 
         def branch(case: Case, q: Array, k: Array, v: Array, so_far: Partial | None) -> Partial:
             if case.empty:
@@ -190,6 +179,7 @@ class Local:
         return self._switch(which, i, j, branch, q, *kv, so_far)
 
     def _nothing(self, q: Array, v: Array) -> Partial:
+        """The partial of these queries over no keys."""
         dtype, shape = statistics_dtype(q.dtype), (*q.shape[:3], v.shape[3])
         empty = Partial(jnp.zeros(shape, dtype), jnp.full(shape[:3], -jnp.inf, dtype))
         return dispatch.vary_together((empty, q))[0]
@@ -219,12 +209,12 @@ class Local:
 
 
 def local(q: Array, k: Array, visibility: Visibility, call: Call) -> Local:
-    """Of a device's shards of q and k."""
-    T, S = (x.shape[1] * call.devices for x in (q, k))
+    """The `Local` of a call, from a device's shards of q and k."""
+    T, S = (x.shape[1] * call.P for x in (q, k))
     return Local(call, visibility, pairs(visibility.mask, call, T, S), T, S)
 
 
 def at_distance(P: int, distances: Iterable[int]) -> np.ndarray:
-    """bool [P P], the pairs (i, j) with i - j mod P in `distances`."""
+    """bool [P P], True for the pairs (i, j) with i - j mod P in `distances`."""
     i = np.arange(P)
     return np.isin((i[:, None] - i[None, :]) % P, list(distances))

@@ -1,4 +1,4 @@
-"""What a training step needs and takes on a machine that need not be there: its program is compiled, not run."""
+"""`longattn plan`: compiles a training step for a machine you don't have, and reports memory, messages and time."""
 
 from longattn.plan.command import PlanOptions, run, with_mesh
 from longattn.plan.models import MODELS

@@ -1,4 +1,4 @@
-"""The analytic model against the compilers: programs compiled once, their figures kept in `longattn/recorded`.
+"""Compares the formulas of `longattn.cost.step` with compiled programs, whose figures are kept in `longattn/recorded`.
 
 `python -m longattn.plan.calibration` compiles the cases that the file lacks, and prints the errors of all.
 """
@@ -48,7 +48,7 @@ def _of(base: Model, *mixers: Mixer, **changes: Any) -> Model:
 
 
 class Case(NamedTuple):
-    """One program."""
+    """A training step to compile."""
 
     name: str
     topology: str
@@ -56,13 +56,14 @@ class Case(NamedTuple):
 
 
 def _case(name: str, where: str, model: Model, T: int, B: int, accumulate: int = 1, **mesh: Any) -> Case:
-    mesh_of = Mesh(**{"strategy": "all_gather", **mesh})
-    config = Config(model, ByteLM(T=T, B=B), mesh_of, Optimiser(accumulate=accumulate))
+    config = Config(
+        model, ByteLM(T=T, B=B), Mesh(**{"strategy": "all_gather", **mesh}), Optimiser(accumulate=accumulate)
+    )
     sizes = " ".join(f"{axis} {n}" for axis, n in mesh.items())
     return Case(f"{name} {where} T{T} B{B} {sizes or 'alone'}", where, config)
 
 
-# Half of them need more memory than there is: the compiler's account of a program that it refuses takes seconds.
+# Half of them do not fit: a compiler refuses such a program within seconds, and still reports the memory it needs.
 CASES = (
     _case("small", "v5e:2x2", _SMALL, 524_288, 4, fsdp=4),
     _case("small remat none", "v5e:2x2", replace(_SMALL, remat="none"), 131_072, 4, fsdp=4),
@@ -101,7 +102,7 @@ CASES = (
     _case(
         "1b remat full", "v5e:4x4", replace(_1B, remat="full"), 4_194_304, 1, seq=16, strategy="ring", layout="zigzag"
     ),
-    # Linear attention; the three of 65,536 tokens fit, and those of the fewest tokens of Mamba-2 and KDA.
+    # Linear attention. The three cases of 65,536 tokens and the shortest ones of Mamba-2 and KDA fit.
     _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 524_288, 4, fsdp=4),
     _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 131_072, 16, fsdp=4),
     _case("small gated delta", "v5e:2x2", _of(_SMALL, GatedDeltaNet()), 2_097_152, 1, seq=4),
@@ -145,22 +146,22 @@ KEPT = (
 
 
 def recorded() -> dict[str, dict[str, Any]]:
-    """The compilers' figures by the case's name."""
+    """Returns the compilers' figures by case."""
     return load("calibration")
 
 
 def memory_errors() -> dict[str, float]:
-    """By case, how far the formulas' memory is from the compiler's, relative to it."""
-    found = recorded()
-    needed = lambda case: step.memory(case.config, topology.parse(case.topology))["total"]
-    return {case.name: needed(case) / found[case.name]["hbm_bytes"] - 1 for case in CASES}
+    """Returns the relative error of the formulas' memory by case."""
+    compiled = recorded()
+    predicted = lambda case: step.memory(case.config, topology.parse(case.topology))["total"]
+    return {case.name: predicted(case) / compiled[case.name]["hbm_bytes"] - 1 for case in CASES}
 
 
 def errors() -> list[dict[str, Any]]:
-    """One row for each case: the compiler's figures, the formulas', and the relative error of the memory."""
-    found, off, rows = recorded(), memory_errors(), []
+    """Returns a row per case: the compiler's figures, the formulas', and the relative error of the memory."""
+    programs, off, rows = recorded(), memory_errors(), []
     for case in CASES:
-        compiled, formula = found[case.name], step.estimate(case.config, topology.parse(case.topology))
+        compiled, formula = programs[case.name], step.estimate(case.config, topology.parse(case.topology))
         row = {
             "case": case.name,
             "hbm_bytes": compiled["hbm_bytes"],
@@ -180,7 +181,7 @@ def errors() -> list[dict[str, Any]]:
 
 
 def record(file: Path, cases: Sequence[Case] = CASES, timeout: float = 3600.0) -> None:
-    """Compile every case that the file lacks, and write it after each."""
+    """Compiles every case that the file lacks, and writes the file after each."""
     found = json.loads(file.read_text()) if file.is_file() else {}
     found = {case.name: found[case.name] for case in cases if case.name in found}
     for case in cases:

@@ -1,4 +1,4 @@
-"""`longattn plan`: the options, the machine's shape, the search, the document."""
+"""`longattn plan`: its options, the choice of a mesh, the search, and the document it returns."""
 
 from __future__ import annotations
 
@@ -15,60 +15,60 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from longattn.aot import compilers, train_step
-from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, Softmax, to_json
-from longattn.cost import flops, topology
-from longattn.cost import step as analytic
-from longattn.cost.sequence import problem, timeline
-from longattn.cost.sequence import strategies as sequence
+from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, to_json
+from longattn.cost import flops, step, topology
+from longattn.cost.sequence import problem, strategies, timeline
 from longattn.cost.topology import Topology
 from longattn.environment import commit, write_whole
-from longattn.parallel.api import STRATEGIES
+from longattn.parallel.attention import STRATEGIES, strategy_on
 from longattn.plan import search, show
 
 VERSION = 1
-_LONGEST = 2**27  # tokens; positions are int32, and nobody has asked for more
-_WIDTH = 116  # the tables': a narrower terminal wraps them
-_TILE = 128  # lengths searched are multiples of this on each device
+_LONGEST = 2**27  # tokens; the search stops here
+_WIDTH = 116  # width of the tables: a narrower terminal wraps them
+_TILE = 128  # the search tries multiples of this length on each device
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What one training step needs and takes on a machine that need not be there: it is compiled for it, not run.
+    """Compiles the training step for a TPU slice or GPU cluster you don't have, and prints memory, collectives and a
+    lower bound on the step time.
 
-    Models of any mixers. --strategies needs layers of softmax attention; --analytic knows models all of softmax
-    attention, and on TPUs those all of one kind of linear attention that are rematerialised.
+    Models may use any mixers. --strategies needs layers of softmax attention. --analytic knows models of softmax
+    attention, and on TPUs rematerialised models of one kind of linear attention.
     --T, --B, --remat and --dtype are short for --data.T, --data.B, --model.remat and --model.dtype.
     """
 
     topology: str = "v5e:4x4"  # v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, h100:8, h100:8x8 (hosts x GPUs), ...
-    search: Literal["max-length", "max-batch", "min-devices"] | None = None  # the largest, or the fewest, that fit
-    strategies: Literal["all"] | None = None  # every way to spread softmax attention; of all layouts, by formula
+    search: Literal["max-length", "max-batch", "min-devices"] | None = None  # find what just fits
+    strategies: Literal["all"] | None = None  # compile every strategy; compare all strategies and layouts by formula
     html: str = ""  # also write this page
-    cache: bool = True  # keep what was found out of each program in the user's cache folder
+    cache: bool = True  # keep the results of each compilation in the user's cache folder
     timeout: float = 1800.0  # seconds for one compilation
-    analytic: bool = False  # by formula, at once, instead of by the compiler
+    analytic: bool = False  # estimate by formula, at once, instead of compiling
     json: bool = False  # print one JSON document instead of the tables
     model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=ByteLM)  # only T and B are read
-    mesh: Mesh = field(default_factory=Mesh)  # all 1: rows over fsdp as far as they go, positions over seq
+    data: Data = field(default_factory=ByteLM)  # only T and B matter
+    mesh: Mesh = field(default_factory=Mesh)  # all 1: rows over fsdp as far as they divide, the sequence over the rest
     optimiser: Optimiser = field(default_factory=Optimiser)
 
     def __post_init__(self) -> None:
         where = topology.parse(self.topology)
         if self.timeout <= 0:
             raise ValueError(f"timeout={self.timeout:g} must be positive")
+        strategy_on(self.mesh)
         if self.search is not None and self.strategies is not None:
             raise ValueError(f"search={self.search} and strategies={self.strategies}: ask for one of them at a time")
         if self.search == "min-devices" and self.mesh.size > 1:
             raise ValueError(f"search=min-devices chooses the mesh for each machine: leave {self.mesh=} out")
-        if self.strategies is not None and not any(isinstance(mixer, Softmax) for mixer in self.model.layers):
-            others = sorted({type(mixer).__name__ for mixer in self.model.layers})
+        if self.strategies is not None and not problem.layers_of(self.model, self.data.T, 1):
+            mixers = sorted({type(mixer).__name__ for mixer in self.model.layers})
             raise ValueError(
-                f"strategies={self.strategies} for {others}: strategies spread softmax attention, of which there is "
+                f"strategies={self.strategies} for {mixers}: strategies spread softmax attention, of which there is "
                 "none; linear attention has one way, handing on its state: leave --strategies out"
             )
         if self.analytic:
-            analytic.recurrence(self.model, where)  # refuses what no formula knows
+            step.recurrence(self.model, where)  # raises for models without a formula
         if self.mesh.size not in (1, where.size):
             raise ValueError(
                 f"the mesh has {self.mesh.size} devices, {where.name} has {where.size}: change the sizes of the mesh, "
@@ -77,26 +77,25 @@ class PlanOptions:
 
     @property
     def bare(self) -> Config:
-        """What is asked for, without a mesh."""
+        """The config without a mesh."""
         return Config(model=self.model, data=self.data, optimiser=self.optimiser)
 
     def config(self, where: Topology, **changes: Any) -> Config:
-        """What is to be compiled for `where`; `changes`: T, B, strategy.
+        """Returns the config to compile for `where`, with `changes` to T, B or the strategy.
 
-        Raises:
-          ValueError: where no mesh of that many devices divides the rows and the positions.
+        Raises ValueError if no mesh of that many devices divides the rows and the sequence.
         """
         data = dataclasses.replace(self.data, **{k: v for k, v in changes.items() if k in ("T", "B")})
         mesh = self.mesh
         if mesh.size == 1 and where.size > 1:
-            mesh = _chosen(self.model, data.T, data.B // self.optimiser.accumulate, where, mesh)
+            mesh = _choose_mesh(self.model, data.T, data.B // self.optimiser.accumulate, where, mesh)
         if "strategy" in changes:
             mesh = problem.with_strategy(mesh, changes["strategy"], self.model.K)
         return Config(model=self.model, data=data, mesh=mesh, optimiser=self.optimiser)
 
 
 def with_mesh(options: PlanOptions, mesh: Mesh) -> PlanOptions:
-    """The options with a config file's mesh, where no other is asked for and it has as many devices as the machine."""
+    """Returns the options with a config file's mesh, unless they have one or its size is not the machine's."""
     if mesh.size == 1 or options.mesh.size > 1 or options.search == "min-devices":
         return options
     where = topology.parse(options.topology)
@@ -106,8 +105,8 @@ def with_mesh(options: PlanOptions, mesh: Mesh) -> PlanOptions:
     return dataclasses.replace(options, mesh=mesh)
 
 
-def _chosen(model: Model, T: int, rows: int, where: Topology, mesh: Mesh) -> Mesh:
-    """Rows go over fsdp as far as they go, what devices are left over take parts of the sequence."""
+def _choose_mesh(model: Model, T: int, rows: int, where: Topology, mesh: Mesh) -> Mesh:
+    """Shards rows over fsdp as far as they divide, and the sequence over the remaining devices."""
     n = where.size
     if model.E % n:
         raise ValueError(
@@ -126,16 +125,16 @@ def _chosen(model: Model, T: int, rows: int, where: Topology, mesh: Mesh) -> Mes
 
 
 def run(options: PlanOptions, name: str, console: Console | None = None) -> dict[str, Any]:
-    """Compile, and print tables (or, with `json`, the document that is returned).
+    """Compiles, prints tables (or JSON, with `options.json`), and returns the document.
 
     Args:
       options: what to compile.
-      name: of the model, for titles.
-      console: where to print.
+      name: the model's name, for titles.
+      console: where to print the tables.
     """
     where = topology.parse(options.topology)
     if not options.analytic:
-        compilers.environment_of(where)  # a compiler that is not installed is told before anything else
+        compilers.environment_of(where)  # raises at once if the compiler is not installed
     document: dict[str, Any] = {
         "version": VERSION,
         "kind": "plan",
@@ -175,7 +174,7 @@ def _compilers(where: Topology) -> dict[str, str]:
 
 
 class _Compiler:
-    """Compiles and says on stderr what it is at."""
+    """Makes the rows of the document, and reports progress on stderr."""
 
     def __init__(self, options: PlanOptions):
         self.options = options
@@ -192,7 +191,7 @@ class _Compiler:
         self.progress.stop()
 
     def __call__(self, where: Topology, **changes: Any) -> dict[str, Any]:
-        """One row of the document: what was asked for, and what came out or the reason why nothing did."""
+        """Returns one row of the document: the request, and its figures or the `reason` why there are none."""
         o = self.options
         asked = {
             "topology": where.name, "T": o.data.T, "B": o.data.B, "strategy": o.mesh.strategy, "layout": o.mesh.layout,
@@ -204,27 +203,26 @@ class _Compiler:
             return {**asked, "devices": where.size, "reason": str(error)}
         row = {**asked, "layout": config.mesh.layout, "devices": where.size, "mesh": config.mesh.sizes}
         if o.analytic:
-            return row | analytic.estimate(config, where)
-        said = f"{where.name}, T {config.data.T:,}, B {config.data.B:,}, {config.mesh.strategy}, {config.mesh.layout}"
-        task = self.progress.add_task(f"compiling for {said}")
+            return row | step.estimate(config, where)
+        label = f"{where.name}, T {config.data.T:,}, B {config.data.B:,}, {config.mesh.strategy}, {config.mesh.layout}"
+        task = self.progress.add_task(f"compiling for {label}")
         row |= train_step.facts(config, where, o.timeout, train_step.cache_folder() if o.cache else None)
         self.progress.remove_task(task)
         verdict = "no program" if "reason" in row else f"{row['hbm_bytes'] / 2**30:.2f} GiB"
-        self.progress.console.print(f"{said}: {verdict}", highlight=False)
+        self.progress.console.print(f"{label}: {verdict}", highlight=False)
         return row
 
 
 def _search(options: PlanOptions, where: Topology, compiler: _Compiler) -> dict[str, Any]:
-    """{"rows": every program tried, "found": the one searched for or None, "beyond": the next, which does not fit}.
+    """Returns "rows" (every program tried), "found" (the one searched for or None) and "beyond" (which does not fit).
 
-    Raises:
-      ValueError: where there is no program to ask, with the compiler's reason.
+    Raises ValueError, with the compiler's reason, if a program could not be compiled.
     """
     rows: dict[Any, dict[str, Any]] = {}
     if options.search == "min-devices":
         machines = [machine for machine in where.smaller() if _shares(options, machine)]
         if not machines:
-            options.config(where)  # says why not
+            options.config(where)  # raises with the reason
 
         def fits(i: int) -> bool:
             rows[i] = compiler(machines[i])
@@ -238,17 +236,17 @@ def _search(options: PlanOptions, where: Topology, compiler: _Compiler) -> dict[
 
 
 def _strategies(options: PlanOptions, where: Topology, compiler: _Compiler) -> dict[str, Any]:
-    """{"rows": every strategy's program, "sequence": every strategy over every layout, by formula, "recommended": why}.
+    """Returns "rows" (the program of every strategy), "sequence" (every strategy and layout by formula), "recommended".
 
-    By formula alone, `rows` has what is asked for.
+    With `options.analytic`, `rows` holds the requested config alone.
     """
     model, mesh = options.model, options.config(where).mesh
     rows = options.data.B // (mesh.data * mesh.fsdp * options.optimiser.accumulate)
-    ways: list[dict[str, Any]] = []
-    if mesh.sequence > 1:
+    predicted: list[dict[str, Any]] = []
+    if mesh.P > 1:
         layers = problem.layers_of(model, options.data.T, rows, mesh.tensor)
-        ways = sequence.compare(layers, mesh.sequence, timeline.machine(where), remat=model.remat)
-    by_formula = {"sequence": ways, "recommended_by_formula": sequence.recommended(ways)}
+        predicted = strategies.compare(layers, mesh.P, timeline.machine(where), remat=model.remat)
+    by_formula = {"sequence": predicted, "recommended_by_formula": strategies.recommended(predicted)}
     if options.analytic:
         return by_formula | {"rows": [compiler(where)], "recommended": by_formula["recommended_by_formula"]}
     compiled = [compiler(where, strategy=s) for s in STRATEGIES]
@@ -256,14 +254,14 @@ def _strategies(options: PlanOptions, where: Topology, compiler: _Compiler) -> d
 
 
 def _fits(row: dict[str, Any], asked: str) -> bool:
-    """A row's answer. Raises ValueError, with the reason, where there is no program: that is no lack of memory."""
+    """Returns whether a row's program fits. Raises ValueError, with the reason, if there is no program."""
     if "reason" in row:
         raise ValueError(f"{asked}: {row['reason']}")
     return row["fits"]
 
 
 def _shares(options: PlanOptions, where: Topology) -> bool:
-    """Whether the devices of a machine can share the work."""
+    """Returns whether a mesh of the machine's devices divides the work."""
     try:
         options.config(where)
     except ValueError:
@@ -274,12 +272,12 @@ def _shares(options: PlanOptions, where: Topology) -> bool:
 def _largest(
     options: PlanOptions, where: Topology, compiler: _Compiler, rows: dict[Any, dict[str, Any]]
 ) -> tuple[int | None, int | None]:
-    """`search.largest` of T or B; programs go into `rows` by it."""
+    """Returns `search.largest` of T or B, and puts each program into `rows` by that number."""
     key, data, mesh = "T" if options.search == "max-length" else "B", options.data, options.mesh
     pieces = options.optimiser.accumulate
     if mesh.size == 1 and where.size > 1:  # the mesh stays while T or B grows
         T = where.size * _TILE if key == "T" else data.T
-        mesh = _chosen(options.model, T, data.B // pieces, where, mesh)
+        mesh = _choose_mesh(options.model, T, data.B // pieces, where, mesh)
         compiler.options = dataclasses.replace(options, mesh=mesh)
 
     def fits(n: int) -> bool:
@@ -287,28 +285,28 @@ def _largest(
         return _fits(rows[n], f"{key} = {n:,} on {where.name}")
 
     def expected(n: int) -> bool:  # by formula
-        return analytic.memory(compiler.options.config(where, **{key: n}), where)["total"] <= where.hbm_bytes
+        return step.memory(compiler.options.config(where, **{key: n}), where)["total"] <= where.hbm_bytes
 
-    unit = mesh.sequence * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
+    unit = mesh.P * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
     limit = max(unit, _LONGEST if key == "T" else _LONGEST // data.T * where.size)
     guess: int | None = getattr(data, key)
-    with contextlib.suppress(NotImplementedError):  # no formula: from what is asked for
+    with contextlib.suppress(NotImplementedError):  # without a formula the search starts from the requested number
         guess, _ = search.largest(expected, getattr(data, key), unit, limit)
     return search.largest(fits, guess or unit, unit, limit)
 
 
 def _recommended(rows: list[dict[str, Any]]) -> str:
-    """One sentence: which strategy, and why."""
+    """Returns a sentence that recommends a strategy and says why."""
     fit = [row for row in rows if row.get("fits")]
     if not fit:
         least = min((row for row in rows if "hbm_bytes" in row), key=lambda row: row["hbm_bytes"], default=None)
         if least is None:
             return "None: no strategy accepts this model on this mesh."
         over = (least["hbm_bytes"] - least["hbm_limit"]) / 2**30
-        return f"None fits: {least['strategy']} needs least, and {over:.2f} GiB more than there are."
+        return f"None fits: {least['strategy']} needs the least, which is {over:.2f} GiB too much."
     best = min(fit, key=lambda row: row["seconds"]["bound"])
-    others = [row for row in fit if row is not best]
     bound = f"{best['seconds']['bound']:.3g} s a step"
-    why = f"its bound of {bound} is the lowest of {len(fit)} that fit" if others else f"it fits, and no other ({bound})"
+    lowest = f"its bound of {bound} is the lowest of {len(fit)} that fit"
+    why = lowest if len(fit) > 1 else f"it fits, and no other ({bound})"
     waits = best["seconds"]["exposed"] / best["seconds"]["bound"]
-    return f"{best['strategy']}: {why}; at published rates devices wait for each other {waits:.0%} of it."
+    return f"{best['strategy']}: {why}; at published rates devices spend {waits:.0%} of it waiting for each other."

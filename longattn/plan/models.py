@@ -1,4 +1,4 @@
-"""Public model shapes by name. Llama 3: table 3 of arXiv:2407.21783; the 1B of Llama 3.2: its model card."""
+"""Shapes of public models by name. Llama 3: table 3 of arXiv:2407.21783; the 1B of Llama 3.2: its model card."""
 
 from __future__ import annotations
 

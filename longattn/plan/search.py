@@ -1,4 +1,4 @@
-"""The longest sequence, the largest batch, the smallest machine that still fits: bisection over compiled programs."""
+"""Bisects over compiled programs for the longest sequence, the largest batch or the smallest machine that fits."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ Fits = Callable[[int], bool]
 
 
 def largest(fits: Fits, start: int, unit: int, limit: int) -> tuple[int | None, int | None]:
-    """(a multiple of `unit` that fits, a larger one that does not), at most a sixteenth or one unit apart.
+    """Returns (a multiple of `unit` that fits, a larger one that does not), at most a sixteenth or one unit apart.
 
-    From `start`, best a good guess, it goes up or down by an eighth, then by ever more, until the answer changes, and
-    then bisects. None: not even one unit fits, or even `limit` does. What is larger is taken to need more.
+    Assumes that larger numbers need more. From `start` it moves up or down by an eighth, then by growing factors, until
+    the answer changes; then it bisects.
 
     Args:
-      fits: whether this number fits.
-      start: the first to try.
-      unit: the numbers tried are multiples of it.
-      limit: the largest to try.
+      fits: returns whether a number fits.
+      start: the first number to try, best a good guess.
+      unit: only multiples of it are tried.
+      limit: the largest number to try.
+
+    Returns:
+      None in the first place if not even one unit fits, in the second if `limit` still fits.
     """
     most = max(1, limit // unit)
-    low, high, at, step = 0, None, min(max(1, start // unit), most), 1.125
-    while not (low and high) and low < most and high != 1:  # in units: `low` fits, `high` does not
+    low, high, at, step = 0, None, min(max(1, start // unit), most), 1.125  # in units: `low` fits, `high` does not
+    while not (low and high) and low < most and high != 1:
         if fits(at * unit):
             low = at
             at = min(max(at + 1, round(at * step)), most)
@@ -39,7 +42,7 @@ def largest(fits: Fits, start: int, unit: int, limit: int) -> tuple[int | None, 
 
 
 def smallest(fits: Fits, n: int) -> int | None:
-    """The first of 0 .. n - 1 that fits, where all after it do too; None where not even the last does."""
+    """Returns the first of 0 .. n - 1 that fits, assuming all after it do too; None if not even the last fits."""
     if not fits(n - 1):
         return None
     low, high = -1, n - 1  # low does not fit, high does

@@ -1,4 +1,4 @@
-"""A plan for people: tables in the terminal, and a page. Nothing is computed here that is not in the document."""
+"""Shows a plan as tables in the terminal and as a page. All numbers come from the document."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from longattn.plan import calibration
 from longattn.plan.sequence import show as sequence
 
 _GiB = 2**30
-_SHOWN = 12  # buffers, and collectives
+_SHOWN = 12  # buffers and collectives in a table
 FOOT = (
-    "Compiled, not run. Times are bounds: every instruction at the chip's published peak or bandwidth, every transfer "
-    "at the bandwidth of the links that it needs, in a TPU slice those of its shortest way; softmax attention by "
-    "formula where its loops depend on data. Real steps take longer."
+    "Compiled, not run. Times are lower bounds: every instruction runs at the chip's published peak or bandwidth, and "
+    "every transfer at the bandwidth of its links (in a TPU slice, those of the shortest route). Softmax attention is "
+    "counted by formula where its loops depend on data. Real steps take longer."
 )
 
 
 def formulas() -> str:
-    """What estimates by formula are worth."""
+    """Returns a sentence about the accuracy of estimates by formula."""
     errors = [abs(error) for error in calibration.memory_errors().values()]
     return (
-        f"By formula; over {len(errors)} compiled programs (scanned layers, causal masks) the memory was at most "
-        f"{max(errors):.0%} off, {sum(errors) / len(errors):.0%} on average."
+        f"By formula; over {len(errors)} compiled programs (scanned layers, causal masks) the memory was off by "
+        f"{sum(errors) / len(errors):.0%} on average and {max(errors):.0%} at most."
     )
 
 
 def gib(n: float) -> str:
-    """Bytes for people."""
+    """Formats bytes as GiB, or as MiB below 10 MiB."""
     return f"{n / _GiB:.2f} GiB" if n >= 10 * 2**20 else f"{n / 2**20:.2f} MiB"
 
 
 def title(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """What was compiled."""
+    """Describes the compiled program."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in row.get("mesh", {}).items() if n > 1)
     where = f"{row['topology']} ({row['devices']} devices{': ' + mesh if mesh else ''})"
     model = f"{document['model']}, {document['parameters'] / 1e9:.3g} B parameters"
@@ -52,7 +52,7 @@ def title(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """Whether it fits, in one sentence or two."""
+    """Says whether a program fits."""
     if "reason" in row:
         return f"No program: {row['reason']}"
     spare = row["hbm_limit"] - row["hbm_bytes"]
@@ -65,14 +65,14 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def memory_rows(row: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """What the memory is made of at its peak; the last part is what lies between buffers."""
+    """Returns the bytes of each kind of buffer at the peak, and the gaps between buffers."""
     parts = [(kind, row["by_kind"][kind]) for kind in BUFFER_KINDS if row["by_kind"][kind]]
     between = row["hbm_bytes"] - sum(n for _, n in parts)
     return [*parts, ("between buffers", between)] if between > 0 else parts
 
 
 def buffer_rows(row: Mapping[str, Any]) -> list[tuple[str, str, str, int]]:
-    """(name, kind, type, bytes) of the largest buffers; those of equal kind, name and type are one row."""
+    """Returns (name, kind, type, bytes) of the largest buffers; buffers that agree in the first three share a row."""
     rows: dict[tuple[str, str, str], list[int]] = {}
     for b in row.get("buffers", ()):
         rows.setdefault((b["name"], b["kind"], b["type"]), []).append(b["bytes"])
@@ -83,7 +83,7 @@ def buffer_rows(row: Mapping[str, Any]) -> list[tuple[str, str, str, int]]:
 
 
 def collective_rows(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """(kind, over, runs, bytes, time, hidden, where) of the largest collectives."""
+    """Returns (kind, over, runs, bytes, time, hidden, where) of the largest collectives, and their total."""
     collectives = row.get("collectives", ())
     rows = [
         (
@@ -109,12 +109,12 @@ COLLECTIVES = ("collective", "over (devices)", "runs", "received", "at link rate
 
 
 def time_rows(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Work and time of one step on one device."""
+    """Returns the work and time of one step on one device."""
     s = row["seconds"]
     if "messages" in row:
         return [
             ("products", f"{row['flops'] / 1e12:,.2f} TFLOP"),
-            ("of the model", f"{row['model_flops'] / 1e12:,.2f} TFLOP (nothing recomputed, all devices alike)"),
+            ("of the model", f"{row['model_flops'] / 1e12:,.2f} TFLOP (no recomputation, mean over devices)"),
             ("products at peak", seconds(s["products"])),
             ("messages at link rate", seconds(s["link"])),
             ("MFU, at most", f"{row['mfu_bound']:.1%}"),
@@ -124,7 +124,7 @@ def time_rows(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     parts += [f"{linear / row['flops']:.0%} linear attention"] if linear else []
     return [
         ("products", f"{row['flops'] / 1e12:,.2f} TFLOP ({', '.join(parts)})"),
-        ("of the model", f"{row['model_flops'] / 1e12:,.2f} TFLOP (nothing recomputed, all devices alike)"),
+        ("of the model", f"{row['model_flops'] / 1e12:,.2f} TFLOP (no recomputation, mean over devices)"),
         ("HBM traffic", gib(row["hbm_traffic"]) + (", without attention's loops" if by_formula else "")),
         ("products at peak", seconds(s["products"])),
         ("HBM at its bandwidth", seconds(s["hbm"])),
@@ -137,12 +137,12 @@ def time_rows(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _offloaded(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What lies in the host's memory between the passes, where something does."""
+    """Returns the traffic with the host's memory, if there is any."""
     if not row["host_traffic"]:
         return []
     return [
-        ("offloaded", f"{gib(row['host_traffic'] / 2)} to the host and back, {gib(row['host_bytes'])} there at once"),
-        ("the host's link at its bandwidth", seconds(row["seconds"]["host"])),
+        ("offloaded", f"{gib(row['host_traffic'] / 2)} to the host and back, at most {gib(row['host_bytes'])} at once"),
+        ("host link at its bandwidth", seconds(row["seconds"]["host"])),
     ]
 
 
@@ -154,7 +154,7 @@ def _grid(heading: str, columns: Iterable[str], left: Iterable[int] = (0,)) -> T
 
 
 def tables(console: Console, document: Mapping[str, Any]) -> None:
-    """Print a plan."""
+    """Prints a plan as tables."""
     rows = document["rows"]
     if "search" in document["options"] and document["options"]["search"]:
         _searched(console, document)
@@ -163,7 +163,7 @@ def tables(console: Console, document: Mapping[str, Any]) -> None:
         analytic = document["options"]["analytic"]
         if not analytic:
             _strategies(console, document)
-        _ways(console, document)
+        _strategies_by_formula(console, document)
         chosen = rows[0] if analytic else None
     else:
         chosen = rows[0]
@@ -225,16 +225,16 @@ def _searched(console: Console, document: Mapping[str, Any]) -> None:
 
 
 def found(document: Mapping[str, Any]) -> str:
-    """What the search found, in one sentence."""
-    what, row, beyond = document["options"]["search"], document["found"], document["beyond"]
+    """Returns a sentence about the search's result."""
+    goal, row, beyond = document["options"]["search"], document["found"], document["beyond"]
     value = {
         "max-length": lambda r: f"T = {r['T']:,}",
         "max-batch": lambda r: f"B = {r['B']:,}",
         "min-devices": lambda r: f"{r['topology']} ({r['devices']} devices)",
-    }[what]
+    }[goal]
     if row is None:
         return f"Nothing fits: not even {value(beyond)}."
-    return f"{value(row)} fits; " + (f"{value(beyond)} does not." if beyond else "that is as far as the search goes.")
+    return f"{value(row)} fits; " + (f"{value(beyond)} does not." if beyond else "the search ends there.")
 
 
 def _strategies(console: Console, document: Mapping[str, Any]) -> None:
@@ -259,16 +259,16 @@ def _strategies(console: Console, document: Mapping[str, Any]) -> None:
     console.print(f"Recommended: {document['recommended']}", style="bold", highlight=False, markup=False)
 
 
-def _ways(console: Console, document: Mapping[str, Any]) -> None:
+def _strategies_by_formula(console: Console, document: Mapping[str, Any]) -> None:
     if document["sequence"]:
         console.print(sequence.ways_table(document["sequence"]))
-    said = f"By formula: {document['recommended_by_formula']}"
-    console.print(said, style="bold", highlight=False, markup=False, soft_wrap=True)
+    sentence = f"By formula: {document['recommended_by_formula']}"
+    console.print(sentence, style="bold", highlight=False, markup=False, soft_wrap=True)
 
 
 def page(document: Mapping[str, Any]) -> str:
-    """The plan as a page of HTML that needs nothing else."""
+    """Renders the plan as a self-contained HTML page."""
     folder = resources.files("longattn.plan")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(folder.joinpath("page.html.j2").read_text())
+    template = environment.from_string(folder.joinpath("page.html.j2").read_text(encoding="utf-8"))
     return template.render(document=document, show=globals(), style=style())

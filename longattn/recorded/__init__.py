@@ -1,4 +1,4 @@
-"""Figures that compilers gave earlier, kept as JSON, and their one loader."""
+"""Figures recorded from compilers as JSON, and their loader."""
 
 from longattn.recorded.loader import load, path
 

@@ -1,4 +1,4 @@
-"""Where recorded figures lie: one JSON file per set, remade by the module that its reader names."""
+"""Finds and loads recorded figures: one JSON file per set, remade by the module that reads it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def path(name: str) -> Path:
-    """The file that keeps the set `name`, such as "calibration", whether it exists or not."""
+    """Returns the file of the set `name`, such as "calibration", whether it exists or not."""
     return Path(str(resources.files("longattn.recorded").joinpath(f"{name}.json")))
 
 
 def load(name: str) -> dict[str, Any]:
-    """The set `name`: figures by the name of their case."""
+    """Loads the set `name`: figures by case."""
     return json.loads(path(name).read_text())

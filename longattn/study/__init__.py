@@ -1,4 +1,4 @@
-"""The study: what attention costs and what it remembers, measured side by side on this machine."""
+"""The study: measures what each way to attend costs and remembers, side by side, on this machine."""
 
 from longattn.study.main import StudyOptions, compare, run
 

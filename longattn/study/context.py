@@ -1,9 +1,8 @@
-"""Part 3b, text: a byte language model at several context lengths, and whether it uses its context.
+"""Part 3b, text: trains a byte language model at several context lengths, and tests whether it uses its context.
 
-Loss by position shows what more context could be worth; it also falls because rows start with fresh documents. The
-control separates the two: the same last bytes of the same documents are predicted with everything further back than k
-bytes before them replaced by another document. Differences are paired by document, which is why their intervals are
-narrow.
+Loss by position suggests what more context is worth, but it also falls because rows start with fresh documents. The
+control separates the two. It predicts the same last bytes of the same documents with everything further back than k
+bytes before them taken from another document. Differences are paired by document, so their intervals are narrow.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ LN2 = float(np.log(2))
 
 
 def units(plan: ContextPlan, store: Store) -> list[Unit]:
-    """Per way and context length one training; the longest first, which is the only one for ways beyond FIRST."""
+    """Returns one training per way and context length, longest first. Ways after FIRST get the longest only."""
     made = []
     for rank, T in enumerate(sorted(plan.lengths, reverse=True)):
         for i, way in enumerate(trained(plan.windows, plan.without)):
@@ -74,16 +73,15 @@ def _context(plan: ContextPlan, way: Way, T: int, control: bool, clock: Clock) -
 
 
 def _octaves(T: int) -> list[tuple[int, int]]:
-    """Groups of positions by how many tokens were read: 1, 2, 3-4, 5-8, ..."""
+    """Returns groups of positions by the number of tokens read: 1, 2, 3-4, 5-8, ..."""
     edges = [0] + [2**i for i in range(T.bit_length()) if 2**i < T] + [T]
     return [(a + 1, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def _control(plan: ContextPlan, model: Learned) -> Iterable[tuple[str, int, float, float, float]]:
-    """(quantity, k, bits per byte, low, high): the loss of the tail when only k bytes before it are its own document's.
+    """Yields (quantity, k, bits per byte, low, high): the tail's loss with only k true bytes of context before it.
 
-    "tail_bits" is the mean over documents, "tail_excess" that minus the loss with the whole context, paired by
-    document.
+    "tail_bits" is the mean over documents; "tail_excess" is the increase over the whole context, paired by document.
     """
     text: Any = model.config.data
     T = text.T
@@ -109,7 +107,7 @@ def _mean(x: np.ndarray) -> tuple[float, float, float]:
 
 
 def documents(cfg: config.ByteLM, count: int) -> np.ndarray:
-    """The first T tokens of up to `count` held-out documents that have as many, int32 `[n T]`: BOS and T - 1 bytes.
+    """Returns the first T tokens (BOS and T - 1 bytes) of up to `count` long held-out documents, int32 `[n T]`.
 
     Raises ValueError if fewer than two do.
     """
@@ -123,5 +121,5 @@ def documents(cfg: config.ByteLM, count: int) -> np.ndarray:
 
 
 def replace_before(rows: np.ndarray, cut: int) -> np.ndarray:
-    """Each row with its tokens before index `cut` taken from the row of the next document."""
+    """Replaces each row's tokens before index `cut` by those of the next row."""
     return np.concatenate([np.roll(rows, -1, 0)[:, :cut], rows[:, cut:]], 1)

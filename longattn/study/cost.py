@@ -1,8 +1,7 @@
-"""Part 1, cost against T: time, scratch memory, FLOPs and throughput of one attention layer, and attention's share of
-a model.
+"""Part 1, cost against T: time, scratch memory, FLOPs and throughput of an attention layer, and its share of a model.
 
-What is timed is the mixer's own module with a model width of `WIDTH`, so that its projections cost next to nothing
-and any mixer can be timed, whatever its arguments.
+It times the mixer's own module at model width `WIDTH`: the projections then cost next to nothing, and any mixer can be
+timed, whatever its arguments.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ import jax.numpy as jnp
 
 from longattn import config
 from longattn.bench.timing import fit_exponent, interleave
-from longattn.cost import flops as cost
+from longattn.cost import flops
 from longattn.environment import available_memory
-from longattn.models import MIXERS, bytes_read_per_token, sequential_steps, state_elements
+from longattn.models import bytes_read_per_token, module_of, sequential_steps, state_elements
 from longattn.study.presets import CostPlan
 from longattn.study.store import Badge, Number, Store
 from longattn.study.units import Unit
 from longattn.study.ways import FIRST, READ, Way, trained, ways
 
 WIDTH = 8
-FITTED = 3  # sizes that an exponent is fitted on: the largest, because small ones are all overhead
+FITTED = 3  # exponents are fitted to the largest sizes: in small ones overhead dominates
 SEVEN_BILLION = config.Model(N=32, E=4096, F=11008, H=32, K=32, D=128, W=32000, tie=False)  # arXiv:2302.13971
 
 
 def units(plan: CostPlan, store: Store) -> list[Unit]:
-    """The formulas, then a unit per length with all ways taking turns, shortest first, then the fits."""
+    """Returns the formulas, then a unit per length in which all ways take turns, shortest first, then the fits."""
     made = [Unit("cost/share", lambda clock: _share(plan), weight=0.02 * plan.lengths[-1])]
     made.append(Unit("cost/state", lambda clock: _state(plan), weight=0.02 * plan.lengths[-1]))
     for T in plan.lengths:
@@ -49,7 +48,7 @@ def _model(plan: CostPlan, way: Way) -> config.Model:
 
 
 def _at(plan: CostPlan, T: int) -> list[Way]:
-    """The ways to measure at T: those that store every score only up to a limit, those beyond FIRST at one length."""
+    """Returns the ways to measure at T. Dense attention stops at a limit; ways after FIRST get a single length."""
     single = plan.lengths[-2] if len(plan.lengths) > 1 else plan.lengths[-1]
     table = ways(plan.windows, plan.without)
     return [
@@ -60,9 +59,9 @@ def _at(plan: CostPlan, T: int) -> list[Way]:
 
 
 def _programs(plan: CostPlan, way: Way, B: int, T: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Compiled forward and forward + backward of one layer, with their arguments."""
+    """Compiles forward and forward + backward of one layer; returns the programs with their arguments."""
     model = _model(plan, way)
-    module = MIXERS[type(way.mixer).__name__](way.mixer, model, way.context)
+    module = module_of(way.mixer)(way.mixer, model, way.context)
     x = jax.random.normal(jax.random.key(T), (B, T, WIDTH), jnp.dtype(plan.dtype))
     params = module.init(jax.random.key(0), x[:, :1])
 
@@ -80,13 +79,13 @@ def _programs(plan: CostPlan, way: Way, B: int, T: int) -> dict[str, tuple[Any, 
 
 
 def _all_programs(plan: CostPlan, chosen: Sequence[Way], B: int, T: int) -> dict[str, Any]:
-    """The programs of several ways; XLA compiles outside the interpreter's lock, so two at a time."""
+    """Compiles the programs of several ways, two at a time: XLA releases the interpreter's lock."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return dict(zip([w.name for w in chosen], pool.map(lambda w: _programs(plan, w, B, T), chosen), strict=True))
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float]:
-    """Order statistics that hold the median with at least 95%, or the whole range of fewer than six samples."""
+    """Returns the order statistics that cover the median with at least 95%; below six samples, the whole range."""
     ordered, n, k, below = sorted(samples), len(samples), 0, 0.5 ** len(samples)
     while 2 * (below + math.comb(n, k + 1) * 0.5**n) <= 0.05:
         k += 1
@@ -95,7 +94,7 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float]:
 
 
 def _timed(fns: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
-    """Median, interval and samples of each callable, in seconds."""
+    """Times the callables in turns; returns the median, interval and samples of each, in seconds."""
     result = {}
     for name, samples in interleave(fns, repeats).items():
         low, high = median_interval(samples)
@@ -115,15 +114,15 @@ def _length(plan: CostPlan, T: int) -> Iterable[Number]:
             if not note:
                 fns[f"{what}/{way.name}"] = functools.partial(program, *arguments)
             if what == "forward" and way.implementation == "reference":
-                flops = program.cost_analysis().get("flops")  # exact where the program has no loops
-                if flops:
-                    yield Number("cost", "flops_forward", way.name, flops, "FLOP", "compiled", {"T": T})
+                counted = program.cost_analysis().get("flops")  # exact where the program has no loops
+                if counted:
+                    yield Number("cost", "flops_forward", way.name, counted, "FLOP", "compiled", {"T": T})
         if way.implementation != "reference":
             try:
-                flops = cost.layer_flops(way.mixer, _model(plan, way), T).attention
+                predicted = flops.layer_flops(way.mixer, _model(plan, way), T).attention
             except KeyError:  # a mixer without a formula yet
                 continue
-            yield Number("cost", "flops_forward", way.name, flops, "FLOP", "predicted", {"T": T})
+            yield Number("cost", "flops_forward", way.name, predicted, "FLOP", "predicted", {"T": T})
     for name, numbers in _timed(fns, plan.repeats).items():
         what, way_name = name.split("/")
         yield Number("cost", f"seconds_{what}", way_name, unit="s", badge="measured", at={"T": T}, **numbers)
@@ -154,15 +153,12 @@ def _share(plan: CostPlan) -> Iterable[Number]:
         if way.same_as is None:
             for T in plan.share_lengths:
                 model = config.Model(**{**vars(SEVEN_BILLION), "mixers": (way.mixer,)})
-                try:
-                    share = cost.attention_share(model, T)
-                except KeyError:
-                    continue
+                share = flops.attention_share(model, T)
                 yield Number("cost", "attention_share", way.name, share, "share", "predicted", {"T": T})
 
 
 def _state(plan: CostPlan) -> Iterable[Number]:
-    """What a layer of each way keeps and reads, and how far it is serial: of all mixers, for it takes no time."""
+    """Yields the state, reads and sequential steps of a layer of every way: formulas, which take no time."""
     for way in trained(plan.windows):
         model = _model(plan, way)
         for T in plan.lengths:
@@ -177,7 +173,7 @@ def _state(plan: CostPlan) -> Iterable[Number]:
 
 
 def _fits(plan: CostPlan, store: Store) -> Iterable[Number]:
-    """Exponents of time and scratch memory on the three largest sizes, beside the theory's."""
+    """Yields the fitted exponents of time and scratch memory, beside those of the theory."""
     for way in ways(plan.windows, plan.without):
         for name, quantity, theory in (
             ("time", "seconds_forward", way.time_exponent),

@@ -1,4 +1,4 @@
-"""Trains the study's small models, one per seed, with steps fixed in advance so that numbers repeat."""
+"""Trains the study's small models, one per seed; the number of steps is fixed in advance so that numbers repeat."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Learned:
     config: Config
     params: tuple[Any, ...]
     seeds: tuple[int, ...]
-    steps: int  # taken by each; fewer than config.run.steps where the budget ended
-    loss: tuple[float, ...]  # at the last step of each, nats per weighted token
+    steps: int  # steps of the shortest training: fewer than config.run.steps if the budget ended
+    loss: tuple[float, ...]  # loss at each model's last step, nats per weighted token
 
     @property
     def note(self) -> str:
@@ -35,15 +35,15 @@ class Learned:
 
 
 def learn(config: Config, seeds: tuple[int, ...], clock: Clock) -> Learned:
-    """Train one model per seed (of parameters and data) for `config.run.steps`, or until its share of the clock.
+    """Trains one model per seed (of parameters and data) for `config.run.steps`, or until its share of the time ends.
 
-    Raises FloatingPointError where a loss is not finite.
+    Raises FloatingPointError if a loss is not finite.
     """
     params, losses, steps = [], [], config.run.steps
     for i, seed in enumerate(seeds):
         left = (clock.deadline - time.monotonic()) / (len(seeds) - i)
         end = time.monotonic() + left
-        state, loss, taken = _one(
+        state, loss, taken = _train(
             config, init_state(config, seed), seed, end, steps, lambda f, i=i: clock.report((i + f) / len(seeds))
         )
         steps = min(steps, taken)
@@ -54,14 +54,14 @@ def learn(config: Config, seeds: tuple[int, ...], clock: Clock) -> Learned:
     return Learned(config, tuple(params), seeds, steps, tuple(losses))
 
 
-def _one(config: Config, state: State, seed: int, end: float, steps: int, report: Any) -> tuple[State, float, int]:
-    """State, loss and number of steps of one training; batches are made while the device computes."""
+def _train(config: Config, state: State, seed: int, end: float, steps: int, report: Any) -> tuple[State, float, int]:
+    """Returns the state, loss and number of steps of one training. A thread makes batches while the device computes."""
     source, step = data.source(config.data, seed=seed, split="train"), train_step(config)
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         following = reader.submit(source.batch, 0)
         for i in range(steps):
-            now, following = following.result(), reader.submit(source.batch, i + 1)
-            state, metrics = step(state, now)
+            batch, following = following.result(), reader.submit(source.batch, i + 1)
+            state, metrics = step(state, batch)
             if i % 5 == 4:
                 jax.block_until_ready(metrics)
                 report((i + 1) / steps)
@@ -71,14 +71,14 @@ def _one(config: Config, state: State, seed: int, end: float, steps: int, report
 
 
 def score(model: Learned, batches: int) -> dict[str, np.ndarray]:
-    """`eval_step`'s sums over the first held-out batches (at most one pass), with a leading axis of seeds."""
+    """Returns `eval_step`'s sums over the first held-out batches (at most one pass), with a leading axis of seeds."""
     source = data.source(model.config.data, seed=0, split="valid")
     held_out = [source.batch(i) for i in range(min(batches, source.num_batches))]
     return evaluate(model, held_out)
 
 
 def evaluate(model: Learned, held_out: list[data.Batch]) -> dict[str, np.ndarray]:
-    """`eval_step`'s sums over some batches, with a leading axis of seeds."""
+    """Returns `eval_step`'s sums over some batches, with a leading axis of seeds."""
     step = eval_step(model.config)
     sums = []
     for params in model.params:

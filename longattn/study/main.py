@@ -1,4 +1,4 @@
-"""`longattn study`: the parts one after the other, each resumable and within its budget, then the page."""
+"""`longattn study`: runs each part, resumable and within its budget, then writes the page."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from longattn.study.units import Clock, Unit
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What attention costs and what it remembers, measured side by side; writes DIR/NAME/index.html."""
+    """Measures what each way to attend costs and remembers, side by side; writes DIR/NAME/index.html."""
 
     preset: Literal["quick", "full", "smoke"] = (
-        "quick"  # quick: ten minutes of two cores; full: an accelerator or a night
+        "quick"  # quick: ten minutes on two cores; full: an accelerator, or a night
     )
-    name: str = ""  # the folder under `dir`; "": study_PRESET. A study that was interrupted goes on
+    name: str = ""  # folder under `dir`; "": study_PRESET. An interrupted study continues there
     dir: str = "runs"  # parent of the study's folder
     parts: tuple[Literal["cost", "memory", "recall", "context", "sequence", "pod"], ...] = (
         "cost",
@@ -41,8 +41,8 @@ class StudyOptions:
         "sequence",
         "pod",
     )
-    recorded: str = "experiments"  # folder of recorded studies to show beside this one
-    compare: tuple[str, str] | None = None  # two study folders: make one page of both, measure nothing
+    recorded: str = "experiments"  # folder with earlier studies to show beside this one
+    compare: tuple[str, str] | None = None  # two study folders: compare them on one page, measure nothing
     json: bool = False  # print one JSON document instead of the summary
 
     @property
@@ -52,11 +52,11 @@ class StudyOptions:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the study: its units of work, most important first, given its plan and what is stored already."""
+    """A part of the study."""
 
     name: str
     title: str
-    units: Callable[[Any, Store], list[Unit]]
+    units: Callable[[Any, Store], list[Unit]]  # (plan, what is stored) -> units of work, most important first
 
 
 PARTS = (
@@ -70,9 +70,9 @@ PARTS = (
 
 
 def run(options: StudyOptions) -> Path:
-    """Measure what is not measured yet, write the page, print the summary; gives the page's path.
+    """Measures what is missing, writes the page and prints the summary; returns the page's path.
 
-    Raises ValueError where the folder holds another preset's study or another process works in it.
+    Raises ValueError if the folder holds a study of another preset, or another process works in it.
     """
     if options.compare:
         return compare(*options.compare, dir=options.dir, as_json=options.json)
@@ -95,9 +95,12 @@ def run(options: StudyOptions) -> Path:
 
 
 def compare(run_a: str, run_b: str, dir: str = "runs", as_json: bool = False) -> Path:
-    """One page of two studies, DIR/compare_A_B/index.html; gives its path. Prints a summary, or one JSON document."""
+    """Writes one page about two studies, DIR/compare_A_B/index.html, and returns its path.
+
+    Prints a summary, or one JSON document.
+    """
     a, b = report.load(Path(run_a)), report.load(Path(run_b))
-    if a.name == b.name:  # from different parents
+    if a.name == b.name:  # same folder name under different parents
         a, b = (dataclasses.replace(s, name=f"{s.name}_{i}") for i, s in enumerate((a, b), start=1))
     page = Path(dir) / f"compare_{a.name}_{b.name}" / "index.html"
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -110,9 +113,7 @@ def compare(run_a: str, run_b: str, dir: str = "runs", as_json: bool = False) ->
 
 
 def run_part(part: Part, preset: Preset, store: Store, here: str, console: Console) -> None:
-    """The units of a part that are not stored yet, until its budget is spent. Skipped units are named in the part's
-    line.
-    """
+    """Runs the units of a part that are not stored yet, until its budget is spent; stores which it skipped."""
     if part.name in store.parts:
         console.print(f"[dim]{part.title}: done before, {store.parts[part.name]['seconds']:.0f} s[/]")
         return
@@ -156,7 +157,7 @@ def _stamp(number: Number, here: str, part: str) -> Number:
 
 @contextlib.contextmanager
 def _claim(options: StudyOptions) -> Iterator[Store]:
-    """The store of the study's folder, held for this process. The folder's study.json says which plan it follows."""
+    """Locks the study's folder for this process and yields its store. study.json records the plan it follows."""
     folder, plan = options.folder, _plain(PRESETS[options.preset])
     about = folder / "study.json"
     if about.exists() and (saved := json.loads(about.read_text()))["plan"] != plan:
@@ -177,7 +178,7 @@ def _claim(options: StudyOptions) -> Iterator[Store]:
 
 
 def _plain(value: Any) -> Any:
-    """A plan as JSON values; a mask as its expression."""
+    """Turns a plan into JSON values; a mask becomes its expression."""
     if dataclasses.is_dataclass(value) and not isinstance(value, mask.Mask):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):

@@ -1,8 +1,8 @@
-"""Part 2, memory: what a training step holds against T, and the longest T and largest batch that fit each chip.
+"""Part 2, memory: bytes of a training step against T, and the longest T and largest batch that fit each chip.
 
-Nothing runs: the step of train/step.py is compiled from shapes alone at three lengths, a polynomial in T is fitted to
-the bytes it holds, and the fit is checked at a fourth length that it has not seen. The compiler is this machine's, so
-the bytes are those of its programs; on a CPU bfloat16 products are computed, and partly kept, in float32.
+Nothing runs. The training step is compiled from shapes at three lengths, a polynomial in T is fitted to its bytes, and
+the fit is checked at a fourth length. The bytes are those of this machine's compiler: on a CPU, bfloat16 products are
+computed, and partly kept, in float32.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import numpy as np
 
 from longattn import config
 from longattn.cost import hardware
-from longattn.models import MIXERS
+from longattn.models import module_of
 from longattn.study.presets import MemoryPlan
 from longattn.study.store import Number, Store
 from longattn.study.units import Clock, Unit
 from longattn.study.ways import FIRST, Way, ways
 from longattn.train.step import batch_shapes, state_shapes, train_step
 
-USABLE = 0.9  # of a chip's memory: the rest is taken by the runtime, the programs and fragmentation
-LONGEST = 2**30  # tokens; a fit is not asked beyond it
+USABLE = 0.9  # share of a chip's memory; the runtime, the programs and fragmentation take the rest
+LONGEST = 2**30  # tokens; a fit is not extrapolated further
 
 
 def units(plan: MemoryPlan, store: Store) -> list[Unit]:
-    """A unit per way and remat policy, the first policy of every way first; ways beyond FIRST get that one only."""
+    """Returns a unit per way and remat policy. Every way gets the first policy; ways after FIRST get no other."""
     made = [Unit("memory/chips", lambda clock: _chips(), weight=0.05)]
     for rank, remat in enumerate(plan.remats):
         for i, way in enumerate(ways(plan.windows, plan.without)):
@@ -65,27 +65,25 @@ def _compiled(program: Any, *arguments: Any) -> Any:
 
 
 def step_bytes(cfg: config.Config, way: Way) -> int:
-    """Bytes that one training step holds at once, by XLA's account of the compiled program: state, batch, scratch,
-    results.
-    """
+    """Returns the bytes of one compiled training step by XLA's account: state, batch, scratch and results."""
     m = _compiled(train_step(cfg, way.context), state_shapes(cfg), batch_shapes(cfg))
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
 @dataclass(frozen=True)
 class Fit:
-    """bytes(T) of one sequence: a + b T + c T**2, with c = 0 where a line is good to a percent."""
+    """Bytes of a step with one sequence: a + b T + c T**2, where c = 0 if a line is accurate to a percent."""
 
     a: float
     b: float
     c: float
 
     def __call__(self, T: float, B: int = 1) -> float:
-        """Bytes of B sequences: all but the constant grows with the batch."""
+        """Returns the bytes of B sequences: all but the constant grows with the batch."""
         return self.a + B * (self.b * T + self.c * T**2)
 
     def longest(self, limit: float) -> int:
-        """The longest T, a multiple of 128, that stays within `limit` bytes; 0 if there is none."""
+        """Returns the longest T, a multiple of 128, within `limit` bytes; 0 if there is none."""
         low, high = 0, LONGEST // 128
         while low < high:
             middle = (low + high + 1) // 2
@@ -97,12 +95,12 @@ class Fit:
 
 
 def fit(lengths: Iterable[int], values: Iterable[float]) -> Fit:
-    """A line through the values where it is within 1% of all of them, else a parabola that rises."""
+    """Fits a line if it is within 1% of every value, else a parabola that rises."""
     T, y = np.array(list(lengths), float), np.array(list(values), float)
     b, a = np.polyfit(T, y, 1)
     if (np.abs(a + b * T - y) <= 0.01 * y).all():
         return Fit(float(a), float(b), 0.0)
-    if len(T) > 2 and (parabola := np.polyfit(T, y, 2))[0] > 0:  # else it would turn down somewhere
+    if len(T) > 2 and (parabola := np.polyfit(T, y, 2))[0] > 0:  # a negative c would turn down somewhere
         c, b, a = parabola
         return Fit(float(a), float(b), float(c))
     return Fit(float(a), float(b), 0.0)
@@ -154,7 +152,7 @@ def _policy(plan: MemoryPlan, way: Way, remat: str, clock: Clock) -> Iterable[Nu
 
 
 def _parts(plan: MemoryPlan, way: Way, remat: str, total: int, number: Callable[..., Number]) -> Iterable[Number]:
-    """What the step at the checked length holds, by part."""
+    """Yields the bytes of the step at the checked length, by part."""
     cfg = _config(plan, way, remat, plan.check)
     state = state_shapes(cfg)
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -174,8 +172,8 @@ def _parts(plan: MemoryPlan, way: Way, remat: str, total: int, number: Callable[
 
 
 def _layer_scratch(cfg: config.Config, way: Way) -> int:
-    """Scratch bytes of one mixer, forward and backward, at the config's shapes."""
-    module = MIXERS[type(way.mixer).__name__](way.mixer, cfg.model, way.context)
+    """Returns the scratch bytes of one mixer, forward and backward, at the config's shapes."""
+    module = module_of(way.mixer)(way.mixer, cfg.model, way.context)
     x = jax.ShapeDtypeStruct(
         (cfg.data.B, cfg.data.T, cfg.model.E),
         np.dtype(cfg.model.dtype) if cfg.model.dtype == "float32" else jax.numpy.bfloat16,

@@ -1,8 +1,7 @@
 """Part 5, on a pod: whether public models fit machines that the reader does not have, and what bounds their step.
 
-Nothing runs: `longattn plan` compiles the training step. Where its compilers are installed that is done anew;
-elsewhere, and where the budget does not allow it, the figures are those of `longattn/recorded/pods.json`, compiled earlier
-(`python -m longattn.study.pod` compiles the cases that the file lacks).
+Nothing runs: `longattn plan` compiles the training step. Without its compilers, or without time left, the figures come
+from `longattn/recorded/pods.json`; `python -m longattn.study.pod` compiles the cases that the file lacks.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ CASES = (
 
 
 def recorded() -> dict[str, dict[str, Any]]:
-    """What the compilers said earlier, by case."""
+    """Returns the figures compiled earlier, by case."""
     return load("pods")
 
 
 def units(plan: PodPlan, store: Store) -> list[Unit]:
-    """One for each case. All are done: those without time take the figures compiled earlier."""
+    """Returns a unit per case. All of them run: those without time take the figures compiled earlier."""
     return [
         Unit(f"pod/{case.name}", lambda clock, case=case: _numbers(case, clock), always=True)
         for case in CASES[: plan.cases]
@@ -65,7 +64,7 @@ def _numbers(case: Case, clock: Clock) -> Iterable[Number]:
 
 
 def _compiled(case: Case, clock: Clock) -> tuple[dict[str, Any] | None, str]:
-    """(what the compiler says now, or None and why not)."""
+    """Compiles a case now; returns None and the reason if that is not possible."""
     where = topology.parse(case.topology)
     try:
         compilers.environment_of(where)

@@ -1,31 +1,32 @@
-"""How large a study is: what each part measures, and for how long it may."""
+"""The sizes of a study: what each part measures, and its time budget."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from longattn import config
 from longattn.config import MQAR, ByteLM, Needle
+from longattn.models import MIXERS
 
 
 @dataclass(frozen=True)
 class CostPlan:
-    """Part 1. The three largest lengths of each way are fitted."""
+    """Part 1. Exponents are fitted to the three largest lengths of each way."""
 
-    seconds: float = 110  # the part's budget
+    seconds: float = 110  # time budget of the part
     H: int = 4  # heads of the timed layer
-    D: int = 64  # size of a head
+    D: int = 64  # head size
     dtype: Literal["float32", "bfloat16"] = "float32"
     windows: tuple[int, ...] = (256,)
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
-    dense_limit: int = 4096  # no length above it for the way that stores every score
-    repeats: int = 6  # timings of each; the range of six holds their median with 97%
-    tokens: int = 4096  # per batch of the throughput measurement
+    dense_limit: int = 4096  # longest T of dense attention, which stores every score
+    repeats: int = 6  # timings of each program; the range of six covers the median with 97%
+    tokens: int = 4096  # tokens per batch of the throughput measurement
     share_windows: tuple[int, ...] = (4096,)
     share_lengths: tuple[int, ...] = (1024, 4096, 16384, 65536, 262144, 1048576)
-    every: bool = False  # every way at every point; else those beyond the third get one
-    without: tuple[str, ...] = ()  # mixers that there is no time for
+    every: bool = False  # measure every way at every point; else those after the third get one point
+    without: tuple[str, ...] = ()  # mixers to leave out, for lack of time
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class RecallPlan:
     needle: tuple[Needle, ...] = (Needle(T=144, B=32, digits=4),)
     needle_steps: int = 500
     lr: float = 4e-3
-    seeds: tuple[int, ...] = (0, 1, 2)  # of MQAR
+    seeds: tuple[int, ...] = (0, 1, 2)  # seeds of MQAR
     needle_seeds: tuple[int, ...] = (0,)
     questions: int = 1024  # held-out rows
     every: bool = False
@@ -64,28 +65,28 @@ class RecallPlan:
 
 @dataclass(frozen=True)
 class ContextPlan:
-    """Part 3b. A byte language model on real text at three context lengths, and what it loses without its context."""
+    """Part 3b. A byte language model on real text at three context lengths, and its loss without distant context."""
 
     seconds: float = 110
     model: config.Model = config.Model(N=2, E=96, F=256, H=2, K=2, D=48, W=257, dtype="float32")
     windows: tuple[int, ...] = (64,)
     data: ByteLM = ByteLM()
     lengths: tuple[int, ...] = (128, 512, 1024)
-    tokens: int = 2048  # per step
+    tokens: int = 2048  # tokens per step
     steps: int = 100
     lr: float = 3e-3
     seeds: tuple[int, ...] = (0,)
-    eval_tokens: int = 131072  # held-out tokens of the loss by position
+    eval_tokens: int = 131072  # held-out tokens for the loss by position
     tail: int = 512  # bytes whose loss the control measures
-    keep: tuple[int, ...] = (0, 8, 32, 128, 512)  # bytes before the tail that stay
-    documents: int = 32  # of the control
+    keep: tuple[int, ...] = (0, 8, 32, 128, 512)  # bytes before the tail that the control keeps
+    documents: int = 32  # documents of the control
     every: bool = False
     without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """Part 4. One layer's attention along the sequence on machines of as many devices, by formula."""
+    """Part 4. One layer's attention, sharded along the sequence over all devices of each machine, by formula."""
 
     seconds: float = 20
     T: int = 131_072
@@ -97,10 +98,10 @@ class SequencePlan:
 
 @dataclass(frozen=True)
 class PodPlan:
-    """Part 5. Public models on machines that are not there."""
+    """Part 5. Public models on machines that the reader does not have."""
 
-    seconds: float = 60  # of compiling; what is left takes figures compiled earlier
-    cases: int = 6  # the first so many
+    seconds: float = 60  # time to compile; the remaining cases take figures compiled earlier
+    cases: int = 6  # number of cases, from the first on
 
 
 @dataclass(frozen=True)
@@ -115,18 +116,18 @@ class Preset:
     pod: PodPlan = PodPlan()
 
 
-_FAMILY = tuple(cls.__name__ for cls in get_args(config.Mixer) if cls is not config.Softmax)
+_FAMILY = tuple(name for name in MIXERS if name != "Softmax")
 
 
 def _but(*names: str) -> tuple[str, ...]:
-    """The linear family without these."""
+    """Returns the mixers of the linear family without these."""
     return tuple(name for name in _FAMILY if name not in names)
 
 
 QUICK = Preset(
     CostPlan(without=_but("RetNet", "GatedDeltaNet")),
     MemoryPlan(without=_FAMILY),
-    RecallPlan(without=_FAMILY),  # in 450 steps recurrences have learned little: Gated DeltaNet takes 1,200
+    RecallPlan(without=_FAMILY),  # recurrences learn too little in 450 steps: Gated DeltaNet needs 1,200
     ContextPlan(without=_FAMILY),
 )
 
@@ -182,7 +183,7 @@ FULL = Preset(
 
 _TINY = config.Model(N=2, E=16, F=32, H=2, K=2, D=8, W=257, dtype="float32")
 
-SMOKE = Preset(  # seconds: whether every part runs; its numbers mean nothing
+SMOKE = Preset(  # takes seconds: tests that every part runs; its numbers mean nothing
     CostPlan(
         H=1,
         D=8,
@@ -194,7 +195,7 @@ SMOKE = Preset(  # seconds: whether every part runs; its numbers mean nothing
         share_lengths=(1024, 4096),
         without=_but("RetNet"),
     ),
-    # No length at which a tile is as long as the sequence: scratch is linear in T beyond.
+    # Lengths beyond one tile: only there is scratch linear in T.
     MemoryPlan(
         model=_TINY,
         windows=(),

@@ -1,8 +1,8 @@
-"""Part 3a, recall: small models trained on associative recall and on a passkey, beside what their mixers keep and read.
+"""Part 3a, recall: trains small models on MQAR and a passkey, and reports the state and reads of their mixers.
 
-As in Zoology (arXiv:2312.04927) the model has two layers. Zoology puts a short convolution before every mixer; here
-the first layer is softmax attention over two tokens, the same for every way, and the second is the way under test,
-without rotary positions: what differs between two points is the second layer alone.
+As in Zoology (arXiv:2312.04927) the model has two layers. Zoology puts a short convolution before every mixer. Here the
+first layer is softmax attention over two tokens, the same for every way; the second is the way under test, without
+rotary positions. So two points differ in the second layer alone.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ Task = config.MQAR | config.Needle
 
 
 def units(plan: RecallPlan, store: Store) -> list[Unit]:
-    """Per task and way one training per seed, the hardest setting of each task first. Ways beyond FIRST get one of all:
-    MQAR's hardest setting, with one seed.
+    """Returns a unit per task and way, the hardest setting of each task first.
+
+    Ways after FIRST get a single training: MQAR's hardest setting, with one seed.
     """
     made = []
     for task, steps in [(t, plan.mqar_steps) for t in plan.mqar] + [(t, plan.needle_steps) for t in plan.needle]:
@@ -69,9 +70,9 @@ def _recall(
     model = learn(cfg, seeds, clock)
     sums = score(model, -(-plan.questions // task.B))
     hits, n = sums["correct_sum"], float(sums["weight_sum"][0])
-    # The digits of one key stand or fall together: they count as one question.
-    together = task.digits if isinstance(task, config.Needle) else 1
-    low, high = share_interval((hits / together).tolist(), n / together)
+    # The digits of a key are right or wrong together: they count as one question.
+    tokens_per_question = task.digits if isinstance(task, config.Needle) else 1
+    low, high = share_interval((hits / tokens_per_question).tolist(), n / tokens_per_question)
     at = (
         {"task": "mqar", "T": task.T, "pairs": task.pairs}
         if isinstance(task, config.MQAR)

@@ -1,6 +1,6 @@
-"""Part 4, over devices: what it costs to spread attention along the sequence, counted from the strategies' schedules.
+"""Part 4, over devices: the cost of sharding attention along the sequence, counted from the strategies' schedules.
 
-Nothing runs: see `longattn.cost.sequence`, and `longattn profile --sequence`.
+Nothing runs: see `longattn.cost.sequence` and `longattn profile sequence`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from longattn.study.units import Clock, Unit
 
 
 def units(plan: SequencePlan, store: Store) -> list[Unit]:
-    """One: all is done in a second."""
+    """Returns a single unit, which takes a second."""
     return [Unit("sequence/ways", lambda clock: _numbers(plan, clock), always=True)]
 
 
@@ -28,12 +28,12 @@ def _numbers(plan: SequencePlan, clock: Clock) -> Iterable[Number]:
     note = f"by formula: T = {plan.T:,}, {plan.H} heads, {plan.K} of keys, D = {plan.D}, bfloat16, causal"
     for i, name in enumerate(plan.machines):
         where = topology.parse(name)
-        command = f"longattn profile --sequence --topology {name} --T {plan.T} --H {plan.H} --K {plan.K} --D {plan.D}"
+        command = f"longattn profile sequence --topology {name} --T {plan.T} --H {plan.H} --K {plan.K} --D {plan.D}"
         number = functools.partial(Number, "sequence", way="", badge="predicted", note=note, command=command)
         for row in compare({problem: 1}, where.size, machine(where)):
             way = Way(row["strategy"], row["layout"], tuple(row["sizes"]))
             at = {"strategy": way.strategy, "layout": way.layout, "P": way.P}
-            if i == 0:  # of all machines alike
+            if i == 0:  # the same on every machine
                 found = load(problem, way)
                 pairs, helps = (tuple(map(float, x.reshape(-1))) for x in (found.pairs, found.helps))  # [steps P]
                 yield number(quantity="idle", value=row["idle"], unit="share", at=at, samples=pairs)

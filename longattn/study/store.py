@@ -1,14 +1,13 @@
-"""The numbers of a study: one JSON object per line, appended unit by unit, so that an interrupted study goes on where
-it stopped.
+"""Stores the numbers of a study: one JSON object per line, appended unit by unit, so that a study can be resumed.
 
-Lines of four kinds:
+There are four kinds of lines:
 
     {"kind": "environment", "id": ...}   device, versions, commit and command of one start; numbers refer to it
     {"kind": "number", "unit_of_work": ..., "part": ..., "quantity": ..., "way": ..., "at": {...}, "value": ..., ...}
-    {"kind": "unit", "key": ...}         a unit of work is whole: its numbers stand above
+    {"kind": "unit", "key": ...}         a unit of work is complete: its numbers are above
     {"kind": "part", "part": ...}        a part is done
 
-Numbers of a unit that never became whole (the process was killed while it wrote) are dropped on the next start.
+The next start drops the numbers of a unit that was never completed (the process was killed while writing).
 """
 
 from __future__ import annotations
@@ -34,26 +33,26 @@ BADGES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Number:
-    """One number and where it comes from. `low` and `high` bound its 95% interval where it has one."""
+    """One number and its provenance. `low` and `high` bound its 95% interval, if it has one."""
 
     part: str
-    quantity: str  # what it is, such as "seconds_forward"
-    way: str  # the way to attend, "" where the number belongs to none
+    quantity: str  # such as "seconds_forward"
+    way: str  # name of the way to attend; "" if the number belongs to none
     value: float
     unit: str
     badge: Badge
-    at: dict[str, Any] = field(default_factory=dict)  # what tells it from its siblings: T, chip, remat, ...
+    at: dict[str, Any] = field(default_factory=dict)  # labels: T, chip, remat, ...
     low: float | None = None
     high: float | None = None
-    samples: tuple[float, ...] = ()  # what the value summarises: single timings, single seeds
+    samples: tuple[float, ...] = ()  # the timings or seeds that `value` summarises
     seeds: tuple[int, ...] = ()
     note: str = ""
     environment: str = ""  # id of the start that made it
-    command: str = ""  # remakes it
+    command: str = ""  # command that remakes it
 
     @property
     def cut_short(self) -> bool:
-        """Whether its training was stopped by the budget."""
+        """Whether the budget stopped its training."""
         return self.note.startswith("stopped")
 
     @property
@@ -63,7 +62,7 @@ class Number:
 
 
 class Store:
-    """Reads and appends the lines of one study. Use one at a time for writing."""
+    """Reads and appends the lines of one study. Only one process may write."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -94,7 +93,7 @@ class Store:
                 self.parts[line["part"]] = line
 
     def trim(self) -> None:
-        """Rewrite the file without a torn line or the numbers of units that are not whole."""
+        """Rewrites the file without a torn line and without the numbers of incomplete units."""
         if not self.path.exists():
             return
         lines = list(_lines(self.path))
@@ -105,14 +104,14 @@ class Store:
         os.replace(part, self.path)
 
     def environment(self, environment: dict[str, Any]) -> str:
-        """Note a start of the study; gives the id that its numbers carry."""
+        """Notes a start of the study; returns the id for its numbers."""
         name = f"e{len(self.environments)}"
         self.environments[name] = {"id": name, "version": VERSION, **environment}
         self._append([{"kind": "environment", **self.environments[name]}])
         return name
 
     def unit(self, key: str, numbers: Iterable[Number], **facts: Any) -> None:
-        """Append a unit of work and its numbers; they are on disk when this returns."""
+        """Appends a unit of work and its numbers; they are on disk when this returns."""
         numbers = list(numbers)
         rows = [{"kind": "number", "unit_of_work": key, **_plain(n)} for n in numbers]
         self._append([*rows, {"kind": "unit", "key": key, **facts}])
@@ -123,14 +122,12 @@ class Store:
             self.numbers[n.key] = n
 
     def part(self, part: str, **facts: Any) -> None:
-        """Note that a part is done."""
+        """Notes that a part is done."""
         self._append([{"kind": "part", "part": part, **facts}])
         self.parts[part] = {"part": part, **facts}
 
     def select(self, part: str, quantity: str, way: str | None = None, **at: Any) -> list[Number]:
-        """The numbers of a part and quantity, optionally of one way and with these labels, in the order they were
-        made.
-        """
+        """Returns the numbers of a part and quantity, optionally of one way and with these labels, oldest first."""
         return [
             n
             for n in self.numbers.values()
@@ -141,7 +138,7 @@ class Store:
         ]
 
     def one(self, part: str, quantity: str, way: str, **at: Any) -> Number | None:
-        """The only number of that description, or None."""
+        """Returns the only number with these labels, or None if there is none or several."""
         found = self.select(part, quantity, way, **at)
         return found[0] if len(found) == 1 else None
 
@@ -153,7 +150,7 @@ class Store:
 
 
 def family(way: str) -> str:
-    """What a way is called whatever its size: "window" for "window_64"."""
+    """Returns a way's name without its size: "window" for "window_64"."""
     return way.split("_")[0]
 
 
@@ -162,7 +159,7 @@ def _plain(number: Number) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; a torn last line is left out, any other is an error."""
+    """Yields the objects of a JSONL file. Skips a torn last line; any other torn line is an error."""
     if not path.exists():
         return
     lines = path.read_text().splitlines()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from longattn import config
 from longattn.mask import Causal, Window
 from longattn.models import MIXERS, Context
-from longattn.models.linear import Linear
+from longattn.ops.calls import ConvolutionCall, LinearCall
 
 READ = "one layer; keys and values are bfloat16, states float32"  # of bytes read per token
 FIRST = 3  # ways that get every point of the quick preset; those after them get one
@@ -62,9 +62,11 @@ def ways(windows: tuple[int, ...], without: tuple[str, ...] = ()) -> list[Way]:
 
 
 def _default(name: str) -> Way:
-    """The row of a mixer without variants. Those of the linear family have states in the place of keys and values."""
-    exponent = 1.0 if issubclass(MIXERS[name], Linear) else None
-    return Way(name.lower(), name, getattr(config, name)(), time_exponent=exponent, memory_exponent=exponent)
+    """The row of a mixer without variants. Theory knows what grows with T where all that it calls is linear in it."""
+    mixer = config.mixer_classes()[name]()
+    kinds = {type(call) for call in MIXERS[name].calls(mixer, config.Model(mixers=(mixer,)), 1)}
+    exponent = 1.0 if LinearCall in kinds <= {LinearCall, ConvolutionCall} else None
+    return Way(name.lower(), name, mixer, time_exponent=exponent, memory_exponent=exponent)
 
 
 def trained(windows: tuple[int, ...], without: tuple[str, ...] = ()) -> list[Way]:

@@ -1,7 +1,7 @@
-"""What models are trained on and tested with: pure functions of (config, seed, index), without I/O.
+"""Tasks that models are trained and tested on: pure functions of (config, seed, index), without I/O.
 
-Every row is a next-token language-modelling row: `tokens [T]` int32 and `weights [T]` float32, where `weights[t]` is
-the loss weight of *predicting* token t from the tokens before it.
+Every task is next-token prediction. A row is `tokens [T]` int32 and `weights [T]` float32, where `weights[t]` is the
+loss weight of *predicting* token t from the tokens before it.
 """
 
 from longattn.tasks import bytelm, mqar, needle

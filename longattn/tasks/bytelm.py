@@ -1,10 +1,10 @@
-"""Byte-level language modelling: documents cut into pieces and packed into rows of T tokens.
+"""Byte-level language modelling: cuts documents into pieces and packs them into rows of T tokens.
 
-The vocabulary is the 256 bytes and BOS. A document is BOS and its bytes. One longer than T is cut; each piece after the
-first repeats the last `overlap` bytes of the piece before, without loss, so that every byte of the corpus is predicted
-exactly once per epoch: the sum of the losses over the number of bytes is an honest figure of bits per byte.
+The vocabulary is the 256 bytes and BOS. A document is BOS and its bytes. Longer documents are cut; each piece after the
+first repeats the last `overlap` bytes of the piece before, without loss. So every byte of the corpus is predicted
+exactly once per epoch, and the sum of the losses over the number of bytes is an honest figure of bits per byte.
 
-A corpus is one uint8 array in which every document is preceded by one `SEPARATOR` byte, where its BOS will stand.
+A corpus is one uint8 array in which each document follows one `SEPARATOR` byte, which BOS replaces.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from jaxtyping import Float32, Int32, Int64, UInt8
 
 BOS = 256
 VOCABULARY = 257
-SEPARATOR = ord("\n")  # so that text which runs across documents (needle's haystack) has a line break there
-WINDOW = 4096  # pieces that are packed together; larger windows pad less, smaller ones mix documents more
+SEPARATOR = ord("\n")  # puts a line break between documents where text runs across them, as in needle's haystack
+WINDOW = 4096  # pieces packed together; larger windows pad less, smaller ones mix documents more
 
 
 class Pieces(NamedTuple):
     """n pieces of documents, as ranges of the corpus array."""
 
-    start: Int64[np.ndarray, " n"]  # of the piece's first token in the corpus array
+    start: Int64[np.ndarray, " n"]  # index of the piece's first token in the corpus array
     length: Int64[np.ndarray, " n"]  # tokens, 2 .. T
     skip: Int64[np.ndarray, " n"]  # leading tokens without loss
     first: Int64[np.ndarray, " n"]  # 1 where the first token is BOS
 
 
 class Rows(NamedTuple):
-    """The pieces of each of R rows: row r holds pieces[ptr[r]:ptr[r + 1]]."""
+    """The pieces of R rows: row r holds pieces[ptr[r]:ptr[r + 1]]."""
 
     pieces: Int64[np.ndarray, " n"]
     ptr: Int64[np.ndarray, " R+1"]
@@ -48,7 +48,7 @@ def cut(sizes: Int64[np.ndarray, " n"], T: int, overlap: int) -> Pieces:
     counts = 1 + np.maximum(0, -(-(tokens - T) // stride))
     begins = np.cumsum(tokens) - tokens
     document = np.repeat(np.arange(len(sizes)), counts)
-    k = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)  # piece of its document
+    k = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)  # index of the piece in its document
     length = np.minimum(T, tokens[document] - k * stride)
     return Pieces(begins[document] + k * stride, length, np.where(k == 0, 1, overlap), (k == 0).astype(np.int64))
 
@@ -58,13 +58,13 @@ def pack(length: Int64[np.ndarray, " n"], T: int, rng: np.random.Generator, wind
     if length.size and length.max() > T:
         raise ValueError(f"{length.max()=} must be at most {T=}: cut the documents first")
     order = rng.permutation(len(length))
-    whole = length[order] > T - 2  # no piece has fewer than two tokens: nothing fits beside these
+    whole = length[order] > T - 2  # pieces have at least two tokens: nothing fits beside these
     rows = [[int(i)] for i in order[whole]]
     rest = order[~whole]
     for lo in range(0, len(rest), window):
         some = rest[lo : lo + window]
         some = some[np.argsort(-length[some], kind="stable")]
-        free: list[tuple[int, int]] = []  # (tokens free, row), sorted: the best fit is found by bisection
+        free: list[tuple[int, int]] = []  # (tokens free, row), sorted for bisection
         for i, n in zip(some.tolist(), length[some].tolist(), strict=True):
             at = bisect.bisect_left(free, (n, -1))
             if at < len(free):
@@ -75,7 +75,7 @@ def pack(length: Int64[np.ndarray, " n"], T: int, rng: np.random.Generator, wind
                 rows.append([i])
             bisect.insort(free, (room - n, row))
     for pieces in rows:
-        if len(pieces) > 1:  # else every row would run from its longest piece to its shortest
+        if len(pieces) > 1:  # else pieces would be sorted by length within each row
             rng.shuffle(pieces)
     ptr = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([len(row) for row in rows], out=ptr[1:])
@@ -83,16 +83,16 @@ def pack(length: Int64[np.ndarray, " n"], T: int, rng: np.random.Generator, wind
 
 
 def work(length: Int64[np.ndarray, " n"], rows: Rows) -> Int64[np.ndarray, " R"]:
-    """Pairs (query, key) that causal attention within documents sees in each row."""
+    """Returns the visible pairs of causal attention within documents, for each row."""
     pairs = length[rows.pieces] * (length[rows.pieces] + 1) // 2
     return np.add.reduceat(pairs, rows.ptr[:-1]) if len(rows.ptr) > 1 else pairs
 
 
 def share(work: Int64[np.ndarray, " B"], groups: int) -> Int64[np.ndarray, " B"]:
-    """An order of B rows in which `groups` equal groups of neighbours have work as equal as a greedy choice makes it.
+    """Reorders B rows so that `groups` equal groups of neighbours have about equal work.
 
-    The largest row first, each to the group that has least so far and room left (Graham 1969), and the same for equal
-    rows in whatever order they come. Raises ValueError unless `groups` divides B.
+    Greedy (Graham 1969): the largest row comes first, and each goes to the group with the least work that has room.
+    Rows of equal work keep their order. Raises ValueError unless `groups` divides B.
     """
     if len(work) % groups:
         raise ValueError(f"{groups=} must divide {len(work)} rows")
@@ -111,7 +111,7 @@ def fill(
     members: Int64[np.ndarray, " n"],
     T: int,
 ) -> tuple[Int32[np.ndarray, " T"], Int32[np.ndarray, " T"], Int32[np.ndarray, " T"], Float32[np.ndarray, " T"]]:
-    """One row of the pieces `members`: tokens, positions (restarting), segment ids (from 1; 0 is padding), weights."""
+    """Returns the row of the pieces `members`: tokens, restarting positions, segment ids (0 is padding), weights."""
     tokens, positions, segments = (np.zeros(T, np.int32) for _ in range(3))
     weights = np.zeros(T, np.float32)
     at = 0

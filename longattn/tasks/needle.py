@@ -1,4 +1,4 @@
-"""A passkey hidden in real text and asked for at the end (as in arXiv:2305.16300); loss only on the answer's digits."""
+"""A passkey hidden in real text and asked for at the end (arXiv:2305.16300); only the answer's digits have loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QUESTION = "\nWhat is the pass key? The pass key is "
 
 
 def room(cfg: Needle) -> int:
-    """Bytes of haystack in a row. Raises ValueError where T does not even hold needle, question and answer."""
+    """Returns the bytes of haystack in a row. Raises ValueError if T is too short for needle, question and answer."""
     used = 1 + len(NEEDLE.format(key="0" * cfg.digits)) + len(QUESTION) + cfg.digits
     if used > cfg.T:
         raise ValueError(f"Needle.T={cfg.T} must be at least {used} to hold needle, question and {cfg.digits} digits")
@@ -24,7 +24,7 @@ def room(cfg: Needle) -> int:
 def row(
     cfg: Needle, haystack: UInt8[np.ndarray, " N"], seed: int, split: str, index: int
 ) -> tuple[Int32[np.ndarray, " T"], Float32[np.ndarray, " T"]]:
-    """Tokens and weights of row `index`: BOS, needle within an excerpt of `haystack` (cyclic), question, key."""
+    """Returns tokens and weights of row `index`: BOS, needle in an excerpt of `haystack` (cyclic), question, key."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS[split], index)))
     key = "".join(map(str, rng.integers(0, 10, cfg.digits)))
     n = room(cfg)
@@ -41,5 +41,5 @@ def row(
 
 
 def chance(cfg: Needle) -> float:
-    """Accuracy per digit of a guess."""
+    """Returns the accuracy of guessing a digit."""
     return 1 / 10

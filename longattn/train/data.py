@@ -1,7 +1,7 @@
-"""From files or generators to batches, by random access: (step, rows) -> tokens.
+"""Turns files or generators into batches by random access: (step, rows) -> tokens.
 
-The order is a function of (config, seed): a process reads the rows it holds, a resumed run starts at its step, and
-nothing else is saved.
+The order is a function of (config, seed). A process reads only the rows it holds, and a resumed run starts at its step
+without any saved state.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from longattn.tasks import bytelm, mqar, needle
 
 Split = Literal["train", "valid"]
 
-TRAIN_ROWS, VALID_ROWS = 100_000, 3_000  # of a generated task: one epoch and the held-out set, as in Zoology's Figure 2
+TRAIN_ROWS, VALID_ROWS = 100_000, 3_000  # rows of a generated task in an epoch and held out, as in Zoology's Figure 2
 NEEDLE_VALID = 0.05  # share of the haystack's documents held out
-AHEAD = 4  # batches read ahead
+AHEAD = 4  # batches to prefetch
 
 
 class Batch(NamedTuple):
@@ -39,8 +39,8 @@ class Batch(NamedTuple):
 
     tokens: Int32[np.ndarray, "B T"]
     positions: Int32[np.ndarray, "B T"]  # restart at every segment
-    segment_ids: Int32[np.ndarray, "B T"]  # 1, 2, ... in a row
-    weights: Float32[np.ndarray, "B T"]  # of the loss of predicting token t
+    segment_ids: Int32[np.ndarray, "B T"]  # 1, 2, ... within a row
+    weights: Float32[np.ndarray, "B T"]  # weight of the loss of predicting token t
 
 
 @runtime_checkable
@@ -49,18 +49,18 @@ class Source(Protocol):
 
     @property
     def num_batches(self) -> int:
-        """Batches per epoch; the last one may end in empty rows."""
+        """The number of batches per epoch; the last one may end in empty rows."""
 
     @property
     def info(self) -> dict[str, Any]:
-        """What the data are, for the run's record."""
+        """A description of the data, for the run's record."""
 
     @property
     def lengths(self) -> dict[int, float]:
-        """How many documents of each length a row holds on average."""
+        """The mean number of documents of each length in a row."""
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """The batch of a step (any step >= 0: epochs follow one another), or only some of its rows."""
+        """Returns the batch of a step (any step >= 0: epochs follow one another), or only some of its rows."""
         ...
 
 
@@ -77,7 +77,7 @@ def _check_memory(what: str, needed: int, remedy: str) -> None:
 
 class Document(NamedTuple):
     name: str  # path relative to the corpus's root, with "/"
-    start: int  # of its first byte in Corpus.data
+    start: int  # index of its first byte in Corpus.data
     size: int  # bytes
 
 
@@ -95,7 +95,7 @@ class Corpus:
 
 
 def read_corpus(pattern: str, max_bytes: int | None = None) -> Corpus:
-    """Reads the files that match a glob ("" is the standard library's sources), at most `max_bytes` of them.
+    """Reads the files that match a glob ("" is the standard library's sources), at most `max_bytes` bytes in all.
 
     Raises ValueError if a file cannot be read or there are no bytes at all.
     """
@@ -117,10 +117,10 @@ def read_corpus(pattern: str, max_bytes: int | None = None) -> Corpus:
 
 
 def _find(pattern: str) -> tuple[str, list[str]]:
-    """The directory that names are relative to, and the paths that match, sorted."""
+    """Returns the directory that names are relative to, and the matching paths, sorted."""
     if not pattern:
         root = sysconfig.get_path("stdlib")
-        # pydoc_data is one generated text of 700 kB, which would decide the loss of whichever split it falls into.
+        # pydoc_data is one generated text of 700 kB: it would dominate the loss of the split it falls into.
         skipped = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}
         paths = [str(p) for p in Path(root).rglob("*.py") if not skipped & set(p.relative_to(root).parts)]
     else:
@@ -140,7 +140,7 @@ def _unreadable(pattern: str, path: str, reason: str | None) -> ValueError:
 
 @functools.lru_cache(maxsize=2)  # both splits, and every length a study compares, read the same files
 def _load(pattern: str, root: str, files: tuple[tuple[str, int, int], ...], max_bytes: int | None) -> Corpus:
-    """`files` carries sizes and modification times so that changed files are read again."""
+    """Reads the files. `files` carries sizes and modification times, so that the cache misses changed files."""
     parts: list[bytes] = []
     documents: list[Document] = []
     digest = hashlib.sha256()
@@ -173,9 +173,9 @@ def _load(pattern: str, root: str, files: tuple[tuple[str, int, int], ...], max_
 
 
 def split_corpus(corpus: Corpus, valid: float, split: Split) -> Corpus:
-    """The documents of one split, by a hash of the name: a document never changes sides when others come or go.
+    """Returns the documents of one split, chosen by a hash of the name: adding files moves no document to the other.
 
-    Raises ValueError if the split has none.
+    Raises ValueError if the split has no documents.
     """
 
     def held_out(document: Document) -> bool:
@@ -201,21 +201,21 @@ def split_corpus(corpus: Corpus, valid: float, split: Split) -> Corpus:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Documents packed to length T: an epoch holds every row once, in an order of its own."""
+    """Documents packed into rows of length T; each epoch holds every row once, in an order of its own."""
 
     cfg: config.ByteLM
-    corpus: Corpus  # of this split
+    corpus: Corpus  # documents of this split
     shuffle: bool  # the held-out set keeps one order
     seed: int
     pieces: bytelm.Pieces
     rows: bytelm.Rows
     num_batches: int
     info: dict[str, Any]
-    groups: int = 1  # of a step's rows, among which work is evened out
+    groups: int = 1  # number of groups of a step's rows that are made to cost the same
 
     @functools.cached_property
     def work(self) -> Int64[np.ndarray, " R"]:
-        """Visible pairs of each row."""
+        """The visible pairs of each row."""
         return bytelm.work(self.pieces.length, self.rows)
 
     @property
@@ -225,13 +225,13 @@ class Packed:
 
     @property
     def lengths(self) -> dict[int, float]:
-        """Of the pieces."""
+        """The mean number of pieces of each length in a row."""
         found, counts = np.unique(self.pieces.length, return_counts=True)
         rows = len(self.rows.ptr) - 1
         return {int(n): count / rows for n, count in zip(found, counts, strict=True)}
 
     def order(self, step: int) -> Int64[np.ndarray, " B"]:
-        """The rows of a step; -1 is an empty one, of which some end the last batch of an epoch."""
+        """Returns the rows of a step; -1 stands for the empty rows at the end of an epoch's last batch."""
         epoch, at = divmod(step, self.num_batches)
         rows = _order(self.seed, epoch if self.shuffle else 0, len(self.rows.ptr) - 1)
         rows = rows[at * self.cfg.B : (at + 1) * self.cfg.B]
@@ -284,7 +284,7 @@ def _corpus_info(whole: Corpus, part: Corpus, split: Split) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Generated:
-    """Rows made on demand by a pure function of their index. The train split never repeats; the held-out set does."""
+    """Rows made on demand from their index. The train split never repeats; the held-out set does."""
 
     T: int
     B: int
@@ -295,7 +295,7 @@ class Generated:
 
     @property
     def lengths(self) -> dict[int, float]:
-        """One of T tokens."""
+        """One document of T tokens."""
         return {self.T: 1.0}
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
@@ -322,13 +322,15 @@ def _generated(cfg: config.MQAR | config.Needle, seed: int, split: Split) -> Gen
 
 
 def source(cfg: config.Data, *, seed: int, split: Split, groups: int = 1) -> Source:
-    """Random access to one split. The order of the train split depends on the seed, the held-out set on nothing.
+    """Returns random access to one split. The seed decides the order of the train split alone.
 
-    `groups`: of neighbouring rows of a step that go to different devices, or to these one after the other; where
-    `ByteLM.balance` asks for it they are made to cost the same. Which rows a step has does not depend on it.
+    Args:
+      groups: number of groups of neighbouring rows in a step (devices x micro-batches). With `ByteLM.balance` a step's
+        rows are reordered so that the groups cost about the same; which rows a step has does not change.
 
-    Raises ValueError for files that cannot be read, a glob without bytes, a split without documents, and a T that does
-    not hold the task.
+    Raises:
+      ValueError: files cannot be read, a glob matches no bytes, a split has no documents, or T is too short for the
+        task.
     """
     if seed < 0:
         raise ValueError(f"{seed=} must not be negative")
@@ -341,18 +343,17 @@ def source(cfg: config.Data, *, seed: int, split: Split, groups: int = 1) -> Sou
 
 @dataclass(frozen=True, eq=False)
 class Spread:
-    """A source whose batches lie on a mesh: each process reads the rows that its devices hold, each row once.
+    """A source whose batches are sharded over a mesh: each process reads the rows of its devices, each row once.
 
-    Rows are put into the layout's order as they are read, so that what a device has of them is a slice.
-    What a device gets depends on its place in the mesh alone, never on which process it belongs to; processes that
-    share a sequence take slices of the same rows.
+    Rows are permuted into the layout's order as they are read, so that a device's shard is a slice. A device's shard
+    depends on its place in the mesh alone, never on its process; processes that share a sequence slice the same rows.
     """
 
     source: Source
     shape: tuple[int, int]  # [B T]
     sharding: jax.sharding.Sharding  # of each array of a batch
-    layout: SequenceLayout = SequenceLayout()  # the order in which devices have a row's tokens
-    parts: int = 1  # that the layout orders
+    layout: SequenceLayout = SequenceLayout()  # order of a row's tokens over the devices
+    shards: int = 1  # number of shards that `layout` permutes
 
     @property
     def num_batches(self) -> int:
@@ -367,14 +368,14 @@ class Spread:
         return self.source.lengths
 
     def batch(self, step: int, rows: slice | None = None) -> Any:
-        """The whole batch of a step, global arrays; `rows` is None."""
+        """Returns the whole batch of a step as global arrays; `rows` must be None."""
         if rows is not None:
             raise ValueError(f"{rows=} must be None: which rows a process reads follows from the mesh")
 
         @functools.cache
         def read(start: int, stop: int) -> Batch:
             whole = self.source.batch(step, slice(start, stop))
-            return Batch(*(self.layout.permute(x, self.parts) for x in whole))
+            return Batch(*(self.layout.permute(x, self.shards) for x in whole))
 
         def column(i: int) -> jax.Array:
             def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -390,8 +391,8 @@ class Spread:
 
 
 @dataclass(frozen=True, eq=False)
-class _Steps:
-    """The steps from `start` on, as grain's random-access data source."""
+class _FromStep:
+    """The batches from step `start` on, as grain's random-access data source."""
 
     source: Source
     start: int
@@ -406,6 +407,6 @@ class _Steps:
 
 
 def loader(source: Source, start: int = 0, rows: slice | None = None) -> Iterator[tuple[int, Batch]]:
-    """Endless (step, batch) from step `start`, read ahead by one thread; `rows`: this process's part of each batch."""
+    """Yields (step, batch) endlessly from step `start`, prefetched by one thread; `rows` selects rows of each batch."""
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
-    return iter(grain.MapDataset.source(_Steps(source, start, rows)).to_iter_dataset(options))
+    return iter(grain.MapDataset.source(_FromStep(source, start, rows)).to_iter_dataset(options))

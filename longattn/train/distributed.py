@@ -1,7 +1,7 @@
-"""Several processes that train or evaluate together: how they meet, and what they agree on.
+"""Joins several processes, keeps their decisions equal, and notices when one is lost.
 
-What is written here waits by JAX's coordination service, which bears any delay, where devices would not: the CPU's
-collectives (Gloo) give up on processes that come to the first one more than 30 seconds apart.
+Everything here waits on JAX's coordination service, which tolerates any delay. Collectives on devices do not: Gloo, on
+CPUs, gives up when processes reach the first one more than 30 seconds apart.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -25,7 +26,7 @@ from longattn import launch
 from longattn.compat import coordination_client
 from longattn.train import record
 
-_WAIT = 24 * 3600 * 1000  # ms at a barrier: who does not come is found by the heartbeats
+_WAIT = 24 * 3600 * 1000  # ms at a barrier: heartbeats find a process that never comes
 
 
 class Lost(RuntimeError):
@@ -33,21 +34,22 @@ class Lost(RuntimeError):
 
 
 def first() -> bool:
-    """Whether this is process 0, the one that writes and speaks."""
+    """Returns whether this is process 0, the one that writes and prints."""
     return jax.process_index() == 0
 
 
 def initialize(found: launch.Launch) -> None:
-    """Join the other processes; before JAX touches a device. From here on standard output carries results alone.
+    """Joins the other processes. Call it before JAX touches a device.
 
-    Raises ValueError where process 0's port is taken.
+    From here on file descriptor 1 goes to standard error; `sys.stdout` still carries the results. Raises ValueError if
+    the port of process 0 is taken.
     """
-    # Gloo writes to standard output which ranks are connected.
+    # Gloo prints the ranks it connected to file descriptor 1.
     sys.stdout.flush()
     results = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(results, "w", buffering=1)
-    # Its handler would swallow every SIGTERM before training listens.
+    sys.stdout = os.fdopen(results, "w", 1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    # The preemption service's handler would swallow a SIGTERM that comes before training listens for it.
     jax.config.update("jax_enable_preemption_service", False)
     waits = {"initialization_timeout": found.connect, "heartbeat_timeout_seconds": found.heartbeat}
     if found.coordinator is None:
@@ -64,7 +66,7 @@ def initialize(found: launch.Launch) -> None:
 
 
 def _insist_on_port(coordinator: str) -> None:
-    """Raise ValueError where another process listens: two services on one port take each other's processes."""
+    """Raises ValueError if another process listens there: two services on one port take each other's processes."""
     port = int(coordinator.rpartition(":")[2])
     with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -72,24 +74,24 @@ def _insist_on_port(coordinator: str) -> None:
             probe.bind(("", port))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                return  # no such family here: the service finds out by itself
+                return  # no such address family here: the service reports it
             raise ValueError(
                 f"port {port} of the coordinator, {coordinator}, is taken on this machine: end the process that holds "
                 "it, or give all processes another port (in LONGATTN_COORDINATOR, or LONGATTN_PORT)"
             ) from error
 
 
-_blocks = itertools.count()  # processes come to the same blocks in the same order
+_blocks = itertools.count()  # all processes enter the same blocks in the same order
 
 
 @contextlib.contextmanager
-def together() -> Iterator[dict[str, Any]]:
-    """A block that all processes leave at once: where one refuses, all do.
+def consensus() -> Iterator[dict[str, Any]]:
+    """Runs a block that succeeds on all processes or on none.
 
-    Yields a dictionary for what must be equal on all processes, as JSON.
+    Yields a dictionary; the block puts into it, as JSON, what must be equal on all processes.
 
     Raises:
-      ValueError: where another process raised an exception inside, with its message; or for facts that differ.
+      ValueError: another process raised an exception in its block (with its message), or the dictionaries differ.
     """
     facts: dict[str, Any] = {}
     if jax.process_count() == 1:
@@ -101,17 +103,17 @@ def together() -> Iterator[dict[str, Any]]:
     except Exception as mine:
         error = mine
     client, key, me = coordination_client(), f"longattn/{next(_blocks)}", jax.process_index()
-    said = {"facts": json.loads(json.dumps(facts)), "error": error and " ".join(str(error).split())}
-    client.key_value_set(f"{key}/{me}", json.dumps(said))
+    outcome = {"facts": json.loads(json.dumps(facts)), "error": error and " ".join(str(error).split())}
+    client.key_value_set(f"{key}/{me}", json.dumps(outcome))
     client.wait_at_barrier(key, _WAIT)
     if error is not None:
         raise error
-    everyone = {int(k.rpartition("/")[2]): json.loads(v) for k, v in client.key_value_dir_get(f"{key}/")}
-    for process, other in sorted(everyone.items()):
+    outcomes = {int(k.rpartition("/")[2]): json.loads(v) for k, v in client.key_value_dir_get(f"{key}/")}
+    for process, other in sorted(outcomes.items()):
         if other["error"] is not None:
             raise ValueError(f"process {process} refused: {other['error']}")
-    for process, other in sorted(everyone.items()):
-        difference = record.first_difference(everyone[0]["facts"], other["facts"])
+    for process, other in sorted(outcomes.items()):
+        difference = record.first_difference(outcomes[0]["facts"], other["facts"])
         if difference is not None:
             path, ours, theirs = difference
             raise ValueError(
@@ -121,10 +123,10 @@ def together() -> Iterator[dict[str, Any]]:
 
 
 def leave(code: int) -> int:
-    """The exit code of a process of several; after a mistake or a loss it ends here.
+    """Returns the exit code of one of several processes; after a mistake or a loss, ends the process itself.
 
-    Python's way out would wait for the others to come to theirs. Those that end for the same reason are waited for a
-    moment: the end of process 0 would hide it.
+    A normal exit of Python would wait for the other processes to exit too. After a mistake this waits a moment for
+    those that fail for the same reason: if process 0 went first, they would report its loss instead.
     """
     if code in (0, launch.STOPPED):
         return code
@@ -137,8 +139,22 @@ def leave(code: int) -> int:
     os._exit(code)
 
 
-class Agreed:
-    """An event that counts on all processes once it is set on any."""
+@contextlib.contextmanager
+def sigterm() -> Iterator[threading.Event]:
+    """Yields an event that SIGTERM sets, so that the loop saves before it ends. Only the main thread gets signals."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not set by Python
+
+
+class SharedEvent:
+    """An event that all processes see once it is set on any of them."""
 
     def __init__(self, event: threading.Event):
         self.event = event
@@ -149,9 +165,9 @@ class Agreed:
             self._any = jax.jit(lambda flags: flags.any(), out_shardings=jax.NamedSharding(mesh, jax.P()))
 
     def poll(self) -> bool:
-        """Whether the event was set anywhere when this was called before; all processes call it equally often.
+        """Returns whether the event was set on any process at the previous call; all processes call it equally often.
 
-        Only what is already known is waited for, so that no device waits for the host. One process alone knows at once.
+        The answer is one call late, so that no device waits for the host. A single process answers at once.
         """
         if jax.process_count() == 1:
             return self.event.is_set()
@@ -161,19 +177,19 @@ class Agreed:
         return before is not None and bool(before)
 
 
-# What the runtimes of JAX's platforms and orbax say where others are gone.
-_OF_OTHERS = re.compile(r"gloo|nccl|coordination|barrier|heartbeat|connection (closed|reset|refused)|socket|peer", re.I)
+# Words in the errors of JAX's runtimes and of orbax when another process is gone.
+_LOSS = re.compile(r"gloo|nccl|coordination|barrier|heartbeat|connection (closed|reset|refused)|socket|peer", re.I)
 
 
 @contextlib.contextmanager
-def others(goes_on: Callable[[], str]) -> Iterator[None]:
-    """Turns the errors that come of another process's end into `Lost`, of one line that ends as `goes_on` says."""
+def detect_loss(goes_on: Callable[[], str]) -> Iterator[None]:
+    """Turns an error that another process's end caused into `Lost`: one line, which ends with `goes_on()`."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, OSError) as error:
-        said = str(error.__cause__ or error)
-        if jax.process_count() == 1 or not _OF_OTHERS.search(said):
+        message = str(error.__cause__ or error)
+        if jax.process_count() == 1 or not _LOSS.search(message):
             raise
-        reason = said.strip().split("\n")[0][:200]
+        reason = message.strip().split("\n")[0][:200]
         me = f"process {jax.process_index()} of {jax.process_count()}"
         raise Lost(f"{me} lost another one, whose own log says why ({reason}); {goes_on()}") from error

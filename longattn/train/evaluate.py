@@ -1,4 +1,4 @@
-"""Evaluating a run on held-out data, and loading what it left."""
+"""Evaluates a run on held-out data, and loads its parameters."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from longattn.config import ByteLM, Config, Mesh, to_json
 from longattn.models.context import Context
 from longattn.train import data, distributed, record
 from longattn.train.checkpoint import Checkpoints
+from longattn.train.compilation import compile_program
 from longattn.train.step import Params, batch_shapes, context_of, eval_step, on_mesh, state_shapes
 
 EVALUATION_VERSION = 1
 
 
 def run_evaluation(config: Config, step_fn: Any, params: Params, source: Any, batches: int) -> dict[str, Any]:
-    """Loss by `step_fn` (step.eval_step) over the first `batches` batches of a source (0: all of it), deterministic.
+    """Returns the scores of `step_fn` (a `step.eval_step`) over the first `batches` batches of a source (0: all).
 
-    nll: nats per weighted token; accuracy; tokens: the weights' sum; by_position: see record.by_position; ByteLM also
-    bits_per_byte.
+    Keys: `nll` (nats per weighted token), `accuracy`, `tokens` (sum of the weights), `by_position` (see
+    `record.by_position`), and for ByteLM `bits_per_byte`. The result is deterministic.
     """
     count = min(batches or source.num_batches, source.num_batches)
     parts = jax.device_get([step_fn(params, source.batch(i)) for i in range(count)])
@@ -44,7 +45,7 @@ def run_evaluation(config: Config, step_fn: Any, params: Params, source: Any, ba
 
 
 def evaluation_config(config: Config) -> Config:
-    """The config with batches of as many rows as its training computes at once, a micro-batch's."""
+    """Returns the config with batches as large as one micro-batch of its training."""
     rows = config.data.B // config.optimiser.accumulate
     return dataclasses.replace(
         config,
@@ -54,7 +55,7 @@ def evaluation_config(config: Config) -> Config:
 
 
 def load_params(run_dir: str | Path, *, newest: bool = False) -> tuple[Config, Params]:
-    """A run's config and the parameters of its best (or newest) checkpoint."""
+    """Loads a run's config and the parameters of its best (or newest) checkpoint."""
     config = record.read_config(Path(run_dir))
     return config, restore_params(Path(run_dir), config, newest=newest)[0]
 
@@ -62,9 +63,9 @@ def load_params(run_dir: str | Path, *, newest: bool = False) -> tuple[Config, P
 def restore_params(
     folder: Path, config: Config, *, newest: bool = False, context: Context | None = None
 ) -> tuple[Params, int]:
-    """The parameters of a run's best (or newest) checkpoint, on one device or the context's mesh, and its step.
+    """Restores the parameters of a run's best (or newest) checkpoint, on one device or the context's mesh.
 
-    Raises ValueError where there is none, or none of the model that `config` describes.
+    Returns the parameters and the checkpoint's step. Raises ValueError if there is no checkpoint of this model.
     """
     with Checkpoints(folder / "checkpoints", read_only=True) as saved:
         step = saved.latest() if newest else saved.best()
@@ -74,7 +75,7 @@ def restore_params(
 
 
 def initial_params(config: Config, context: Context | None = None) -> Params:
-    """The best parameters of the run that `run.init_from` names. Raises ValueError if its model is another one."""
+    """Loads the best parameters of the run that `run.init_from` names. Raises ValueError if its model differs."""
     folder = Path(config.run.init_from)
     if not folder.is_dir():
         folder = Path(config.run.dir, config.run.init_from)
@@ -93,18 +94,22 @@ def evaluate(
     newest: bool = False,
     mesh: Mesh = Mesh(),
 ) -> dict[str, Any]:
-    """Evaluate a run's best checkpoint on its held-out data, optionally at another length, or on other files.
+    """Evaluates a run's best checkpoint on its held-out data, optionally at another length or on other files.
 
-    It runs on one device, or on `mesh`, whatever mesh trained the model; on several processes as `train` does. Raises
-    ValueError for options that do not apply, a run without a checkpoint, and a mesh of another number of devices;
-    distributed.Lost when another process is gone.
+    Runs on one device, or on `mesh`, whatever mesh trained the model; several processes call it as they call `train`.
 
-    `batches=0`: the whole held-out set; for ByteLM it comes with the bits per byte of `xz -9`. `overlap`: ByteLM only,
-    how many bytes a piece of a long file reads again, without loss, so that its first predictions have context too.
+    Args:
+      overlap: for ByteLM, how many bytes each piece of a long file repeats from the piece before, without loss. They
+        give its first predictions a context.
+      batches: 0 is the whole held-out set, for ByteLM with the bits per byte of `xz -9` beside it.
+
+    Raises:
+      ValueError: an option does not apply, the run has no checkpoint, or the mesh has another number of devices.
+      distributed.Lost: another process is gone.
     """
     given = {"T": T, "B": B, "glob": glob, "overlap": overlap}
-    with distributed.others(lambda: "start again with the same command"):
-        with distributed.together() as facts:
+    with distributed.detect_loss(lambda: "start again with the same command"):
+        with distributed.consensus() as facts:
             config, params, step, step_fn, source = _prepare(Path(run_dir), given, newest, mesh)
             facts |= {"config": json.loads(to_json(config))["config"], "checkpoint": {"step": step}}
             facts["data"] = source.info
@@ -122,7 +127,7 @@ def evaluate(
 
 
 def _prepare(folder: Path, given: dict[str, Any], newest: bool, mesh: Mesh) -> tuple[Config, Params, int, Any, Any]:
-    """The config with what is `given`, a checkpoint's parameters and step, the compiled evaluation and its source."""
+    """Returns the config with the `given` values, the parameters, their step, the compiled evaluation and its data."""
     config = record.read_config(folder)
     known = {f.name for f in dataclasses.fields(config.data)}
     for name in given.keys() - known:
@@ -132,7 +137,7 @@ def _prepare(folder: Path, given: dict[str, Any], newest: bool, mesh: Mesh) -> t
             )
     changed: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     if given["glob"] is not None and isinstance(config.data, ByteLM):
-        changed["valid"] = 1.0  # other files than the run was trained on: all of them are held out
+        changed["valid"] = 1.0  # the run did not train on these files: all are held out
     config = evaluation_config(config)
     config = dataclasses.replace(config, mesh=mesh, data=dataclasses.replace(config.data, **changed))
     context = context_of(config)
@@ -141,12 +146,12 @@ def _prepare(folder: Path, given: dict[str, Any], newest: bool, mesh: Mesh) -> t
         source = on_mesh(source, config, context)
     params, step = restore_params(folder, config, newest=newest, context=context)
     shapes = state_shapes(config, context).params
-    step_fn = record.compile_program(config, eval_step(config, context), shapes, batch_shapes(config))
+    step_fn = compile_program(config, eval_step(config, context), shapes, batch_shapes(config))
     return config, params, step, step_fn, source
 
 
 def xz_bits_per_byte(source: Any) -> dict[str, float]:
-    """What `xz -9` makes of a source's documents, in bits per byte: each file by itself, and all concatenated."""
+    """Returns the bits per byte that `xz -9` needs for a source's documents, one by one and concatenated."""
     texts = [source.corpus.read(d) for d in source.documents]
     size = sum(map(len, texts))
     return {

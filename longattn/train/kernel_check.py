@@ -1,13 +1,12 @@
-"""Kernels that have not run on this generation of chips are tried before training relies on them.
+"""The check of kernels before step 0 of a training.
 
-`longattn bringup` leaves a report per generation. Until there is one that passed, training compares output and
-gradients of its own attention, and of its linear attention, with the form that is plain XLA, before step 0.
+`longattn bringup` writes a report per chip generation. Where none has passed, training compares the output and the
+gradients of its own calls of attention and linear attention with the back end `xla`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import re
 import time
@@ -15,47 +14,42 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from longattn import cache, numerics
-from longattn.config import Config, Mixer, Softmax
+from longattn.config import Config
 from longattn.cost import hardware
-from longattn.models import MIXERS
-from longattn.models.context import Context
-from longattn.models.layers import rope_temperature
-from longattn.models.linear import Linear
-from longattn.numerics import LinearProblem
+from longattn.models import Context, module_of
 from longattn.ops import dispatch
+from longattn.ops.calls import AttentionCall, LinearCall
 
-KIND, VERSION = "bringup", 2  # of the reports; since 2 rows of the numerics say of which operation they are
+KIND, VERSION = "bringup", 2  # of the reports; since version 2, rows of the numerics name their operation
 CHECKOUT = Path(__file__).parents[2]
 TRUSTED = ("xla", "reference")  # no kernels of ours: XLA's own programs
 _SECONDS = 10.0
 
 
 class Disagreement(FloatingPointError):
-    """A kernel's results are not what they should be."""
+    """A kernel's results differ from those of the back end `xla` by more than is allowed."""
 
 
 # ---- reports
 
 
 def generation(kind: str) -> str:
-    """The chip that JAX calls `kind`, as `hardware.CHIPS` names it, else the kind itself, fit for a file's name."""
+    """The name in `hardware.CHIPS` of the chip that JAX calls `kind`, else the kind itself in a file name's letters."""
     chip = hardware.chip_of(kind)
     return chip.name if chip else re.sub(r"\W+", "_", kind.lower()).strip("_")
 
 
 def folders() -> tuple[Path, ...]:
-    """Where reports are kept: in a checkout of this package, and in the user's cache folder."""
+    """The folders of reports: one in a checkout of this package, one in the user's cache folder."""
     return CHECKOUT / "experiments" / "bringup", cache.folder("bringup")
 
 
 def report(name: str, back_end: str, op: str = numerics.Problem.op) -> Path | None:
-    """A report of the chip generation `name` that passed and in which `back_end` of the operation ran, or None."""
+    """The newest passed report of the chip generation `name` in which `back_end` of the operation ran, or None."""
     for path in sorted((p for folder in folders() for p in folder.glob("*.json")), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a file of another kind is no report
             document = json.loads(path.read_text())
@@ -71,54 +65,39 @@ def report(name: str, back_end: str, op: str = numerics.Problem.op) -> Path | No
 
 
 def problems(config: Config) -> dict[str, numerics.AnyProblem]:
-    """The attention, linear or not, of each kind of layer of the model, as one device meets it: by its name."""
+    """The calls of attention and linear attention that one device makes in the model, by what they are called."""
     m, T = config.model, config.data.T
     found: dict[str, numerics.AnyProblem] = {}
-    for mixer in dict.fromkeys(x for x in m.layers if isinstance(x, Softmax)):
-        found[f"{mixer.mask}, T {T:,}"] = numerics.Problem(
-            T=T, H=m.H // config.mesh.tensor, K=m.K // config.mesh.tensor, D=m.D, dtype=m.dtype, mask=mixer.mask,
-            documents=min(4, T), scale=m.D**-0.5 * rope_temperature(mixer.rope), softcap=mixer.softcap,
-            sinks=mixer.sinks,
-        )  # fmt: skip
-    for layer in dict.fromkeys(x for x in m.layers if issubclass(MIXERS[type(x).__name__], Linear)):
-        p = _heard(layer, config)
-        heads = "/".join(map(str, p.heads or ()))
-        found[f"{type(layer).__name__}, heads {heads}, D {p.D}, V {p.V}, T {T:,}"] = p
+    for mixer in dict.fromkeys(m.layers):
+        for call in module_of(mixer).calls(mixer, m, T):
+            if isinstance(call, AttentionCall):
+                found[f"{call.mask}, T {call.T:,}"] = _attention(call, config.mesh.tensor)
+            elif isinstance(call, LinearCall):
+                p = _linear(call, config.mesh.tensor)
+                heads = "/".join(map(str, p.heads or ()))
+                found[f"{type(mixer).__name__}, heads {heads}, D {p.D}, V {p.V}, T {p.T:,}"] = p
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Listening(Context):
-    """Linear attention computes nothing here: its arguments are kept."""
-
-    heard: list[tuple[Any, ...]] = dataclasses.field(default_factory=list, compare=False)
-
-    def linear_attention(self, q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
-        self.heard.append((q, k, v, options))
-        return jnp.zeros((*q.shape[:2], max(x.shape[2] for x in (q, k, v)), v.shape[3]), v.dtype), None
+def _attention(call: AttentionCall, tensor: int) -> numerics.Problem:
+    """A call of attention on one of the devices that share heads, with packed documents."""
+    documents = min(4, call.T) if call.keys == call.T else 0
+    return numerics.Problem(**vars(call.shared(tensor)), documents=documents)
 
 
-def _heard(mixer: Mixer, config: Config) -> LinearProblem:
-    """The call of linear attention that a layer makes."""
-    m, T, parts, context = config.model, config.data.T, config.mesh.tensor, _Listening()
-    ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
-    layer = MIXERS[type(mixer).__name__](mixer, m, context)
-    jax.eval_shape(layer.init, jax.random.key(0), jax.ShapeDtypeStruct((1, T, m.E), m.dtype), ids, ids)
-    *arrays, options = context.heard[-1]
-    heads = tuple(x.shape[2] // parts if x.shape[2] % parts == 0 else x.shape[2] for x in arrays)
-    q, _, v = arrays
-    decay = options.get("log_decay")
-    return LinearProblem(
-        T=T, H=max(heads), D=q.shape[3], V=v.shape[3], heads=heads, dtype=q.dtype.name, delta="beta" in options,
-        decay="none" if decay is None else "vector" if decay.ndim == 4 else "scalar", documents=min(4, T),
-        scale=options.get("scale", 1.0),
+def _linear(call: LinearCall, tensor: int) -> numerics.LinearProblem:
+    """A call of linear attention on one of the devices that share heads, with packed documents."""
+    call = call.shared(tensor)
+    return numerics.LinearProblem(
+        T=call.T, H=call.H, D=call.D, V=call.V, heads=(call.Hq, call.Hk, call.Hv), dtype=call.dtype, decay=call.decay,
+        delta=call.delta, documents=min(4, call.T), scale=call.scale,
     )  # fmt: skip
 
 
 def check(config: Config, context: Context | None, console: Console) -> dict[str, Any] | None:
-    """What `compare` says of the kernels that this run is about to use and that no report of this chip speaks of.
+    """The result of `compare` for the kernels that this run uses and that no passed report of this chip covers.
 
-    None where there is nothing to compare: on a CPU, where XLA's own programs run, or with a report that passed.
+    None where nothing needs comparing: on a CPU, with XLA's own programs, or with a report that passed.
     """
     target = dispatch.target()
     if target.platform == "cpu":
@@ -141,7 +120,7 @@ def check(config: Config, context: Context | None, console: Console) -> dict[str
 
 
 def chosen(problem: numerics.AnyProblem, names: Iterable[str]) -> str | None:
-    """The first of these back ends that accepts the problem on this device, as a call would choose it."""
+    """The first of these back ends that accepts the problem on this device, which is the one a call would choose."""
     for name in names:
         with contextlib.suppress(NotImplementedError):
             numerics.check(problem, name)
@@ -150,15 +129,15 @@ def chosen(problem: numerics.AnyProblem, names: Iterable[str]) -> str | None:
 
 
 def compare(wanted: dict[str, tuple[str, numerics.AnyProblem]], seconds: float = _SECONDS) -> dict[str, Any]:
-    """Results and gradients of back ends against those of XLA's own programs at float32.
+    """Compares results and gradients of back ends with those of `xla` in float32.
 
     Args:
-      wanted: by layer the back end, and its problem; a shorter one of the same kind is compared.
-      seconds: after which no further layer is begun.
+      wanted: the back end and its problem by layer. What is compared is a shorter problem of the same kind.
+      seconds: the time after which no further layer begins.
 
     Returns:
-      JSON: a row for each layer, as `agreement.tried` makes it, or with the outcome "not run"; and the `outcome` of
-      all, "passed" or "failed".
+      JSON: a row for each layer, as `numerics.tried` makes it or with the outcome "not run", and the `outcome` of all,
+      "passed" or "failed".
     """
     end, rows = time.monotonic() + seconds, []
     for layer, (name, whole) in wanted.items():

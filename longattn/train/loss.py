@@ -1,11 +1,10 @@
-"""Cross-entropy of next tokens, in chunks, so that logits [B T W] never exist at once.
+"""Cross-entropy of next tokens, computed in chunks so that the logits [B T W] never exist at once.
 
     nll_t = lse(w x_t) - (w x_t)[label_t],    loss = sum_t weight_t (nll_t + z_loss * lse(w x_t)^2)
 
-The forward rule computes the gradient with respect to a chunk's logits while they exist, and keeps dx [B T E] and
-dw [W E]; the backward rule multiplies them by the scalar cotangent. So no logits are computed twice (three matrix
-products per chunk, where recomputation takes four), for the W E floats of dw. The z-loss is PaLM's, arXiv:2204.02311
-section 5.
+The forward rule computes dx [B T E] and dw [W E] while a chunk's logits exist, and keeps them as residuals; the
+backward rule multiplies them by the scalar cotangent. This takes three matrix products per chunk, where recomputing the
+logits takes four, and costs the W E floats of dw. The z-loss is PaLM's, arXiv:2204.02311 section 5.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ def labels_and_weights(
     segment_ids: Int32[Array, "#B T"] | None,
     weights: Float[Array, "B T"],
 ) -> tuple[Int32[Array, "B T"], Float[Array, "B T"]]:
-    """What each token has to predict, and the weight of its loss.
+    """Returns the label of each token and the weight of its loss.
 
-    The label of token t is token t + 1 where that has the same segment id and the next position, with weight
-    `weights[t + 1]` (the weight of predicting it); elsewhere, and at the last token, the weight is 0 and the label 0.
+    The label of token t is token t + 1, with weight `weights[t + 1]`, where token t + 1 has the same segment id and the
+    next position. Elsewhere, and at the last token, label and weight are 0.
     """
     follows = jnp.ones((1, tokens.shape[1] - 1), bool)
     if positions is not None:
@@ -49,22 +48,22 @@ def cross_entropy(
     z_loss: float = 0.0,
     sliced: tuple[str, ...] = (),
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, "..."]]]:
-    """Weighted sum over all tokens of the loss; the caller divides by the weights' sum over the whole batch.
+    """Returns the loss summed over all tokens; the caller divides by the weights' sum over the whole batch.
 
     Args:
         x: inputs of the output head; the products take its dtype and accumulate in float32.
         w: the output head. Its gradient is summed over the chunks in float32.
         labels: int32 in [0, W).
         weights: 0 for tokens that predict nothing.
-        chunk: tokens whose logits exist at once; a piece is `chunk // B` positions (at least one) of all B rows, so
-            that rows stay where they are on a mesh.
+        chunk: tokens whose logits exist at once. A piece takes `chunk // B` positions (at least one) of all B rows, so
+            that rows stay on their devices.
         z_loss: weight of the squared log-partition.
-        sliced: manual mesh axes over which w is sliced along E; it is gathered in x's dtype, and its gradient summed
-            over the devices in float32, a slice for each, before the loss is returned. So the loss's cotangent must be
-            the same on all of them, as it is where their losses are summed.
+        sliced: manual mesh axes over which w is sliced along E. w is gathered in x's dtype; its gradient is
+            reduce-scattered in float32 by the forward rule. So the loss's cotangent must be the same on all devices,
+            as it is where their losses are summed.
 
     Returns:
-        The loss (nats), and without gradient a dict: nll_sum (weighted), weight_sum and nll [B T] (not weighted).
+        The loss (nats), and a dict without gradient: nll_sum (weighted), weight_sum and nll [B T] (not weighted).
     """
     devices = jax.lax.axis_size(sliced) if sliced else 1
     if x.ndim != 3 or w.ndim != 2 or x.shape[-1] != w.shape[-1] * devices:
@@ -75,7 +74,7 @@ def cross_entropy(
         raise ValueError(f"{chunk=} must be at least 1")
     piece = max(1, min(chunk // x.shape[0], x.shape[1]))
     weights = weights.astype(jnp.float32)
-    # In a shard_map w may be the same on all devices and x not: made varying here, its gradient is summed over them.
+    # In a shard_map w may be replicated where x varies: cast to varying here, its gradient is summed over the devices.
     varying = frozenset.union(*(jax.typeof(a).manual_axis_type.varying for a in (x, w, labels, weights)))
     args = []
     for a in (x, w, labels, weights):
@@ -87,13 +86,13 @@ def cross_entropy(
 
 
 def gathered(w: Float[Array, "W e"], sliced: tuple[str, ...]) -> Float[Array, "W E"]:
-    """The whole of a head that is sliced along E over manual mesh axes."""
+    """Gathers a head that is sliced along E over manual mesh axes."""
     with jax.named_scope("gather"):
         return jax.lax.all_gather(w, sliced, axis=1, tiled=True) if sliced else w
 
 
 def _piece(x: Array, w: Array, labels: Array, weights: Array, z_loss: float, grad: bool) -> tuple[Any, ...]:
-    """Logits of x [B t E] and what follows from them: nll and lse [B t]; with `grad` dx [B t E] and dw [W E] too."""
+    """Returns nll and lse [B t] of x [B t E]; with `grad` also dx [B t E] and dw [W E]."""
     logits = jnp.einsum("BTE,WE->BTW", x, w, preferred_element_type=jnp.float32)
     top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
     shifted = jnp.exp(logits - top)
@@ -113,11 +112,11 @@ def _piece(x: Array, w: Array, labels: Array, weights: Array, z_loss: float, gra
 def _pieces(
     piece: int, z_loss: float, sliced: tuple[str, ...], x: Array, w: Array, labels: Array, weights: Array, grad: bool
 ) -> tuple[Any, ...]:
-    """`_piece` over the whole sequence: nll, lse, and with `grad` dx, dw (float32)."""
+    """Runs `_piece` over the whole sequence: nll, lse, and with `grad` dx and dw (float32)."""
     T = x.shape[1]
     whole = T // piece
     cast = gathered(w.astype(x.dtype), sliced)
-    # Outputs are carried, not stacked, and dx takes the place of x: no transposed copies of [B T E] are made.
+    # Outputs are carried, not stacked, and dx overwrites x: stacking would make transposed copies of [B T E].
     carry: dict[str, Array] = {"nll": jnp.zeros_like(weights), "lse": jnp.zeros_like(weights)}
     if grad:
         carry |= {"dx": x, "dw": jnp.zeros_like(cast, jnp.float32)}
@@ -158,7 +157,7 @@ def _loss_forward(
 ) -> tuple[Any, Any]:
     nll, lse, dx, dw = _pieces(piece, z_loss, sliced, x, w, labels, weights, grad=True)
     per_token = nll + z_loss * lse**2
-    # An array of no elements carries w's dtype, which is no array type itself.
+    # Residuals must be arrays: an empty one carries w's dtype.
     return (jnp.sum(weights * per_token), nll), (dx, dw, per_token, jnp.zeros_like(w, shape=(0,)))
 
 

@@ -1,7 +1,7 @@
-"""What a run leaves behind: config.json, env.json, metrics.jsonl, one line per log on the terminal.
+"""Writes the record of a run: config.json, env.json, metrics.jsonl and a line per logged step on the terminal.
 
-metrics.jsonl holds one JSON object per logged step. A line is on disk before the checkpoint of its step is begun, and
-lines beyond the restored step are dropped on restart, so that each step appears once however often the run was killed.
+metrics.jsonl holds one JSON object per logged step. A step's line is on disk before its checkpoint is begun, and a
+restart drops the lines after the restored step. So each step appears once, however often the run was killed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 from rich.console import Console
 
 from longattn.config import Config, from_json, to_json
-from longattn.environment import available_memory, environment, peak_memory, write_whole
+from longattn.environment import environment, peak_memory, write_whole
 
-# Of Run, what does not change what is computed: a run goes on with other values of these. So it does on another mesh.
+# Fields of `Run` that do not change what is computed: a run may continue with other values, as on another mesh.
 _FREE = ("name", "dir", "log_every", "save_every", "keep", "profile", "tensorboard")
 
 
@@ -31,7 +31,7 @@ _FREE = ("name", "dir", "log_every", "save_every", "keep", "profile", "tensorboa
 
 
 def read_config(folder: Path) -> Config:
-    """The config of a run folder. Raises ValueError where there is none or another version wrote it."""
+    """Reads the config of a run folder. Raises ValueError if it is missing or was written by another version."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no run: it has no config.json; give the folder that `longattn train` wrote")
@@ -42,7 +42,7 @@ def read_config(folder: Path) -> Config:
 
 
 def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
-    """Whether `folder` already holds this run. Raises ValueError if it holds anything else; writes nothing."""
+    """Returns whether `folder` already holds this run; writes nothing. Raises ValueError if it holds anything else."""
     if not (folder / "config.json").exists():
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; choose another --run.name")
@@ -63,7 +63,7 @@ def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
 
 
 def check_data(folder: Path, info: dict[str, Any]) -> None:
-    """Raise ValueError if the files that a started run was reading are no longer the same."""
+    """Raises ValueError if the files changed that a started run was reading."""
     with contextlib.suppress(FileNotFoundError):
         before = json.loads((folder / "env.json").read_text())["data"]
         for split in info.keys() & before.keys():
@@ -76,7 +76,7 @@ def check_data(folder: Path, info: dict[str, Any]) -> None:
 
 
 def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The first field at which two JSON values differ: its dotted path and both values; None if they are equal."""
+    """Returns the first field at which two JSON values differ (dotted path and both values), or None."""
     if isinstance(a, dict) and isinstance(b, dict):
         inner = [(f"{path}.{k}".strip("."), a.get(k), b.get(k)) for k in {**a, **b}]
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
@@ -88,9 +88,9 @@ def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any, Any] | N
 
 @contextlib.contextmanager
 def claim(folder: Path, config: Config) -> Iterator[None]:
-    """Hold a run folder for this process (the kernel lets go of it however the process ends) and write config.json.
+    """Locks a run folder and writes its config.json; of several processes, process 0 does so.
 
-    Of several processes the first does, for all.
+    The operating system releases the lock however the process ends.
     """
     if jax.process_index() != 0:
         yield
@@ -108,43 +108,11 @@ def claim(folder: Path, config: Config) -> Iterator[None]:
         yield
 
 
-def compile_program(config: Config, jitted: Any, *shapes: Any) -> Any:
-    """The program compiled for arguments of these shapes. Raises ValueError if it needs more memory than there is."""
-    try:
-        compiled = jitted.lower(*shapes).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ValueError(too_large(config, "more memory than the device has")) from error
-    m = compiled.memory_analysis()
-    if m is not None:
-        outputs = m.output_size_in_bytes - m.alias_size_in_bytes
-        refuse_beyond_memory(config, m.argument_size_in_bytes + m.temp_size_in_bytes + outputs)
-    return compiled
-
-
-def refuse_beyond_memory(config: Config, needed: int) -> None:
-    """Raise ValueError if `needed` bytes on each of the config's devices are more than is available."""
-    if jax.local_devices()[0].platform == "cpu":
-        needed *= min(config.mesh.size, jax.local_device_count())  # they share the host's memory
-    available = available_memory()
-    if available is not None and needed > available:
-        raise ValueError(too_large(config, f"{needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are available"))
-
-
-def too_large(config: Config, needs: str) -> str:
-    """What to say of a step that does not fit, and the remedies."""
-    return (
-        f"data.T={config.data.T} with data.B={config.data.B} needs {needs}; lower T or B, "
-        "or in training raise --optimiser.accumulate or choose --model.remat full"
-    )
-
-
 # ---- metrics
 
 
 def by_position(nll: np.ndarray, weight: np.ndarray) -> list[dict[str, float]]:
-    """Mean loss (nats) of predictions by how many tokens they had read: 1, 2, 3-4, 5-8, ... (`from` to `to`)."""
+    """Returns the mean loss (nats) by the number of tokens read before: 1, 2, 3-4, 5-8, ... (`from` to `to`)."""
     T, low, groups = len(nll), 1, []
     while low <= T:
         high = min(T, 1 << (low - 1).bit_length())
@@ -156,7 +124,7 @@ def by_position(nll: np.ndarray, weight: np.ndarray) -> list[dict[str, float]]:
 
 
 def history(folder: Path, until: float = math.inf) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl up to and including step `until`; a torn last line is dropped."""
+    """Reads the records of metrics.jsonl up to and including step `until`; drops a torn last line."""
     records = []
     with contextlib.suppress(FileNotFoundError):
         for line in (folder / "metrics.jsonl").read_text().splitlines():
@@ -170,7 +138,7 @@ def history(folder: Path, until: float = math.inf) -> list[dict[str, Any]]:
 class Recorder:
     """Writes metrics.jsonl and env.json and prints one line per record. Use as a context manager.
 
-    Of several processes the first writes and prints; the others keep the same history.
+    Of several processes, process 0 writes and prints; the others keep the same history.
     """
 
     def __init__(
@@ -185,9 +153,13 @@ class Recorder:
         kernels: dict[str, Any] | None = None,
         mesh: str | None = None,
     ):
-        """Continues after step `start`. `ideal_seconds`: a step at the device's peak, for the MFU; None if unknown.
+        """Continues after step `start`.
 
-        `info` is of the data, `kernels` what `bringup.check` said before this start, `mesh` the devices in words.
+        Args:
+          ideal_seconds: seconds of a step at the devices' peak rate, for the MFU; None if unknown.
+          info: `Source.info` by split.
+          kernels: result of `kernel_check.check` before this start.
+          mesh: the devices in words.
         """
         self.config, self.console, self.ideal_seconds = config, console, ideal_seconds
         self.history = history(folder, start)
@@ -197,15 +169,15 @@ class Recorder:
             self._write_environment(folder, start, info, {"kernels": kernels, "mesh": mesh})
             self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed in __exit__)
             self.board = scalar_writer()(str(folder / "tensorboard")) if config.run.tensorboard else None
-        self.seconds: list[float] = []  # of each step since the last record
+        self.seconds: list[float] = []  # wall-clock of each step since the last record
         self.waits: list[float] = []
 
-    def _write_environment(self, folder: Path, start: int, info: dict[str, Any], more: dict[str, Any]) -> None:
+    def _write_environment(self, folder: Path, start: int, info: dict[str, Any], notes: dict[str, Any]) -> None:
         path = folder / "env.json"
         starts = json.loads(path.read_text())["starts"] if path.exists() else []
         now = environment(info)
-        more = {name: what for name, what in more.items() if what is not None}
-        starts.append({"step": start, **{k: now[k] for k in ("time", "command", "commit", "device")}, **more})
+        notes = {name: note for name, note in notes.items() if note is not None}
+        starts.append({"step": start, **{k: now[k] for k in ("time", "command", "commit", "device")}, **notes})
         write_whole(path, json.dumps({**now, "starts": starts}, indent=2) + "\n")
 
     def __enter__(self) -> Recorder:
@@ -218,12 +190,12 @@ class Recorder:
             self.board.close()
 
     def time(self, seconds: float, wait: float) -> None:
-        """Note how long a step took, and how much of that it waited for data."""
+        """Notes the wall-clock of a step, and how much of it was spent waiting for data."""
         self.seconds.append(seconds)
         self.waits.append(wait)
 
     def write(self, step: int, metrics: dict[str, float], valid: dict[str, Any] | None = None) -> None:
-        """One line of metrics.jsonl, on disk when this returns, and one on the terminal."""
+        """Writes a line of metrics.jsonl, which is on disk when this returns, and prints one on the terminal."""
         data = self.config.data
         record: dict[str, Any] = {"step": step, **metrics}
         if self.seconds:
@@ -232,7 +204,7 @@ class Recorder:
             record |= {
                 "tokens_per_second_per_device": data.B * data.T * len(self.seconds) / (total * self.config.mesh.size),
                 "step_seconds": middle,
-                "step_spread": float(high - low) / middle,  # the middle four fifths, as a share of the median
+                "step_spread": float(high - low) / middle,  # 10th to 90th percentile, as a share of the median
                 "data_wait": sum(self.waits) / total,
                 "mfu": None if self.ideal_seconds is None else self.ideal_seconds / middle,
                 "eta_seconds": (self.config.run.steps - step) * total / len(self.seconds),
@@ -253,7 +225,7 @@ class Recorder:
 
 
 def line(record: dict[str, Any], config: Config) -> str:
-    """One record as a line of rich markup."""
+    """Formats one record as a line of rich markup."""
     width = len(str(config.run.steps))
     parts = [f"[bold]step {record['step']:>{width}}/{config.run.steps}[/]", f"loss [bold cyan]{record['loss']:.4f}[/]"]
     if "valid" in record:
@@ -287,7 +259,7 @@ def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def scalar_writer() -> Any:
-    """The class that writes TensorBoard scalars. Raises ValueError with the remedy where it is not installed."""
+    """Returns the class that writes TensorBoard scalars. Raises ValueError with the remedy if it is not installed."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
@@ -298,16 +270,16 @@ def scalar_writer() -> Any:
 
 
 class Profiler:
-    """A jax.profiler trace of the steps first .. first + count - 1."""
+    """Traces the steps first .. first + count - 1 with jax.profiler, where `window` is (first, count)."""
 
     def __init__(self, folder: Path, window: tuple[int, int] | None):
         self.folder, self.window, self.running = folder, window, False
 
     def before(self, step: int, state: Any) -> None:
         if self.window and step == self.window[0]:
-            jax.block_until_ready(state)  # the step before is no part of it
+            jax.block_until_ready(state)  # keeps the previous step out of the trace
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # Python's calls would be most of the trace, and slow the steps down
+            options.python_tracer_level = 0  # Python calls would fill the trace and slow the steps down
             jax.profiler.start_trace(str(self.folder), profiler_options=options)
             self.running = True
 

@@ -19,13 +19,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from longattn.config import Config, Optimiser
+from longattn.config import Config, Model, Optimiser
 from longattn.models.context import Context
-from longattn.models.mixers import layout_of
+from longattn.models.mixers import layout_of, module_of
+from longattn.models.sharding import shardings
 from longattn.models.transformer import Transformer, head, init_params
 from longattn.ops import dispatch
 from longattn.parallel import SequenceLayout
 from longattn.parallel import mesh as meshes
+from longattn.parallel.attention import strategy_on
 from longattn.parallel.layout import names_of
 from longattn.train.data import Batch, Source, Spread
 from longattn.train.loss import cross_entropy, gathered, labels_and_weights
@@ -37,7 +39,7 @@ Metrics = dict[str, Float[Array, ""]]
 class State(NamedTuple):
     """What training carries from step to step, and what a checkpoint holds."""
 
-    params: Params  # float32
+    params: Params  # float32 arrays
     opt_state: optax.OptState
     step: Int[Array, ""]  # int32, updates done so far; also the index of the next batch
 
@@ -45,7 +47,7 @@ class State(NamedTuple):
 def learning_rate(config: Optimiser, steps: int) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
     """The learning rate of the update that follows `count` updates; the last of `steps` gets `final * lr`.
 
-    The first update is given `lr / warmup`, not 0, which would waste it.
+    The first update gets `lr / warmup`: a rate of 0 would waste it.
     """
 
     def schedule(count: Int[Array, ""]) -> Float[Array, ""]:
@@ -57,38 +59,44 @@ def learning_rate(config: Optimiser, steps: int) -> Callable[[Int[Array, ""]], F
     return schedule
 
 
-def decays(params: Params) -> Params:
-    """Which parameters weight decay shrinks: a tree of bools, True for matrices.
+def decays(params: Params, model: Model) -> Params:
+    """Which parameters weight decay shrinks, a tree of bools: all but the gains of norms and what mixers exempt.
 
-    Scanned layers stack their parameters along a leading axis, so a gain is a vector by its name, not by its rank.
+    Names decide, not ranks: scanned layers stack their parameters along a leading axis.
     """
 
-    def matrix(path: tuple[Any, ...], leaf: Array) -> bool:
-        name = path[-1].key
-        return leaf.ndim >= 2 and not name.endswith("bias") and name not in ("scale", "sinks", "skip", "decay_log")
+    def shrinks(path: tuple[Any, ...], leaf: Array) -> bool:
+        names = [entry.key for entry in path]
+        if "mixer" not in names:
+            return names[-1] != "scale"
+        at = names.index("mixer")
+        mixer = model.layers[int(names[at - 1].removeprefix("layer_"))]
+        return "/".join(names[at + 1 :]) not in module_of(mixer).decay_free(mixer, model)
 
-    return jax.tree_util.tree_map_with_path(matrix, params)
+    return jax.tree_util.tree_map_with_path(shrinks, params)
 
 
 def optimiser(config: Config) -> optax.GradientTransformation:
     """Clipping, AdamW and the learning-rate schedule of a config."""
     c = config.optimiser
-    adamw = optax.adamw(learning_rate(c, config.run.steps), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decays)
+    mask = functools.partial(decays, model=config.model)
+    adamw = optax.adamw(learning_rate(c, config.run.steps), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=mask)
     return optax.chain(optax.clip_by_global_norm(c.clip), adamw) if c.clip else adamw
 
 
 def context_of(config: Config, devices: Sequence[Any] | None = None) -> Context | None:
-    """Where a config's training runs: None, one device, where every axis of its mesh is 1.
+    """The context of a config's training; None, for one device, where every axis of the mesh is 1.
 
-    The data of a model all of whose layers need their tokens in order lie so, whatever the layout.
+    Where all layers need their tokens in order, the layout is contiguous whatever the config says.
 
     Args:
-      config: whose mesh is made.
+      config: the config whose mesh is made.
       devices: as for `longattn.parallel.make_mesh`.
 
-    Raises ValueError where there is another number of devices than the mesh has.
+    Raises ValueError where the number of devices is not the mesh's, or the strategy does not go with the mesh.
     """
     c, processes = config.mesh, jax.process_count()
+    strategy_on(c)
     if c.size == 1 and processes == 1:
         return None
     if c.size > jax.device_count() and devices is None and jax.default_backend() == "cpu" and c.size % processes == 0:
@@ -107,12 +115,12 @@ def context_of(config: Config, devices: Sequence[Any] | None = None) -> Context 
 
 
 def _spread(context: Context | None) -> bool:
-    """Whether there is a mesh."""
+    """Whether training runs on a mesh."""
     return context is not None and context.mesh is not None
 
 
 def init_state(config: Config, seed: int | Int[Array, ""], context: Context | None = None) -> State:
-    """A fresh state: parameters drawn from `seed`, zero moments, step 0; where there is a mesh, divided over it."""
+    """A fresh state, sharded if the context has a mesh: parameters drawn from `seed`, zero moments, step 0."""
     return _init(config, context)(seed)
 
 
@@ -124,27 +132,27 @@ def _init(config: Config, context: Context | None) -> Callable[[Any], State]:
 
     if not _spread(context):
         return jax.jit(init)
-    return jax.jit(init, out_shardings=meshes.shardings(context.mesh, jax.eval_shape(init, 0)))
+    return jax.jit(init, out_shardings=shardings(context.mesh, jax.eval_shape(init, 0), config.model))
 
 
 def state_shapes(config: Config, context: Context | None = None) -> State:
-    """The state's shapes and dtypes, and where there is a mesh its shardings."""
+    """The state's shapes and dtypes, and its shardings if the context has a mesh."""
     shapes = jax.eval_shape(lambda: _init(config, None)(0))
     if not _spread(context):
         return shapes
-    lies = meshes.shardings(context.mesh, shapes)
+    lies = shardings(context.mesh, shapes, config.model)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lies)
 
 
 def batch_sharding(config: Config, context: Context) -> NamedSharding:
-    """How each array of a batch lies on the context's mesh."""
+    """The sharding of each array of a batch on the context's mesh."""
     return meshes.sharding(context.mesh, context.tokens, (config.data.B, config.data.T), "the batch")
 
 
 def on_mesh(source: Source, config: Config, context: Context) -> Spread:
-    """A source of the config's data whose batches lie on the context's mesh, in its layout."""
+    """A source of the config's data whose batches are sharded over the context's mesh, in its layout."""
     shape = config.data.B, config.data.T
-    return Spread(source, shape, batch_sharding(config, context), context.layout, context.layout_parts)
+    return Spread(source, shape, batch_sharding(config, context), context.layout, context.shards)
 
 
 def _hidden(params: Params, batch: Batch, config: Config, context: Context | None) -> Float[Array, "B T E"]:
@@ -155,17 +163,17 @@ def _hidden(params: Params, batch: Batch, config: Config, context: Context | Non
 
 
 def _labels(context: Context | None, batch: Batch) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """`labels_and_weights` of a batch in the context's layout: the next token is the sequence's next."""
+    """`labels_and_weights` of a batch in the context's layout: a label is the next token of the sequence."""
     context = context or Context()
     with jax.named_scope("labels"):
         return context.permute(labels_and_weights(*context.restore(batch)))
 
 
 def _token_sums(context: Context | None, f: Callable[..., Any], x: Array, w: Array, *rest: Array) -> Any:
-    """f(sliced, x [B T E], w, *rest [B T]), sums over tokens: on a mesh over each device's own, then over all.
+    """Sums over all tokens that f(sliced, x [B T E], w, *rest [B T]) gives, on a mesh first per device.
 
-    The loss walks over the sequence in pieces. In a shard_map each device walks over its own part; outside of one, the
-    pieces would lie on one device after the other. There the head is sliced along E over the axes `sliced`.
+    The loss walks over the sequence in chunks. In a shard_map each device walks over its own shard; outside, each chunk
+    would lie on one device while the others wait. In the shard_map the head is sliced along E over the axes `sliced`.
     """
     if not _spread(context):
         return f((), x, w, *rest)
@@ -189,7 +197,7 @@ def _token_sums(context: Context | None, f: Callable[..., Any], x: Array, w: Arr
 def _sum_loss(
     params: Params, batch: Batch, config: Config, context: Context | None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed loss and negative log-likelihood (nats, not means) of one micro-batch."""
+    """The summed loss and the summed negative log-likelihood, in nats, of one micro-batch."""
 
     def sums(
         sliced: tuple[str, ...], x: Array, w: Array, labels: Array, weights: Array
@@ -222,7 +230,7 @@ def _train_step(config: Config, context: Context | None, state: State, batch: Ba
         grads, totals = sums(state.params, batch)
     else:
         split = jax.tree.map(lambda a: a.reshape(pieces, -1, *a.shape[1:]), batch)
-        if _spread(context):  # each piece's rows on all devices
+        if _spread(context):  # spread each micro-batch's rows over all devices
             spec = P(None, *context.tokens)
             split = jax.tree.map(lambda a: meshes.place(a, context.mesh, spec, "the micro-batches"), split)
 
@@ -253,7 +261,7 @@ def train_step(config: Config, context: Context | None = None) -> Callable[[Stat
     """The jitted update (State, Batch) -> (State, metrics); the given state is donated.
 
     Metrics are float32 scalars: loss and nll in nats per weighted token, grad_norm before clipping, weight_sum, lr.
-    On the context's mesh the state lies as `state_shapes` says, before and after, and the batch as `batch_sharding`.
+    On a mesh the state has the shardings of `state_shapes`, before and after, and the batch that of `batch_sharding`.
     """
     step = functools.partial(_train_step, config, context)
     if not _spread(context):
@@ -281,12 +289,12 @@ def _eval_sums(
     weights: Array,
     positions: Array,
 ) -> dict[str, Array]:
-    """The sums of `eval_step` over these tokens, of sequences of that length."""
+    """The sums of `eval_step` over these tokens of sequences of `length` tokens."""
     w = gathered(w.astype(x.dtype), sliced)
     _, aux = cross_entropy(x, w, labels, weights, chunk=chunk)
 
     B, T = labels.shape
-    chunk = min(chunk, B * T)  # logits of this many tokens exist at once, here too
+    chunk = min(chunk, B * T)  # the number of tokens whose logits exist at once
     short = -B * T % chunk
 
     def hits(pair: tuple[Float[Array, "C E"], Int[Array, " C"]]) -> Float[Array, " C"]:
@@ -316,7 +324,7 @@ def eval_step(config: Config, context: Context | None = None) -> Callable[[Param
     """The jitted evaluation (params, Batch) -> float32 sums over weighted tokens.
 
     nll_sum, weight_sum, correct_sum (argmax hits) are scalars; nll_by_position and weight_by_position `[T]` are indexed
-    by the position of the last token read, so entry p speaks of predictions from p + 1 tokens of context.
+    by the position of the last token read: entry p holds predictions from p + 1 tokens of context.
     """
     step = functools.partial(_eval_step, config, context)
     if not _spread(context):
@@ -326,7 +334,7 @@ def eval_step(config: Config, context: Context | None = None) -> Callable[[Param
 
 
 def batch_shapes(config: Config) -> Batch:
-    """The shapes and dtypes of one step's batch, to compile for without data."""
+    """The shapes and dtypes of one step's batch, for compiling without data."""
     shape = (config.data.B, config.data.T)
     ids = jax.ShapeDtypeStruct(shape, np.dtype(np.int32))
     return Batch(ids, ids, ids, jax.ShapeDtypeStruct(shape, np.dtype(np.float32)))

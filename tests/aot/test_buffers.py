@@ -1,11 +1,10 @@
-"""XLA's account of its buffers, read from files as it writes them."""
+"""XLA's buffers, parsed from dumps as XLA writes them."""
 
 import textwrap
 
 import pytest
 
-from longattn.aot import buffers as memory
-from longattn.aot import hlo
+from longattn.aot import buffers, hlo
 
 PROGRAM = """
     ENTRY %m (p0: f32[2,8], p1: f32[2,8], p2: s32[4]) -> f32[2,8] {
@@ -66,10 +65,10 @@ def folder(tmp_path):
 
 def test_buffers_of_device_memory_are_named_where_they_need_most(folder):
     program = hlo.parse(textwrap.dedent(PROGRAM).strip())
-    total, buffers = memory.account(folder, program, [(2, 8), (8, 16)])
+    total, alive = buffers.account(folder, program, [(2, 8), (8, 16)])
     assert total == 300
-    # The most is needed at 5: the state, the batch, `kept` and both results; what lies on the chip counts nowhere.
-    assert {(b.name, b.kind, b.type, b.bytes) for b in buffers} == {
+    # The peak is at 5: state, batch, `kept` and both results. Values on the chip do not count.
+    assert {(b.name, b.kind, b.type, b.bytes) for b in alive} == {
         ("state.params['w']", "parameters", "f32[2,8]", 64),
         ("state.opt_state[0].mu['w']", "moments", "f32[2,8]", 64),
         ("batch.tokens", "batch", "s32[4]", 16),
@@ -77,8 +76,8 @@ def test_buffers_of_device_memory_are_named_where_they_need_most(folder):
         ("backward layer_0/mlp/mul", "gradients", "f32[2,8]", 64),
         ("backward layer_0/mlp/mul", "backward pass", "f32[7]", 28),
     }
-    assert [b.bytes for b in buffers] == sorted((b.bytes for b in buffers), reverse=True)
-    assert memory.by_kind(buffers) == {
+    assert [b.bytes for b in alive] == sorted((b.bytes for b in alive), reverse=True)
+    assert buffers.by_kind(alive) == {
         "parameters": 64, "moments": 64, "batch": 16, "gradients": 64, "gathered or cast parameters": 0,
         "forward pass": 30, "backward pass": 28, "other": 0,
     }  # fmt: skip
@@ -88,10 +87,10 @@ def test_a_missing_or_unknown_account_is_told(folder):
     program = hlo.parse(textwrap.dedent(PROGRAM).strip())
     (folder / "module_0.jit_f.after_optimizations-live-range.txt").write_text("something else")
     with pytest.raises(ValueError, match="not of a known form"):
-        memory.account(folder, program, [])
+        buffers.account(folder, program, [])
     (folder / "module_0.jit_f.after_optimizations-live-range.txt").unlink()
     with pytest.raises(ValueError, match="XLA wrote no live-range.txt"):
-        memory.account(folder, program, [])
+        buffers.account(folder, program, [])
 
 
 @pytest.mark.parametrize(
@@ -106,4 +105,4 @@ def test_a_missing_or_unknown_account_is_told(folder):
     ],
 )
 def test_scopes_are_shown_without_transformations(scope, shown):
-    assert memory.short(scope) == shown
+    assert buffers.short(scope) == shown

@@ -1,4 +1,4 @@
-"""Compilers in processes of their own: what is missing, aborts or hangs is told."""
+"""Compilers in processes of their own: missing, aborting and hanging ones are reported."""
 
 import pytest
 

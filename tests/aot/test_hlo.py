@@ -1,4 +1,4 @@
-"""Compiled programs read: types, loops, products, bytes and collectives of hand-written texts, and of XLA's own."""
+"""Parsing compiled programs: types, loops, products, bytes and collectives, in hand-written texts and XLA's own."""
 
 import re
 import textwrap
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from longattn.aot import hlo
+from longattn.aot import collectives, hlo, instructions
 from longattn.cost.collective import Collective, axes_of
 
 # A loop of ceil((10 - 1) / 2) = 5 runs over a product of [4 8] x [8 16], and one whose bound is data.
@@ -104,10 +104,10 @@ def test_arrays_have_a_size_and_a_place(text, space, size):
 
 def test_loops_run_as_their_constants_say_or_are_unknown():
     p = program()
-    assert hlo.trips(p, p.entry, p.entry.by_name["loop"]) == 5
-    assert hlo.trips(p, p.entry, p.entry.by_name["data"]) is None
+    assert instructions.trips(p, p.entry, p.entry.by_name["loop"]) == 5
+    assert instructions.trips(p, p.entry, p.entry.by_name["data"]) is None
     body = p.computations["body"]
-    assert hlo.flops(p, body, body.by_name["product"]) == 2 * 4 * 8 * 16
+    assert instructions.flops(p, body, body.by_name["product"]) == 2 * 4 * 8 * 16
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_loops_run_as_their_constants_say_or_are_unknown():
 )
 def test_collectives_know_their_groups_and_bytes(groups, members, axes):
     p = program(groups)
-    found = hlo.collective(p, p.entry, p.entry.root)
+    found = collectives.collective(p, p.entry, p.entry.root)
     n = len(members)
     assert found == Collective("all-reduce", round(2 * 4 * 16 * 4 * (n - 1) / n), members, axes, "")
 
@@ -136,22 +136,22 @@ def test_collectives_know_their_groups_and_bytes(groups, members, axes):
 def test_unknown_groups_are_refused():
     p = program("somehow")
     with pytest.raises(ValueError, match="groups is not known"):
-        hlo.collective(p, p.entry, p.entry.root)
+        collectives.collective(p, p.entry, p.entry.root)
 
 
 def counted(text: str) -> float:
-    """FLOPs of a whole program, loops and all."""
+    """Returns the FLOPs of a whole program with its loops."""
     p = hlo.parse(text)
 
     def total(computation: hlo.Computation) -> float:
         flops = 0.0
         for i in computation.instructions:
             if i.opcode == "while":
-                flops += hlo.trips(p, computation, i) * total(p.computations[i.attribute("body")])
+                flops += instructions.trips(p, computation, i) * total(p.computations[i.attribute("body")])
             elif i.opcode == "call":
                 flops += total(p.computations[i.attribute("to_apply")])
             else:
-                flops += hlo.flops(p, computation, i)
+                flops += instructions.flops(p, computation, i)
         return flops
 
     return total(p.entry)
@@ -187,7 +187,7 @@ def test_convolutions_are_products(line, flops):
         "  %bl = f32[3,4,8]{2,1,0} parameter(2)\n  %br = f32[3,8,16]{2,1,0} parameter(3)\n"
         f"  ROOT %out = {line}\n}}\n"
     )
-    assert hlo.flops(p, p.entry, p.entry.root) == flops
+    assert instructions.flops(p, p.entry, p.entry.root) == flops
 
 
 def test_bytes_of_slices_and_updates_are_those_of_the_part():
@@ -222,7 +222,7 @@ def test_bytes_of_slices_and_updates_are_those_of_the_part():
         }
     """
     p = hlo.parse(textwrap.dedent(text).strip())
-    moved = {i.name: hlo.hbm_bytes(p, p.entry, i) for i in p.entry.instructions}
+    moved = {i.name: instructions.hbm_bytes(p, p.entry, i) for i in p.entry.instructions}
     part = 8 * 16 * 4
     assert moved["part"] - 4 == 2 * part  # the slice read, the result written; and the index
     assert moved["nested"] == moved["part"]  # through a fusion within the fusion

@@ -1,4 +1,4 @@
-"""What the compiler for TPUs puts between the beginning and the end of the strategies' transfers."""
+"""The TPU compiler schedules attention between the start and the end of the strategies' transfers."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def compiled(strategy: str, layout: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_every_hop_is_beside_attention(layout):
-    """But the gradients' way home, when nothing is left to compute, and backward the first: sums hide that one."""
+    """Exceptions are the gradients' way home, with nothing left to compute, and the first backward hop, beside sums."""
     rows = compiled("ring", layout)["collectives"]
     assert rows and all(row["kind"] == "collective-permute" and row["asynchronous"] for row in rows)
     assert {row["axes"] for row in rows} == {"seq"}
@@ -38,7 +38,7 @@ def test_every_hop_is_beside_attention(layout):
 @needs_libtpu
 @pytest.mark.slow
 def test_balanced_waits_for_little():
-    """Forward only what the last step gives back is alone, of all a third; a sixth of the time is waited for."""
+    """In the forward pass only the last step's results overlap with nothing; devices wait a sixth of the time."""
     rows = compiled("balanced", "contiguous")["collectives"]
     assert rows and all(row["kind"] == "collective-permute" and row["asynchronous"] for row in rows)
     alone = {row["scope"]: row["runs"] - row["beside_attention"] for row in rows if "backward" not in row["scope"]}

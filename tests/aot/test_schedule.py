@@ -1,4 +1,4 @@
-"""The walk through a schedule, on programs whose times can be added up by hand."""
+"""The walk through a schedule, on programs whose times are added up by hand."""
 
 import textwrap
 
@@ -45,7 +45,7 @@ def test_what_runs_between_start_and_done_hides_the_transfer(products, exposed):
 
 
 def test_transfers_share_the_links():
-    """Two transfers of 4 s, and 5 s of work: 3 s are left, of the second."""
+    """Two transfers of 4 s beside 5 s of work leave 3 s of the second one."""
     totals = walk(
         times(
             "%s1 = (f32[8,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), channel_id=1, replica_groups={{0,1}}",
@@ -82,7 +82,7 @@ RING = Rates(1024.0, 1e9, 128.0, 128.0, 8, Torus((8,), (True,), 64.0, 128.0, tup
 
 
 def hops(*pairs: str, work: int) -> hlo.Program:
-    """Permutes that are started together, and awaited after so many products."""
+    """Makes a program that starts permutes together and awaits them after `work` products."""
     sends = [
         f"%s{i} = (f32[8,8]{{1,0}}, f32[8,8]{{1,0}}) collective-permute-start(%x), channel_id={i + 1}, "
         f"source_target_pairs={{{p}}}"

@@ -52,7 +52,7 @@ def three_steps() -> bytes:
 
 
 def test_steps_by_hand(tmp_path) -> None:
-    document = run_profile.read(run_profile.TraceOptions(str(folder(tmp_path, three_steps(), profile=(5, 3)))))
+    document = run_profile.read(run_profile.RunProfileOptions(str(folder(tmp_path, three_steps(), profile=(5, 3)))))
     assert (document["program"], document["devices"]) == ("jit_f", 1)
     assert [s["step"] for s in document["steps"]] == [5, 6, 7]
     assert [s["wall_seconds"] for s in document["steps"]] == pytest.approx([100e-6, 150e-6, 70e-6])
@@ -73,34 +73,36 @@ def test_time_of_other_programs_is_not_idle(tmp_path) -> None:
     other = lambda start, end: f"o {start} {end} hlo_op=o hlo_module=jit_g program_id=8 run_id=9 device_ordinal=0"
     lines = {"a": [cpu("dot.1", 0, 30, 1), other(30, 70), cpu("dot.1", 100, 130, 2)]}
     data = space(programs(STEP), plane("/host:CPU", lines, CPU_STATS))
-    document = run_profile.read(run_profile.TraceOptions(str(folder(tmp_path, data, profile=(1, 2))), program="jit_f"))
+    document = run_profile.read(
+        run_profile.RunProfileOptions(str(folder(tmp_path, data, profile=(1, 2))), program="jit_f")
+    )
     assert [s["busy_seconds"] for s in document["steps"]] == pytest.approx([70e-6, 30e-6])
     assert document["idle"] == pytest.approx(0.3)
 
 
 def test_hosts_that_are_not_read_are_told(tmp_path, capsys) -> None:
     run = folder(tmp_path, three_steps(), profile=(5, 3))
-    run_profile.run(run_profile.TraceOptions(str(run)))
+    run_profile.run(run_profile.RunProfileOptions(str(run)))
     assert "one host" not in capsys.readouterr().out
     (recorded,) = run.rglob("*.xplane.pb")
     (recorded.parent / "second.xplane.pb").write_bytes(recorded.read_bytes())
-    assert run_profile.run(run_profile.TraceOptions(str(run)))["hosts"] == 2
+    assert run_profile.run(run_profile.RunProfileOptions(str(run)))["hosts"] == 2
     assert "one host; those of 1 more" in capsys.readouterr().out
 
 
 def test_another_program_may_be_read(tmp_path) -> None:
     run = str(folder(tmp_path, three_steps(), profile=(5, 3)))
-    assert run_profile.read(run_profile.TraceOptions(run, program="jit_g"))["kernels"][0]["name"] == "other"
+    assert run_profile.read(run_profile.RunProfileOptions(run, program="jit_g"))["kernels"][0]["name"] == "other"
     with pytest.raises(ValueError, match="no program 'jit_h'; it has jit_f, jit_g"):
-        run_profile.read(run_profile.TraceOptions(run, program="jit_h"))
+        run_profile.read(run_profile.RunProfileOptions(run, program="jit_h"))
 
 
 def test_tables_and_json(tmp_path, capsys) -> None:
     run = str(folder(tmp_path, three_steps(), profile=(5, 3)))
-    document = run_profile.run(run_profile.TraceOptions(run, json=True))
+    document = run_profile.run(run_profile.RunProfileOptions(run, json=True))
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(document))
-    assert (document["version"], document["kind"]) == (1, "profile trace")
-    run_profile.run(run_profile.TraceOptions(run))
+    assert (document["version"], document["kind"]) == (2, "profile run")
+    run_profile.run(run_profile.RunProfileOptions(run))
     text = capsys.readouterr().out
     for piece in ("layer/mlp", "30 us", "20 us", "83.3%", "jit_g (1, 10 us)", "xprof"):
         assert piece in text, piece
@@ -122,11 +124,11 @@ def test_parts_join_layers(path, depth, part) -> None:
 
 def test_a_run_without_a_trace_names_the_remedy(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"holds no trace.*--run.profile FIRST COUNT"):
-        run_profile.read(run_profile.TraceOptions(str(folder(tmp_path, None))))
+        run_profile.read(run_profile.RunProfileOptions(str(folder(tmp_path, None))))
     with pytest.raises(ValueError, match="give a run, or a folder"):
-        run_profile.read(run_profile.TraceOptions(str(tmp_path / "nothing")))
+        run_profile.read(run_profile.RunProfileOptions(str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match="depth=0"):
-        run_profile.TraceOptions("run", depth=0)
+        run_profile.RunProfileOptions("run", depth=0)
 
 
 @pytest.mark.slow
@@ -138,7 +140,7 @@ def test_a_run_that_trained_here(tmp_path) -> None:
         run=Run(dir=str(tmp_path), name="a", steps=5, eval_batches=1, profile=(3, 2)),
     )
     train(config, quiet=True)
-    document = run_profile.read(run_profile.TraceOptions(str(tmp_path / "a"), depth=9))
+    document = run_profile.read(run_profile.RunProfileOptions(str(tmp_path / "a"), depth=9))
     assert document["program"] == "jit__train_step"
     assert [s["step"] for s in document["steps"]] == [3, 4]
     assert all(0 <= s["idle"] < 1 for s in document["steps"])

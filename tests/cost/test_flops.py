@@ -1,7 +1,6 @@
 """Formulas against counting: pairs against dense masks, parameters against an initialised model, FLOPs against XLA."""
 
 import time
-from typing import get_args
 
 import jax
 import numpy as np
@@ -16,12 +15,12 @@ from longattn.config import (
     KimiDeltaAttention,
     LinearAttention,
     Mamba2,
-    Mixer,
     Model,
     Performer,
     RetNet,
     RoPE,
     Softmax,
+    mixer_classes,
 )
 from longattn.cost import flops as cost
 from longattn.cost.pairs import visible_pairs
@@ -39,6 +38,7 @@ from longattn.mask import (
     Prefix,
     Window,
 )
+from longattn.models import MIXERS
 
 LLAMA_7B = Model(N=32, E=4096, F=11008, H=32, K=32, D=128, W=32000, tie=False)
 
@@ -172,7 +172,7 @@ MODELS = {
         W=257,
         mixers=(Softmax(sinks=True), Softmax(rope=RoPE(base=5e5)), Softmax(qk_norm=True)),
     ),
-    "linear": Model(N=9, E=16, F=24, H=4, K=2, D=6, W=257, mixers=tuple(cls() for cls in get_args(Mixer))),
+    "linear": Model(N=9, E=16, F=24, H=4, K=2, D=6, W=257, mixers=tuple(mixer_classes()[name]() for name in MIXERS)),
 }
 
 
@@ -202,7 +202,6 @@ def test_flops_of_recurrences(mixer, attention, matrices):
     assert flops.attention == 50 * attention
     assert flops.projections == 2 * 50 * matrices
     assert cost.layer_flops(mixer, model, 50, documents=[20, 10]).attention == 30 * attention
-    assert cost.known(model)
 
 
 def test_training_state_is_sixteen_bytes_per_parameter():

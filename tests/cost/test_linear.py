@@ -27,8 +27,8 @@ from longattn.config import (
 )
 from longattn.cost import flops, linear, step, topology
 from longattn.models import MIXERS
-from longattn.ops.linear.pallas_tpu.chunk import Statics
-from longattn.ops.linear.pallas_tpu.cost import of_chunk
+from longattn.ops.linear.pallas_tpu.cost import chunk_cost
+from longattn.ops.linear.pallas_tpu.statics import Statics
 from longattn.plan import command, show
 from tests.compilers import needs_cuda, needs_libtpu
 
@@ -55,7 +55,7 @@ def test_a_recurrent_model_on_a_tpu():
 
     # Two layers of 4 heads and 2 rows, each with 4 chunks of 128 tokens in one span: of each kernel one run.
     n = Statics(128, "vector", False, jnp.dtype("bfloat16"), 32**-0.5)
-    of = lambda what: of_chunk(n, 32, 64, what)[0]
+    of = lambda what: chunk_cost(n, 32, 64, what)[0]
     chunk = of("out") + of("state") + of("gradients") + of("pull")  # forward, fold, backward, pull
     assert row["linear_attention_flops"] == 2 * 4 * 2 * (4 * chunk + 3 * of("state"))
     assert row["linear_attention_flops"] == sum(step.linear_flops(config))
@@ -126,9 +126,11 @@ def test_a_recurrent_model_on_gpus():
 )
 def test_what_a_mixer_asks_for(mixer, H, D, V, decay, delta, channels):
     r = linear.of(mixer, TINY, tensor=2)
-    assert (r.Hq, r.Hk, r.Hv) == H and (r.D, r.V, r.decay, r.delta, r.channels) == (D, V, decay, delta, channels)
+    call = r.call
+    assert (call.Hq, call.Hk, call.Hv) == H and (call.D, call.V, call.decay, call.delta) == (D, V, decay, delta)
+    assert r.channels == channels
     assert r.taps == (4 if channels else 1)
-    assert MIXERS[type(mixer).__name__].sizes(mixer, TINY)[0] == r.H * r.D * r.V * 2
+    assert MIXERS[type(mixer).__name__].sizes(mixer, TINY)[0] == call.H * call.D * call.V * 2
 
 
 def test_messages_of_states_by_hand():

@@ -16,10 +16,10 @@ from tests.compilers import needs_cuda, needs_libtpu
 def test_memory_is_within_fifteen_percent_of_what_compilers_need():
     errors = {row["case"]: row["error"] for row in calibration.errors()}
     assert len(errors) == len(calibration.CASES) >= 20
-    exceptions = {  # out is kept tokens minor: see `analytic.kept`
+    exceptions = {  # out is kept tokens minor: see `step.kept`
         case.name
         for case in calibration.CASES
-        if case.config.mesh.sequence == 16 and case.config.mesh.strategy in ("ring", "usp") and "full" not in case.name
+        if case.config.mesh.P == 16 and case.config.mesh.strategy in ("ring", "usp") and "full" not in case.name
     }
     assert {name for name, e in errors.items() if abs(e) > 0.15} == exceptions
     assert all(errors[name] == pytest.approx(0.316, abs=0.005) for name in exceptions)
@@ -57,7 +57,7 @@ def test_messages_between_all_devices_are_those_of_the_program_but_for_its_rings
     meshes = {case.name: case.config.mesh for case in calibration.CASES}
     for row in calibration.errors():
         if row.get("received"):
-            P = meshes[row["case"]].fsdp * meshes[row["case"]].sequence
+            P = meshes[row["case"]].fsdp * meshes[row["case"]].P
             least = min(0.85, (P - 1) / P if P > 1 else 1)
             assert least < row["received_by_formula"] / row["received"] < 1.02, row["case"]
 

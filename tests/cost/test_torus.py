@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from longattn.aot import compilers, hlo
+from longattn.aot import collectives, compilers, hlo
 from longattn.cost import topology
 from longattn.cost.collective import Collective
 from longattn.cost.torus import Torus, ways
@@ -199,7 +199,7 @@ def ring(request):
     shift = jax.jit(jax.shard_map(hop, mesh=mesh, in_specs=P("seq"), out_specs=P("seq")))
     x = jax.ShapeDtypeStruct((where.size * 2**18,), jnp.float32, sharding=NamedSharding(mesh, P("seq")))
     program = hlo.parse(shift.trace(x).lower().compile().as_text())
-    found = (hlo.collective(program, program.entry, i) for i in program.entry.instructions)
+    found = (collectives.collective(program, program.entry, i) for i in program.entry.instructions)
     what = next(c for c in found if c is not None)
     devices = list(mesh.devices.flat)
 

@@ -345,7 +345,7 @@ def test_weight_decay_is_of_matrices_alone(layer):
     """Stacked, vectors have the rank of matrices."""
     model = dataclasses.replace(MODEL, N=4, mixers=(layer,))
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    shrinks = decays(jax.tree.map(lambda p: jnp.zeros(p.shape), shapes))["layers"]["layer_0"]["mixer"]
+    shrinks = decays(jax.tree.map(lambda p: jnp.zeros(p.shape), shapes), model)["layers"]["layer_0"]["mixer"]
     vectors = {"norm", "skip", "decay_log", "decay_bias", "v_conv_bias", "b_conv_bias", "c_conv_bias"}
     assert {n for n, d in shrinks.items() if d is not True} == vectors & set(shrinks)
 

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longattn.config import Model, Softmax
+from longattn.config import GatedDeltaNet, Model, Softmax, mixer_classes
 from longattn.mask import Causal, Chunked, Dilated, Full, Global, Prefix, Window
-from longattn.models import MIXERS, Context, bytes_read_per_token, sequential_steps, state_elements
+from longattn.models import MIXERS, Context, bytes_read_per_token, module_of, sequential_steps, state_elements
+from longattn.models.mixer import specs
+from longattn.ops.calls import AttentionCall, ConvolutionCall, LinearCall
 
 MODEL = Model(E=12, H=6, K=2, D=4)  # keys and values of a token: 2 * 2 * 4 = 16 elements
 
@@ -66,3 +68,35 @@ def test_no_state():
     x = jnp.zeros((1, 2, 12))
     with pytest.raises((ValueError, TypeError), match="state"):
         MIXERS["Softmax"](Softmax(), MODEL, None).init(jax.random.key(0), x, None, None, {"cache": 1})
+
+
+def test_what_softmax_calls():
+    mask = Causal() & Window(9)
+    (call,) = module_of(Softmax()).calls(Softmax(mask=mask, sinks=True, softcap=3.0), MODEL, 40)
+    assert call == AttentionCall(T=40, H=6, K=2, D=4, dtype="bfloat16", mask=mask, scale=0.5, softcap=3.0, sinks=True)
+    assert (call.shared(2).H, call.shared(2).heads, call.keys, call.values) == (3, 1, 40, 4)
+
+
+def test_what_a_gated_delta_net_calls():
+    *convolutions, call = module_of(GatedDeltaNet()).calls(GatedDeltaNet(V=5), MODEL, 40)
+    assert call == LinearCall(T=40, Hq=2, Hk=2, Hv=6, D=4, V=5, decay="scalar", delta=True, dtype="bfloat16")
+    assert convolutions == [
+        ConvolutionCall(T=40, H=H, D=D, taps=4, dtype="bfloat16") for H, D in ((2, 4), (2, 4), (6, 5))
+    ]
+    assert (call.shared(2).Hq, call.shared(3).Hq, call.shared(3).Hv) == (1, 2, 2)  # 3 devices do not divide 2 heads
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_parameter_has_a_sharding(name):
+    mixer = mixer_classes()[name]()
+    module = module_of(mixer)
+    assert specs(module, mixer, MODEL).keys() == module.parameters(mixer, MODEL).keys()
+    assert module.decay_free(mixer, MODEL) <= module.parameters(mixer, MODEL).keys()
+
+
+def test_a_config_without_a_module_is_refused():
+    class Unknown(Softmax):
+        pass
+
+    with pytest.raises(ValueError, match=r"mixer 'Unknown' must be in longattn.models.MIXERS; known: Softmax"):
+        module_of(Unknown())

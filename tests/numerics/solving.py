@@ -1,4 +1,4 @@
-"""Problems that are solved once, and back ends that are wrong."""
+"""Solves problems once for all tests, and makes wrong back ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _numbers = itertools.count()
 
 @functools.cache
 def solved(problem: AnyProblem) -> tuple:
-    """(drawn, truth, plain) of a problem."""
+    """Returns (drawn, truth, plain) of a problem."""
     drawn = numerics.draws(problem)
     with jax.enable_x64(True):
         truth = numerics.truth(problem, "reference", drawn, np.float64)
@@ -35,8 +35,8 @@ def tried(problem: AnyProblem, name: str) -> dict[str, Any]:
 
 
 def back_end(monkeypatch: pytest.MonkeyPatch, problem: AnyProblem, **changes: Any) -> str:
-    """A back end of the problem's operation that is xla's but for `changes`, in the table under a name of its own."""
-    name = f"changed_{next(_numbers)}"  # jitted functions remember by name
+    """Registers a back end of the problem's operation: xla's with `changes`, under a new name."""
+    name = f"changed_{next(_numbers)}"  # jit caches by name
     table = problem.api.BACK_ENDS
     monkeypatch.setitem(table, name, types.SimpleNamespace(**{**vars(table["xla"]), **changes}))
     return name

@@ -1,4 +1,4 @@
-"""Attention's problems: the yardstick is a textbook's; keys in parts are attention to all."""
+"""Attention's problems: a NumPy implementation confirms the yardstick; keys in shards equal attention to all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.ops import oracle
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_yardstick_is_that_of_a_textbook(dtype) -> None:
-    """NumPy's plain implementation, of which nothing is shared, makes errors of the same size."""
+    """An independent plain implementation in NumPy makes errors of the same size."""
     problem = dataclasses.replace(PROBLEM, dtype=dtype)
     drawn, truth, plain = solved(problem)
     assert len(drawn) == 16  # of 4 sinks
@@ -34,7 +34,7 @@ def test_the_yardstick_is_that_of_a_textbook(dtype) -> None:
 
 
 def textbook(problem: Problem, drawn: numerics.Drawn, dtype: str) -> tuple[dict, dict]:
-    """NumPy's (plain implementation, truth)."""
+    """Returns (plain implementation, truth) by NumPy."""
     ids, positions = drawn.ids["segment_ids"], drawn.ids["positions"]
     assert [len(set(row)) for row in ids] == [4, 4]
     assert all((positions[ids == i] == 0).any() for i in range(4))
@@ -75,7 +75,7 @@ PARTS = PartsProblem(T=45, H=4, K=2, D=8, V=6, B=2, mask=Causal() & Window(20), 
 
 
 def test_keys_in_parts_are_attention_to_all() -> None:
-    """The truth is that of all keys at once, and what is computed of the parts agrees with it."""
+    """The truth attends to all keys at once, and the merged shards agree with it."""
     whole = Problem(**{f.name: getattr(PARTS, f.name) for f in dataclasses.fields(PARTS)})
     for name, x in solved(whole)[1].items():
         np.testing.assert_array_equal(solved(PARTS)[1][name], x)
@@ -89,9 +89,9 @@ def test_queries_and_keys_in_parts_may_be_of_two_lengths() -> None:
 
 
 def test_wrong_partials_fail(monkeypatch) -> None:
-    def light(q, k, v, visibility, options):
-        out, lse = xla.attend(q, k, v, visibility, options)
-        return out, lse + 1e-3 * (visibility.k_positions[0, 0] > 0)  # the second part weighs more
+    def light(q, k, v, bias, visibility, *rest):
+        out, lse = xla.attend(q, k, v, bias, visibility, *rest)
+        return out, lse + 1e-3 * (visibility.k_positions[0, 0] > 0)  # the second shard weighs more
 
     def steep(*arguments):
         dq, dk, dv = xla.backward_partial(*arguments)

@@ -1,4 +1,4 @@
-"""Linear attention's problems: the yardstick is a textbook's, and what is wrong is found."""
+"""Linear attention's problems: a NumPy recurrence confirms the yardstick, and wrong back ends are found."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RESULTS = {"out", "final_state", "dq", "dk", "dv", "dlog_decay", "dbeta", "dinit
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("decay", "delta"), [("scalar", True), ("vector", True), ("vector", False), ("none", False)])
 def test_the_yardstick_is_that_of_a_textbook(dtype, decay, delta) -> None:
-    """NumPy's recurrence, of which nothing is shared, makes errors of the same size."""
+    """An independent recurrence in NumPy makes errors of the same size."""
     problem = dataclasses.replace(PROBLEM, dtype=dtype, decay=decay, delta=delta)
     (drawn,), truth, plain = solved(problem)
     assert len(set(drawn.ids["segment_ids"][0])) == 3
@@ -52,12 +52,12 @@ def test_a_wrong_state_and_a_wrong_gradient_fail(monkeypatch) -> None:
 
     heavier.defvjp(lambda x: (x, None), lambda _, g: (g * 1.001,))
 
-    def forgetful(q, k, v, log_decay, beta, *rest):
-        out, state = xla.attend(q, k, v, log_decay, beta, *rest)
+    def forgetful(*arguments):
+        out, state = xla.attend(*arguments)
         return out, state * 1.001
 
-    def steep(q, k, v, log_decay, *rest):
-        return xla.attend(q, k, v, heavier(log_decay), *rest)
+    def steep(x, *rest):
+        return xla.attend(x._replace(log_decay=heavier(x.log_decay)), *rest)
 
     for name, wrong in (
         ("xla", []),
@@ -76,7 +76,7 @@ STATE = StateProblem(T=61, H=4, D=16, V=9, B=2, heads=(1, 2, 4), documents=3, ra
 
 @pytest.mark.parametrize(("decay", "delta", "dtype"), [("vector", True, "bfloat16"), ("scalar", False, "float32")])
 def test_states_alone_are_a_textbooks(decay, delta, dtype) -> None:
-    """NumPy's recurrence gives the truth; the yardstick is near it, and the blockwise form within what is allowed."""
+    """NumPy's recurrence is the truth: the yardstick is close to it, and the blockwise form within the tolerance."""
     problem = dataclasses.replace(STATE, dtype=dtype, decay=decay, delta=delta)
     (drawn,), truth, plain = solved(problem)
     given = dict(drawn.arrays)
@@ -98,12 +98,11 @@ def test_states_alone_are_a_textbooks(decay, delta, dtype) -> None:
 
 
 def test_a_wrong_fold_and_a_wrong_pull_fail(monkeypatch) -> None:
-    def no_columns(k, v, log_decay, beta, S, ids, options):
-        state = xla.fold(k, v, log_decay, beta, S, ids, options)
-        return state.at[..., v.shape[3] :].multiply(1.001)
+    def no_columns(x, *rest):
+        return xla.fold(x, *rest).at[..., x.v.shape[3] :].multiply(1.001)
 
-    def refuse(q, k, v, *_):
-        if v.shape[3] > STATE.V:
+    def refuse(x, options):
+        if x.initial_state.shape[3] > STATE.V:
             raise NotImplementedError("too wide")
 
     problem = dataclasses.replace(STATE, decay="scalar", delta=True)

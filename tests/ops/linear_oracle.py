@@ -1,8 +1,8 @@
 """Linear attention and its gradients in NumPy, token by token, by the chain rule: nothing is shared with the library.
 
-In float64 it is the truth. In float32 it is what a plain implementation of that precision gives; for half-precision
-inputs the recurrence is float32's, and what has their dtype is rounded at the end. Where a device has no other products
-than of half-precision factors, `factors` names their dtype: each factor is rounded to it, sums are not.
+In float64 it is the truth, in float32 a plain implementation of that precision. For half-precision inputs the
+recurrence is in float32, and results of their dtype are rounded at the end. `factors` is for devices that multiply only
+half-precision factors: each factor is rounded to that dtype, sums are not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def linear_attention(
     dtype=np.float64,
     factors=None,
 ):
-    """A dict of out, final_state and the gradients of every array given, for the cotangents do and dS, in float64."""
+    """Returns out, final_state and the gradients of every array given, for the cotangents do and dS, in float64."""
     work = np.float64 if dtype == np.float64 else np.float32
     given = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta, "initial_state": initial_state}
     half = ("q", "k", "v")

@@ -20,7 +20,7 @@ def normal(seed, *shapes):
 
 
 def segments(ids, B, T):
-    """How many segments have begun, the call's first counted as 0."""
+    """Returns how many segments have begun, with the call's first counted as 0."""
     if ids is None:
         return np.zeros((B, T), int)
     return np.cumsum(np.diff(ids, axis=1, prepend=ids[:, :1]) != 0, 1)
@@ -31,7 +31,7 @@ def silu(y):
 
 
 def short(x, w, b, ids, tail, dy=None, dtail=None, activation=None, r=lambda x: x):
-    """y, the new tail and, by the transposed sums, every gradient; `r` rounds each result as a plain program would."""
+    """Returns y, the new tail and, by the transposed sums, every gradient; `r` rounds as a plain program would."""
     (_, T, _), C = x.shape, w.shape[1]
     whole, seg = np.concatenate([tail, x], 1), np.pad(segments(ids, *x.shape[:2]), ((0, 0), (C - 1, 0)))
     see = lambda t, c: (seg[:, t + C - 1 - c] == seg[:, t + C - 1])[:, None]
@@ -63,9 +63,14 @@ def ours(x, w, b, ids, tail, dy, dtail, activation):
     return {"y": y, "tail": new, "dx": dx, "dw": dw, "db": db, "dtail": dold}
 
 
-@pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("T", "C"), [(11, 4), (2, 4), (11, 1), (1, 3)])
+@pytest.mark.parametrize(
+    ("T", "C", "packed", "activation"),  # every pair of values
+    [
+        *((T, C, *rest) for T, C in ((11, 4), (1, 3)) for rest in ((False, None), (True, "silu"))),
+        *((T, C, *rest) for T, C in ((2, 4), (11, 1)) for rest in ((False, "silu"), (True, None))),
+        (11, 4, True, None),
+    ],
+)
 def test_short_is_the_sum_of_its_taps(T, C, packed, activation):
     x, w, b, tail, dy, dtail = normal(0, (B, T, E), (E, C), (E,), (B, C - 1, E), (B, T, E), (B, C - 1, E))
     ids = IDS[:, :T] if packed else None
@@ -160,7 +165,7 @@ def test_short_errors(change, message):
 
 
 def direct(u, kernel):
-    """The sum over the past, as a triangular matrix [E T T]."""
+    """Returns the sum over the past, as a triangular matrix [E T T]."""
     T = u.shape[1]
     padded = np.pad(kernel[:, :T], ((0, 0), (0, max(0, T - kernel.shape[1]))))
     lag = np.subtract.outer(np.arange(T), np.arange(T))
@@ -168,8 +173,10 @@ def direct(u, kernel):
 
 
 def fft_error(n, *factors):
-    """What the products of two transforms may be off by in each output (Higham, Accuracy and Stability, section 24.1):
-    each of three transforms of length n has log2 n stages, of at most 8 roundings each.
+    """Returns the largest error of a product of two transforms in each output.
+
+    Each of three transforms of length n has log2 n stages, of at most 8 roundings each (Higham, Accuracy and Stability,
+    section 24.1).
     """
     eps = np.finfo(np.float32 if factors[0].dtype == np.float32 else np.float64).eps
     return 3 * 8 * np.log2(n) * eps * np.prod([np.linalg.norm(f) for f in factors])
@@ -207,7 +214,7 @@ def test_long_keeps_the_dtype_and_refuses():
 
 
 def state_space(seed, D=3):
-    """S4D-Lin with random real parts, and the parameters it is made of."""
+    """Returns the parameters of S4D-Lin with random real parts."""
     rng = np.random.default_rng(seed)
     real, step = np.log(rng.uniform(0.3, 0.8, (E, D))), np.log(rng.uniform(0.01, 0.3, E))
     B, C = rng.standard_normal((2, 2, E, D))
@@ -220,7 +227,7 @@ def built(real, imag, B, C, step):
 
 @pytest.mark.parametrize("L", [1, 2, 17])
 def test_kernel_is_the_recurrence_is_the_transform(L):
-    """In float64, and the gradients with respect to real parameters too, against the recurrence written out here."""
+    """In float64, with the gradients of the real parameters, against the recurrence written out here."""
     parameters = state_space(6)
     u, dy = normal(7, (B, L, E), (B, L, E))
 

@@ -19,7 +19,7 @@ def refuses(reason):
     return SimpleNamespace(check=check)
 
 
-TABLE = {"fast": refuses("needs a TPU"), "good": SimpleNamespace(check=lambda: None), "slow": refuses("too slow")}
+TABLE = {"fast": refuses("needs a TPU"), "good": SimpleNamespace(check=lambda: "a plan"), "slow": refuses("too slow")}
 
 
 def test_candidates():
@@ -44,12 +44,10 @@ def test_candidates_errors(given, message):
 
 
 def test_choose():
-    def accepts(back_end):
-        back_end.check()
-
-    assert dispatch.choose(("fast", "good", "slow"), TABLE, accepts) == "good"
+    check = lambda back_end: back_end.check()
+    assert dispatch.choose(("fast", "good", "slow"), TABLE, check) == ("good", "a plan")
     with pytest.raises(NotImplementedError, match="fast: needs a TPU; slow: too slow"):
-        dispatch.choose(("fast", "slow"), TABLE, accepts)
+        dispatch.choose(("fast", "slow"), TABLE, check)
 
 
 def test_target():

@@ -41,13 +41,8 @@ MASKS = {  # windows and documents cross the boundaries between devices
         lambda q, k: BLOCKS[np.arange(B)[:, None, None, None], np.arange(6)[:, None, None], q // 4, k // 4],
     ),
 }
-ROWS = [
-    ("ring", "contiguous"), ("ring", "zigzag"), ("ring", "striped"), ("balanced", "contiguous"),
-    ("balanced", "zigzag"), ("balanced", "striped"), ("all_gather", "contiguous"), ("all_gather", "zigzag"),
-    ("all_gather", "striped"), ("ulysses", "contiguous"), ("ulysses", "zigzag"), ("ulysses", "striped"),
-    ("usp", "contiguous"), ("usp", "zigzag"), ("usp", "striped"),
-]  # fmt: skip
-MESHES = {  # data, tensor, and devices along the sequence: in all, and of usp those of the ring and within
+ROWS = list(itertools.product(parallel.STRATEGIES, ("contiguous", "zigzag", "striped")))
+MESHES = {  # data, tensor, and devices along the sequence: in all, and along each of two axes
     "2": (1, 1, 2, (1, 2)),
     "3": (1, 1, 3, (3, 1)),
     "4": (2, 1, 4, (2, 2)),
@@ -90,7 +85,7 @@ class Case:
         return "strategy='balanced' is for causal masks" if strategy == "balanced" and self.mask in later else None
 
 
-FEATURES = {  # heading of a column, what a case of it has
+FEATURES = {  # heading of a row, what a case of it has
     "causal": {"mask": "causal"},
     "window": {"mask": "window"},
     "two-sided window": {"mask": "two-sided window"},
@@ -161,10 +156,9 @@ def sample() -> list[Case]:
 
 
 def table() -> str:
-    """What each strategy serves over each layout, and the reasons of refusals below."""
+    """Markdown: what each strategy serves over each layout, and the reasons of refusals below."""
     reasons: list[str] = []
-    lines = ["| strategy | layout | " + " | ".join(FEATURES) + " |", "|---" * (2 + len(FEATURES)) + "|"]
-    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    columns: dict[tuple[str, tuple[str, ...]], list[str]] = {}  # strategy and cells: the layouts that share them
     for row in ROWS:
         cells = []
         for feature in FEATURES.values():
@@ -172,9 +166,14 @@ def table() -> str:
             if reason and reason not in reasons:
                 reasons.append(reason)
             cells.append(f"no ({reasons.index(reason) + 1})" if reason else "yes")
-        groups.setdefault((row[0], tuple(cells)), []).append(row[1])
-    for (strategy, cells), layouts in groups.items():
-        lines.append(f"| `{strategy}` | {', '.join(layouts)} | {' | '.join(cells)} |")
+        columns.setdefault((row[0], tuple(cells)), []).append(row[1])
+    layouts = len({layout for _, layout in ROWS})
+    heads = [
+        f"`{strategy}`" + ("" if len(some) == layouts else f", {', '.join(some)}")
+        for (strategy, _), some in columns.items()
+    ]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    lines += [f"| {feature} | {' | '.join(cells[i] for _, cells in columns)} |" for i, feature in enumerate(FEATURES)]
     return "\n".join([*lines, "", "; ".join(f"({i}) {reason}" for i, reason in enumerate(reasons, 1)) + "."])
 
 
@@ -182,9 +181,9 @@ def table() -> str:
 
 
 def mesh_of(case: Case) -> tuple[Mesh, Any, int]:
-    """The mesh, the axis along which the sequence lies, and the devices that the layout orders."""
+    """The mesh, the axis along which the sequence is sharded, and the shards that the layout permutes."""
     data, tensor, P, (ring, within) = MESHES[case.mesh]
-    if case.row[0] != "usp":
+    if parallel.STRATEGIES[case.row[0]].axes == 1:
         devices = jax.devices()[: data * tensor * P]
         return parallel.make_mesh(data=data, tensor=tensor, seq=P, devices=devices), "seq", P
     shape = (data, tensor, ring, within)

@@ -1,4 +1,4 @@
-"""The short convolution of sequences in parts against NumPy: every gradient, documents, tails, and what is refused."""
+"""The short convolution of sharded sequences against NumPy: every gradient, documents, tails, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ops.contract.test_linear import equations
 from tests.ops.test_conv import normal, short
 
 B, E = 2, 6
-# Documents that go on over a boundary, end there, and begin with the last token of a device.
+# Documents that continue across a boundary, end there, and begin with the last token of a device.
 IDS = np.array([[3] * 7 + [1] * 2 + [3] * 3, [7] * 4 + [5] * 4 + [7] * 4], np.int32)
 
 
@@ -62,7 +62,7 @@ def test_equals_the_sum_of_its_taps(mesh, C, packed, dtype):
 
 
 def test_what_the_devices_send():
-    """The last C - 1 inputs, forward; their gradient, backward; and ids."""
+    """Devices send the last C - 1 inputs forward, their gradient backward, and ids."""
     mesh = mesh_of(2, 1, 1, 4)
 
     def loss(x, w, ids):

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from longattn.config.mesh import LayoutName
 from longattn.parallel import SequenceLayout, make_mesh
-from longattn.parallel.layout import Name, convert
+from longattn.parallel.layout import convert
 
-LAYOUTS = [SequenceLayout(name) for name in typing.get_args(Name)]
+LAYOUTS = [SequenceLayout(name) for name in typing.get_args(LayoutName)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -46,17 +47,17 @@ def test_wrong_lengths_and_names():
 
 @pytest.mark.parametrize(("ring", "P"), [(1, 3), (1, 4), (2, 2), (2, 4)])
 def test_converted_over_a_mesh(ring, P):
-    """One axis of P devices, or a ring of parts of P devices each."""
+    """One axis of P devices, or a ring of shards of P devices each."""
     mesh = make_mesh(ring=ring, seq=P, devices=jax.devices()[: ring * P])
-    axis, parts = (("ring", "seq"), ring) if ring > 1 else ("seq", P)
+    axis, shards = (("ring", "seq"), ring) if ring > 1 else ("seq", P)
     T = 2 * (ring * P) ** 2
     x = np.random.default_rng(0).normal(size=(2, T, 3)).astype(np.float32)
     for source, target in itertools.permutations(LAYOUTS[:2] if ring > 1 else LAYOUTS, 2):
-        found = convert(source.permute(x, parts), source, target, mesh=mesh, axis=axis)
-        np.testing.assert_array_equal(found, target.permute(x, parts))
+        found = convert(source.permute(x, shards), source, target, mesh=mesh, axis=axis)
+        np.testing.assert_array_equal(found, target.permute(x, shards))
 
 
 def test_what_is_no_piece_of_the_sequence_is_not_converted():
     mesh = make_mesh(ring=2, seq=3, devices=jax.devices()[:6])
-    with pytest.raises(NotImplementedError, match="2 parts of 3 devices each, is not converted from zigzag"):
+    with pytest.raises(NotImplementedError, match="2 shards of 3 devices each, is not converted from zigzag"):
         convert(np.zeros((1, 24)), LAYOUTS[1], LAYOUTS[0], mesh=mesh, axis=("ring", "seq"))

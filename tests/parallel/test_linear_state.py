@@ -1,4 +1,4 @@
-"""Linear attention of a sequence in parts along a mesh axis, against NumPy in float64, and what the devices send."""
+"""Linear attention with the sequence sharded along a mesh axis, against NumPy in float64, and what the devices send."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_forward_and_gradients(parts):
 
 
 DOMAINS = {
-    "kind": list(KINDS),
+    "kind": [kind for kind in KINDS if not kind.startswith("constant")],  # after `prepare` it is a scalar decay
     "heads": list(HEADS),
     "ids": ["one segment", "segments"],
     "state": ["from zero", "from a state"],
@@ -92,8 +92,7 @@ DOMAINS = {
     "mesh": [(1, 1, 1, 2), (2, 1, 1, 3), (1, 2, 1, 4), (1, 1, 1, 8)],
 }
 REST = [Parts(row.pop("mesh"), Case(**row, length="T=24")) for row in oracle.pairwise(DOMAINS)] + [
-    Parts((1, 1, 3, 2), hard("plain", "fewer v", "T=24", state="from zero")),
-    Parts((2, 1, 1, 4), whole("constant decay", "all equal", "T=36")),
+    Parts((2, 1, 1, 4), whole("constant decay", "all equal", "T=36"))
 ]
 
 
@@ -125,14 +124,14 @@ def test_the_scan_is_the_maps_of_all_devices_before_in_their_order(names, sizes,
 
 
 def test_several_axes_are_one():
-    """As `linear_attention` within a shard_map, along two axes of the mesh."""
+    """`linear_state.attend` inside a shard_map, along two axes of the mesh."""
     arrays, options, cotangents = inputs(case := whole("scalar decay, delta", "one q and k", "T=24", ids="segments"))
     mesh = jax.make_mesh((2, 3), ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:6])
 
     def local(ids, arrays, cotangents):
         def attend(**arrays):
-            given, spec, names = validate(**arrays, **options | {"segment_ids": ids}, implementation=None, tuning=None)
-            return linear_state.attend(*given, ("a", "b"), spec, names)
+            x, given, names = validate(**arrays, **options | {"segment_ids": ids}, implementation=None, tuning=None)
+            return linear_state.attend(x, ("a", "b"), given, names)
 
         return with_gradients(attend, arrays, cotangents)
 
@@ -144,7 +143,7 @@ def test_several_axes_are_one():
 
 
 def test_packed_documents_are_separate_ones():
-    """Which begin with a device, within one, and are longer than one."""
+    """Documents begin with a shard, within one, and are longer than one."""
     lengths, mesh = (9, 9, 2, 13, 3), mesh_of(1, 1, 1, 4)
     arrays, _, _ = inputs(Case("vector decay, delta", length="T=36"))
     ids = np.tile(np.repeat(np.array([1, 0, 1, 0, 7], np.int32), lengths), (arrays["q"].shape[0], 1))
@@ -158,14 +157,14 @@ def test_packed_documents_are_separate_ones():
 
 @pytest.mark.slow
 def test_the_tpu_kernels_in_parts():
-    """Interpreted: the same three passes, whose states are handed on."""
+    """The kernels run the same three passes, interpreted."""
     with as_on_tpu():
         parts = Parts((1, 1, 1, 3), hard("scalar decay, delta", "fewer q and k", "T=21"), "pallas_tpu")
         check(parts)
 
 
 def gradient_over(mesh, kind, T, sizes=(2, 4, 16, 24)):
-    """Traced: outputs and all gradients of a packed call over a mesh, from shapes; sizes are B, H, D and V."""
+    """Traces outputs and all gradients of a packed call over a mesh, from shapes; sizes are B, H, D and V."""
     B, H, D, V = sizes
     spread = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("data", "seq")))
     x, v, number = (spread(jnp.bfloat16, B, T, H, D), spread(jnp.bfloat16, B, T, H, V), spread(jnp.float32, B, T, H))
@@ -180,7 +179,7 @@ def gradient_over(mesh, kind, T, sizes=(2, 4, 16, 24)):
 
 
 def collectives(text):
-    """How many of each kind a compiled program has."""
+    """Counts the collectives of each kind in a compiled program."""
     found = re.findall(
         r" = .*?\b(all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)(?:-start)?\(", text
     )
@@ -191,7 +190,7 @@ def collectives(text):
     ("kind", "transition"), [("scalar, delta", (1, 4, 16, 16)), ("scalar", (1, 4, 1)), ("vector", (1, 4, 16))]
 )
 def test_what_the_devices_send(kind, transition):
-    """Of 2 rounds over 4 devices the first sends a state and a transition, the second a state; forward and backward."""
+    """4 devices take 2 rounds: the first sends a state and a transition, the second a state; forward and backward."""
     mesh, state = parallel.make_mesh(2, 1, 1, 4), (1, 4, 16, 24)
     sent = []
     for T in (64, 1024):
@@ -233,7 +232,7 @@ def test_nothing_runs_twice_under_remat_by_name(policy):
 
 
 def compile_for_tpu(request: dict[str, str]) -> dict[str, dict[str, int]]:
-    """Kernels and collectives of a packed call and its gradients over four chips of v5p."""
+    """Counts kernels and collectives of a packed call and its gradients over four chips of v5p."""
     devices = topologies.get_topology_desc("v5p:2x2x1", platform="tpu").devices
     mesh = parallel.make_mesh(seq=4, devices=devices)
     T, H, D, V = 4 * 2048, 8, 128, 256 if request["kind"] == "scalar, delta" else 128
@@ -249,7 +248,7 @@ KERNELS = ("fold", "forward", "pull", "backward")
 @needs_libtpu
 @pytest.mark.parametrize("kind", ["scalar, delta", pytest.param("vector", marks=pytest.mark.slow)])
 def test_compiles_for_tpus(kind):
-    """Gated DeltaNet and GLA: one kernel for each pass, and what is sent on a CPU."""
+    """Gated DeltaNet and GLA: one kernel for each pass, and the collectives of a CPU program."""
     answer = compilers.call(f"{__name__}:compile_for_tpu", {"kind": kind}, compilers.tpu_environment(), 600)
     assert answer == {
         "kernels": dict.fromkeys(KERNELS, 1), "collectives": {"collective-permute": 7, "all-reduce": 1},

@@ -10,8 +10,12 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from longattn.config import Model, Softmax
+from longattn.models.sharding import rules
 from longattn.parallel import make_mesh
 from longattn.parallel import mesh as meshes
+
+RULES = rules(Model(N=1, mixers=(Softmax(qk_norm=True, sinks=True),)))
 
 
 def test_sizes_and_types():
@@ -89,7 +93,7 @@ def tree(E: int = 8) -> dict:
 def test_rules_hold_for_stacked_layers_and_for_moments():
     mesh = make_mesh(1, 2, 2, 2)
     state = {"params": tree(), "opt_state": ({"mu": tree(), "count": jax.ShapeDtypeStruct((), np.int32)},)}
-    specs = jax.tree.map(lambda s: s.spec, meshes.shardings(mesh, state))
+    specs = jax.tree.map(lambda s: s.spec, meshes.shardings(mesh, state, RULES))
     p = specs["params"]
     assert p["embedding"] == P(None, ("fsdp", "seq"))
     assert p["norm"]["scale"] == P()
@@ -101,15 +105,17 @@ def test_rules_hold_for_stacked_layers_and_for_moments():
 
 
 def test_axes_that_the_mesh_lacks_are_left_out():
-    assert meshes.shardings(make_mesh(seq=2, ring=4), tree())["embedding"].spec == P(None, ("fsdp", "ring", "seq"))
+    assert meshes.shardings(make_mesh(seq=2, ring=4), tree(), RULES)["embedding"].spec == P(
+        None, ("fsdp", "ring", "seq")
+    )
     mesh = AbstractMesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
     assert meshes.fit(P(("data", "fsdp"), "seq", "tensor"), mesh) == P(("data",), "seq", None)
-    assert meshes.shardings(mesh, tree())["embedding"].spec == P(None, ("seq",))
+    assert meshes.shardings(mesh, tree(), RULES)["embedding"].spec == P(None, ("seq",))
 
 
 def test_what_does_not_divide_or_has_no_rule_is_refused():
     mesh = make_mesh(1, 4, 1, 2)
     with pytest.raises(ValueError, match=r"axis 1 of embedding, of shape \[257, 6\], must be a multiple of 8"):
-        meshes.shardings(mesh, tree(E=6))
+        meshes.shardings(mesh, tree(E=6), RULES)
     with pytest.raises(ValueError, match=r"layer_0/mixer/other, of shape \[8\], is matched by no sharding rule"):
-        meshes.shardings(mesh, {"layer_0": {"mixer": {"other": jax.ShapeDtypeStruct((8,), np.float32)}}})
+        meshes.shardings(mesh, {"layer_0": {"mixer": {"other": jax.ShapeDtypeStruct((8,), np.float32)}}}, RULES)

@@ -14,7 +14,7 @@ from longattn import mask as m
 from longattn import parallel
 from longattn.parallel import SequenceLayout
 from longattn.parallel.ring import Route, routes
-from tests.parallel.test_api import equations
+from tests.parallel.test_attention import equations
 
 P, T = 8, 64  # shards of 8 tokens
 
@@ -75,19 +75,18 @@ SENDS = ("ppermute", "all_to_all", "all_gather", "reduce_scatter")
 @pytest.mark.parametrize("strategy", parallel.STRATEGIES)
 def test_nothing_runs_or_is_sent_twice_under_remat_by_name(strategy):
     """But the exchange of q, k and v by ulysses, whose results are not kept."""
-    axis = ("ring", "seq") if strategy == "usp" else "seq"
-    shape = (2, 2) if strategy == "usp" else (4,)
-    names = axis if strategy == "usp" else (axis,)
+    two = parallel.STRATEGIES[strategy].axes == 2
+    names, shape = (("ring", "seq"), (2, 2)) if two else (("seq",), (4,))
     mesh = jax.make_mesh(shape, names, devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * len(names))
     x = jnp.ones((1, 16, 4, 4))
 
     def loss(x):
-        return jnp.sum(parallel.attention(jnp.sin(x), x, x, mesh=mesh, axis=axis, strategy=strategy))
+        return jnp.sum(parallel.attention(jnp.sin(x), x, x, mesh=mesh, axis=names, strategy=strategy))
 
     policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
     counts = []
     for f in (loss, jax.checkpoint(loss, policy=policy)):
         found = [e.primitive.name for e in equations(jax.make_jaxpr(jax.grad(f))(x).jaxpr)]
         counts.append({name: found.count(name) for name in (*SENDS, "scan", "while", "exp")})
-    again = {"all_to_all": 3} if strategy in ("ulysses", "usp") else {}
+    again = {"all_to_all": 3} if parallel.STRATEGIES[strategy].exchanges_heads else {}
     assert counts[1] == {name: n + again.get(name, 0) for name, n in counts[0].items()}

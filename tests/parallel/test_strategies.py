@@ -106,7 +106,7 @@ def test_every_cell_of_the_table_is_a_case():
             assert bool(Case(row, **feature).refusal) in refused, (row, feature)
 
 
-def test_readme_holds_the_table():
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_status_page_holds_the_table():
+    text = (Path(__file__).parents[2] / "docs" / "status.md").read_text()
     _, block, *_ = text.split("<!-- sequence support -->")
     assert block.strip() == contract.table(), "paste the output of `python -m tests.parallel.contract` there"

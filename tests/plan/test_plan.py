@@ -25,16 +25,16 @@ ROW = {
 
 
 def planned(tmp_path_factory, where: str) -> tuple[dict, str]:
-    """(the document of a tiny model there, what is printed of it)."""
+    """Plans a tiny model for `where`; returns the document and the page."""
     folder = tmp_path_factory.mktemp("plan")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         options = plan.PlanOptions(topology=where, model=TINY, data=DATA, html=str(folder / "plan.html"))
         console = Console(width=200, file=io.StringIO())
         document = plan.run(options, "tiny", console)
-        assert document["rows"][0] == command._Compiler(options)(command.topology.parse(where)) | {"cached": False}, (
-            "the cache gives what the compiler gave"
-        )
+        if where.startswith("v5e"):  # once: the cache is the same for all machines
+            again = command._Compiler(options)(command.topology.parse(where))
+            assert document["rows"][0] == again | {"cached": False} and again["cached"]
     show.tables(console, document)
     return document, (folder / "plan.html").read_text()
 
@@ -50,7 +50,7 @@ def on_gpu(tmp_path_factory):
 
 
 def check(document: dict, devices: int) -> None:
-    """What holds for a plan of TINY on any machine."""
+    """Checks what holds for a plan of TINY on any machine."""
     json.dumps(document)
     assert {k: document[k] for k in ("version", "kind", "model")} == {"version": 1, "kind": "plan", "model": "tiny"}
     (row,) = document["rows"]
@@ -58,7 +58,7 @@ def check(document: dict, devices: int) -> None:
     sizes = row["mesh"]
     assert sizes["fsdp"] * sizes["seq"] == devices and DATA.B % sizes["fsdp"] == 0
 
-    # By hand: float32 parameters and two moments, sliced over all devices but for the norms' gains; and the batch.
+    # By hand: float32 parameters and two moments, sharded over all devices except the norms' gains; and the batch.
     p = flops.parameters(TINY)
     sliced = 4 * (p.total - p.norms) / devices
     state = 3 * (sliced + 4 * p.norms)
@@ -66,11 +66,11 @@ def check(document: dict, devices: int) -> None:
     assert row["argument_bytes"] == pytest.approx(state + batch, rel=0.03)  # a TPU pads its smallest arrays
     assert row["by_kind"]["parameters"] == pytest.approx(state / 3, rel=0.05)
     assert row["by_kind"]["moments"] == pytest.approx(2 * state / 3, rel=0.05)
-    # What is alive at the peak is named (of a model so small a good part lies between buffers).
+    # The buffers alive at the peak are named; in so small a model the gaps between them are large.
     assert 0.75 * row["hbm_bytes"] < sum(row["by_kind"].values()) <= row["hbm_bytes"]
     assert row["hbm_bytes"] == pytest.approx(row["argument_bytes"] + row["temporary_bytes"])
 
-    # Products: three forwards and the remat policy's fourth (without the MLP's last), the head once more by nobody.
+    # Products: three forward passes and the rematerialised one (without the MLP's last product, and without the head).
     tokens = DATA.B * DATA.T / devices
     forward = flops.forward_flops(TINY, DATA.T)
     layers, head = (forward.projections + forward.mlp) / DATA.T * tokens, forward.head / DATA.T * tokens
@@ -78,12 +78,12 @@ def check(document: dict, devices: int) -> None:
     outside = row["flops"] - row["attention_flops_by_formula"]
     assert outside == pytest.approx(4 * layers - last + 3 * head, rel=0.02)
     assert row["model_flops"] == pytest.approx(3 * forward.total * DATA.B / devices)
-    assert row["not_counted"] == []  # of loops whose length is data, attention's are charged by formula
+    assert row["not_counted"] == []  # formulas count attention, whose loops depend on data
     s = row["seconds"]
     assert s["bound"] == pytest.approx(s["compute"] + s["exposed"]) and s["products"] <= s["compute"]
     assert row["mfu_bound"] == pytest.approx(row["model_flops"] / row["flops"] * s["products"] / s["bound"])
-    # Traffic: the update reads parameters, moments and gradients and writes the first two, all of float32; each matrix
-    # is read twice as gathered bfloat16. Activations come on top, and no stack of layers is read whole by each layer.
+    # Traffic: the update reads float32 parameters, moments and gradients, and writes the first two. Each matrix is read
+    # twice as gathered bfloat16. Activations come on top, and no layer reads the whole stack of layers.
     least = 6 * 4 * p.total / devices + 2 * 2 * (p.mixers + p.mlp)
     assert least / 2 < row["hbm_traffic"] < 20 * least
 
@@ -93,7 +93,7 @@ def test_a_small_model_on_a_tpu(on_tpu):
     document, page = on_tpu
     check(document, 4)
     row = document["rows"][0]
-    # With one row to each device all of the sequence lies on it: what is sent are parameters, and sums.
+    # Each device has one whole row, so messages carry only parameters and sums.
     gathered = sum(c["bytes"] for c in row["collectives"] if c["kind"] in ("all-gather", "collective-permute"))
     assert gathered > 2 * 3 / 4 * 2 * (flops.parameters(TINY).mixers + flops.parameters(TINY).mlp)  # bf16, both ways
     assert "Fits:" in page and "Largest buffers" in page and "<svg" not in page
@@ -205,14 +205,14 @@ def test_meshes_are_chosen_by_rows_and_then_positions():
 @needs_libtpu
 @pytest.mark.slow
 def test_what_is_offloaded_lies_on_the_host():
-    """Of each layer and token its input and attention's out, in bfloat16, and lse; there once, and back once."""
-    model = dataclasses.replace(TINY, N=4, H=8, D=128, remat="offload")  # heads that TPUs need not fill up
+    """Each layer offloads its input, attention's output (bfloat16) and lse of each token, once there and once back."""
+    model = dataclasses.replace(TINY, N=4, H=8, D=128, remat="offload")  # heads that need no padding on TPUs
     options = plan.PlanOptions(topology="v5e:2x2", model=model, data=DATA, cache=False)
     console = Console(width=200, file=io.StringIO())
     (row,) = plan.run(options, "tiny", console)["rows"]
     layers = model.N * DATA.B * DATA.T / 4 * (2 * (model.E + model.H * model.D) + 4 * model.H)
     assert row["host_traffic"] == 2 * layers
-    assert layers <= row["host_bytes"] <= 2 * layers  # some layers' twice
+    assert layers <= row["host_bytes"] <= 2 * layers  # some layers' data are there twice
     assert row["seconds"]["host"] == pytest.approx(row["host_traffic"] / 16e9)
     assert row["seconds"]["bound"] >= row["seconds"]["host"]
     assert "offloaded" in console.file.getvalue()
@@ -221,7 +221,7 @@ def test_what_is_offloaded_lies_on_the_host():
 @needs_libtpu
 @pytest.mark.slow
 def test_accounts_are_those_of_the_compiled_program(on_tpu):
-    """Work and messages; memory about, as the compiler knows that there is little."""
+    """FLOPs and messages are equal; memory is close, because the compiler sees that it is short."""
     where = command.topology.parse("v5e:2x2")
     config = plan.PlanOptions(topology=where.name, model=TINY, data=DATA).config(where)
     row, found = on_tpu[0]["rows"][0], train_step.accounts(config, where, 600.0)

@@ -1,4 +1,4 @@
-"""Bisection finds the border, whatever it starts from."""
+"""The search finds the border from any start."""
 
 import pytest
 

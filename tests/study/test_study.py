@@ -13,18 +13,17 @@ import pytest
 from rich.console import Console
 
 from longattn import config
-from longattn.aot import train_step
+from longattn.aot import compilers, train_step
 from longattn.models import MIXERS
-from longattn.study import StudyOptions, context, cost, main, memory, pod, recall, report, run
-from longattn.study import ways as table
+from longattn.study import StudyOptions, context, cost, main, memory, pod, recall, report, run, ways
 from longattn.study.presets import PRESETS, SMOKE
 from longattn.study.report import tables
 from longattn.study.store import FILE, Number, Store
 from longattn.study.units import Clock, Unit, share_interval, t_interval, wilson
 
 
-def fake(calls: list[str], fail: str = "", slow: str = "") -> main.Part:
-    """A part of three units that note that they ran; `fail` is interrupted, `slow` asks for more time than there is."""
+def fake(calls: list[str], fail: str = "") -> main.Part:
+    """Makes a part of three units that note that they ran; the unit `fail` is interrupted."""
 
     def work(key: str, clock: Clock) -> list[Number]:
         if key == fail:
@@ -92,10 +91,9 @@ def test_a_new_mixer_joins_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path:
     class Nothing(config.Softmax):
         pass
 
-    monkeypatch.setitem(MIXERS, "Nothing", object)
-    monkeypatch.setattr(config, "Nothing", Nothing, raising=False)
+    monkeypatch.setitem(MIXERS, Nothing.__name__, MIXERS["Softmax"])
     store, quick, full = Store(tmp_path / FILE), PRESETS["quick"], PRESETS["full"]
-    assert table.ways((16,))[-1].name == "nothing"
+    assert ways.ways((16,))[-1].name == "nothing"
     for units, name in ((memory.units, "memory"), (recall.units, "recall"), (context.units, "context")):
         few, many = (sum("nothing" in u.key for u in units(getattr(p, name), store)) for p in (quick, full))
         assert 1 <= few <= 3  # a point per part; text counts two ways before it
@@ -163,12 +161,11 @@ def test_smoke(tmp_path: Path) -> None:
 def test_quick_counts_all_mixers_and_times_some(tmp_path: Path) -> None:
     plan, store = PRESETS["quick"].cost, Store(tmp_path / FILE)
     store.unit("cost/state", list(cost._state(plan)), part="cost", seconds=0.0)
-    ways = {w.name: w for w in table.trained(plan.windows)}
-    assert {n.way for n in store.select("cost", "state_elements")} == set(ways)
-    assert (
-        {"retnet", "gateddeltanet"} < {w.name for T in plan.lengths for w in cost._at(plan, T)} < set(ways) | {"dense"}
-    )
-    for name, way in ways.items():
+    by_name = {w.name: w for w in ways.trained(plan.windows)}
+    assert {n.way for n in store.select("cost", "state_elements")} == set(by_name)
+    timed = {w.name for T in plan.lengths for w in cost._at(plan, T)}
+    assert {"retnet", "gateddeltanet"} < timed < set(by_name) | {"dense"}
+    for name, way in by_name.items():
         elements = [store.one("cost", "state_elements", name, T=T).value for T in plan.lengths]
         steps = [store.one("cost", "sequential_steps", name, T=T).value for T in plan.lengths]
         if isinstance(way.mixer, config.Softmax):
@@ -177,7 +174,7 @@ def test_quick_counts_all_mixers_and_times_some(tmp_path: Path) -> None:
             assert len(set(elements)) == 1
             assert steps[-1] == 8 * steps[0] > 8
     study = report.Study("a", "quick", store)
-    (shown,) = (t for t in tables.tables(study)["cost"] if t.title.startswith("What one layer keeps"))
+    (shown,) = (t for t in tables.tables(study)["cost"] if t.title.startswith("State and reads of one layer"))
     assert [row[0] for row in shown.rows][:2] == ["exact, blockwise, T 8192", "window 256, T 8192"]
     assert {"GatedDeltaNet, T 8192", "Based, T 8192"} < {row[0] for row in shown.rows}
 
@@ -196,8 +193,8 @@ def test_smoke_of_every_part(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("there", [False, True])
 def test_pods_are_compiled_anew_where_the_compilers_are(tmp_path: Path, monkeypatch, there: bool) -> None:
-    """And figures compiled earlier are shown as such where they are not."""
-    monkeypatch.setattr(pod.topology.Topology, "environment", lambda self: {} if there else _missing())
+    """Without the compilers, figures compiled earlier are shown as such."""
+    monkeypatch.setattr(compilers, "environment_of", lambda where: {} if there else _missing())
     monkeypatch.setattr(
         train_step, "facts", lambda c, where, *rest: {"fits": False, "hbm_bytes": 2 * where.hbm_bytes, "hbm_limit": 1}
     )

@@ -1,4 +1,4 @@
-"""What training does before step 0 on a chip that its kernels have not run on."""
+"""The check before step 0, on a chip where the kernels have not run yet."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(autouse=True)
 def own_folders(monkeypatch, tmp_path) -> Path:
-    """No reports but those that a test writes."""
+    """Hides all reports except those that a test writes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(kernel_check, "CHECKOUT", tmp_path / "checkout")
     return tmp_path / "checkout" / "experiments" / "bringup"
@@ -85,8 +85,8 @@ def on_a_chip(monkeypatch: pytest.MonkeyPatch, back_end: str, kind: str = V5E, *
     monkeypatch.setattr(kernel_check, "dispatch", seen)
 
 
-def wrong(q, k, v, visibility, options):
-    out, lse = xla.attend(q, k, v, visibility, options)
+def wrong(*call):
+    out, lse = xla.attend(*call)
     return (out * 1.01).astype(out.dtype), lse
 
 
@@ -215,7 +215,7 @@ def test_the_linear_problems_are_the_models_own(tmp_path) -> None:
 
 
 def test_heads_are_those_of_one_device(tmp_path) -> None:
-    """A head that all others read is on each."""
+    """Every device has the head that all others read."""
     c = dataclasses.replace(config(tmp_path, N=2, K=2, mixers=(GLA(), Mamba2())), mesh=Mesh(tensor=2))
     assert [p.heads for p in kernel_check.problems(c).values()] == [(1, 1, 1), (1, 1, 2)]
 
@@ -314,7 +314,7 @@ def test_with_a_report_nothing_is_compared(monkeypatch, tmp_path, own_folders) -
 
 
 def test_a_run_goes_on_only_with_kernels_that_agree(monkeypatch, tmp_path) -> None:
-    """On resuming too: a run that another chip began is compared on this one."""
+    """The check also runs on resuming: a run begun on another chip is checked on this one."""
     c = config(tmp_path, **PLAIN)
     c = dataclasses.replace(c, run=dataclasses.replace(c.run, steps=4, save_every=2))
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""One layout for a whole training step: data, labels, positions, layers, loss. And what converting costs."""
+"""One layout holds for a whole training step: data, labels, positions, layers and loss. Conversions are counted."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAYOUTS = ("contiguous", "zigzag", "striped")
 B1 = 0.9
 CONFIG = Config(
     model=Model(
-        N=1, E=16, F=24, H=4, K=2, D=8, dtype="float32", mlp_chunk=5,  # pieces that do not divide a device's part
+        N=1, E=16, F=24, H=4, K=2, D=8, dtype="float32", mlp_chunk=5,  # pieces that do not divide a shard
         mixers=(Softmax(mask=Causal() & Window(20), sinks=True),),
     ),
     data=ByteLM(T=32, B=4),
@@ -69,9 +69,9 @@ def fresh(model: Model) -> State:
 
 
 def stepped(config: Config) -> tuple[dict[str, float], list[np.ndarray], Any]:
-    """Metrics and gradients of one step, and f such that f() are the sums of an evaluation, of one batch.
+    """Takes one step; returns its metrics, its gradients, and a function that evaluates the same batch.
 
-    Where there is a mesh its devices read the batch.
+    On a mesh, the devices read the batch.
     """
     context, batch = context_of(config), packed(config.data.B, config.data.T)
     state = jax.tree.map(jnp.copy, fresh(config.model))
@@ -81,7 +81,7 @@ def stepped(config: Config) -> tuple[dict[str, float], list[np.ndarray], Any]:
             batch=lambda step, rows: data.Batch(*(x[rows] for x in batch)), num_batches=1, info={}, lengths={}
         )
         sharding, shape = batch_sharding(config, context), (config.data.B, config.data.T)
-        batch = data.Spread(source, shape, sharding, context.layout, context.layout_parts).batch(0)
+        batch = data.Spread(source, shape, sharding, context.layout, context.shards).batch(0)
     state, metrics = train_step(config, context)(state, batch)
     (adam,) = (s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
     gradients = [np.asarray(m) / (1 - B1) for m in jax.tree.leaves(adam.mu)]
@@ -95,7 +95,7 @@ def on_one_device(model: Model) -> tuple[dict[str, float], list[np.ndarray], Any
 
 
 def agree(config: Config, *, evaluation: bool = False) -> None:
-    """A step on the mesh is that of one device: sums have other orders, sqrt(n) roundings for n terms."""
+    """Compares a step on the mesh with one device: sums have other orders, with sqrt(n) roundings for n terms."""
     metrics, gradients, evaluated = stepped(config)
     expected, expected_gradients, expected_evaluated = on_one_device(config.model)
     rtol = np.finfo(np.float32).eps * np.sqrt(config.data.B * config.data.T * config.model.E)
@@ -141,7 +141,7 @@ def test_a_step_in_a_layout_is_that_of_one_device(name: str) -> None:
 
 
 def test_an_evaluation_in_a_layout_is_that_of_one_device() -> None:
-    """By position too; and micro-batches have their own rows on all devices."""
+    """Scores by position agree too, also with micro-batches, which have rows of their own on all devices."""
     mesh = Mesh(seq=4, data=2, layout="striped", strategy="all_gather")
     agree(dataclasses.replace(CONFIG, mesh=mesh, optimiser=ACCUMULATED), evaluation=True)
 
@@ -149,14 +149,14 @@ def test_an_evaluation_in_a_layout_is_that_of_one_device() -> None:
 # ---- labels
 
 
-def lying(layout: str, P: int) -> Context:
+def context_in(layout: str, P: int) -> Context:
     return Context(mesh=make_mesh(seq=P, devices=jax.devices()[:P]), layout=SequenceLayout(layout))
 
 
 @pytest.mark.parametrize("P", [2, 3, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_next_token_is_the_sequence_s_in_every_layout(layout: str, P: int) -> None:
-    context, batch = lying(layout, P), packed(2, 24)
+    context, batch = context_in(layout, P), packed(2, 24)
     permuted = data.Batch(*(jnp.asarray(context.layout.permute(x, P)) for x in batch))
     got = jax.jit(functools.partial(_labels, context))(permuted)
     for x, want in zip(got, labels_and_weights(*map(jnp.asarray, batch)), strict=True):
@@ -164,7 +164,7 @@ def test_the_next_token_is_the_sequence_s_in_every_layout(layout: str, P: int) -
 
 
 def test_labels_send_ids_alone() -> None:
-    """One all-gather of each of the four arrays of a batch, and nothing else: not one activation."""
+    """The only messages are all-gathers of the four arrays of a batch: no activation is sent."""
     config = dataclasses.replace(CONFIG, mesh=Mesh(seq=4, data=2, layout="zigzag"))
     context = context_of(config)
     sharding = batch_sharding(config, context)
@@ -182,14 +182,14 @@ def test_labels_send_ids_alone() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Short(Context):
-    """Linear attention costs nothing here: of messages, those of the conversions are left."""
+    """Linear attention sends nothing here, which leaves the messages of conversions."""
 
     def linear_attention(self, q, k, v, **options):
         return v, None
 
 
 def conversions(jaxpr, runs: int = 1) -> Counter:
-    """How often tokens are converted, from what to what, as a jaxpr runs: zigzag sends two halves each time."""
+    """Counts the conversions of a jaxpr by their kind. Each sends two halves under zigzag."""
     found: Counter = Counter()
     for equation in jaxpr.eqns:
         if equation.primitive.name == "ppermute":
@@ -229,11 +229,11 @@ def test_activations_are_converted_once_for_each_change_of_the_layers_kind(monke
     assert forward == +Counter({"zigzag_to_contiguous": 2 * there, "contiguous_to_zigzag": 2 * back})
     assert len(restored) == (1 if there else 0)  # ids, for all layers at once
     both = conversions(jax.make_jaxpr(jax.grad(loss))(shapes).jaxpr)
-    assert both.total() == 2 * forward.total()  # each once more, backward: none is recomputed
+    assert both.total() == 2 * forward.total()  # each runs once more backward; none is recomputed
 
 
 def test_where_no_layer_wants_another_layout_nothing_is_converted() -> None:
-    """Data of recurrent models lie in order, whatever the mesh says."""
+    """The data of recurrent models are contiguous, whatever the mesh says."""
     mesh = Mesh(seq=4, data=2, layout="zigzag")
     layout = lambda *mixers: (
         context_of(
@@ -245,7 +245,7 @@ def test_where_no_layer_wants_another_layout_nothing_is_converted() -> None:
 
 
 def test_a_recurrence_refuses_tokens_out_of_order() -> None:
-    context, x = lying("zigzag", 4), jnp.zeros((1, 24, 2, 3))
+    context, x = context_in("zigzag", 4), jnp.zeros((1, 24, 2, 3))
     with pytest.raises(ValueError, match=r"layout='zigzag' must be contiguous"):
         context.linear_attention(x, x, x)
     with pytest.raises(ValueError, match=r"layout='zigzag' must be contiguous"):
@@ -258,7 +258,7 @@ def test_what_cannot_be_converted_is_refused() -> None:
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     run = lambda context: jax.eval_shape(lambda p: Transformer(model, context).apply({"params": p}, tokens), shapes)
     with pytest.raises(ValueError, match=r"T=24 must be a multiple of 16.* pad it to 32"):
-        run(lying("striped", 4))
+        run(context_in("striped", 4))
     mesh = make_mesh(seq=2, ring=2, data=2)
     with pytest.raises(NotImplementedError, match=r"is not converted from striped to contiguous; choose the layout"):
         run(Context(mesh=mesh, axis=("ring", "seq"), strategy="usp", layout=SequenceLayout("striped")))

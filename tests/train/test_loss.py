@@ -80,7 +80,7 @@ def test_extreme_logits_stay_finite():
 
 
 def buffers(jaxpr, found=None):
-    """Sizes in elements of every intermediate of a jaxpr, nested ones included."""
+    """Yields the size in elements of every intermediate of a jaxpr, nested ones included."""
     found = set() if found is None else found
     for equation in jaxpr.eqns:
         found |= {int(np.prod(v.aval.shape)) for v in equation.outvars}
@@ -94,7 +94,7 @@ def buffers(jaxpr, found=None):
 
 
 def test_logits_never_exist_at_once():
-    """Neither as an intermediate of the traced gradient nor as memory of the compiled one."""
+    """The traced gradient has no such intermediate, and the compiled one no such memory."""
     B, T, E, W, chunk = 2, 2048, 16, 1024, 256
     x, w, labels, weights = inputs(B, T, E, W)
 

@@ -21,7 +21,7 @@ import pytest
 
 from longattn.config import ByteLM, Config, Mesh, Model, Needle, Optimiser, Run, to_json
 from longattn.launch import LOST, STOPPED
-from longattn.train import data, distributed, evaluate, record, train
+from longattn.train import data, distributed, evaluate, record
 from longattn.train.evaluate import restore_params
 from longattn.train.step import context_of, init_state, train_step
 from tests.train import worker
@@ -52,7 +52,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(command: list[str], processes: int, devices: int, **env: str) -> Iterator[list[subprocess.Popen]]:
-    """The command in so many processes; whatever happens, none of them outlives the block."""
+    """Runs the command in several processes, none of which outlives the block."""
     shared = {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -85,7 +85,7 @@ def started(command: list[str], processes: int, devices: int, **env: str) -> Ite
 
 
 def ended(running: list[subprocess.Popen], seconds: float = 300) -> list[tuple[int, str, str]]:
-    """How each process ended: exit code, standard output, standard error. Fails after so many seconds for all."""
+    """Returns how each process ended: exit code, standard output, standard error. Fails after `seconds` in all."""
     end = time.monotonic() + seconds
     results = []
     for process in running:
@@ -95,12 +95,12 @@ def ended(running: list[subprocess.Popen], seconds: float = 300) -> list[tuple[i
 
 
 def cache(folder: Path) -> dict[str, str]:
-    """Compiled programs are kept for the next start."""
+    """Returns variables that keep compiled programs for the next start."""
     return {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 
 
 def worked(folder: Path, c: Config, processes: int, devices: int) -> list[dict[str, Any]]:
-    """What the processes of tests/train/worker.py saw."""
+    """Returns the answers of the processes of tests/train/worker.py."""
     job = folder / "job.json"
     job.write_text(json.dumps({"config": json.loads(to_json(c)), "meshes": MESHES, "steps": STEPS}))
     with started(["tests.train.worker", str(job)], processes, devices, **cache(folder)) as running:
@@ -151,15 +151,15 @@ def test_losses_and_gradients_are_those_of_one_device(two) -> None:
     mine, theirs = (process["history"] for process in seen)
     for i in range(12):
         state, metrics = step_fn(state, source.batch(i))
-        # At first sums of 128 tokens' float32 losses, and of their gradients, in another order; then Adam's updates
-        # too, which at first are signs of gradients, however small.
+        # The first step sums 128 float32 losses, and their gradients, in another order. Later steps also differ by
+        # Adam's updates, whose first ones are the signs of gradients, however small.
         np.testing.assert_allclose(mine[i]["loss"], float(metrics["loss"]), rtol=1e-4 if i else 1e-5)
         if i == 0:
             np.testing.assert_allclose(mine[i]["grad_norm"], float(metrics["grad_norm"]), rtol=1e-5)
     for name in ("loss", "grad_norm"):
         assert [r[name] for r in mine] == [r[name] for r in theirs]
     assert mine[-1]["valid"] == theirs[-1]["valid"]
-    # The first process writes for all.
+    # Process 0 writes for all.
     assert record.history(Path(c.run.dir, c.run.name)) == mine
     env = json.loads(Path(c.run.dir, c.run.name, "env.json").read_text())
     assert (env["device"]["count"], env["device"]["processes"]) == (4, 2)
@@ -206,7 +206,7 @@ def newest(c: Config) -> int:
 
 
 def assert_lost(code: int, out: str, err: str, c: Config) -> None:
-    """One line, with the remedy, and no trace."""
+    """The error is one line, with the remedy and without a traceback."""
     assert (code, out) == (LOST, ""), err
     last = err.splitlines()[-1]
     assert last.startswith("longattn: process ") and "lost" in last, err
@@ -221,7 +221,7 @@ def test_killed_one_of_two_and_finished_by_one(two, tmp_path: Path) -> None:
         running[1].kill()
         killed = time.monotonic()
         survivor = ended(running)[0]
-        # The heartbeat's 10 s, and what a busy machine takes to end a process.
+        # The heartbeat's 10 s, and the time that a busy machine takes to end a process.
         assert time.monotonic() - killed < 60
     assert_lost(*survivor, c)
     assert survivor[2].startswith("longattn: process 0 of 2, by LONGATTN_COORDINATOR, coordinator 127.0.0.1:")
@@ -236,7 +236,7 @@ def test_killed_one_of_two_and_finished_by_one(two, tmp_path: Path) -> None:
     whole, records = two[1][0]["history"], record.history(Path(c.run.dir, c.run.name))
     assert [r["step"] for r in records] == list(range(1, 81))
     assert [r["loss"] for r in records[:at]] == [r["loss"] for r in whole[:at]]
-    np.testing.assert_allclose(records[at]["loss"], whole[at]["loss"], rtol=1e-5)  # the same step, summed otherwise
+    np.testing.assert_allclose(records[at]["loss"], whole[at]["loss"], rtol=1e-5)  # sums have another order
 
 
 def test_a_coordinator_out_of_reach_is_one_line_in_time(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_a_coordinator_out_of_reach_is_one_line_in_time(tmp_path: Path) -> None:
         code, out, err = ended(running)[1]
     assert (code, out, err.count("\n")) == (LOST, "", 1), err
     assert "cannot reach the coordinator within 1 s (LONGATTN_CONNECT)" in err
-    assert time.monotonic() - begin < 90  # JAX takes 5 s more to say so, and a busy machine some to import it
+    assert time.monotonic() - begin < 90  # JAX reports it 5 s later, and a busy machine imports slowly
     assert not Path(c.run.dir, c.run.name).exists()
 
 
@@ -271,7 +271,7 @@ def test_the_loss_of_the_coordinator_and_signals_to_one_and_to_all(tmp_path: Pat
         running[0].kill()
         assert_lost(*ended(running)[1], c)
     assert len(list(Path(c.run.dir, c.run.name, "profile").rglob("*.xplane.pb"))) == 1  # the first process's
-    for signalled in ([1], [0], [0, 1]):
+    for signalled in ([0], [0, 1]):  # `two` has one to process 1 alone
         with started(command(c, tmp_path), 2, 2, **cache(tmp_path)) as running:
             wait_for_step(c, record.history(Path(c.run.dir, c.run.name))[-1]["step"] + 1, running)  # one of its own
             for i in signalled:
@@ -282,12 +282,11 @@ def test_the_loss_of_the_coordinator_and_signals_to_one_and_to_all(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_evaluation_from_the_command_line_and_a_port_that_is_taken(tmp_path: Path) -> None:
-    c = config(tmp_path)
-    train(dataclasses.replace(c, mesh=Mesh()), quiet=True)
+def test_evaluation_from_the_command_line_and_a_port_that_is_taken(two, tmp_path: Path) -> None:
+    c, programs = two[0], cache(Path(two[0].run.dir))
     folder = str(Path(c.run.dir, c.run.name))
     arguments = ["longattn", "eval", folder, "--mesh.seq", "2", "--mesh.data", "2", "--json"]
-    with started(arguments, 2, 2) as running:
+    with started(arguments, 2, 2, **programs) as running:
         (code, out, err), (other, *silent) = ended(running)
     assert (code, other, silent) == (0, 0, ["", ""]), err
     np.testing.assert_allclose(json.loads(out)["nll"], evaluate(folder)["nll"], rtol=1e-6)
@@ -299,7 +298,7 @@ def test_evaluation_from_the_command_line_and_a_port_that_is_taken(tmp_path: Pat
         taken.listen()
         env = {"LONGATTN_COORDINATOR": f"127.0.0.1:{taken.getsockname()[1]}", "LONGATTN_PROCESSES": "2"}
         done = subprocess.run(
-            [sys.executable, "-m", *command(c, tmp_path)],
+            [sys.executable, "-m", *command(config(tmp_path), tmp_path)],
             env={**os.environ, **env, "LONGATTN_PROCESS": "0"}, cwd=ROOT, capture_output=True, text=True, timeout=100,
         )  # fmt: skip
     assert done.returncode == 2 and "is taken on this machine" in done.stderr, done.stderr
@@ -309,9 +308,9 @@ def test_one_process_agrees_with_itself() -> None:
     import threading
 
     event = threading.Event()
-    agreed = distributed.Agreed(event)
+    agreed = distributed.SharedEvent(event)
     assert not agreed.poll()
     event.set()
     assert agreed.poll()
-    with pytest.raises(OSError, match="connection reset"), distributed.others(lambda: "again"):
+    with pytest.raises(OSError, match="connection reset"), distributed.detect_loss(lambda: "again"):
         raise OSError("connection reset")  # of something else than another process

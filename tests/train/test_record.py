@@ -1,4 +1,4 @@
-"""The run folder's files: comparisons, records cut back, groups of positions."""
+"""The files of a run folder: comparison, truncation on restart, groups of positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step over a mesh runs and sends twice under a remat policy, in its compiled program; and offload."""
+"""Counts, in compiled programs, what a step over a mesh runs and sends twice under a remat policy; and offload."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from longattn import parallel
-from longattn.aot import hlo
+from longattn.aot import collectives, hlo
 from longattn.config import ByteLM, Config, Mesh, Model
 from longattn.train.data import Batch
 from longattn.train.step import _sum_loss, batch_sharding, context_of, state_shapes
@@ -22,7 +22,7 @@ MESHES = {strategy: {"strategy": strategy, "seq": 4} for strategy in parallel.ST
 
 
 def gradient(config: Config):
-    """(the jitted loss and gradient of one batch over the config's mesh, parameters' shapes, the batch's)."""
+    """Returns the jitted loss and gradient over the config's mesh, and the shapes of parameters and batch."""
     context = context_of(config, jax.devices()[: config.mesh.size])
     lies, shape = batch_sharding(config, context), (config.data.B, config.data.T)
     ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=lies)
@@ -35,25 +35,27 @@ def gradient(config: Config):
     "strategy", [pytest.param(name, marks=[] if name == "ring" else pytest.mark.slow) for name in parallel.STRATEGIES]
 )
 def test_what_a_layer_s_recomputation_sends_and_runs(strategy):
-    """Nothing of attention: no loop over its tiles, no hop. But ulysses exchanges q, k and v again: it keeps only out.
+    """Attention runs and sends nothing twice. Only ulysses exchanges q, k and v again, because it keeps out alone.
 
-    Of the rest of the layer matrices are gathered again, and projections run again: that is what the policy is.
+    As the policy says, the rest of the layer gathers its matrices and runs its projections again.
     """
     f, params, batch = gradient(Config(model=MODEL, data=ByteLM(T=32, B=1), mesh=Mesh(**MESHES[strategy])))
     program = hlo.parse(f.trace(params, batch).lower().compile().as_text())
     again, once = Counter(), Counter()
     for computation in program.computations.values():
         for i in computation.instructions:
-            if f"/{strategy}/" in i.scope and (i.opcode == "while" or i.opcode.removesuffix("-start") in hlo.KINDS):
+            if f"/{strategy}/" in i.scope and (
+                i.opcode == "while" or i.opcode.removesuffix("-start") in collectives.KINDS
+            ):
                 (again if "rematted" in i.scope else once)[i.opcode] += 1
-    assert once["while"] >= 2  # over tiles of queries, forward and backward: the names are there to be seen
+    assert once["while"] >= 2  # loops over tiles of queries, forward and backward: the scopes' names are found
     exchanged = sum(n for opcode, n in again.items() if opcode.startswith("all-to-all"))
-    assert exchanged == (3 if strategy in ("ulysses", "usp") else 0)
+    assert exchanged == (3 if parallel.STRATEGIES[strategy].exchanges_heads else 0)
     assert sum(again.values()) == exchanged
 
 
 def test_offload_changes_nothing_over_a_mesh():
-    """On a CPU, whose memory is the host's, nothing moves: the same program."""
+    """On a CPU, whose memory is the host's, nothing moves: the program is the same."""
     rng, found, values = np.random.default_rng(0), [], None
     tokens = rng.integers(0, 257, (1, 32)).astype(np.int32)
     ids = Batch(tokens, np.arange(32, dtype=np.int32)[None], np.ones_like(tokens), np.ones((1, 32), np.float32))

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: resuming after any end, refusing what must not start, and what a run leaves behind."""
+"""Whole runs of a tiny model: resuming after any end, refusals, and the files of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 from longattn.config import ByteLM, Config, Mesh, Model, Optimiser, RoPE, Run, Softmax, to_json
-from longattn.train import checkpoint, data, evaluate, load_params, record, train
+from longattn.train import checkpoint, compilation, data, evaluate, load_params, record, train
 
 SOURCES = str(Path(__file__).parents[2] / "longattn" / "train" / "*.py")
 MODEL = Model(N=2, E=16, F=24, H=2, K=1, D=8, dtype="float32")
@@ -118,7 +118,7 @@ def test_finished_again_says_so_and_changes_nothing(finished: Config) -> None:
 
 
 def lose_power(c: Config, monkeypatch: pytest.MonkeyPatch, step: int = 7) -> None:
-    """Train until the data of one step fail to come."""
+    """Trains until the data of one step fail to come."""
     loader = data.loader
 
     def failing(source, start):
@@ -148,7 +148,7 @@ def test_stopped_in_process_and_continued_bitwise(finished: Config, tmp_path: Pa
 
 
 def test_a_signal_at_any_time_ends_in_a_checkpoint(finished: Config, tmp_path: Path, monkeypatch) -> None:
-    """Before the first step too: one step is taken, then saved."""
+    """A signal before the first step counts too: one step is taken and saved."""
     c = config(tmp_path)
 
     @contextlib.contextmanager
@@ -158,7 +158,7 @@ def test_a_signal_at_any_time_ends_in_a_checkpoint(finished: Config, tmp_path: P
         yield event
 
     with monkeypatch.context() as patch:
-        patch.setattr("longattn.train.run._sigterm", sent)
+        patch.setattr("longattn.train.distributed.sigterm", sent)
         summary = quiet(c)
     assert (summary.status, summary.steps, steps_saved(folder(c))) == ("stopped", 1, [1])
     assert quiet(c).status == "finished"
@@ -166,7 +166,7 @@ def test_a_signal_at_any_time_ends_in_a_checkpoint(finished: Config, tmp_path: P
 
 
 def test_evaluation_takes_a_micro_batch_at_a_time(finished: Config, tmp_path: Path) -> None:
-    """The same rows as without accumulation."""
+    """Evaluation sees the same rows as without accumulation."""
     c = config(tmp_path)
     c = dataclasses.replace(c, optimiser=dataclasses.replace(c.optimiser, accumulate=2))
     quiet(c)
@@ -182,7 +182,7 @@ def test_on_a_mesh_stopped_and_continued_bitwise(finished: Config, tmp_path: Pat
     (began,) = json.loads((folder(whole) / "env.json").read_text())["starts"]
     assert began["mesh"] == "8 devices: data 2 x seq 4, ring, zigzag"
     for step, loss in losses(folder(finished)).items():
-        # Twelve steps of Adam, whose updates at first are signs of gradients, however small.
+        # Adam's first updates are the signs of gradients, however small.
         assert losses(folder(whole))[step] == pytest.approx(loss, rel=1e-4)
 
     c = dataclasses.replace(config(tmp_path), mesh=Mesh(data=2, seq=4, layout="zigzag"))
@@ -194,7 +194,7 @@ def test_on_a_mesh_stopped_and_continued_bitwise(finished: Config, tmp_path: Pat
 
 
 def test_continued_on_other_meshes(finished: Config, tmp_path: Path, monkeypatch) -> None:
-    """From one device, by power cuts, to eight, and on to eight that share otherwise."""
+    """A run moves from one device, after power cuts, to eight, and then to another mesh of eight."""
     alone = config(tmp_path, log_every=1, save_every=1)
     lose_power(alone, monkeypatch)
     on = lambda **mesh: dataclasses.replace(alone, mesh=Mesh(**mesh))
@@ -314,7 +314,7 @@ def test_a_folder_of_another_run_is_refused(finished: Config) -> None:
 
 @pytest.mark.parametrize("T", [2**20, 2**40])
 def test_too_long_for_memory_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch, T: int) -> None:
-    monkeypatch.setattr(record, "available_memory", lambda: 2**26)
+    monkeypatch.setattr(compilation, "available_memory", lambda: 2**26)
     c = config(tmp_path)
     c = dataclasses.replace(c, data=dataclasses.replace(c.data, T=T))
     with pytest.raises(ValueError, match=f"T={T}.*lower"):
@@ -324,7 +324,7 @@ def test_too_long_for_memory_is_refused_before_anything_is_written(tmp_path: Pat
 
 def test_compiled_memory_decides(tmp_path: Path, monkeypatch) -> None:
     """A length whose parameters and layer inputs fit, but whose step does not."""
-    monkeypatch.setattr(record, "available_memory", lambda: 150_000)
+    monkeypatch.setattr(compilation, "available_memory", lambda: 150_000)
     with pytest.raises(ValueError, match=r"data\.T=32 with data.B=2 needs .* GiB"):
         quiet(config(tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Named scopes: every op of a compiled training step says where in the source it comes from, at no cost."""
+"""Named scopes: every op of a compiled training step names its place in the source, at no cost."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def ops(program) -> dict[str, trace.Op]:
 
 
 def flops(text: str) -> dict[str, int]:
-    """FLOPs of every matrix product of a compiled program, each counted once."""
+    """Returns the FLOPs of every matrix product of a compiled program, each counted once."""
     shapes = {m[1]: [int(n) for n in m[2].split(",") if n] for m in re.finditer(r"%(\S+) = \w+\[([\d,]*)\]", text)}
     found = {}
     for m in re.finditer(r"%(\S+) = \w+\[[\d,]*\]\S* dot\(%([\w.-]+), .*?lhs_contracting_dims=\{([\d,]*)\}", text):
@@ -110,7 +110,7 @@ def test_backward_partial_is_backward() -> None:
 
 @pytest.mark.slow
 def test_scopes_change_nothing_that_is_compiled(monkeypatch) -> None:
-    """But for what they are there for, the programs are the same text."""
+    """Without the scopes, the programs have the same text."""
 
     def text(config: Config) -> str:
         jax.clear_caches()

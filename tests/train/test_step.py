@@ -109,7 +109,7 @@ def test_clipping_bounds_the_first_moment() -> None:
 
 
 def test_decay_is_on_matrices_only() -> None:
-    flat = jax.tree_util.tree_flatten_with_path(decays(fresh().params))[0]
+    flat = jax.tree_util.tree_flatten_with_path(decays(fresh().params, CONFIG.model))[0]
     marks = {jax.tree_util.keystr(path, simple=True, separator="/"): mark for path, mark in flat}
     assert marks["embedding"]
     assert all(mark != path.endswith("scale") for path, mark in marks.items()), marks
@@ -147,8 +147,8 @@ def test_batch_shapes_are_those_of_a_batch() -> None:
         assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
 
 
-# Pieces that do not divide a device's part of the sequence; an eps that keeps Adam's update smooth where gradients are
-# all rounding.
+# Pieces that do not divide a shard of the sequence, and an eps that keeps Adam's update smooth where gradients are only
+# rounding.
 SPREAD = Config(
     model=Model(N=2, E=16, F=24, H=4, K=2, D=8, dtype="float32", mlp_chunk=5),
     data=ByteLM(T=24, B=4),
@@ -158,7 +158,7 @@ SPREAD = Config(
 
 
 def trained(config: Config) -> tuple[State, list[dict[str, float]], dict[str, np.ndarray]]:
-    """The state after three steps, the metrics of each, and an evaluation."""
+    """Returns the state after three steps, the metrics of each, and an evaluation."""
     rng = np.random.default_rng(3)
     shape = config.data.B, config.data.T
     segments = np.sort(rng.integers(1, 4, shape), 1).astype(np.int32)
@@ -182,7 +182,7 @@ def on_one_device() -> tuple[State, list[dict[str, float]], dict[str, np.ndarray
     [pytest.param(Mesh(data=2, seq=4), 1, marks=pytest.mark.slow), (Mesh(fsdp=2, tensor=2, seq=2), 2)],
 )
 def test_training_on_a_mesh_is_that_on_one_device(mesh: Mesh, accumulate: int) -> None:
-    """Sums have other orders: sqrt(n) roundings for n terms, of which a gradient's products have B T, a logit's E."""
+    """Sums have other orders, with sqrt(n) roundings for n terms: B T in a gradient's products, E in a logit's."""
     config = with_(dataclasses.replace(SPREAD, mesh=mesh), accumulate=accumulate)
     state, metrics, sums = trained(config)
     one, expected, expected_sums = on_one_device()
@@ -200,9 +200,9 @@ def test_training_on_a_mesh_is_that_on_one_device(mesh: Mesh, accumulate: int) -
 
 
 def test_activations_stay_where_they_are() -> None:
-    """Gathered are parameters, ids, weights, and the attention's keys and values, never [B T E] or a part of it.
+    """Devices gather parameters, ids, weights, and attention's keys and values, but never [B T E] or a part of it.
 
-    Exchanged are the slices of the embedding's rows, once each way.
+    They exchange the slices of the embedding's rows, once each way.
     """
     mesh = Mesh(fsdp=2, tensor=2, seq=2, strategy="all_gather", layout="zigzag")
     config = dataclasses.replace(SPREAD, mesh=mesh)

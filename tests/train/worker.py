@@ -1,6 +1,6 @@
 """One of several processes that tests/train/test_processes.py starts: python -m tests.train.worker JOB.json.
 
-The environment says which process it is. What it saw goes into a file beside the job, OUT.PROCESS.json.
+The environment says which process it is. Its answers go into a file beside the job, JOB.PROCESS.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from longattn.train.step import batch_sharding, context_of
 
 
 def digest(batch: data.Batch) -> str:
-    """Of the whole batch, whatever devices it lies on."""
+    """Hashes the whole batch, wherever its shards are."""
     found = hashlib.sha256()
     for x in batch:
         whole = multihost_utils.process_allgather(x, tiled=True) if isinstance(x, jax.Array) else x
@@ -35,7 +35,7 @@ def digest(batch: data.Batch) -> str:
 
 
 def batches(config: Config, steps: list[int]) -> dict[str, Any]:
-    """Hashes of the batches of these steps, read as a run that starts there reads them; and which rows were read."""
+    """Reads the batches of these steps as a run that starts there; returns their hashes and the rows that were read."""
     source, rows = data.source(config.data, seed=config.run.seed, split="train"), set()
 
     class Noting:
@@ -49,7 +49,7 @@ def batches(config: Config, steps: list[int]) -> dict[str, Any]:
 
 def refusal(body: Any) -> str:
     try:
-        with distributed.together() as facts:
+        with distributed.consensus() as facts:
             body(facts)
     except ValueError as error:
         return str(error)

@@ -1,4 +1,4 @@
-"""What compilers say of kernels for accelerators that are not there: schedules, slots, spills, instructions."""
+"""Static profiles of kernels for accelerators that are not attached: schedules, slots, spills, instructions."""
 
 from longattn.aot.kernels.command import ProfileOptions, run
 

@@ -1,17 +1,17 @@
-"""The schedule that libtpu writes down for a Pallas kernel: parsed, and weighted by the steps really executed.
+"""Parses libtpu's schedule of a Pallas kernel, and weights it by the steps really executed.
 
-A TPU core is in order and runs one bundle of instructions per cycle. The compiler dumps the bundles it packed, with
-their loops and branches, and how many slots of each unit a bundle fills. So
+A TPU core is in order and runs one bundle of instructions per cycle. The compiler dumps its bundles, with their loops
+and branches, and how many slots of each unit a bundle fills. So
 
     static cycles = sum over regions of bundles x how often the region runs.
 
-Trip counts of loops stand in the schedule; how often branches run comes from the mask's geometry (`aot/kernels/cases`),
-or, where it depends on the data, from kernels that were run (`rates.py`). What is declared must fit what was compiled:
-loops must run for the declared steps, and there must be as many branches as the source has.
+The schedule has the trip counts of loops. How often branches run follows from the mask's geometry (`kernels/cases`) or,
+if it depends on the data, from runs in interpret mode (`rates.py`). The declaration must match the compiled program:
+loops must run for the declared steps, and there must be as many branches as in the source.
 
-Of a kernel that walks over lists, regions with matrix products of their own are declared instead, each with how often
-its branches without products run (`Branch.asides`). Chips differ in which of those are compiled to jumps: where the
-number of jumps is none of those declared, each is charged whenever it is reached, an upper bound.
+For a kernel that walks over lists, the regions with matrix products are declared instead, each with how often its
+branches without products run (`Branch.asides`). Chips differ in which of those become jumps. If the number of jumps
+matches no declaration, each counts whenever it is reached, which is an upper bound.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TRIPS = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
 _COPY = r"{test} = (?:scmp\.ge\.s32\.totalorder %\w+, (\d+)|pmov 1\b)"  # in a loop that the compiler made for a copy
 _CORE = re.compile(r"(%s\w+) = sld \[\S+\] /\* megacore core id")
 _DELAY = 5  # a branch's own bundle and its four delay slots run before it takes effect
-# Columns of the utilisation file; versions of libtpu differ in the first one's name. It counts the cycles for which
+# Columns of the utilisation file; the first one's name depends on libtpu's version. It counts the cycles for which
 # products keep a unit busy.
 _SLOTS = {
     "MATMUL": "MXU", "MXU": "MXU", "XLU": "XLU", "VALU": "VALU", "EUP": "EUP", "VLOAD": "load", "VSTORE": "store",
@@ -44,42 +44,41 @@ SLOTS = ("MXU", "XLU", "VALU", "EUP", "load", "store")
 
 @dataclass
 class Region:
-    """Bundles [start, end) that run together, without those of the regions inside."""
+    """Bundles [start, end) that run equally often, without those of the regions inside."""
 
     kind: Literal["kernel", "loop", "branch"]
     start: int
     end: int
-    trips: int | None = None  # a loop's, where the schedule holds it as a constant
+    trips: int | None = None  # of a loop, if constant
     inside: list[Region] = field(default_factory=list)
     bundles: int = 0
     slots: dict[str, int] = field(default_factory=dict)  # slots filled
 
     def walk(self) -> Iterator[Region]:
-        """This region and all inside it, in the order of the program."""
+        """Yields this region and all inside it, in program order."""
         yield self
         for region in self.inside:
             yield from region.walk()
 
     def total(self, slot: str) -> int:
-        """Slots filled here and inside, each region once."""
+        """Returns the slots filled here and inside, counting each region once."""
         return sum(region.slots[slot] for region in self.walk())
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the compiler wrote down about one kernel."""
+    """The compiler's schedule of one kernel."""
 
     root: Region
     capacity: dict[str, int]  # slots of a bundle
     filled: dict[str, np.ndarray]  # slots that each bundle fills, int [bundles]
-    divided: bool  # it reads which core of its device it runs on, and not only to leave all to the first
+    divided: bool  # the cores of a device share its grid: it reads its core's id, and not only to idle on the second
 
 
 def parse(bundles: str, utilisation: str) -> Schedule:
-    """The regions of one kernel from its `packed-bundles-post-ra` and utilisation dumps.
+    """Parses the regions of one kernel from its `packed-bundles-post-ra` and utilisation dumps.
 
-    Raises:
-      ValueError: for texts that are not of this form, as another version of libtpu may write them.
+    Raises ValueError for dumps of an unknown form, such as another version of libtpu may write.
     """
     heads = list(_BUNDLE.finditer(bundles))
     n = len(heads)
@@ -91,13 +90,13 @@ def parse(bundles: str, utilisation: str) -> Schedule:
     if len(used) != n:
         raise ValueError(f"libtpu's schedule has {n} bundles, its utilisation {len(used)}: this version is not known")
 
-    regions, left = [], {}  # the test that leaves a loop, by its id
+    regions, exit_tests = [], {}  # by the id of a loop's region
     for i, bundle in enumerate(text):
         for match in _BRANCH.finditer(bundle):
             target, after = int(match["target"]), min(i + _DELAY, n)
             if target <= i:
                 regions.append(Region("loop", target, after))
-                left[id(regions[-1])] = match["test"] if match["unless"] else None
+                exit_tests[id(regions[-1])] = match["test"] if match["unless"] else None
             elif after < target:
                 regions.append(Region("branch", after, target))
     root = Region("kernel", 0, n)
@@ -119,7 +118,7 @@ def parse(bundles: str, utilisation: str) -> Schedule:
             inner = {i for r in region.inside for i in range(r.start, r.end)}
             own = "".join(text[i] for i in range(region.start, region.end) if i not in inner)
             tests = list(_TRIPS.finditer(own))
-            if not tests and (test := left[id(region)]):
+            if not tests and (test := exit_tests[id(region)]):
                 tests = list(re.finditer(_COPY.format(test=re.escape(test)), own))
             region.trips = int(tests[-1][1] or 1) if tests else None
     core = _CORE.search(bundles)
@@ -128,7 +127,7 @@ def parse(bundles: str, utilisation: str) -> Schedule:
 
 
 def _utilisation(text: str) -> tuple[dict[str, int], np.ndarray]:
-    """(slots of a bundle by name, slots filled [bundles slots])."""
+    """Returns the slots of a bundle by name, and the slots filled [bundles slots]."""
     names = next((line.replace(" ", "").split(",") for line in text.splitlines() if "VALU," in line), [])
     rows = [line.split() for line in text.splitlines() if re.fullmatch(r"[\d ]+", line) and line.strip()]
     keep = {_SLOTS[name]: i for i, name in enumerate(names) if name in _SLOTS}
@@ -148,10 +147,10 @@ class Executions:
     """How often one region runs, on the busiest core."""
 
     kind: str
-    what: str  # of a branch of the source
+    what: str  # name of a branch of the source
     bundles: int
     runs: float
-    most: float  # if, where it depends on the data, it ran whenever it is asked
+    most: float  # runs if data-dependent branches ran whenever asked
     trips: int | None
     start: int
     end: int
@@ -163,51 +162,38 @@ class Weighted:
 
     name: str
     cycles: float
-    cycles_worst: float  # if every branch that depends on the data ran whenever asked; of alternatives the costliest
-    busy: dict[str, float]  # cycles for which each unit would be busy if nothing else were in the way
-    cores: int  # that the grid spreads over
+    cycles_worst: float  # cycles if every data-dependent branch ran whenever asked, with the costliest alternative
+    busy: dict[str, float]  # cycles for which each unit alone would be busy
+    cores: int  # cores that share the grid
     spills: int  # spilling stores in the schedule, each counted once
     regions: tuple[Executions, ...]
 
 
 @dataclass(frozen=True)
 class _Found:
-    """Where in the schedule the kernel's step is, and how often the regions around it run."""
+    """The kernel's step in the schedule, and how often the regions around it run."""
 
-    step: Region  # its branches are those of the source
+    step: Region  # contains the branches of the source
     runs: dict[int, float]  # by id of the region
     cores: int
 
 
 def weigh(schedule: Schedule, kernel: Kernel, cores: int, rates: Mapping[str, float] | None = None) -> Weighted:
-    """The schedule of `kernel` weighted by the steps it really executes, on a device of `cores` cores.
+    """Weights the schedule of `kernel` by the steps it really executes.
 
     Args:
-      schedule: as parsed.
-      kernel: what its source and the mask's geometry say.
-      cores: of one device.
-      rates: of each branch that depends on the data, by `Branch.data`, the share of the times it is asked that it runs.
+      schedule: the parsed schedule.
+      kernel: the declaration of its case.
+      cores: cores of one device.
+      rates: share of the times asked that a data-dependent branch runs, by `Branch.data`.
 
-    Raises:
-      ValueError: where what was compiled does not fit what the case declares, or a rate is missing.
+    Raises ValueError if the compiled program does not match the declaration, or a rate is missing.
     """
     found = _own_loops(schedule, kernel) if kernel.loops else _grid(schedule, kernel, cores)
-    if kernel.lists:
-        regions, kind = [r for r in found.step.walk() if r.slots["MXU"]], "regions with matrix products"
-    else:
-        regions, kind = [r for r in found.step.walk() if r.kind == "branch" and r is not found.step], "branches"
-    if len(regions) != len(kernel.branches):
-        raise ValueError(
-            f"{kernel.name}: the schedule's step has {len(regions)} {kind}, its source {len(kernel.branches)}"
-        )
-    declared = {id(region): branch for region, branch in zip(regions, kernel.branches)}
-    for region, branch in zip(regions, kernel.branches):
-        jumps = [b for r in region.inside if not r.total("MXU") for b in r.walk() if b.kind == "branch"]
-        asides = next((runs for runs in branch.asides if len(runs) == len(jumps)), ())
-        declared |= {id(jump): replace(branch, what="", runs=runs) for jump, runs in zip(jumps, asides)}
+    declared = _declared(found.step, kernel)
     rows: list[Executions] = []
     cycles, filled = 0.0, dict.fromkeys(schedule.capacity, 0.0)
-    worst = {"": 0.0}  # by alternative; "" is what runs in any case
+    worst = {"": 0.0}  # cycles by alternative; "" always runs
 
     def times(branch: Branch) -> tuple[float, float]:
         most = branch.runs / found.cores
@@ -229,7 +215,7 @@ def weigh(schedule: Schedule, kernel: Kernel, cores: int, rates: Mapping[str, fl
             if not kernel.lists or not inside:
                 raise ValueError(f"{kernel.name}: the loop at bundle {region.start} has no constant number of trips")
             runs, most = map(max, zip(*inside))
-        # Any other branch is charged whenever it is reached.
+        # Any other branch counts whenever it is reached.
         cycles += runs * region.bundles
         worst[alternative] = worst.get(alternative, 0.0) + most * region.bundles
         for slot, n in region.slots.items():
@@ -244,6 +230,24 @@ def weigh(schedule: Schedule, kernel: Kernel, cores: int, rates: Mapping[str, fl
     return Weighted(kernel.name, cycles, cycles_worst, busy, found.cores, schedule.root.total("spill"), tuple(rows))
 
 
+def _declared(step: Region, kernel: Kernel) -> dict[int, Branch]:
+    """Returns the declared branches by the id of their region in the step."""
+    if kernel.lists:
+        regions, kind = [r for r in step.walk() if r.slots["MXU"]], "regions with matrix products"
+    else:
+        regions, kind = [r for r in step.walk() if r.kind == "branch" and r is not step], "branches"
+    if len(regions) != len(kernel.branches):
+        raise ValueError(
+            f"{kernel.name}: the schedule's step has {len(regions)} {kind}, its source {len(kernel.branches)}"
+        )
+    declared = {id(region): branch for region, branch in zip(regions, kernel.branches)}
+    for region, branch in zip(regions, kernel.branches):
+        jumps = [b for r in region.inside if not r.total("MXU") for b in r.walk() if b.kind == "branch"]
+        asides = next((runs for runs in branch.asides if len(runs) == len(jumps)), ())
+        declared |= {id(jump): replace(branch, what="", runs=runs) for jump, runs in zip(jumps, asides)}
+    return declared
+
+
 def _rate(kernel: Kernel, branch: Branch, rates: Mapping[str, float] | None) -> float:
     if not branch.data:
         return 1.0
@@ -255,7 +259,7 @@ def _rate(kernel: Kernel, branch: Branch, rates: Mapping[str, float] | None) -> 
 
 
 def _grid(schedule: Schedule, kernel: Kernel, cores: int) -> _Found:
-    """The step of a kernel whose grid Pallas walks."""
+    """Finds the step of a kernel whose grid Pallas walks."""
     grid = next((r for r in schedule.root.walk() if r.kind == "loop" and r.total("MXU")), None)
     if grid is None or (grid.trips is None and not kernel.dynamic):
         raise ValueError(f"{kernel.name}: the schedule has no loop over the grid with a known number of trips")
@@ -280,7 +284,7 @@ def _grid(schedule: Schedule, kernel: Kernel, cores: int) -> _Found:
 
 
 def _own_loops(schedule: Schedule, kernel: Kernel) -> _Found:
-    """The step of a kernel that walks over its blocks by loops of its own: the body of the innermost."""
+    """Finds the step of a kernel with loops of its own over blocks: the body of the innermost loop."""
     region, runs = schedule.root, {}
     while len(runs) < len(kernel.loops):
         inside = [r for r in region.inside if r.total("MXU")]
@@ -303,13 +307,13 @@ def _own_loops(schedule: Schedule, kernel: Kernel) -> _Found:
 
 
 def along(schedule: Schedule, weighted: Weighted, bins: int = 480) -> dict[str, Any]:
-    """How full each slot is along the cycles, in the order of the program: every bundle as wide as it runs often.
+    """Returns how full each slot is along the cycles, in program order; a bundle is as wide as the times it runs.
 
-    Returns: "slots": by name, the shares filled in `bins` equal parts of the kernel's cycles; "spans": the stretches
-    that belong to one region, each with its name and first and last cycle.
+    "slots" has, by name, the shares filled in `bins` equal parts of the kernel's cycles. "spans" has the stretches that
+    belong to one region, each with its name and its first and last cycle.
     """
     owner = np.zeros(len(schedule.filled["VALU"]), int)
-    for i, region in enumerate(weighted.regions):  # what is inside comes later
+    for i, region in enumerate(weighted.regions):  # inner regions come later and overwrite
         owner[region.start : region.end] = i
     runs = np.array([region.runs for region in weighted.regions])[owner]
     end = np.concatenate([[0.0], np.cumsum(runs)])

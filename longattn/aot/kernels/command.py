@@ -1,4 +1,4 @@
-"""`longattn profile --static tpu`: the options, the table, the JSON document."""
+"""`longattn profile kernel`: the options, the table, the JSON document."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from longattn.aot import compilers
 from longattn.aot.kernels.bundles import SLOTS
 from longattn.aot.kernels.cases import CASES, Shape
+from longattn.aot.kernels.options import check
 from longattn.aot.kernels.rates import small
 from longattn.aot.kernels.tpu import profile
 from longattn.cost import hardware
@@ -25,45 +26,39 @@ from longattn.display import plain_table
 from longattn.environment import commit
 from longattn.mask import Causal, Mask
 
-VERSION = 2
+VERSION = 3
 HEADING = "static cycles (no DMA wait, not run)"
-WIDTH = 180  # the table's: a narrower terminal wraps it rather than losing digits
-_AT_ONCE = 2  # compilers; each takes a core and a gigabyte
+WIDTH = 180  # of the table: a narrower terminal wraps it and loses no digits
+_AT_ONCE = 2  # compilers that run at once; each takes a core and a gigabyte
 _BLOCKS = ("bT", "bS", "bC", "bR")
 
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """Cycles of Pallas kernels on TPUs that are not there, by their compiler's own schedule. Nothing runs."""
+    """Count the cycles of Pallas kernels on TPUs you don't have, from their compiler's own schedule. Nothing runs."""
 
-    cases: tuple[str, ...]  # what to compile; the names are in longattn/aot/kernels/cases
-    static: Literal["tpu"] = "tpu"  # whose compiler
+    cases: tuple[str, ...]  # kernels to compile; the error for none lists their names
+    target: Literal["tpu"] = "tpu"  # whose compiler; `--target gpu --help` lists the options for GPUs
     chips: tuple[Literal["v5e", "v5p", "v6e", "tpu7x"], ...] = ("v5e", "v5p", "v6e", "tpu7x")
-    T: int = 8192  # queries, and keys; matmul: the edge of its square matrices
+    T: int = 8192  # number of queries and of keys; matmul: rows of its square matrices
     H: int = 8  # heads
     K: int | None = None  # key/value heads; none: H
     D: int = 128  # head size
     V: int | None = None  # head size of values; none: D
     mask: Mask = Causal()  # an expression such as "Window(4095)"
-    documents: int = 0  # documents of random lengths that share the sequence; 0: no segment ids
-    kind: str = "scalar"  # of longattn_linear: none, scalar or vector decay, or one of these with _delta
-    bT: int = 1024  # block of queries; matmul: of rows and of columns
-    bS: int = 1024  # block of keys; matmul: of the summed dimension
-    bC: int | None = None  # keys of one product within a block; none: bS, or the kernel's own. longattn_linear: a chunk
-    bR: int | None = None  # queries of one product within a block, for flywheel, longattn. longattn_linear: heads
-    best: int = 0  # try all block sizes that suit a case, and show so many of the fastest; 0: the block sizes above
-    plot: Path | None = None  # draw how full the units are along the schedules: a .png, .svg or .pdf
+    documents: int = 0  # number of packed documents, of random lengths; 0: no segment ids
+    kind: str = "scalar"  # longattn_linear: decay none, scalar or vector; append _delta for the delta rule
+    bT: int = 1024  # queries of a block; matmul: its rows, and its columns
+    bS: int = 1024  # keys of a block; matmul: its part of the summed dimension
+    bC: int | None = None  # keys of one product; none: bS, or the kernel's own; longattn_linear: tokens of a chunk
+    bR: int | None = None  # queries of one product, for flywheel and longattn; longattn_linear: heads
+    best: int = 0  # try all suitable block sizes and show this many of the fastest; 0: the blocks above
+    plot: Path | None = None  # draw how busy the units are along the schedules: a .png, .svg or .pdf
     timeout: float = 300  # seconds for one compilation
     json: bool = False  # print one JSON document instead of the table
 
     def __post_init__(self) -> None:
-        if not self.cases or not self.chips:
-            raise ValueError(f"{self.cases=} and {self.chips=} must each name at least one")
-        for case in self.cases:
-            if case not in CASES:
-                raise ValueError(f"unknown case {case!r}; the cases are {', '.join(CASES)}")
-        if self.timeout <= 0:
-            raise ValueError(f"timeout={self.timeout:g} must be positive")
+        check(self, CASES)
         if self.best < 0:
             raise ValueError(f"best={self.best} must not be negative")
         if self.plot is not None and self.plot.suffix not in (".png", ".svg", ".pdf"):
@@ -71,7 +66,7 @@ class ProfileOptions:
         blocks = (self.bT, self.bS, self.bC, self.bR)
         if self.best and blocks != (1024, 1024, None, None):
             raise ValueError(f"best={self.best} chooses the blocks: leave bT, bS, bC and bR out")
-        _ = self.shape  # it checks the sizes
+        _ = self.shape  # checks the sizes
 
     @property
     def shape(self) -> Shape:
@@ -79,10 +74,10 @@ class ProfileOptions:
         return Shape(self.T, self.H, self.K, self.D, self.V, self.mask, self.documents, *blocks, kind=self.kind)
 
     def shapes(self, case: str) -> list[Shape]:
-        """What to compile of a case.
+        """Returns the shapes to compile for a case.
 
         Raises:
-          ValueError: if no block sizes suit it.
+          ValueError: if no block sizes suit the case.
         """
         if not self.best:
             return [self.shape]
@@ -92,7 +87,7 @@ class ProfileOptions:
 
 
 def run(options: ProfileOptions, console: Console | None = None) -> dict[str, Any]:
-    """Compile every case for every chip and print the table (or, with `json`, the document that is returned)."""
+    """Compiles every case for every chip and prints the table (or, with `json`, the document that is returned)."""
     console = console or Console(width=WIDTH)
     compilers.libtpu_folder()  # raises with the remedy where there is none
     document: dict[str, Any] = {
@@ -117,14 +112,14 @@ def run(options: ProfileOptions, console: Console | None = None) -> dict[str, An
 
 
 def _without_picture(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without what the picture alone is drawn from."""
+    """Returns a row without the data that only the picture needs."""
     if "kernels" not in row:
         return row
     return {**row, "kernels": [{k: v for k, v in kernel.items() if k != "along"} for kernel in row["kernels"]]}
 
 
 def _rows(options: ProfileOptions) -> Iterator[dict[str, Any]]:
-    """A row per case, chip and shape, in this order."""
+    """Yields a row per case, chip and shape, in this order."""
     work = [(case, chip, shape) for case in options.cases for chip in options.chips for shape in options.shapes(case)]
     stderr = Console(file=sys.stderr)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -144,7 +139,7 @@ def _rows(options: ProfileOptions) -> Iterator[dict[str, Any]]:
                 progress.update(task, description=description)
                 yield future.result()
                 progress.advance(task)
-        except BaseException:  # interrupted: nobody waits for the compilers
+        except BaseException:  # interrupted: end the compilers too
             compilers.stop()
             raise
         finally:
@@ -152,7 +147,7 @@ def _rows(options: ProfileOptions) -> Iterator[dict[str, Any]]:
 
 
 def _shown(rows: Sequence[dict[str, Any]], best: int) -> list[dict[str, Any]]:
-    """The rows for the table: all, or with `best` the fastest of each case and chip, or one that says why none is."""
+    """Returns the table's rows: all, or the `best` of each case and chip, or one with the reason why there are none."""
     if not best:
         return list(rows)
     shown = []
@@ -226,7 +221,7 @@ def _print(console: Console, document: Mapping[str, Any], shown: Sequence[Mappin
 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of how many block sizes each case and chip gave no number, and why."""
+    """Returns a line per case and chip on the block sizes that gave no number, and why."""
     tried = Counter((row["case"], row["chip"]) for row in rows)
     reasons: dict[tuple[str, str], Counter[str]] = {}
     for row in rows:

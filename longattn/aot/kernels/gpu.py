@@ -1,7 +1,7 @@
-"""A Pallas kernel's resources on a GPU: compiled by XLA, Mosaic and ptxas in a process of its own, and taken apart.
+"""Reports a Pallas kernel's resources on a GPU: XLA, Mosaic and ptxas compile it in a process of its own.
 
-What it says is whether a kernel fits and what it is made of: registers, spills, shared memory, which instructions
-multiply and copy. It says nothing of time. Nothing here has run on a GPU.
+The report says whether a kernel fits and what it consists of: registers, spills, shared memory, and the instructions
+that multiply and copy. It says nothing about time. Nothing here has run on a GPU.
 """
 
 from __future__ import annotations
@@ -23,24 +23,23 @@ from longattn.aot import compilers
 from longattn.aot.kernels import sass
 from longattn.aot.kernels.cases.gpu import CASES, Shape
 
-CHIPS = {"sm_80": "a100-80", "sm_90a": "h100", "sm_100a": "b200"}  # which GPU has which instruction set
+CHIPS = {"sm_80": "a100-80", "sm_90a": "h100", "sm_100a": "b200"}  # the GPU of each instruction set
 
-_MOSAIC = "MOSAIC_GPU_DUMP_TO"  # Mosaic's variable, read as it lowers and as it compiles
-_ENTRY = "_mosaic_gpu_kernel"  # how the names of its kernels end
+_MOSAIC = "MOSAIC_GPU_DUMP_TO"  # Mosaic reads this variable while lowering and while compiling
+_ENTRY = "_mosaic_gpu_kernel"  # suffix of Mosaic's kernels
 
 _TARGET = re.compile(r"^\.target\s+(\w+)", re.MULTILINE)
 _THREADS = re.compile(r"\.entry (?P<kernel>[\w$.]+)\([^{]*?\.(?:maxntid|reqntid) (?P<threads>\d+(?:, *\d+)*)")
-_LAUNCHED = re.compile(r"(?P<kernel>\S+) grid: .* shared_memory: (?P<bytes>\d+) bytes")  # by XLA itself
+_LAUNCHED = re.compile(r"(?P<kernel>\S+) grid: .* shared_memory: (?P<bytes>\d+) bytes")  # launched by XLA itself
 _CONSTANT = re.compile(r"(?P<name>%\w+) = arith\.constant (?P<value>\d+) : i32")
 _SHARED = re.compile(r"dynamic_shared_memory_size (?P<name>%\w+)")
 _COLUMNS = re.compile(r"tcgen05\.alloc\.[\w.:]+ \[%\w+\], (?P<register>%\w+);")
 
 
 def compile_here(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Compile one case for one GPU in this process, whose environment is `aot.cuda_environment()` and Mosaic's folder.
+    """Compiles a case in this process, whose environment is `compilers.cuda_environment()` and Mosaic's folder.
 
-    Returns:
-      {"kernels": one JSON object per kernel, Pallas's first}
+    Returns {"kernels": one JSON object per kernel, Pallas's first}.
     """
     shape = Shape(**{**request["shape"], "mask": mask.parse(request["shape"]["mask"])})
     case = CASES[request["case"]]
@@ -56,15 +55,14 @@ def compile_here(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kernels_of(folder: Path) -> list[dict[str, Any]]:
-    """The kernels whose PTX was dumped into `folder`, Pallas's first.
+    """Returns the kernels whose PTX is in `folder`, Pallas's first.
 
-    Raises:
-      ValueError: where none is Pallas's, or the compilers write what is not known here.
+    Raises ValueError if none is Pallas's, or the dumps have an unknown form.
     """
     launches = "\n".join(path.read_text() for path in folder.glob("*.thunk_sequence.txt"))
-    asked = {m["kernel"]: int(m["bytes"]) for m in _LAUNCHED.finditer(launches)}
-    pallas, others = [], []
-    number = lambda path: path.stem.rpartition("_")[2]  # in the order of compilation
+    dynamic = {m["kernel"]: int(m["bytes"]) for m in _LAUNCHED.finditer(launches)}
+    pallas, xla = [], []
+    number = lambda path: path.stem.rpartition("_")[2]  # counts compilations
     for path in sorted(folder.glob("*.ptx"), key=lambda path: (len(number(path)), number(path), path.stem)):
         log = path.with_suffix(".mlir-passes.log")
         for kernel in _assemble(path):
@@ -72,16 +70,16 @@ def kernels_of(folder: Path) -> list[dict[str, Any]]:
             if name.endswith(_ENTRY):
                 pallas.append({**kernel, "kernel": path.stem, "pallas": True, "shared_dynamic_bytes": _launched(log)})
             else:
-                others.append({**kernel, "pallas": False, "shared_dynamic_bytes": asked.get(name, 0)})
+                xla.append({**kernel, "pallas": False, "shared_dynamic_bytes": dynamic.get(name, 0)})
     if not pallas:
-        raise ValueError(f"the program has no Pallas kernel, but {', '.join(k['kernel'] for k in others) or 'none'}")
-    return pallas + others
+        raise ValueError(f"the program has no Pallas kernel, but {', '.join(k['kernel'] for k in xla) or 'none'}")
+    return pallas + xla
 
 
 def _launched(log: Path) -> int:
-    """Bytes of shared memory that a launch asks for, from what Mosaic's passes were given: barriers are among them."""
+    """Returns the shared memory of a launch in bytes, barriers included, from the input of Mosaic's passes."""
     values: dict[str, int] = {}
-    with log.open() as lines:  # of up to 100 MB, whose beginning tells
+    with log.open() as lines:  # up to 100 MB, but the answer comes early
         for line in lines:
             if constant := _CONSTANT.search(line):
                 values[constant["name"]] = int(constant["value"])
@@ -93,7 +91,7 @@ def _launched(log: Path) -> int:
 
 
 def _columns(ptx: str) -> int:
-    """Columns of tensor memory that a kernel takes."""
+    """Returns the columns of tensor memory that a kernel allocates."""
     total = 0
     for taken in _COLUMNS.finditer(ptx):
         moved = re.findall(rf"mov\.b32\s+{re.escape(taken['register'])}, (\d+);", ptx)
@@ -104,7 +102,7 @@ def _columns(ptx: str) -> int:
 
 
 def _assemble(ptx: Path) -> list[dict[str, Any]]:
-    """The kernels of one file of PTX, as ptxas and nvdisasm show them."""
+    """Assembles a file of PTX; returns its kernels as ptxas and nvdisasm report them."""
     text, program = ptx.read_text(), ptx.with_suffix(".cubin")
     target = _TARGET.search(text)
     if target is None:
@@ -142,16 +140,15 @@ def _run(tool: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def profile(case: str, arch: str, shape: Shape, timeout: float = 300) -> list[dict[str, Any]]:
-    """The rows of one case and one instruction set, as JSON: one per kernel; or one with a `reason` why there is none.
+    """Returns one row per kernel of a case for one instruction set, or a single row with the `reason` of a failure.
 
     Args:
       case: a key of `CASES`.
       arch: a key of `CHIPS`.
-      shape: what the case is built for.
+      shape: shape of the case.
       timeout: seconds for the compilation.
 
-    Raises:
-      ValueError: where the compilers are not installed, with the remedy.
+    Raises ValueError, with the remedy, if the compilers are not installed.
     """
     row: dict[str, Any] = {"case": case, "chip": CHIPS[arch], "arch": arch, "dtype": CASES[case].dtype}
     try:

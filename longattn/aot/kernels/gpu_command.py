@@ -1,4 +1,4 @@
-"""`longattn profile --static gpu`: the options, the table, the JSON document."""
+"""`longattn profile kernel --target gpu`: the options, the table, the JSON document."""
 
 from __future__ import annotations
 
@@ -14,42 +14,37 @@ from rich.console import Console
 from longattn.aot import compilers
 from longattn.aot.kernels.cases.gpu import CASES, Shape
 from longattn.aot.kernels.gpu import profile
+from longattn.aot.kernels.options import check
 from longattn.cost import hardware
 from longattn.display import plain_table
 from longattn.environment import commit
 from longattn.mask import Causal, Mask
 
-VERSION = 1
+VERSION = 2
 HEADING = "compiled, not run"
-WIDTH = 164  # the table's: a narrower terminal wraps it rather than losing digits
+WIDTH = 164  # of the table: a narrower terminal wraps it and loses no digits
 
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """Registers, spills, shared memory and instructions of Pallas kernels on GPUs that are not there. Nothing runs."""
+    """Count registers, spills and instructions of Pallas kernels on GPUs you don't have. Nothing runs."""
 
-    cases: tuple[str, ...]  # what to compile; the names are in longattn/aot/kernels/cases/gpu.py
-    static: Literal["gpu"] = "gpu"  # whose compiler
+    cases: tuple[str, ...]  # kernels to compile; the error for none lists their names
+    target: Literal["gpu"] = "gpu"  # whose compiler
     archs: tuple[Literal["sm_80", "sm_90a", "sm_100a"], ...] = ("sm_80", "sm_90a", "sm_100a")  # A100, H100, B200
-    T: int = 8192  # queries, and keys; matmul: the edge of its square matrices
+    T: int = 8192  # number of queries and of keys; matmul: rows of its square matrices
     H: int = 8  # heads
     D: int = 128  # head size
     mask: Mask = Causal()  # an expression such as "Full()"
-    bT: int | None = None  # block of queries of one warpgroup; matmul: of rows; none: the case's own
-    bS: int | None = None  # block of keys; matmul: of columns; none: the case's own
-    stages: int | None = None  # blocks in flight; none: the case's own
+    bT: int | None = None  # queries of a warpgroup's block; matmul: rows; none: the case's own
+    bS: int | None = None  # keys of a block; matmul: columns; none: the case's own
+    stages: int | None = None  # number of blocks in flight; none: the case's own
     timeout: float = 300  # seconds for one compilation
     json: bool = False  # print one JSON document instead of the table
 
     def __post_init__(self) -> None:
-        if not self.cases or not self.archs:
-            raise ValueError(f"{self.cases=} and {self.archs=} must each name at least one")
-        for case in self.cases:
-            if case not in CASES:
-                raise ValueError(f"unknown case {case!r}; the cases are {', '.join(CASES)}")
-        if self.timeout <= 0:
-            raise ValueError(f"timeout={self.timeout:g} must be positive")
-        _ = self.shape  # it checks the sizes
+        check(self, CASES)
+        _ = self.shape  # checks the sizes
 
     @property
     def shape(self) -> Shape:
@@ -57,7 +52,7 @@ class ProfileOptions:
 
 
 def run(options: ProfileOptions, console: Console | None = None) -> dict[str, Any]:
-    """Compile every case for every GPU and print the table (or, with `json`, the document that is returned)."""
+    """Compiles every case for every GPU and prints the table (or, with `json`, the document that is returned)."""
     console = console or Console(width=WIDTH)
     document: dict[str, Any] = {
         "version": VERSION,

@@ -1,4 +1,4 @@
-"""A picture of how full a kernel's units are along its schedule: a panel per kernel, a row per unit."""
+"""Draws how full a kernel's units are along its schedule: a panel per kernel, a row per unit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 _ROWS = ("MXU", "XLU", "VALU", "EUP", "load", "store", "fill", "spill")
 _INK, _FRAME = "#22262b", "#c9ced6"
-_REGIONS = ("#dbe7f3", "#f6e3cf")  # in turns, so that neighbours differ
+_REGIONS = ("#dbe7f3", "#f6e3cf")  # alternating, so that neighbours differ
 _STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "longattn",
@@ -31,15 +31,11 @@ _STYLE = {
     "text.color": _INK,
     "savefig.dpi": 150,
 }
-_NARROWEST = 0.004  # share of the cycles: a thinner stretch has no line of its own
+_NARROWEST = 0.004  # share of the cycles below which a stretch is not marked
 
 
 def save(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the kernels of these rows of the table into a .png, .svg or .pdf.
-
-    Raises:
-      ValueError: if no row has a number.
-    """
+    """Draws the kernels of these rows into a .png, .svg or .pdf. Raises ValueError if no row has a schedule."""
     panels = [(row, kernel) for row in rows for kernel in row.get("kernels", ())]
     if not panels:
         raise ValueError(f"{path} would be empty: no case has a schedule; without a plot, the table says why")
@@ -89,7 +85,7 @@ def _panel(strip: Any, heat: Any, row: Mapping[str, Any], kernel: Mapping[str, A
 
 
 def _regions(strip: Any, heat: Any, spans: Sequence[Mapping[str, Any]], scale: float) -> None:
-    """Which part of the source a stretch belongs to, above the units; lines go down to them."""
+    """Marks, above the units, the part of the source that each stretch belongs to."""
     whole = spans[-1]["to"]
     strip.set_xlim(0, whole * scale)
     strip.set_ylim(0, 1)

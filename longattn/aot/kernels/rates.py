@@ -1,8 +1,7 @@
-"""How often branches that depend on the data run: counted in kernels that run on the CPU, in interpret mode.
+"""Counts how often data-dependent branches of a kernel run, in interpret mode on the CPU.
 
-A kernel's `pl.when` is replaced, while it is traced, by one that also reports each time whether its condition held.
-Inputs are drawn from N(0, 1), as after a normalisation; a rate says nothing about other data, so tables show the worst
-case beside it.
+While the kernel is traced, `pl.when` is replaced by one that also reports whether its condition held. Inputs are drawn
+from N(0, 1), as after a normalisation. A rate says nothing about other data, so tables also show the worst case.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from longattn.aot.kernels.cases import CASES, Shape
 class Count:
     """One `pl.when` of a source: how often it was asked, and how often it ran."""
 
-    name: str  # of the function under it
+    name: str  # name of the decorated function
     asked: int = 0
     runs: int = 0
 
 
 @dataclass
 class _Counter:
-    """Stands in for `pl.when`."""
+    """A `pl.when` that counts."""
 
-    when: Any  # the real one
+    when: Any  # the original
     counts: list[Count] = field(default_factory=list)  # in the order of the source
 
     def __call__(self, condition: Any) -> Any:
@@ -52,7 +51,7 @@ class _Counter:
 
 
 def count(case: str, shape: Shape) -> list[Count]:
-    """Run a case in interpret mode on N(0, 1) inputs, and count its branches, in the order of their sources."""
+    """Runs a case in interpret mode on N(0, 1) inputs, and returns the counts in the order of the source."""
     counter = _Counter(pl.when)
     with mock.patch.object(pl, "when", counter), pltpu.force_tpu_interpret_mode():
         fn, arrays = CASES[case].build(shape)
@@ -64,13 +63,13 @@ def count(case: str, shape: Shape) -> list[Count]:
 
 
 def small(shape: Shape) -> Shape:
-    """A shape of four blocks by four with the mask, head sizes and grouping of another, which interprets in seconds."""
+    """Returns a shape of 4 x 4 blocks with the same mask, head sizes and grouping, which is interpreted in seconds."""
     group = shape.H // shape.key_heads
     return replace(shape, T=1024, H=group, K=1, documents=min(shape.documents, 2), bT=256, bS=256, bC=128, bR=128)
 
 
 def measure_here(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The rates of a case's branches that depend on the data, by the names of the functions under them."""
+    """Returns the rates of a case's data-dependent branches by the names of their functions."""
     shape = Shape.from_json(request["shape"])
     names = {
         branch.data for kernel in CASES[request["case"]].kernels(shape) for branch in kernel.branches if branch.data

@@ -1,7 +1,6 @@
-"""What NVIDIA's assembler says of a kernel: ptxas's report, and the instructions in nvdisasm's listing.
+"""Parses ptxas's report about a kernel and the instructions in nvdisasm's listing.
 
-A count is of the instructions in the program, each once: how often one runs is not in it. A loop that the compiler
-unrolled shows its body several times.
+An instruction counts once, however often it runs. The body of an unrolled loop counts several times.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# By the first part of the mnemonic: HGMMA is Hopper's asynchronous product, HMMA that of one warp, UTC*MMA Blackwell's.
+# First part of the mnemonic: HGMMA is Hopper's asynchronous product, HMMA one warp's, UTC*MMA Blackwell's.
 TENSOR_CORE = re.compile(r"[A-Z]?GMMA|[A-Z]?MMA|UTC[A-Z]*MMA")
-# Between device memory and shared memory (UTMA*: a tensor at once, UBLK*: bytes at once, LDGSTS: per thread) or
-# registers (LDG, STG); between shared memory and registers as matrices (LDSM, STSM), plainly (LDS, STS); of tensor
-# memory (LDTM, STTM, UTCCP); from and to an address of any memory (LD, ST).
+# Device memory to and from shared memory (UTMA*: whole tensors, UBLK*: bytes, LDGSTS: per thread) or registers (LDG,
+# STG); shared memory to and from registers as matrices (LDSM, STSM) or plainly (LDS, STS); tensor memory (LDTM, STTM,
+# UTCCP); generic addresses (LD, ST).
 COPIES = re.compile(r"UTMA(LDG|STG|REDG)|UBLKCP|UBLKRED|LDGSTS|LDSM|STSM|LDTM|STTM|UTCCP|LDG|STG|LDS|STS|LD|ST")
 SETS_REGISTERS = "USETMAXREG"
 
@@ -25,12 +24,12 @@ class Assembled:
     """One kernel as ptxas reports it."""
 
     arch: str
-    registers: int  # of one thread
+    registers: int  # per thread
     spill_store_bytes: int
     spill_load_bytes: int
     stack_bytes: int
-    shared_bytes: int  # declared in the program; what a launch asks for is not in it
-    warnings: tuple[str, ...]  # with the word "warning", or of a loss of performance
+    shared_bytes: int  # static; the launch's dynamic shared memory comes on top
+    warnings: tuple[str, ...]  # warnings, and remarks about lost performance
 
 
 _ENTRY = re.compile(r"Compiling entry function '(?P<name>[^']+)' for '(?P<arch>\w+)'")
@@ -39,10 +38,9 @@ _WARNING = re.compile(r"^ptxas (?:warning\s*: |info\s*: \(C\d+\) )(?P<what>.*)$"
 
 
 def assembled(report: str) -> dict[str, Assembled]:
-    """The kernels in what `ptxas -v` said, by name.
+    """Parses the report of `ptxas -v` into kernels by name.
 
-    Raises:
-      ValueError: where it says nothing of a kernel's registers or frame.
+    Raises ValueError if a kernel's registers or stack frame are missing.
     """
     entries = list(_ENTRY.finditer(report))
     kernels = {}
@@ -63,12 +61,12 @@ def assembled(report: str) -> dict[str, Assembled]:
 
 
 _SECTION = re.compile(r"^\s*\.section\s+\.text\.(?P<name>[\w$.]+)")
-# Not those under the predicate "never", which ptxas sets as fillers.
+# Skips instructions under the predicate "never", which ptxas inserts as padding.
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@(?!!U?PT\b)!?U?P[T\d]\s+)?(?P<mnemonic>[A-Z][A-Z0-9_]*)")
 
 
 def instructions(listing: str) -> dict[str, Counter[str]]:
-    """How many instructions of each kind stand in each kernel of `nvdisasm -c`'s listing; kinds without modifiers."""
+    """Counts the instructions of each kernel in the listing of `nvdisasm -c` by mnemonic, without modifiers."""
     counts: dict[str, Counter[str]] = {}
     kernel = None
     for line in listing.splitlines():
@@ -80,5 +78,5 @@ def instructions(listing: str) -> dict[str, Counter[str]]:
 
 
 def of_kind(kind: re.Pattern[str], counts: Mapping[str, int]) -> dict[str, int]:
-    """Those instructions of `counts` whose mnemonic is of the `kind`, by name."""
+    """Returns the counts whose mnemonic matches `kind`, by name."""
     return {name: counts[name] for name in sorted(counts) if kind.fullmatch(name)}

@@ -1,8 +1,8 @@
-"""The block sizes of this library's TPU attention kernels: profiled, and the fastest written into their table.
+"""Finds the best block sizes of our TPU attention kernels by static cycles, and writes them into their table.
 
-`python -m longattn.aot.kernels.sweep [--only REGEX] [--candidates N]` takes the keys of `pallas_tpu.tuned` one by
-one, compiles the sizes that their case names, and writes the table after each. What was compiled before is remembered,
-so a sweep that was stopped goes on where it was. Nothing runs: the figures are static cycles.
+`python -m longattn.aot.kernels.sweep [--only REGEX] [--candidates N]` takes the keys of `pallas_tpu.tuned` in turn,
+compiles the sizes that their case names, and writes the table after each. Answers are cached, so an interrupted sweep
+can be resumed. Nothing runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from longattn.aot import compilers as aot
+from longattn.aot import compilers
 from longattn.aot.kernels.cases import CASES, Shape
 from longattn.aot.kernels.tpu import profile
 from longattn.cost import hardware
@@ -30,9 +30,7 @@ from longattn.ops.attention.pallas_tpu import Blocks, tuned, tuning
 Sizes = tuple[int, int, int, int]
 _CASES: dict[tuning.Pass, str] = {"forward": "longattn", "backward": "longattn_backward"}
 _LENGTHS = {"8k": 8192, "32k": 32768}
-_MOST_BUNDLES = (
-    70_000  # of a kernel: fetching instructions is not in the model, and longer programs were never measured
-)
+_MOST_BUNDLES = 70_000  # of a kernel: the model has no instruction fetch, and longer programs were never measured
 _BFLOAT16 = 2  # bytes
 _HEADING = '''"""Sizes (block_q, block_k, tile_q, tile_k): by chip, pass, class of mask, head size, length.
 
@@ -46,7 +44,7 @@ other length if those were swept, else a guess.
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of the table, taken apart."""
+    """The parsed key of an entry of the table."""
 
     chip: str
     which: tuning.Pass
@@ -56,11 +54,7 @@ class Key:
 
     @classmethod
     def parse(cls, text: str) -> Key:
-        """The inverse of `str`.
-
-        Raises:
-          ValueError: for a text that is no key.
-        """
+        """Parses a key; the inverse of `str`. Raises ValueError for anything else."""
         chip, word, kind, head, length = text.split()
         which = next((known for known in tuning.PASSES if known == word), None)
         if chip not in hardware.TENSOR_CORES or which is None or length not in _LENGTHS:
@@ -77,44 +71,44 @@ class Key:
 
     @property
     def shape(self) -> Shape:
-        """What stands for the class: 8 heads; "numbers" are 16 documents, "narrow" a window of at most a quarter."""
+        """The shape that represents the class: 8 heads, 16 documents ("numbers"), a window <= T / 4 ("narrow")."""
         T = _LENGTHS[self.length]
         masks: dict[str, Mask] = {"full": Full(), "narrow": Window(min(4096, T // 4) - 1)}
         return Shape(T=T, D=self.D, mask=masks.get(self.kind, Causal()), documents=16 if self.kind == "numbers" else 0)
 
     def candidates(self) -> list[Shape]:
-        """The shape at all sizes that its case names and that fit the chip's fast memory."""
+        """Returns the shape with all block sizes that its case names and that fit in VMEM."""
         capacity = hardware.TENSOR_CORES[self.chip].vmem_bytes * 7 // 8
         return [s for s in CASES[_CASES[self.which]].blocks(self.shape) if memory(self, sizes(s)) <= capacity]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a sweep of one key says."""
+    """The result for one key."""
 
     sizes: Sizes
-    cycles: int  # static, 8 heads
-    tried: int  # sizes that gave a number
+    cycles: int  # static cycles of 8 heads
+    tried: int  # number of sizes with a result
 
 
 def sizes(shape: Shape) -> Sizes:
-    """(block_q, block_k, tile_q, tile_k) of a candidate."""
+    """Returns (block_q, block_k, tile_q, tile_k) of a candidate."""
     assert shape.bR is not None and shape.bC is not None
     return shape.bT, shape.bS, shape.bR, shape.bC
 
 
 def memory(key: Key, chosen: Sizes) -> int:
-    """Bytes of fast memory that these sizes are allowed."""
+    """Returns the VMEM limit of the kernel at these sizes."""
     return tuning.limit(key.which, Blocks(*chosen), key.D, key.D, _BFLOAT16, int(key.kind == "numbers"))
 
 
 def bundles(row: Mapping[str, Any]) -> int:
-    """Length of the longest kernel's program in a row of the profile."""
+    """Returns the bundles of the longest kernel in a row of the profile."""
     return max(sum(region["bundles"] for region in kernel["regions"]) for kernel in row["kernels"])
 
 
 def best(rows: Sequence[Mapping[str, Any]]) -> Found | None:
-    """The row of the fewest cycles among those whose programs are not too long, or None."""
+    """Returns the result with the fewest cycles among programs that are not too long, or None."""
     good = [row for row in rows if "reason" not in row and bundles(row) <= _MOST_BUNDLES]
     if not good:
         return None
@@ -123,14 +117,14 @@ def best(rows: Sequence[Mapping[str, Any]]) -> Found | None:
 
 
 def filled(table: Mapping[str, Sizes], swept: Mapping[str, tuple[int, int]]) -> dict[str, Sizes]:
-    """The table, in which keys that were not swept have the sizes of the other length if those were."""
-    others = {text: str(Key.parse(text).other_length) for text in table}
-    return {text: table[others[text] if text not in swept and others[text] in swept else text] for text in table}
+    """Fills the table: a key that was not swept gets the sizes of the other length, if that was swept."""
+    other = {text: str(Key.parse(text).other_length) for text in table}
+    return {text: table[other[text] if text not in swept and other[text] in swept else text] for text in table}
 
 
-def write(path: Path, table: Mapping[str, Sizes], swept: Mapping[str, tuple[int, int]], compilers: str) -> None:
-    """The module of the table, as `ruff format` would have it."""
-    lines = [f'COMPILERS = "{compilers}"  # of SWEPT', "", "TUNED: dict[str, tuple[int, int, int, int]] = {"]
+def write(path: Path, table: Mapping[str, Sizes], swept: Mapping[str, tuple[int, int]], versions: str) -> None:
+    """Writes the module of the table, formatted as by `ruff format`."""
+    lines = [f'COMPILERS = "{versions}"  # of SWEPT', "", "TUNED: dict[str, tuple[int, int, int, int]] = {"]
     lines += [f'    "{text}": {chosen},' for text, chosen in filled(table, swept).items()]
     lines += ["}", "", "# (static cycles, sizes that gave a number)"]
     if swept:
@@ -146,9 +140,9 @@ def sweep(
     only: str, most: int | None, path: Path, table: dict[str, Sizes], swept: dict[str, tuple[int, int]], timeout: float
 ) -> list[tuple[str, Found]]:
     """Profiles the keys that match, the first `most` sizes of each, and writes the table after each key."""
-    compilers = f"jax {jax.__version__}, libtpu {aot.libtpu_version()}"
-    if compilers != tuned.COMPILERS:
-        swept.clear()  # cycles of other compilers say nothing beside these
+    versions = f"jax {jax.__version__}, libtpu {compilers.libtpu_version()}"
+    if versions != tuned.COMPILERS:
+        swept.clear()  # cycles of different compilers are not comparable
     found = []
     with ThreadPoolExecutor(2) as pool:
         try:
@@ -167,10 +161,10 @@ def sweep(
                     continue
                 print(text, *answer.sizes, f"{answer.cycles / 1e6:.3f} M", file=sys.stderr)
                 table[text], swept[text] = answer.sizes, (answer.cycles, answer.tried)
-                write(path, table, swept, compilers)
+                write(path, table, swept, versions)
                 found.append((text, answer))
-        except BaseException:  # interrupted: nobody waits for the compilers
-            aot.stop()
+        except BaseException:  # interrupted: end the running compilers too
+            compilers.stop()
             raise
         finally:
             pool.shutdown(cancel_futures=True)

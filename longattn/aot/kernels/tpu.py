@@ -1,16 +1,18 @@
-"""One kernel case on one TPU chip: compiled by libtpu in a process of its own, its schedule read back and weighted.
+"""Profiles one kernel case on one TPU chip: libtpu compiles it in a process of its own; its schedule is weighted.
 
-Not in the figures: waits for DMA (so the cycles in which device memory moves the kernel's bytes are given beside them,
-and the larger of the two is what to compare), bank conflicts of VMEM, instruction fetch, clocks, and the XLA operations
-around the kernel, which are named. Nothing here has run on a TPU.
+The cycles leave out waits for DMA, bank conflicts of VMEM, instruction fetch, clocks, and the XLA operations around the
+kernel (which are named). The row also has the cycles in which HBM moves the kernel's bytes: compare the larger of the
+two. Nothing here has run on a TPU.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import importlib.util
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,11 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from longattn import cache
 from longattn.aot import compilers
-from longattn.aot.kernels import cache
-from longattn.aot.kernels import rates as interpreted
 from longattn.aot.kernels.bundles import SLOTS, along, parse, weigh
 from longattn.aot.kernels.cases import CASES, Kernel, Shape
+from longattn.aot.kernels.rates import small
 from longattn.cost import hardware
 
 _FLAGS = (
@@ -36,11 +38,11 @@ _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset
 
 
 def program(case: str, chip: str, shape: Shape) -> jax.stages.Lowered:
-    """A case lowered for one device of a chip that is not there, in a process that has `aot.tpu_environment()`."""
+    """Lowers a case for one device of a chip, in a process with `compilers.tpu_environment()`."""
     core = hardware.TENSOR_CORES[chip]
     topology = topologies.get_topology_desc(topology_name=core.topology, platform="tpu")
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("device",))
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask it which chip they are compiled for
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels ask it for the chip
         fn, arrays = CASES[case].build(shape)
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arrays]
@@ -48,9 +50,9 @@ def program(case: str, chip: str, shape: Shape) -> jax.stages.Lowered:
 
 
 def compile_here(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Compile one case for one chip in this process, whose environment names libtpu's flags: VMEM bytes by kernel."""
+    """Compiles a case in this process, whose environment sets libtpu's flags; returns the VMEM bytes of each kernel."""
     text = program(request["case"], request["chip"], Shape.from_json(request["shape"])).compile().as_text()
-    # An instruction ends where the next one's "%name =" begins, its attributes may hold line breaks.
+    # Attributes may contain line breaks: an instruction ends where the next "%name =" begins.
     kernels = {m[1]: text[m.end() : _end(text, m.end())] for m in _KERNEL.finditer(text)}
     vmem = {name: _VMEM.search(rest) for name, rest in kernels.items()}
     return {"vmem": {name: int(m[1]) if m else None for name, m in vmem.items()}}
@@ -62,9 +64,9 @@ def _end(text: str, start: int) -> int:
 
 
 def profile(case: str, chip: str, shape: Shape, timeout: float = 300) -> dict[str, Any]:
-    """One row of the table, as JSON: a case on one JAX device of `chip`; with a `reason` where there is no number.
+    """Returns one row of the table: a case on one JAX device of `chip`, or the `reason` why there is no number.
 
-    What was compiled before is remembered on disk.
+    Answers are cached on disk.
     """
     row: dict[str, Any] = {"case": case, "chip": chip, **shape.as_json()}
     if (module := CASES[case].module) and importlib.util.find_spec(module) is None:
@@ -75,9 +77,9 @@ def profile(case: str, chip: str, shape: Shape, timeout: float = 300) -> dict[st
         return {**row, "reason": str(error)}
     rates = None
     if any(branch.data for kernel in kernels for branch in kernel.branches):
-        request = {"case": case, "shape": interpreted.small(shape).as_json()}
-        measured = cache.remembered(
-            {**cache.versions(case), **request},
+        request = {"case": case, "shape": small(shape).as_json()}
+        measured = remembered(
+            {**versions(case), **request},
             lambda: compilers.call(
                 "longattn.aot.kernels.rates:measure_here", request, {"JAX_PLATFORMS": "cpu"}, timeout
             ),
@@ -85,8 +87,37 @@ def profile(case: str, chip: str, shape: Shape, timeout: float = 300) -> dict[st
         if "reason" in measured:
             return {**row, "reason": f"its rates of branches are not known: {measured['reason']}"}
         rates = measured["rates"]
-    key = {**cache.versions(case), **row, "libtpu": compilers.libtpu_version(), "rates": rates}
-    return {**row, **cache.remembered(key, lambda: _compile(case, chip, shape, kernels, rates, timeout))}
+    key = {**versions(case), **row, "libtpu": compilers.libtpu_version(), "rates": rates}
+    return {**row, **remembered(key, lambda: _compile(case, chip, shape, kernels, rates, timeout))}
+
+
+def cache_folder() -> Path:
+    """Returns the folder of cached answers."""
+    return cache.folder("static")
+
+
+def remembered(key: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns the cached answer for `key`, else makes and caches it."""
+    return cache.remembered(cache_folder(), key, make)[0]
+
+
+def versions(case: str) -> dict[str, str]:
+    """Returns what an answer about `case` depends on beside its shape: versions of packages, and our sources."""
+    versions = {"jax": jax.__version__, "sources": _sources(not CASES[case].module)}
+    if module := CASES[case].module:
+        versions[module] = importlib.metadata.version(module.replace("_", "-"))
+    return versions
+
+
+@functools.cache
+def _sources(ours: bool) -> str:
+    """Hashes the sources that decide what is compiled and how it is counted; for `ours` also those of the kernels."""
+    here, root = Path(__file__).parent, Path(__file__).parents[2]
+    counting = [here / f"{name}.py" for name in ("bundles", "tpu", "rates")]
+    formulas = [root / "mask.py", *(root / "cost" / f"{name}.py" for name in ("flops", "pairs", "hardware"))]
+    kernels = [*(here / "cases").rglob("*.py"), *((root / "ops").rglob("*.py") if ours else ())]
+    kernels = [path for path in kernels if path.name != "tuned.py"]  # cases name their block sizes themselves
+    return cache.sources([*counting, *formulas, *kernels])
 
 
 def _compile(
@@ -103,7 +134,7 @@ def _compile(
         try:
             dumps = _dumped(folder / "dump")
             scheduled = [name for name in answer["vmem"] if name in dumps]
-            chosen = [_the_one(kernel.name, scheduled) for kernel in kernels]
+            chosen = [_only(kernel.name, scheduled) for kernel in kernels]
             schedules = [
                 parse(dumps[name].read_text(), _utilisation_of(dumps[name], name).read_text()) for name in chosen
             ]
@@ -140,7 +171,7 @@ def _compile(
 
 
 def _dumped(folder: Path) -> dict[str, Path]:
-    """libtpu's schedules by kernel."""
+    """Returns the files of libtpu's schedules by kernel."""
     found = {m["name"]: path for path in sorted(folder.glob("*")) if (m := _DUMPED.fullmatch(path.name))}
     found = {name: path for name, path in found.items() if not name.endswith("schedule-analysis")}
     if not found:
@@ -148,7 +179,7 @@ def _dumped(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _the_one(prefix: str, names: Sequence[str]) -> str:
+def _only(prefix: str, names: Sequence[str]) -> str:
     found = [name for name in names if name.startswith(prefix)]
     if len(found) != 1:
         raise ValueError(f"{prefix}: the program has the kernels {', '.join(names) or 'none'}, one was expected")

@@ -1,4 +1,4 @@
-"""Kernels on a chip that they have not run on: are they right, how fast, within how much memory."""
+"""Bring-up of a chip that the kernels have never run on: correctness, memory and time."""
 
 from longattn.bench.bringup.command import run
 from longattn.bench.bringup.options import BringupOptions

@@ -1,4 +1,4 @@
-"""`longattn bringup`: its parts in turn, each within its time, the report written as they go."""
+"""`longattn bringup`: runs its parts in turn, each within its time, and keeps the report up to date."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from longattn.bench.bringup import memory, numerics, show, timing
 from longattn.bench.bringup.options import PARTS, BringupOptions
 from longattn.bench.bringup.report import Report
 
-# The memory part comes before the timed calls, whose peers hold more than its step does; each may take that share of
-# the time that is left.
+# In order, with the share of the remaining time that each part may take. Memory comes before timing, since rivals that
+# are timed hold more memory than its training step, whose peak would then be hidden.
 _RUN: dict[str, tuple[Callable[[BringupOptions, Report], None], float]] = {
     "numerics": (numerics.run, 0.65),
     "memory": (memory.run, 0.4),
@@ -23,7 +23,7 @@ _RUN: dict[str, tuple[Callable[[BringupOptions, Report], None], float]] = {
 
 
 def _asked(options: BringupOptions) -> dict[str, Any]:
-    """What was asked for, with the sizes that were chosen, and without places on this machine."""
+    """Returns the options with the chosen sizes, and without paths of this machine."""
     asked = {name: x for name, x in asdict(options).items() if name not in ("out", "json")}
     asked |= {"parts": list(options.parts), "cases": list(options.cases)}
     return asked | {"T": options.length, "timed_T": options.timed_length, "rounds": options.calls}
@@ -32,7 +32,7 @@ def _asked(options: BringupOptions) -> dict[str, Any]:
 def run(options: BringupOptions, console: Console | None = None) -> dict[str, Any]:
     """Try everything and print the tables (or, with `json`, the document that is returned).
 
-    A part that raises is a part of the report; KeyboardInterrupt ends all, what was found by then is on disk.
+    A part that raises is reported as failed. After KeyboardInterrupt the report on disk has what was found by then.
     """
     report = Report(_asked(options), PARTS, options.folder, options.seconds)
     with report:
@@ -41,7 +41,7 @@ def run(options: BringupOptions, console: Console | None = None) -> dict[str, An
             report.begin(name, share)
             try:
                 part(options, report)
-            except Exception as error:  # whatever a new device and its compiler may raise is what is asked for
+            except Exception as error:  # a new device and its compiler may raise anything, and that is the finding
                 report.end(error)
             else:
                 report.end()

@@ -1,4 +1,4 @@
-"""A training step's peak of device memory against what `longattn plan` says that it needs."""
+"""A training step's peak device memory, against what `longattn plan` predicts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from longattn.ops import dispatch
 from longattn.train import step as steps
 from longattn.train.data import Batch
 
-# Its step holds more than the numerics do, so that the peak is its own, and it fits a chip of 16 GB.
+# The step needs more memory than the numerics part, so that the peak is its own, and it fits a chip of 16 GB.
 _LARGE = Config(model=Model(N=8, E=1024, F=2816, H=8, K=4, D=128), data=ByteLM(T=4096, B=2))
 _SMALL = Config(model=Model(N=2, E=64, F=128, H=2, K=1, D=32), data=ByteLM(T=128, B=2))
 
 
 def run(options: BringupOptions, report: Report) -> None:
-    """One row: bytes that plan predicts, that this device's compiler reserves, that the device held at its peak."""
+    """Adds one row: bytes that plan predicts, that the device's compiler reserves, and the device's measured peak."""
     config = _SMALL if options.small else _LARGE
     m, d = config.model, config.data
     step = f"train step, N {m.N} E {m.E} F {m.F} H {m.H} K {m.K} D {m.D} {m.dtype}, B {d.B} T {d.T:,}"
@@ -71,13 +71,13 @@ def _measured(config: Config) -> dict[str, Any]:
 
 
 def _stats() -> dict[str, int]:
-    """What the device says of its memory; nothing where it does not say its peak."""
+    """Returns the device's memory statistics, or {} if they have no peak."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats if "peak_bytes_in_use" in stats else {}
 
 
 def _predicted(config: Config, timeout: float) -> dict[str, Any]:
-    """The step compiled by plan for this chip: it compiles for a slice, of which the step takes one device."""
+    """Returns plan's bytes for this chip. Plan compiles for a slice, of which the step uses one device."""
     kind = dispatch.target().kind
     chip = hardware.chip_of(kind)
     known = (*hardware.TENSOR_CORES, *hardware.GPUS)

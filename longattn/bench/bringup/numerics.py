@@ -16,7 +16,7 @@ from longattn.numerics.cases import problems
 
 
 def run(options: BringupOptions, report: Report) -> None:
-    """A row for each case and back end, written as soon as it is there."""
+    """Adds a row for each case and back end, and writes the report after each."""
     every = problems(options.length)
     cpu = _cpu()
     part = report.part("numerics")
@@ -44,7 +44,7 @@ def run(options: BringupOptions, report: Report) -> None:
 
 
 def _cpu() -> jax.Device | None:
-    """This machine's CPU, if JAX may use it: with JAX_PLATFORMS=tpu it may not, with tpu,cpu it may."""
+    """Returns this machine's CPU if JAX may use it: JAX_PLATFORMS=tpu forbids it, tpu,cpu allows it."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""What is tried, and where the report goes."""
+"""The options of `longattn bringup`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 @dataclass(frozen=True)
 class BringupOptions:
-    """Try every kernel on this machine's chip: results, memory, time. Leaves a JSON document and a page of HTML.
+    """Check and time every kernel on this machine's chip. Writes a JSON document and a page of HTML.
 
-    Sizes that are none suit the device: large ones on an accelerator, on a CPU such as take a minute.
+    Sizes that are not given suit the device: large ones on an accelerator, about a minute's work on a CPU.
     """
 
-    parts: tuple[Part, ...] = PARTS  # what to do; without the numerics a report does not count as passed
-    cases: tuple[str, ...] = ()  # of the numerics, by name; none: all, else the report does not count as passed
-    seconds: float = 540  # for everything; what is not done by then says so, and half a minute later all is ended
-    T: int | None = None  # length of the numerics' cases; none: 2048, on a CPU 128
-    timed_T: int | None = None  # length of the timed calls; none: 8192, on a CPU 256
+    parts: tuple[Part, ...] = PARTS  # parts to run; without the numerics a report does not count as passed
+    cases: tuple[str, ...] = ()  # names of cases of the numerics; none: all, which a report needs to count as passed
+    seconds: float = (
+        540  # time for everything; what is not done by then is reported so, and 30 s later the process ends
+    )
+    T: int | None = None  # tokens in the numerics' cases; none: 2048, on a CPU 128
+    timed_T: int | None = None  # tokens in the timed calls; none: 8192, on a CPU 256
     rounds: int | None = None  # timed calls of each contestant; none: 15, on a CPU 3
     out: str | None = None  # folder of the report; none: experiments/bringup in a checkout of longattn, else bringup
     json: bool = False  # print the JSON document instead of the tables
@@ -50,22 +52,22 @@ class BringupOptions:
 
     @property
     def length(self) -> int:
-        """Of the numerics' cases."""
+        """Tokens in the numerics' cases."""
         return self.T or (128 if self.small else 2048)
 
     @property
     def timed_length(self) -> int:
-        """Of the timed calls."""
+        """Tokens in the timed calls."""
         return self.timed_T or (256 if self.small else 8192)
 
     @property
     def calls(self) -> int:
-        """Timed calls of each contestant."""
+        """Number of timed calls of each contestant."""
         return self.rounds or (3 if self.small else 15)
 
     @property
     def folder(self) -> Path:
-        """Where the report goes."""
+        """Folder of the report."""
         if self.out is not None:
             return Path(self.out)
         here = (CHECKOUT / "pyproject.toml").is_file() and Path.cwd().samefile(CHECKOUT)

@@ -1,4 +1,4 @@
-"""The report of a bring-up, on disk after every step, and the end of a bring-up that a device does not let go on."""
+"""The report of a bring-up. It is on disk after every step, and it ends the process when the device hangs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from longattn.environment import environment, write_whole
 from longattn.ops import dispatch
 from longattn.train.kernel_check import KIND, VERSION, generation
 
-GRACE = 30.0  # seconds after the last deadline until a call that has not returned is taken not to return
+GRACE = 30.0  # seconds after the last deadline until a call that has not returned counts as hung
 
 
 class Report:
-    """The document, and the files NAME.json and NAME.html that always hold it as it was after the last step.
+    """The document, and the files NAME.json and NAME.html that hold it as it was after the last step.
 
-    Use as a context manager: within it, a step that does not return ends the process, the report says which.
+    Use it as a context manager: inside, a step that hangs ends the process, and the report names the step.
     """
 
     def __init__(self, options: dict[str, Any], parts: tuple[str, ...], folder: Path, seconds: float):
@@ -45,7 +45,7 @@ class Report:
             "platform_version": jax.devices()[0].client.platform_version,
             **{part: {"status": "not run", "rows": []} for part in parts},
         }
-        self.deadline = time.monotonic() + seconds  # of the present part
+        self.deadline = time.monotonic() + seconds  # of the current part
         self._end = self.deadline
         self._parts, self._part, self._step, self._since = parts, "", "starting", time.monotonic()
         self._console = Console(stderr=True)
@@ -55,26 +55,26 @@ class Report:
     # ---- what parts use
 
     def part(self, name: str) -> dict[str, Any]:
-        """Where a part writes what it finds."""
+        """Returns the part of the document that a part of the bring-up fills."""
         return self.document[name]
 
     @property
     def late(self) -> bool:
-        """Whether the present part's time is over."""
+        """Whether the current part's time is over."""
         return time.monotonic() > self.deadline
 
     def at(self, step: str) -> None:
-        """Say what is under way, in case it does not return."""
+        """Records which step begins, in case it hangs."""
         self._step, self._since = step, time.monotonic()
 
     def say(self, line: str) -> None:
-        """A line of progress."""
+        """Prints a line of progress."""
         self._console.print(f"{self._part}: {line}", highlight=False, markup=False, soft_wrap=True)
 
     # ---- the course of things
 
     def begin(self, name: str, share: float) -> None:
-        """A part begins that may take this share of the time that is left."""
+        """Begins a part, which may take this share of the remaining time."""
         left = max(0.0, self._end - time.monotonic())
         self.deadline = time.monotonic() + share * left
         self._part, self._began = name, time.monotonic()
@@ -83,7 +83,7 @@ class Report:
         self.write()
 
     def end(self, error: Exception | None = None) -> None:
-        """The part is done, or raised this."""
+        """Ends the part as done, or as failed with `error`."""
         part = self.document[self._part]
         part |= {"status": "done" if error is None else "failed", "seconds": time.monotonic() - self._began}
         if error is not None:
@@ -92,7 +92,7 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        """Replace both files."""
+        """Writes both files anew."""
         with self._writing:
             self.document["verdict"], self.document["findings"] = verdict(self.document, self._parts)
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,12 +100,12 @@ class Report:
             write_whole(self.path.with_suffix(".html"), show.page(self.document))
 
     def finish(self) -> None:
-        """Keep a report that passed in the user's cache folder too, where training looks for it from anywhere."""
+        """Also keep a report that passed in the user's cache folder, where every training looks for it."""
         self.write()
         if self.document["verdict"] == "passed":
             kept = cache.folder("bringup")
             kept.mkdir(parents=True, exist_ok=True)
-            write_whole(kept / self.path.name, self.path.read_text())
+            write_whole(kept / self.path.name, self.path.read_text(encoding="utf-8"))
 
     def __enter__(self) -> Report:
         threading.Thread(target=self._watch, daemon=True).start()
@@ -115,7 +115,7 @@ class Report:
         self._returned.set()
 
     def _watch(self) -> None:
-        """Ends the process, by os._exit as a thread that waits for a device hears of nothing else, if it is stuck."""
+        """Ends the process if a step hangs. Only os._exit can: the main thread waits for the device."""
         if self._returned.wait(self._end + GRACE - time.monotonic()):
             return
         reason = f"{self._step} has not returned after {time.monotonic() - self._since:.0f} s"
@@ -126,9 +126,9 @@ class Report:
 
 
 def verdict(document: dict[str, Any], parts: tuple[str, ...]) -> tuple[str, list[str]]:
-    """The verdict, and what speaks against "passed", a sentence each.
+    """Returns the verdict, and a sentence for each finding that speaks against "passed".
 
-    "failed" where something is wrong, else "passed" where all cases of the numerics were tried, else "incomplete".
+    The verdict is "failed" if something is wrong, else "passed" if every numerics case was tried, else "incomplete".
     """
     wrong, missing = [], []
     for name in parts:

@@ -1,4 +1,4 @@
-"""A report for people: tables in the terminal, and a page. Nothing is computed here that is not in the document."""
+"""A report for people, as tables and as a page of HTML. All numbers come from the document."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.console import Console
 from longattn.bench.timing import Interval
 from longattn.display import device_text, plain_table, seconds_text, style
 
-WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits
-_PLACES = 3  # named of those that a reason is for
+WIDTH = 132  # of the tables: a narrower terminal wraps them and loses no digits
+_PLACES = 3  # number of places named after a reason
 Rows = list[tuple[str, ...]]
 MEMORY = ("step", "plan", "its compiler here", "peak here", "peak / plan")
 TIMING = (
@@ -28,7 +28,7 @@ VERDICTS = {
 
 
 def numerics(document: Mapping[str, Any]) -> tuple[tuple[str, ...], Rows]:
-    """(heading, a row for each case): a column for each back end."""
+    """Returns the heading and a row for each case, with a column for each back end."""
     rows = document["numerics"]["rows"]
     names = tuple(dict.fromkeys(row["back_end"] for row in rows))
     cases: dict[str, dict[str, str]] = {}
@@ -46,7 +46,7 @@ def _outcome(row: Mapping[str, Any]) -> str:
 
 
 def memory(document: Mapping[str, Any]) -> Rows:
-    """A row for each step."""
+    """Returns a row for each training step."""
     size = lambda n: "-" if n is None else f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.2f} MiB"
     return [
         (row["step"], *(size(row.get(f"{key}_bytes")) for key in ("predicted", "compiled", "measured")),
@@ -56,7 +56,7 @@ def memory(document: Mapping[str, Any]) -> Rows:
 
 
 def timing(document: Mapping[str, Any]) -> Rows:
-    """A row for each contestant and direction."""
+    """Returns a row for each contestant and direction."""
     percent = lambda x: "-" if x is None else f"{x:.1%}"
     cycles = lambda n: "-" if n is None else f"{n / 1e6:.3f} M"
     rows = []
@@ -76,7 +76,7 @@ def timing(document: Mapping[str, Any]) -> Rows:
 
 
 def notes(document: Mapping[str, Any], part: str) -> list[str]:
-    """Why a part, or a row of it, says less than it could; equal reasons once."""
+    """Returns the reasons why a part or its rows are incomplete; equal reasons are joined."""
     found: dict[str, list[str]] = {}
     for row in document[part]["rows"]:
         who = row.get("back_end") or row.get("contestant") or ""
@@ -97,7 +97,7 @@ def notes(document: Mapping[str, Any], part: str) -> list[str]:
 
 
 def heads(document: Mapping[str, Any]) -> Iterable[tuple[str, str, Sequence[str], Rows]]:
-    """(part, caption, heading, rows) of each table."""
+    """Yields (part, caption, heading, rows) of each table."""
     against = document["numerics"].get("against", "the reference")
     heading, rows = numerics(document)
     cell = "the result or gradient nearest to its limit: error, limit (twice a plain implementation's error)"
@@ -109,7 +109,7 @@ def heads(document: Mapping[str, Any]) -> Iterable[tuple[str, str, Sequence[str]
 
 
 def facts(document: Mapping[str, Any]) -> str:
-    """Where and of what it was made."""
+    """Returns one line on where the report was made: device, versions, commit, time, command."""
     e = document["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
     platform = " ".join(document["platform_version"].split())
@@ -120,7 +120,7 @@ def facts(document: Mapping[str, Any]) -> str:
 
 
 def tables(console: Console, document: Mapping[str, Any], path: Path) -> None:
-    """The report in the terminal."""
+    """Prints the report as tables."""
     for part, caption, heading, rows in heads(document):
         if rows:
             table = plain_table(caption)
@@ -141,8 +141,8 @@ def tables(console: Console, document: Mapping[str, Any], path: Path) -> None:
 
 
 def page(document: Mapping[str, Any]) -> str:
-    """The report as a page of HTML that needs nothing else."""
+    """Returns the report as a self-contained page of HTML."""
     folder = resources.files("longattn.bench.bringup")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(folder.joinpath("page.html.j2").read_text())
+    template = environment.from_string(folder.joinpath("page.html.j2").read_text(encoding="utf-8"))
     return template.render(document=document, show=globals(), style=style())

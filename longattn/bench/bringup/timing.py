@@ -1,4 +1,4 @@
-"""Device time of every kernel against its peers', and against the cycles of its compiler's own schedule."""
+"""Device time of every attention kernel, against its rivals and against its compiler's own schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KEPT = (
 
 
 def run(options: BringupOptions, report: Report) -> None:
-    """A row for each contestant and direction."""
+    """Adds a row for each contestant and direction."""
     part = report.part("timing")
     kind, known = dispatch.target().kind, ", ".join(hardware.TENSOR_CORES)
     chip = hardware.chip_of(kind)
@@ -61,7 +61,7 @@ def _rows(options: compare.CompareOptions) -> list[dict[str, Any]]:
 
 
 def _by_the_host(options: compare.CompareOptions) -> list[dict[str, Any]]:
-    """The contestants' seconds by the host's clock, as far as they are right."""
+    """Returns rows with wall-clock seconds of the contestants whose results are right."""
     options = options.resolved()
     _, fns, known = admit(options)
     seconds = interleave(fns, options.rounds)
@@ -72,7 +72,7 @@ def _by_the_host(options: compare.CompareOptions) -> list[dict[str, Any]]:
 
 
 def _row(row: Mapping[str, Any], options: compare.CompareOptions) -> dict[str, Any]:
-    """What is kept of a comparison's row."""
+    """Returns what the report keeps of a comparison's row."""
     name, made = row["contestant"], {key: row[key] for key in _KEPT if key in row}
     sizes = f"B {options.B} T {options.T:,} H {options.H} D {options.D}"
     made |= {"contestant": name, "problem": f"{sizes} {options.problem.dtype} {options.mask}"}
@@ -83,7 +83,7 @@ def _row(row: Mapping[str, Any], options: compare.CompareOptions) -> dict[str, A
         made |= {"outcome": "timed", "seconds": statistics.median(row["host_seconds"]), "clock": "host"}
         made["clock_note"] = note
     else:
-        # Ours must not disagree, nor be refused by a compiler; a rival may.
+        # A rival may disagree or be refused by its compiler; our own back ends may not.
         wrong = name in BACK_ENDS and ("error" in row or re.match(r"\w+Error: ", row["reason"]))
         made["outcome"] = "failed" if wrong else "refused"
     made |= _cycles(row)
@@ -91,7 +91,7 @@ def _row(row: Mapping[str, Any], options: compare.CompareOptions) -> dict[str, A
 
 
 def _cycles(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Static and measured cycles of a core, where both are known."""
+    """Returns static and measured cycles of a core, or {} unless both are known."""
     chip = hardware.chip_of(dispatch.target().kind)
     if row.get("static_seconds") is None or chip is None:
         return {}

@@ -1,4 +1,4 @@
-"""Attention kernels, exact or linear, side by side on this machine's device, under one trace."""
+"""Comparison of attention kernels, exact or linear, on this machine's device, under one profiler trace."""
 
 from longattn.bench.compare.command import run
 from longattn.bench.compare.measurement import measure

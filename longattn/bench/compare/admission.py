@@ -1,4 +1,4 @@
-"""Who may be timed: whose results (and gradients) agree with those of a float32 reference."""
+"""Which contestants may be timed: those whose results (and gradients) agree with a float32 reference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OURS = {*BACK_ENDS, *LINEAR}
 
 
 def _refusals(name: str) -> tuple[type[Exception], ...]:
-    """What becomes a row with its reason: of a rival's whatever its kernel's compiler may raise."""
+    """Returns the exceptions that become a row's reason: for a rival, whatever its compiler may raise."""
     return (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) if name in _OURS else (Exception,)
 
 
@@ -33,9 +33,9 @@ def _reason(error: Exception) -> str:
 
 
 def compiled(name: str, contestant: Contestant, problem: Problem, what: What, arrays: Sequence[Any]) -> Any:
-    """The contestant's compiled program, called "compare_NAME".
+    """Returns the contestant's compiled program, named "compare_NAME" in the trace.
 
-    Raises NotImplementedError with the reason why it does not run here, and whatever its compiler raises.
+    Raises NotImplementedError with the reason why it cannot run here, and whatever its compiler raises.
     """
     platform = dispatch.target().platform
     if platform not in contestant.platforms:
@@ -45,7 +45,7 @@ def compiled(name: str, contestant: Contestant, problem: Problem, what: What, ar
     def program(*arguments: Any) -> Any:
         return inner(*arguments)
 
-    program.__name__ = f"compare_{name}"  # by which the trace knows it
+    program.__name__ = f"compare_{name}"  # its name in the trace
     result = jax.jit(program).lower(*arrays).compile()
     memory = result.memory_analysis()
     if memory is not None:
@@ -56,7 +56,7 @@ def compiled(name: str, contestant: Contestant, problem: Problem, what: What, ar
 
 
 class _Solved(NamedTuple):
-    """A problem's inputs in its dtype, and what they should give."""
+    """A problem's inputs in its dtype, and the expected results."""
 
     arrays: list[Any]
     against: str  # the back end that gave the results
@@ -64,8 +64,9 @@ class _Solved(NamedTuple):
 
 
 def _solve(problem: Problem, what: What) -> _Solved:
-    """The results are for float32 inputs: the reference's, or where its memory is not there (of attention in proportion
-    to T x T), the blockwise form's.
+    """Returns the inputs and the reference's results in float32.
+
+    If the reference needs too much memory (T x T for attention), the blockwise back end takes its place.
     """
     drawn, wide = problem.drawn(), replace(problem, dtype="float32")
     cast = lambda dtype: [jnp.asarray(x, dtype if n in ("q", "k", "v", "do") else x.dtype) for n, x in drawn.items()]
@@ -84,7 +85,7 @@ def _solve(problem: Problem, what: What) -> _Solved:
 
 
 def admit(options: CompareOptions) -> tuple[str, dict[str, Callable[[], Any]], dict[str, dict[str, Any]]]:
-    """What was compared with, the contestants that run and agree, and what is known of each: error or reason."""
+    """Returns the reference's name, the contestants that run and agree, and by contestant its error or reason."""
     solved: dict[type, _Solved] = {}  # a yardstick's problem is of another type
     fns: dict[str, Callable[[], Any]] = {}
     known: dict[str, dict[str, Any]] = {}

@@ -1,19 +1,20 @@
 """`longattn compare CASE`: attention kernels side by side on this machine's device, under one jax.profiler trace.
 
-The contestants are this project's back ends and its rivals; of linear attention its back ends, and as a yardstick exact
-attention of as many tokens and heads. One that cannot run here is a row with the reason. Nothing is timed before its
-results (and gradients) were seen to agree with a float32 reference. Then they take turns, each call waited for, while
-the device writes down when each of its ops began and ended; `bench/trace/` reads that back, so the times are the
-device's and not those of Python's dispatch.
+The contestants are this project's back ends and their rivals. For linear attention they are its back ends, and exact
+attention of the same tokens and heads as a yardstick. A contestant that cannot run here becomes a row with the reason.
+Results (and gradients) must agree with a float32 reference before anything is timed. Then the contestants take turns,
+each call waited for, while the profiler records when each op began and ended. `bench/trace/` reads that, so times are
+the device's, without Python's dispatch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from longattn.bench.compare.measurement import measure
 from longattn.bench.compare.options import CompareOptions, heading
@@ -21,12 +22,12 @@ from longattn.bench.timing import Interval
 from longattn.bench.trace import opening, parts_table
 from longattn.display import device_text, digits, plain_table, seconds_text
 
-WIDTH = 132  # the tables': a narrower terminal wraps them rather than losing digits
-TOP = 5  # kernels shown of each contestant, and of the differences twice as many
+WIDTH = 132  # of the tables: a narrower terminal wraps them and loses no digits
+TOP = 5  # kernels shown of each contestant; twice as many differences
 
 
 def run(options: CompareOptions, console: Console | None = None) -> dict[str, Any]:
-    """`measure`, then the tables (or the JSON document) on stdout; gives the document."""
+    """Measures, prints the tables (or the JSON document) on stdout, and returns the document."""
     document = measure(options)
     if options.json:
         print(json.dumps(document))
@@ -36,20 +37,36 @@ def run(options: CompareOptions, console: Console | None = None) -> dict[str, An
 
 
 def _print(console: Console, document: Mapping[str, Any]) -> None:
-    options, rows = document["options"], document["rows"]
-    table = plain_table(heading(options))
+    rows = document["rows"]
+    ran = [row for row in rows if "samples" in row]
+    console.print(_contestants(heading(document["options"]), rows), markup=False)
+    for row in ran:
+        total = sum(kernel["seconds"] for kernel in row["kernels"])
+        console.print(parts_table(f"{row['contestant']}: top kernels", row["kernels"][:TOP], total), markup=False)
+    if document["differences"]:
+        console.print(_differences(document["differences"][: 2 * TOP], ran[0]["contestant"]), markup=False)
+    console.print("\n".join(_notes(document, ran)), highlight=False, markup=False, soft_wrap=True)
+    if document["trace"]:
+        console.print(opening(document["trace"]), highlight=False, markup=False, soft_wrap=True)
+        if document["plot"]:
+            console.print(f"Plot: {document['plot']}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        console.print("Nothing could be timed here.", highlight=False)
+
+
+def _contestants(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns a table with a row for each contestant."""
+    table = plain_table(title)
     headings = (
         "contestant", "device time", "quartiles", "ratio", "idle", "GFLOP/s", "of peak", "GB/s", "of HBM", "vs static",
         "error",
     )  # fmt: skip
     for column in headings:
         table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
-    notes, ran = [], [row for row in rows if "samples" in row]
     for row in rows:
         error = f"{row['error']:.0e}" if "error" in row else ""
         if "samples" not in row:
             table.add_row(row["contestant"], *["-"] * 9, error)
-            notes.append(f"{row['contestant']}: {row['reason']}.")
             continue
         s = row["device_seconds"]
         table.add_row(
@@ -65,26 +82,32 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
             "-" if row["static_ratio"] is None else f"{row['static_ratio']:.2f}",
             error,
         )
-        if row["static_note"]:
+    return table
+
+
+def _differences(differences: Sequence[Mapping[str, Any]], base: str) -> Table:
+    """Returns a table of the scopes whose time differs from that of the contestant `base`."""
+    table = plain_table(f"Largest differences to {base} by named scope")
+    for column in ("contestant", "scope", "pass", "its time", base, "difference"):
+        left = column in ("contestant", "scope", "pass")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for d in differences:
+        sign = "+" if d["difference"] > 0 else "-"
+        table.add_row(
+            d["contestant"], d["scope"], d["phase"], seconds_text(d["seconds"]), seconds_text(d["first_seconds"]),
+            sign + seconds_text(abs(d["difference"])),
+        )  # fmt: skip
+    return table
+
+
+def _notes(document: Mapping[str, Any], ran: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the lines below the tables."""
+    notes, environment, peak = [], document["environment"], document["peak"]
+    for row in document["rows"]:
+        if "samples" not in row:
+            notes.append(f"{row['contestant']}: {row['reason']}.")
+        elif row["static_note"]:
             notes.append(f"{row['contestant']}: no static cycles: {row['static_note']}")
-    console.print(table, markup=False)
-    for row in ran:
-        total = sum(kernel["seconds"] for kernel in row["kernels"])
-        console.print(parts_table(f"{row['contestant']}: top kernels", row["kernels"][:TOP], total), markup=False)
-    if document["differences"]:
-        table = plain_table(f"Largest differences to {ran[0]['contestant']} by named scope")
-        for column in ("contestant", "scope", "pass", "its time", ran[0]["contestant"], "difference"):
-            left = column in ("contestant", "scope", "pass")
-            table.add_column(column, justify="left" if left else "right", no_wrap=True)
-        for d in document["differences"][: 2 * TOP]:
-            sign = "+" if d["difference"] > 0 else "-"
-            table.add_row(
-                d["contestant"], d["scope"], d["phase"], seconds_text(d["seconds"]), seconds_text(d["first_seconds"]),
-                sign + seconds_text(abs(d["difference"])),
-            )  # fmt: skip
-        console.print(table, markup=False)
-    environment = document["environment"]
-    peak = document["peak"]
     if peak["flops"]:
         how = "a float32 matrix product measured here" if peak["measured"] else "published, bfloat16"
         notes.append(f"Peak {peak['flops'] / 1e9:,.0f} GFLOP/s ({how}); GB/s count each argument and result once.")
@@ -95,16 +118,10 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
             f"Before timing, results agreed with {document['checked_against']}; the error is the largest relative one.",
         ]
     notes.append(
-        f"{device_text(environment)}, load {document['load']:.1f} before; {options['rounds']} rounds in turns; jax "
-        f"{environment['versions']['jax']}; commit {(environment['commit'] or 'unknown')[:12]}."
+        f"{device_text(environment)}, load {document['load']:.1f} before; {document['options']['rounds']} rounds in "
+        f"turns; jax {environment['versions']['jax']}; commit {(environment['commit'] or 'unknown')[:12]}."
     )
-    console.print("\n".join(notes), highlight=False, markup=False, soft_wrap=True)
-    if document["trace"]:
-        console.print(opening(document["trace"]), highlight=False, markup=False, soft_wrap=True)
-        if document["plot"]:
-            console.print(f"Plot: {document['plot']}", highlight=False, markup=False, soft_wrap=True)
-    else:
-        console.print("Nothing could be timed here.", highlight=False)
+    return notes
 
 
 def _percent(share: float | None) -> str:

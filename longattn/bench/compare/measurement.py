@@ -1,4 +1,4 @@
-"""The comparison: contestants take turns under one trace; what it says of each; what is left in the folder."""
+"""The comparison itself: contestants take turns under one trace, which gives a row for each, a plot and a log."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ FILE = "compare.jsonl"
 
 
 def measure(options: CompareOptions) -> dict[str, Any]:
-    """The comparison; writes plot and JSONL, and keeps the trace.
+    """Runs the comparison and returns its document. Writes a plot and FILE, and keeps the trace.
 
     Raises:
-      ValueError: for inputs beyond this machine's memory.
+      ValueError: for inputs that exceed this machine's memory.
     """
     progress = Console(stderr=True)
     options = options.resolved()
@@ -51,7 +51,7 @@ def measure(options: CompareOptions) -> dict[str, Any]:
         "kind": "compare",
         "options": {**asdict(options), "mask": str(options.mask)},
         "environment": environment(),
-        "load": load,  # what else the machine was doing
+        "load": load,  # the machine's load from other work
         "checked_against": f"{against}, float32",
         "peak": {
             "flops": device.peak_flops,
@@ -91,7 +91,7 @@ def measure(options: CompareOptions) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _compiled_anew() -> Iterator[None]:
-    """No program is taken that was compiled before from sources with other scopes, which its key would not tell."""
+    """Keeps JAX from reusing a program that was compiled with other named scopes; its cache key ignores them."""
     before = jax.config.jax_compilation_cache_include_metadata_in_key
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     jax.clear_caches()
@@ -102,12 +102,12 @@ def _compiled_anew() -> Iterator[None]:
 
 
 def _record(fns: Mapping[str, Callable[[], Any]], rounds: int, folder: Path) -> tuple[dict[str, list[float]], Path]:
-    """Runs them in turns under one trace, each with one warming call in it; gives the host's seconds and where it is.
+    """Runs the contestants in turns under one trace; returns wall-clock seconds and the trace's folder.
 
-    The trace has a folder of its own, for another comparison may be writing beside it.
+    The trace includes one warm-up call of each. Its folder is unique: another comparison may write beside it.
     """
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # Python's own calls are no business of this and slow it down
+    options.python_tracer_level = 0  # tracing Python's calls would slow the run down
     options.session_id = f"{time.strftime('%Y_%m_%d_%H_%M_%S')}_{uuid.uuid4().hex[:8]}"
     with jax.profiler.trace(str(folder), profiler_options=options):
         seconds = interleave(fns, rounds)
@@ -117,7 +117,7 @@ def _record(fns: Mapping[str, Callable[[], Any]], rounds: int, folder: Path) -> 
 def _row(
     name: str, options: CompareOptions, executions: Sequence[trace.Execution], device: hardware.Device
 ) -> dict[str, Any]:
-    """What the trace says about one contestant."""
+    """Returns what the trace says about one contestant."""
     samples = [e.seconds for e in executions]
     seconds = trace.Spread.of(samples)
     problem = options.given(name)
@@ -148,7 +148,7 @@ def _row(
 
 
 def _align(scope: trace.Scope) -> str:
-    """A scope without the names of attention and its back end, so that the parts of two back ends meet."""
+    """Returns a scope's name without the op and the back end, so that scopes of two back ends can be compared."""
     op, *path = scope.path or ("",)
     if op not in ("attention", "linear_attention"):
         return str(scope)
@@ -158,7 +158,7 @@ def _align(scope: trace.Scope) -> str:
 
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """By how much each scope of each contestant differs from the first that ran, largest first."""
+    """Returns by how much each scope of each contestant differs from the first contestant, largest first."""
     ran = [row for row in rows if "scopes" in row]
     result = []
     parts = lambda row: {(p["name"], p["phase"]): p["seconds"] for p in row["scopes"]}
@@ -174,7 +174,7 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _write(document: dict[str, Any], folder: Path) -> None:
-    """A line per contestant in FILE, and the plot; nothing where nothing ran."""
+    """Appends a line per contestant to FILE and draws the plot. Writes nothing if nothing ran."""
     document["plot"] = None
     if document["trace"] is None:
         return

@@ -1,4 +1,4 @@
-"""What is compared."""
+"""The options of `longattn compare CASE`."""
 
 from __future__ import annotations
 
@@ -21,26 +21,29 @@ CASES: dict[str, What] = {
 
 
 def known(case: str) -> dict[str, Contestant]:
-    """The contestants of a case."""
+    """Returns the contestants of a case."""
     return LINEAR if case.startswith("linear") else CONTESTANTS
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Compare attention kernels, exact or linear, on this device, under one profiler trace."""
+    """Compare attention kernels, exact or linear, on this device, under one profiler trace.
+
+    `longattn compare attention --help`: wall-clock time over several lengths, against PyTorch too.
+    """
 
     case: str  # attention_forward, attention_forward_backward, linear_forward or linear_forward_backward
-    contestants: tuple[str, ...] | None = None  # or --with a,b: first is the base; none: all but reference
-    T: int = 2048  # length
+    contestants: tuple[str, ...] | None = None  # names, with commas; ratios are to the first
+    T: int = 2048  # tokens of a sequence
     B: int = 1  # sequences
     H: int = 8  # query heads; linear: heads of the state
     K: int | None = None  # key/value heads; linear: heads of q and k; none: as many as H
     D: int = 64  # head size
     dtype: Dtype | None = None  # none: float32 on a CPU, bfloat16 elsewhere
-    mask: Mask = Causal()  # an expression such as "Causal() & Window(512)"; linear: none but this
-    kind: str | None = None  # linear: none, scalar (if not given) or vector decay; the delta rule with _delta behind it
-    rounds: int = 15  # timed calls of each
-    out: str = "runs/compare"  # folder of the trace, the plot and compare.jsonl
+    mask: Mask = Causal()  # an expression such as "Causal() & Window(512)"; linear: causal only
+    kind: str | None = None  # linear: decay none, scalar (default) or vector; append _delta for the delta rule
+    rounds: int = 15  # timed calls of each contestant
+    out: str = "runs/compare"  # folder for the trace, the plot and compare.jsonl
     json: bool = False  # print one JSON document instead of the tables
 
     def __post_init__(self) -> None:
@@ -68,22 +71,22 @@ class CompareOptions:
 
     @property
     def known(self) -> dict[str, Contestant]:
-        """Those that the case has."""
+        """Contestants of the case, by name."""
         return known(self.case)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the contestants."""
+        """Names of the contestants."""
         return tuple(n for n in self.known if n != "reference") if self.contestants is None else self.contestants
 
     @property
     def what(self) -> What:
-        """As `bench` calls the case."""
+        """Direction of the case, as `bench.attention` names it."""
         return CASES[self.case]
 
     @property
     def problem(self) -> Problem:
-        """The shapes."""
+        """Shapes of the case."""
         dtype: Dtype = self.dtype or ("float32" if dispatch.target().platform == "cpu" else "bfloat16")
         if self.linear:
             return Linear(self.T, self.B, self.H, self.K, self.D, dtype, self.kind or "scalar")
@@ -93,18 +96,18 @@ class CompareOptions:
         )  # fmt: skip
 
     def given(self, name: str) -> Problem:
-        """What the contestant solves."""
+        """Returns the problem that a contestant solves."""
         instead = self.known[name].instead
         return self.problem if instead is None else instead(self.problem)
 
     def resolved(self) -> CompareOptions:
-        """With what stands for none on this device."""
+        """Returns the options with every None replaced by its value on this device."""
         kind = self.problem.kind if isinstance(self.problem, Linear) else None
         return replace(self, dtype=self.problem.dtype, contestants=self.names, kind=kind)
 
 
 def heading(options: Mapping[str, Any]) -> str:
-    """What a document's options compare, in one line."""
+    """Returns in one line what a document's options compare."""
     K = "" if options["K"] is None else f" K{options['K']}"
     sizes = f"B{options['B']} T{options['T']} H{options['H']}{K} D{options['D']}"
     return f"{options['case']} {options['kind'] or options['mask']}: {sizes} {options['dtype']}"

@@ -1,4 +1,4 @@
-"""The contestants: this project's back ends and its rivals; of linear attention a yardstick in the rivals' place."""
+"""The contestants: this project's back ends and their rivals; for linear attention exact attention as a yardstick."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from longattn.ops.linear.api import linear_attention
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to compute attention [B T H D], of the inputs that its problem names."""
+    """One way to compute attention [B T H D] from the inputs that its problem names."""
 
     about: str
-    build: Callable[[Any], Callable[..., Any]]  # of a problem; raises NotImplementedError with the reason
+    build: Callable[[Any], Callable[..., Any]]  # takes a problem; raises NotImplementedError with the reason
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")  # where it runs
-    case: str | None = None  # its name in `cases.CASES`, without "_backward", whose static cycles are known
-    instead: Callable[[Any], Problem] | None = None  # the problem that a yardstick solves in place of the others'
+    case: str | None = None  # the forward case in `cases.CASES` that gives its static cycles
+    instead: Callable[[Any], Problem] | None = None  # a yardstick's own problem
 
 
 def _heads_first(attend: Callable[..., Any]) -> attention.Attend:
-    """[B T H D] for a function of [B H T D]."""
+    """Returns `attend`, a function on [B H T D], as one on [B T H D]."""
 
     def call(q: Any, k: Any, v: Any) -> Any:
         return attend(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)

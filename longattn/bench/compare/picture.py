@@ -1,4 +1,4 @@
-"""The comparison as a picture."""
+"""The plot of a comparison."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import numpy as np
 from longattn.bench.compare.options import heading
 from longattn.display import device_text
 
-SCOPES = 7  # those with the largest share of any contestant's time have a colour each
+SCOPES = 7  # number of scopes with a colour of their own: those with the largest shares
 
 
 def plot(document: Mapping[str, Any]) -> Any:
-    """A matplotlib figure: each contestant's device time, every call a point, and where its ops' time goes."""
+    """Returns a matplotlib figure: each contestant's device time, a point per call, and its ops' time by scope."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     rows = [row for row in document["rows"] if "samples" in row]
-    figure = Figure(figsize=(12, 1.7 + 0.5 * len(rows)), layout="constrained")  # no window, and not pyplot's business
+    figure = Figure(
+        figsize=(12, 1.7 + 0.5 * len(rows)), layout="constrained"
+    )  # without pyplot, which may open a window
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.3))
     at = np.arange(len(rows))
     for y, row in zip(at, rows):
@@ -33,7 +35,7 @@ def plot(document: Mapping[str, Any]) -> Any:
     left.set_xlabel("ms")
     left.set_title("device time: calls, median, quartiles", fontsize=10)
 
-    seconds: list[dict[tuple[str, bool], float]] = []  # by scope and whether it is of the backward pass
+    seconds: list[dict[tuple[str, bool], float]] = []  # by (scope, whether it is in the backward pass)
     share: dict[str, float] = {}
     for row in rows:
         seconds.append({})

@@ -1,8 +1,8 @@
-"""What contestants are given, and what it costs: exact attention, or linear attention of a kind.
+"""The problems that contestants solve, exact or linear attention, with their FLOPs and bytes.
 
-FLOPs are those of the visible pairs, or of the recurrence, without recomputation. Bytes are the least that must cross
-device memory, in each pass: every argument read and every result written once. The backward pass reads q, k, v, out
-and its cotangent again; that of linear attention all inputs and the cotangent.
+FLOPs count the visible pairs, or the recurrence, without recomputation. Bytes are the least device-memory traffic of
+each pass: every argument is read once and every result written once. The backward pass of exact attention reads q, k,
+v, out and the cotangent; that of linear attention reads all inputs and the cotangent.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @runtime_checkable
 class Problem(Protocol):
-    """A shape, a frozen dataclass."""
+    """A frozen dataclass that describes the shapes of a call."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def dtype(self) -> Dtype:
-        """Of q, k and v."""
+        """Dtype of q, k and v."""
 
     def drawn(self) -> dict[str, np.ndarray]:
-        """The inputs, and do, the cotangent of the output, by name; q, k, v and do rounded to the dtype."""
+        """Returns the inputs by name, and the output's cotangent do. q, k, v and do are rounded to the dtype."""
 
     def numbers(self) -> int:
-        """Of all that is drawn."""
+        """Returns the number of elements of all that is drawn."""
 
     def flops(self, what: What) -> float:
-        """The same for every contestant, however it computes them."""
+        """Returns the FLOPs, which are the same for every contestant."""
 
     def least_bytes(self, what: What) -> int:
-        """That cross device memory."""
+        """Returns the bytes that must at least cross device memory."""
 
     def shape(self) -> cases.Shape:
-        """Of the kernels whose static cycles are known. Raises NotImplementedError for one that they do not take."""
+        """Returns the shape for the static profile. Raises NotImplementedError if its kernels cannot take it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Attention(attention.AttentionOptions):
 
     def least_bytes(self, what: What) -> int:
         forward = attention.numbers(self, self.T[0]) * jnp.dtype(self.dtype).itemsize  # q, k, v, out
-        return forward * (3 if what == "forward_backward" else 1)  # backward those, do and their gradients
+        return forward * (
+            3 if what == "forward_backward" else 1
+        )  # the backward pass reads those and do, and writes their gradients
 
     def shape(self) -> cases.Shape:
         (T,) = self.T
@@ -80,7 +82,7 @@ class Attention(attention.AttentionOptions):
 
 @dataclass(frozen=True)
 class Linear:
-    """Linear attention of a kind, from a state of zeros; of its results the output."""
+    """Linear attention of one kind from a zero state. Only the output is compared, not the final state."""
 
     T: int
     B: int
@@ -101,12 +103,12 @@ class Linear:
 
     @property
     def heads(self) -> int:
-        """Of q and k."""
+        """Number of heads of q and k."""
         return self.H if self.K is None else self.K
 
     @property
     def call(self) -> LinearProblem:
-        """As one draws it whose results are tested."""
+        """The same call as `numerics` describes it, which draws the inputs."""
         return LinearProblem(
             T=self.T, B=self.B, H=self.H, D=self.D, heads=(self.heads, self.heads, self.H), dtype=self.dtype,
             decay=self.kind.removesuffix("_delta"), delta=self.kind.endswith("_delta"),
@@ -128,7 +130,7 @@ class Linear:
         return sum(inputs) + out + (2 * sum(inputs) + out if what == "forward_backward" else 0)
 
     def _arrays(self) -> list[Any]:
-        """Shapes and dtypes of the inputs, and of the output."""
+        """Returns shapes and dtypes of the inputs and the output."""
         shaped = self.call.shaped()
         return [*shaped.arrays.values(), shaped.cotangents["out"]]
 

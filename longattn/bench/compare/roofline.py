@@ -1,8 +1,4 @@
-"""What a contestant's device time is held against: the roofline, and the schedule of its kernels' compiler.
-
-FLOPs and bytes are its problem's. Peaks are the vendor's for listed chips, in bfloat16; on a CPU the float32 peak is a
-matrix product measured here and the bandwidth is not known.
-"""
+"""Static time of a contestant's kernels: the compiler's schedule at the chip's clock."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from longattn.cost import hardware
 
 
 def static_seconds(name: str, options: CompareOptions, device: hardware.Device) -> tuple[float | None, str]:
-    """Seconds of the compiler's own schedule at the chip's clock, for one call; or None and why."""
+    """Returns the static seconds of one call, or None and the reason."""
     case, problem = options.known[name].case, options.given(name)
     if case is None or device.chip is None or device.chip.name not in hardware.TENSOR_CORES:
         return None, ""

@@ -1,4 +1,4 @@
-"""A recorded trace, read back: what each op of each compiled program cost on the device, by the scope it came from."""
+"""Reads a recorded trace: device time of each op of each compiled program, with the named scope it comes from."""
 
 from longattn.bench.trace.file import find, read
 from longattn.bench.trace.program import Op, program_ops

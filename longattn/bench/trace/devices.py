@@ -1,10 +1,10 @@
-"""The executions in what each kind of device writes:
+"""Executions of compiled programs, from what each kind of device writes:
 
     CPU   plane "/host:CPU", a line per thread; ops carry hlo_op, program_id, run_id and device_ordinal
     TPU   plane "/device:TPU:0", line "XLA Modules": an event per execution; line "XLA Ops": its ops, nested in time
     GPU   plane "/device:GPU:0", a line "Stream #..." per stream; kernels carry hlo_op and program_id
 
-Reading was tried on traces of CPUs; for TPUs and GPUs it follows the documented form and was not run on a device.
+It was tested on traces of CPUs. For TPUs and GPUs it follows the documented form and has not run on a device's trace.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from longattn.bench.trace.protobuf import Event
 from longattn.bench.trace.scope import scope_of
 from longattn.bench.trace.timeline import Execution, Kernel
 
-CONTROL = frozenset({"while", "conditional", "call"})  # what runs inside them are ops of their own
-Programs = Mapping[int, tuple[str, dict[str, Op]]]  # by number: name and instructions
+CONTROL = frozenset({"while", "conditional", "call"})  # the ops inside them are events of their own
+Programs = Mapping[int, tuple[str, dict[str, Op]]]  # program number -> name and instructions
 
 
 class _Raw(NamedTuple):
-    """An event of a device, before it is known to which execution it belongs."""
+    """An event of a device, not yet assigned to an execution."""
 
     name: str
     op: str  # name of the instruction
     start: float
     end: float
-    own: float  # nanoseconds without what ran inside it on its line
+    own: float  # nanoseconds, less the events inside it on its line
     stats: dict[str, Any]
 
 
 def _nested(events: list[_Raw]) -> list[_Raw]:
-    """The events of one line by start, each without the time of those inside it."""
+    """Returns the events of one line by start; `own` excludes the events inside each."""
     events = sorted(events, key=lambda e: (e.start, -e.end))
     own = [e.end - e.start for e in events]
     open_: list[int] = []
@@ -61,12 +61,12 @@ def _execution(
 
 
 def _opcode(name: str) -> str:
-    """What an instruction's name says of its opcode."""
+    """Returns the opcode that an instruction's name suggests."""
     return re.sub(r"[._\d]+$", "", name)
 
 
 def _known(programs: Programs, number: int, name: str) -> Callable[[_Raw], Op]:
-    """What is known of the ops of a program. One that was compiled twice may be stored under another number."""
+    """Returns a look-up of a program's ops. A program that was compiled twice may have another number in the trace."""
     tables = [programs[number][1]] if number in programs else [ops for other, ops in programs.values() if other == name]
 
     def known(raw: _Raw) -> Op:
@@ -77,15 +77,16 @@ def _known(programs: Programs, number: int, name: str) -> Callable[[_Raw], Op]:
 
 
 def cpu(plane: Any, programs: Programs) -> Iterator[Execution]:
+    """Yields the executions in a CPU's plane."""
     runs: dict[tuple[int, int, int], list[_Raw]] = defaultdict(list)
     names: dict[int, str] = {}
-    bounds: dict[tuple[int, int], float] = {}  # when an execution was complete, by device and run
+    bounds: dict[tuple[int, int], float] = {}  # completion of an execution, by (device, run)
     ends: dict[int, float] = {}
     for line in plane.lines:
         events = []
         for event in line.events:
             stats = dict(event.stats)
-            if "hlo_op" in stats and "run_id" in stats:  # else it is of the host, such as the launch of a kernel
+            if "hlo_op" in stats and "run_id" in stats:  # without them it is the host's, such as a kernel's launch
                 events.append(_Raw(event.name, stats["hlo_op"], event.start_ns, event.end_ns, 0.0, stats))
             elif event.name.startswith("end: ") and "_c" in stats:
                 ends[int(stats["_c"])] = event.start_ns
@@ -102,8 +103,8 @@ def cpu(plane: Any, programs: Programs) -> Iterator[Execution]:
         starts = sorted(raw.start for raw in raws if known(raw).opcode not in CONTROL)
         whole = []
         for raw in raws:
-            # Other threads may finish what this one began. The mark of the end comes after whatever that set off, so
-            # the op is taken to last until the next one begins, if that is earlier.
+            # Other threads may finish an op that this one began. Its end mark comes late, after the work that it
+            # triggered, so an op lasts at most until the next one begins.
             mark = ends.get(int(raw.stats["_p"]), raw.end) if "_p" in raw.stats else raw.end
             following = bisect.bisect_left(starts, raw.end)
             tail = min(mark, starts[following] if following < len(starts) else mark)
@@ -115,6 +116,7 @@ def cpu(plane: Any, programs: Programs) -> Iterator[Execution]:
 
 
 def tpu(plane: Any, metadata: Mapping[str, Event], programs: Programs) -> Iterator[Execution]:
+    """Yields the executions in a TPU's plane."""
     lines = {line.name: list(line.events) for line in plane.lines}
     ops = [
         _Raw(_instruction(e.name, metadata), _instruction(e.name, metadata), e.start_ns, e.end_ns, 0.0,
@@ -132,19 +134,20 @@ def tpu(plane: Any, metadata: Mapping[str, Event], programs: Programs) -> Iterat
 
 
 def numbered(name: str) -> tuple[str, int]:
-    """Name and number of a compiled program from what events call it, "jit_f(7)"."""
+    """Returns the name and number of a compiled program from an event's name, such as "jit_f(7)"."""
     found = re.fullmatch(r"(.*)\((-?\d+)\)", name)
     return (found[1], int(found[2])) if found else (name, 0)
 
 
 def _instruction(name: str, metadata: Mapping[str, Event]) -> str:
-    """An op's name: events of a TPU bear the instruction's whole text."""
+    """Returns an op's name; a TPU's events are named by the instruction's whole text."""
     if name in metadata and metadata[name].display:
         return metadata[name].display
     return name.split(" = ")[0].removeprefix("%")
 
 
 def gpu(plane: Any, programs: Programs) -> tuple[list[Execution], float]:
+    """Returns the executions in a GPU's plane, and the seconds of kernels that name no program."""
     unknown = 0.0
     by_program: dict[int, list[_Raw]] = defaultdict(list)
     names: dict[int, str] = {}
@@ -165,7 +168,7 @@ def gpu(plane: Any, programs: Programs) -> tuple[list[Execution], float]:
     found = []
     for program, raws in by_program.items():
         raws.sort(key=lambda raw: raw.start)
-        # Kernels do not say which run they belong to, but each run begins with the same op, outside of any loop.
+        # Kernels do not name their run, but each run begins with the same op, which stands outside of any loop.
         first = raws[0].op, raws[0].name
         begins = [i for i, raw in enumerate(raws) if (raw.op, raw.name) == first]
         for i, j in zip(begins, [*begins[1:], len(raws)]):

@@ -1,4 +1,4 @@
-"""A trace's file, found and read."""
+"""Finds and reads the file of a trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longattn.bench.trace.timeline import Execution, Trace
 
 
 def find(folder: Path) -> Path:
-    """The newest trace in a folder or below it. Raises ValueError where there is none."""
+    """Returns the newest trace in a folder or below it. Raises ValueError if there is none."""
     files = sorted(
         [*folder.glob("*.xplane.pb"), *folder.glob("**/plugins/profile/*/*.xplane.pb")],
         key=lambda path: path.stat().st_mtime,
@@ -25,7 +25,7 @@ def find(folder: Path) -> Path:
 
 
 def read(data: bytes) -> Trace:
-    """The trace of a serialised XSpace, what a file `*.xplane.pb` holds.
+    """Returns the trace in a serialised XSpace, the content of a file `*.xplane.pb`.
 
     Raises ValueError for data that is no trace.
     """

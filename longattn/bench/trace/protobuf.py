@@ -1,6 +1,6 @@
-"""What a trace's file says once per kind of event: `jax.profiler.ProfileData` leaves it out, so it is read off the
-protocol buffer itself. That is the compiled programs (from whose instructions an op's scope is known), and on a TPU the
-ops' own names.
+"""Reads the event metadata of a trace, which `jax.profiler.ProfileData` leaves out, from the protocol buffer itself.
+
+It holds the compiled programs, whose instructions tell an op's scope, and on a TPU the names of ops.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Fields = Mapping[int, Sequence[Any]]
 
 
 def fields(message: memoryview) -> Fields:
-    """The fields of a protocol buffer by number: integers, or the bytes of what has a length.
+    """Returns the fields of a protocol buffer by number: integers, or the bytes of a field with a length.
 
     https://protobuf.dev/programming-guides/encoding/
     """
@@ -48,7 +48,7 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
 
 
 def integers(values: Iterable[Any]) -> Iterator[int]:
-    """A repeated integer field, packed or not."""
+    """Yields the values of a repeated integer field, packed or not."""
     for value in values:
         if isinstance(value, int):
             yield value
@@ -60,19 +60,19 @@ def integers(values: Iterable[Any]) -> Iterator[int]:
 
 
 def text(message: Fields, number: int) -> str:
-    """A field of text; "" where it is not set."""
+    """Returns a text field, "" if it is not set."""
     return bytes(message[number][-1]).decode(errors="replace") if number in message else ""
 
 
 class Event(NamedTuple):
-    """What the file says once about all events of one name in a plane."""
+    """The metadata that all events of one name in a plane share."""
 
     display: str
     stats: dict[str, Any]  # text, bytes and integers
 
 
 def event_metadata(data: bytes) -> dict[str, dict[str, Event]]:
-    """By plane and event name, what ProfileData leaves out."""
+    """Returns the event metadata by plane and event name."""
     # tsl/profiler/protobuf/xplane.proto: XSpace.planes = 1; XPlane.name = 2, .event_metadata = 4, .stat_metadata = 5;
     # XEventMetadata.name = 2, .display_name = 4, .stats = 5; XStat.metadata_id = 1, .uint64_value = 3,
     # .int64_value = 4, .str_value = 5, .bytes_value = 6, .ref_value = 7; a map's entry: key = 1, value = 2.

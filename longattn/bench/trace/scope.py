@@ -1,4 +1,4 @@
-"""Where in the source an op comes from, as the names that jax and XLA give it tell."""
+"""The named scope of an op, from the name that JAX and XLA give it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ Phase = Literal["forward", "backward", "recompute"]
 
 
 class Scope(NamedTuple):
-    """Where in the source an op comes from."""
+    """The named scope that an op comes from."""
 
-    path: tuple[str, ...]  # named scopes and modules, outermost first; () where nothing is known
+    path: tuple[str, ...]  # named scopes and modules, outermost first; () if unknown
     phase: Phase
 
     def __str__(self) -> str:
@@ -19,7 +19,7 @@ class Scope(NamedTuple):
 
 
 _WRAPPED = re.compile(r"(\w+)\((.*)\)")
-# What jax and XLA put between scopes: names of control flow, of calls and of transformations.
+# Names that JAX and XLA put between scopes: control flow, calls and transformations.
 _STRUCTURE = frozenset(
     {
         "", "body", "branch", "checkpoint", "closed_call", "cond", "core_call", "custom_jvp_call", "custom_vjp_call",
@@ -30,15 +30,15 @@ _BRANCH = re.compile(r"branch_\d+_fun")
 
 
 def scope_of(op_name: str) -> Scope:
-    """The scope that an instruction's `op_name` tells, such as
+    """Returns the scope in an instruction's `op_name`, such as
 
         jit(step)/transpose(jvp(Model))/while/body/layer/mlp/dot_general    ->    Model/layer/mlp, backward
 
-    The last part, the operation, is left out, and so are jitted functions, control flow, transformations and, unless
-    there is nothing else, einsum equations. An op is of the backward pass where it was transposed or stands in a scope
-    "backward"; of the recomputation where a remat policy runs it again. Where XLA joined several (collectives), it
-    writes what they share before a list, jit(step)/transpose(jvp(Model))/(embedding/add:mlp/dot): the scope is what
-    they share, or the first's if that is nothing.
+    The scope leaves out the operation (the last part), jitted functions, control flow and transformations. Einsum
+    equations count only if there is nothing else. An op belongs to the backward pass if it was transposed or stands in
+    a scope "backward", and to the recomputation if a remat policy runs it again. XLA names joined collectives by their
+    common prefix and a list, such as jit(step)/transpose(jvp(Model))/(embedding/add:mlp/dot): their scope is the common
+    prefix, or the first one's scope if that is empty.
     """
     shared, several, rest = op_name.partition("/(")
     if several:

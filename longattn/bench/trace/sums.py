@@ -1,4 +1,4 @@
-"""Sums over the executions of a program, by kernel and by scope."""
+"""Time per execution of a program, by kernel and by scope."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Part:
-    """What one kernel or one scope costs in one execution: medians over the executions."""
+    """The cost of one kernel or scope in one execution, as medians over the executions."""
 
     name: str
     phase: Phase
@@ -38,12 +38,12 @@ class Part:
 
 
 def kernels(executions: Sequence[Execution]) -> list[Part]:
-    """The kernels, most expensive first."""
+    """Returns the kernels, most expensive first."""
     return _parts(executions, lambda kernel: (kernel.name, kernel.scope.phase, str(kernel.scope)))
 
 
 def scopes(executions: Sequence[Execution], rename: Callable[[Scope], str] = str) -> list[Part]:
-    """The scopes, most expensive first; `rename` may join several into one."""
+    """Returns the scopes, most expensive first. `rename` may join several into one."""
     return _parts(executions, lambda kernel: (rename(kernel.scope), kernel.scope.phase, rename(kernel.scope)))
 
 

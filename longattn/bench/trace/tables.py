@@ -1,4 +1,4 @@
-"""A trace for people."""
+"""Tables of a trace, and how to open it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from longattn.display import plain_table, seconds_text
 
 
 def opening(recorded: str) -> str:
-    """Where a trace is and how to look at it."""
+    """Returns a line that says where a trace is and how to open it."""
     folder = Path(recorded).parents[2]  # FOLDER/plugins/profile/TIME
     return f"Trace: {recorded}; to open it: pip install xprof, then xprof --port 8791 {folder}"
 
 
 def parts_table(title: str, parts: Sequence[Mapping[str, Any]], total: float) -> Table:
-    """Kernels, with their share of `total` seconds."""
+    """Returns a table of kernels with their share of `total` seconds."""
     table = plain_table(title)
     for heading in ("kernel", "scope", "pass", "calls", "time", "share"):
         left = heading in ("kernel", "scope", "pass")

@@ -1,8 +1,8 @@
-"""What ran on the devices and when.
+"""Executions of compiled programs on the devices, and their ops, in time.
 
-Times are nanoseconds of the trace's own clock, seconds where a name says so. On a CPU several threads work on one
-execution: its span is from its first op to its completion, it is busy while any thread is inside an op, and the seconds
-of ops are summed over threads.
+Times are nanoseconds of the trace's own clock; names with `seconds` are in seconds. On a CPU several threads work on
+one execution. It lasts from its first op to its completion, is busy while any thread is inside an op, and sums the
+seconds of ops over threads.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from longattn.bench.trace.scope import Scope
 class Kernel(NamedTuple):
     """One run of one op."""
 
-    name: str  # of the HLO instruction; on a GPU of the kernel
+    name: str  # the HLO instruction's; on a GPU the kernel's
     scope: Scope
     start: float
     end: float
-    seconds: float  # its own: without the ops that ran inside it on the same line
+    seconds: float  # less the ops inside it on the same line
 
 
 @dataclass(frozen=True)
@@ -37,28 +37,28 @@ class Execution:
 
     @property
     def seconds(self) -> float:
-        """From its first op to its completion."""
+        """Seconds from its first op to its completion."""
         return (self.end - self.start) * 1e-9
 
     @property
     def busy(self) -> float:
-        """Seconds for which at least one op ran."""
+        """Seconds during which at least one op ran."""
         return busy((self,), self.start, self.end)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a trace says about the programs that ran in it."""
+    """The programs that ran during a trace."""
 
     executions: tuple[Execution, ...]  # by start
-    unknown_seconds: float  # of device events that name no program, as those of replayed CUDA graphs may
+    unknown_seconds: float  # of device events that name no program, as in replayed CUDA graphs
 
     def of(self, program: str) -> tuple[Execution, ...]:
-        """The executions of the programs of that name."""
+        """Returns the executions of the programs with that name."""
         return tuple(e for e in self.executions if e.program == program)
 
     def busiest(self) -> str:
-        """The program that kept devices busy for longest. Raises ValueError for a trace without programs."""
+        """Returns the program that kept devices busy longest. Raises ValueError for a trace without programs."""
         total: dict[str, float] = defaultdict(float)
         for execution in self.executions:
             total[execution.program] += execution.busy
@@ -68,7 +68,7 @@ class Trace:
 
 
 def busy(executions: Iterable[Execution], start: float, end: float) -> float:
-    """Seconds between `start` and `end` for which at least one op of one device's executions ran."""
+    """Returns the seconds between `start` and `end` during which at least one op of one device ran."""
     total, until = 0.0, start
     near = (e for e in executions if e.start < end and e.end > start)
     for kernel in sorted((k for e in near for k in e.kernels), key=lambda k: k.start):

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from longattn.cost.pairs import pairs_between
-from longattn.cost.sequence.problem import Problem, Way, check
+from longattn.cost.sequence.problem import Problem, Way, check, entry
 from longattn.mask import EMPTY, Mask
 from longattn.parallel import balanced, ring
-from longattn.parallel.exchange import heads
 from longattn.parallel.layout import SequenceLayout
 from longattn.parallel.pairs import pairs
+from longattn.parallel.strategy import Call
+from longattn.parallel.ulysses import heads
 
 ALL = -1  # in the place of a device: of all of them
 
@@ -96,27 +97,54 @@ def load(problem: Problem, way: Way) -> Load:
       ValueError, NotImplementedError: as `problem.check` and `pairs.pairs_between`.
     """
     call = check(problem, way)
-    outer = call.outer
-    where = problem.mask, call.layout, problem.T, outer.devices
+    schedule = entry(_SCHEDULES, way, "load")
+    where = problem.mask, call.layout, problem.T, call.shards
     seen = visible(*where) if problem.block == 1 else computed(*where, problem.block)
-    if way.strategy == "all_gather":
-        rows = np.arange(call.devices)[None]
-        return Load(rows, np.full_like(rows, ALL), seen.sum(1)[None].astype(np.float64), np.zeros_like(rows, bool))
-    share = 1.0
-    if way.strategy in ("ulysses", "usp"):  # each device of the all-to-all has its heads, those filled in too
-        share = heads(problem.H, problem.K, call.sizes[-1]).each / problem.H
-    if way.strategy == "ulysses":
-        whole = np.full((1, call.devices), ALL)
-        return Load(whole, whole, np.full(whole.shape, share * seen.sum()), np.zeros_like(whole, bool))
-    needed = pairs(problem.mask, outer, problem.T, problem.T).needed
-    i = np.arange(outer.devices)
+    return schedule(problem, call, seen)
+
+
+def _ring(problem: Problem, call: Call, seen: np.ndarray) -> Load:
+    needed, i = _needed(problem, call), np.arange(call.P)
     at = [(i, i)]
-    if way.strategy == "balanced":
-        at += [step.at(i) for step in balanced.steps(needed)]
-    else:
-        for route in ring.routes(needed):
-            at += [(i, (i - route.distance(hop, outer.devices)) % len(i)) for hop in range(1, route.hops + 1)]
+    for route in ring.routes(needed):
+        at += [(i, (i - route.distance(hop, call.P)) % call.P) for hop in range(1, route.hops + 1)]
+    return _stepwise(at, needed, seen)
+
+
+def _balanced(problem: Problem, call: Call, seen: np.ndarray) -> Load:
+    needed, i = _needed(problem, call), np.arange(call.P)
+    return _stepwise([(i, i), *(step.at(i) for step in balanced.steps(needed))], needed, seen)
+
+
+def _needed(problem: Problem, call: Call) -> np.ndarray:
+    return pairs(problem.mask, call, problem.T, problem.T).needed
+
+
+def _stepwise(at: list[tuple[np.ndarray, np.ndarray]], needed: np.ndarray, seen: np.ndarray) -> Load:
+    """The load of a schedule that lists each device's pair (queries of, keys of) at every step."""
     queries, keys = (np.stack(x) for x in zip(*at, strict=True))
-    found = np.where(needed[queries, keys], share * seen[queries, keys], 0.0)
-    each = call.devices // outer.devices  # the devices of a part of the sequence, next to each other
-    return Load(*(np.repeat(x, each, 1) for x in (queries, keys, found, queries != i[None])))
+    found = np.where(needed[queries, keys], seen[queries, keys], 0.0)
+    return Load(queries, keys, found, queries != np.arange(len(needed))[None])
+
+
+def _all_gather(problem: Problem, call: Call, seen: np.ndarray) -> Load:
+    rows = np.arange(call.P)[None]
+    return Load(rows, np.full_like(rows, ALL), seen.sum(1)[None].astype(np.float64), np.zeros_like(rows, bool))
+
+
+def _ulysses(problem: Problem, call: Call, seen: np.ndarray) -> Load:
+    whole = np.full((1, call.P), ALL)
+    return Load(whole, whole, np.full(whole.shape, _share(problem, call) * seen.sum()), np.zeros_like(whole, bool))
+
+
+def _usp(problem: Problem, call: Call, seen: np.ndarray) -> Load:
+    found, each = _ring(problem, call.outer, seen * _share(problem, call)), call.sizes[-1]
+    return Load(*(np.repeat(x, each, 1) for x in (found.queries, found.keys, found.pairs, found.helps)))
+
+
+def _share(problem: Problem, call: Call) -> float:
+    """The share of the heads, those filled in too, that a device on the axis of the all-to-all has."""
+    return heads(problem.H, problem.K, call.sizes[-1]).each / problem.H
+
+
+_SCHEDULES = {"ring": _ring, "balanced": _balanced, "all_gather": _all_gather, "ulysses": _ulysses, "usp": _usp}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from longattn.config import Mesh, Model, Softmax
+from longattn.config import Mesh, Model
+from longattn.config.mesh import LayoutName
 from longattn.mask import Causal, Mask
-from longattn.parallel.api import STRATEGIES
-from longattn.parallel.layout import Name, SequenceLayout
-from longattn.parallel.spec import Call
+from longattn.models.mixers import calls
+from longattn.ops.calls import AttentionCall
+from longattn.parallel.attention import STRATEGIES, strategy_on
+from longattn.parallel.layout import SequenceLayout
+from longattn.parallel.strategy import Call
 from longattn.shapes import suggest
 
 
@@ -56,16 +59,16 @@ class Way:
     """A strategy over a layout."""
 
     strategy: str
-    layout: Name
-    sizes: tuple[int, ...]  # devices along the axis; of usp, along its ring and along its all-to-all
+    layout: LayoutName
+    sizes: tuple[int, ...]  # devices along the axis; for usp along its ring and along its all-to-all
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy={self.strategy!r} must be one; {suggest(self.strategy, STRATEGIES)}")
-        if len(self.sizes) != 1 + (self.strategy == "usp") or min(self.sizes) < 1:
+        if len(self.sizes) != (axes := STRATEGIES[self.strategy].axes) or min(self.sizes) < 1:
+            wanted = "one" if axes == 1 else "two"
             raise ValueError(
-                f"sizes={self.sizes} must be two for usp (its ring, its all-to-all) and one for the others: "
-                f"{self.strategy}"
+                f"sizes={self.sizes} must be {wanted} for {self.strategy}, one for each mesh axis it takes"
             )
         SequenceLayout(self.layout)
 
@@ -80,23 +83,37 @@ class Way:
 
 
 def ways(P: int, K: int) -> list[Way]:
-    """Every strategy over every layout that it does not undo or refuse, on P devices.
+    """Every strategy on P devices, over every layout that it serves and that makes a difference to it.
 
-    usp has as many devices on its all-to-all as both P and K allow, at least 2, and at least two on its ring; there is
-    none where P is a prime. Ulysses puts sequences back in order, so that layouts cost it the same.
+    A strategy of two axes has as many devices on the inner one as both P and K allow, at least 2, and at least two on
+    the outer one. There is none where P is a prime.
     """
-    layouts: tuple[Name, ...] = get_args(Name)
-    found = [Way("ring", layout, (P,)) for layout in layouts] + [Way("balanced", "contiguous", (P,))]
-    found += [Way("all_gather", layout, (P,)) for layout in layouts] + [Way("ulysses", "contiguous", (P,))]
+    found = []
     inner = [n for n in range(2, P) if P % n == 0]
-    if inner:
-        at = max([n for n in inner if K % n == 0], default=inner[0])
-        found += [Way("usp", layout, (P // at, at)) for layout in layouts]
+    for strategy in STRATEGIES.values():
+        sizes: tuple[int, ...] = (P,)
+        if strategy.axes == 2:
+            if not inner:
+                continue
+            at = max([n for n in inner if K % n == 0], default=inner[0])
+            sizes = P // at, at
+        layouts = strategy.layouts[:1] if strategy.even else strategy.layouts
+        found += [Way(strategy.name, layout, sizes) for layout in layouts]
     return found
 
 
+def entry[E](table: Mapping[str, E], way: Way, what: str) -> E:
+    """A table's entry for the way's strategy. Raises NotImplementedError where the table has none."""
+    if way.strategy not in table:
+        raise NotImplementedError(
+            f"no formula is known for the {what} of strategy={way.strategy!r}: longattn.cost.sequence has those of "
+            f"{', '.join(table)}"
+        )
+    return table[way.strategy]
+
+
 def call(problem: Problem, way: Way) -> Call:
-    """What the strategy is given inside its shard_map."""
+    """The call that the strategy is given inside its shard_map."""
     axis = "seq" if len(way.sizes) == 1 else ("ring", "seq")
     return Call(
         axis=axis, sizes=way.sizes, layout=SequenceLayout(way.layout), in_order=not problem.ids,
@@ -112,54 +129,56 @@ def check(problem: Problem, way: Way) -> Call:
       NotImplementedError: with the strategy's own reason, where it does not serve the mask.
     """
     made = call(problem, way)
-    made.layout.check(problem.T, made.ring)
-    if problem.T % made.devices:
-        raise ValueError(f"T={problem.T} must be a multiple of {made.devices}, the devices along the sequence")
-    STRATEGIES[way.strategy].check(problem.mask, problem.T, problem.T, made)
+    made.layout.check(problem.T, made.shards)
+    if problem.T % made.P:
+        raise ValueError(f"T={problem.T} must be a multiple of {made.P}, the devices along the sequence")
+    STRATEGIES[way.strategy].refuse(problem.mask, problem.T, problem.T, made)
     return made
 
 
 def layers_of(model: Model, T: int, rows: int, tensor: int = 1) -> dict[Problem, int]:
-    """The attention of a model's layers of Softmax, and how many layers have it, for the devices along the sequence.
+    """The calls of attention that a model's layers make on the devices along the sequence, and how many make each.
 
     Args:
-      model: of Softmax mixers.
+      model: whose layers are counted.
       T: tokens of a sequence.
       rows: sequences of a micro-batch that these devices share.
       tensor: devices among which heads are divided.
     """
-    problem = functools.partial(
-        Problem, T=T, H=model.H // tensor, K=model.K // tensor, D=model.D, B=rows, dtype=model.dtype
-    )
-    return Counter(problem(mask=mixer.mask) for mixer in model.layers if isinstance(mixer, Softmax))
+    found = (call for mixer in model.layers for call in calls(mixer, model, T, AttentionCall))
+    return Counter(_problem(call.shared(tensor), rows) for call in found)
+
+
+def _problem(call: AttentionCall, rows: int) -> Problem:
+    return Problem(T=call.T, H=call.H, K=call.heads, D=call.D, V=call.V, B=rows, dtype=call.dtype, mask=call.mask)
 
 
 def way_of(mesh: Mesh) -> Way:
-    """The way that a config's mesh spreads attention."""
-    return Way(mesh.strategy, mesh.layout, (mesh.ring, mesh.seq) if mesh.strategy == "usp" else (mesh.seq,))
+    """The way that a config's mesh spreads attention. Raises ValueError where its strategy does not go with it."""
+    return Way(mesh.strategy, mesh.layout, (mesh.ring, mesh.seq) if strategy_on(mesh).axes == 2 else (mesh.seq,))
 
 
 def with_strategy(mesh: Mesh, strategy: str, K: int) -> Mesh:
     """A mesh with another strategy, of as many devices along the sequence, in its layout where the strategy takes it.
 
     Args:
-      mesh: whose devices along the sequence usp divides as `ways` does.
+      mesh: the mesh whose devices along the sequence a strategy of two axes divides as `ways` does.
       strategy: the other.
       K: key/value heads of all devices.
 
     Raises:
-      ValueError: for usp on devices that cannot be divided.
+      ValueError: for two axes on devices that cannot be divided.
     """
     if mesh.strategy == strategy:
         return mesh
-    way = next((way for way in ways(mesh.sequence, K // mesh.tensor) if way.strategy == strategy), None)
+    way = next((way for way in ways(mesh.P, K // mesh.tensor) if way.strategy == strategy), None)
     if way is None:
         raise ValueError(
-            f"{mesh.sequence} devices along the sequence cannot be divided into a ring and an all-to-all of at least "
+            f"{mesh.P} devices along the sequence cannot be divided into a ring and an all-to-all of at least "
             f"two each for strategy={strategy!r}"
         )
     *outer, seq = way.sizes
     changes: dict[str, Any] = {"strategy": strategy, "ring": outer[0] if outer else 1, "seq": seq}
-    if strategy == "balanced":
-        changes["layout"] = "contiguous"
+    if mesh.layout not in (served := STRATEGIES[strategy].layouts):
+        changes["layout"] = served[0]
     return dataclasses.replace(mesh, **changes)

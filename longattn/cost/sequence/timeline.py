@@ -28,7 +28,7 @@ import numpy as np
 
 from longattn.cost import flops as cost
 from longattn.cost.sequence.load import load
-from longattn.cost.sequence.problem import Problem, Way
+from longattn.cost.sequence.problem import Problem, Way, entry
 from longattn.cost.sequence.traffic import Message, Traffic, traffic
 from longattn.cost.topology import Topology
 from longattn.cost.torus import ways
@@ -168,6 +168,7 @@ def simulate(problem: Problem, way: Way, machine: Machine, *, overlap: bool = Tr
       ValueError, NotImplementedError: as `load`.
     """
     pairs = load(problem, way).pairs * problem.B
+    line = entry(_LINES, way, "time line")
     flops = cost.attention_flops(1, problem.H, problem.D, problem.value)
     found = []
     for backward, sent in enumerate(traffic(problem, way)):
@@ -175,7 +176,7 @@ def simulate(problem: Problem, way: Way, machine: Machine, *, overlap: bool = Tr
         computed = pairs * (work / machine.flops)
         took = functools.partial(seconds, sizes=way.sizes, machine=machine)
         times = [
-            float(_LINES[way.strategy](_Run(computed, sent, priced, overlap, machine.torus), bool(backward)).max())
+            float(line(_Run(computed, sent, priced, overlap, machine.torus), bool(backward)).max())
             for priced in (took, lambda messages: 0.0)
         ]
         mean = float(computed.sum(0).mean())

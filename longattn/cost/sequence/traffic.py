@@ -26,11 +26,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from longattn.cost.sequence.problem import Problem, Way, check
+from longattn.cost.sequence.problem import Problem, Way, check, entry
 from longattn.parallel import balanced, ring
-from longattn.parallel.exchange import heads
 from longattn.parallel.pairs import pairs
-from longattn.parallel.spec import Call
+from longattn.parallel.strategy import Call
+from longattn.parallel.ulysses import heads
 
 STATISTICS = 4  # bytes: float32, and of float64 inputs 8, which nobody spreads
 Edges = Iterable[tuple[int, int]]
@@ -84,12 +84,11 @@ def traffic(problem: Problem, way: Way) -> tuple[Traffic, Traffic]:
       ValueError, NotImplementedError: as `problem.check`.
     """
     call = check(problem, way)
-    made = {"ring": _ring, "balanced": _balanced, "all_gather": _all_gather, "ulysses": _heads, "usp": _heads}
-    passes = made[way.strategy](problem, call)
-    if problem.ids and call.devices > 1:
-        ids = 2 * problem.B * problem.T // call.devices * 4  # positions and segment ids, of queries and keys alike
-        passes[0].append(Message("ids", "all-gather", everyone([range(call.devices)]), ids))
-    return tuple(Traffic(call.devices, tuple(messages)) for messages in passes)  # type: ignore[return-value]
+    passes = entry(_MESSAGES, way, "traffic")(problem, call)
+    if problem.ids and call.P > 1:
+        ids = 2 * problem.B * problem.T // call.P * 4  # positions and segment ids, of queries and keys alike
+        passes[0].append(Message("ids", "all-gather", everyone([range(call.P)]), ids))
+    return tuple(Traffic(call.P, tuple(messages)) for messages in passes)  # type: ignore[return-value]
 
 
 def again(forward: Traffic, remat: str) -> Traffic:
@@ -116,7 +115,7 @@ def _around(edges: Edges, rings: list[list[int]]) -> tuple[tuple[int, int], ...]
 
 def hops(kv: float, problem: Problem, call: Call, rings: list[list[int]]) -> tuple[list[Message], list[Message]]:
     """The ring's messages for shards of `kv` elements of keys and values."""
-    P = call.devices
+    P = call.P
     needed = pairs(problem.mask, call, problem.T, problem.T).needed
     forward, behind = [], []
     for n, route in enumerate(ring.routes(needed)):
@@ -134,16 +133,16 @@ def _permute(scope: str, edges: Edges, bytes: float, step: int) -> Message:
 
 def _shard(problem: Problem, call: Call) -> float:
     """Elements of a device's keys and values."""
-    return problem.B * problem.T / call.devices * problem.K * (problem.D + problem.value)
+    return problem.B * problem.T / call.P * problem.K * (problem.D + problem.value)
 
 
 def _ring(problem: Problem, call: Call) -> tuple[list[Message], list[Message]]:
-    return hops(_shard(problem, call), problem, call, _rings(call.devices, 1))
+    return hops(_shard(problem, call), problem, call, _rings(call.P, 1))
 
 
 def _balanced(problem: Problem, call: Call) -> tuple[list[Message], list[Message]]:
     c, f, kv = problem.itemsize, STATISTICS, _shard(problem, call)
-    rows, D, V = problem.B * problem.T / call.devices * problem.H, problem.D, problem.value
+    rows, D, V = problem.B * problem.T / call.P * problem.H, problem.D, problem.value
     forward, backward = [], []
     back = lambda edges: [(b, a) for a, b in edges]
     for n, step in enumerate(balanced.steps(pairs(problem.mask, call, problem.T, problem.T).needed)):
@@ -160,7 +159,7 @@ def _balanced(problem: Problem, call: Call) -> tuple[list[Message], list[Message
 
 
 def _all_gather(problem: Problem, call: Call) -> tuple[list[Message], list[Message]]:
-    edges, kv = everyone([range(call.devices)]), _shard(problem, call)
+    edges, kv = everyone([range(call.P)]), _shard(problem, call)
     gather, scatter = (
         Message("gather", "all-gather", edges, problem.itemsize * kv),
         Message("scatter", "reduce-scatter", edges, STATISTICS * kv),
@@ -172,9 +171,9 @@ def _heads(problem: Problem, call: Call) -> tuple[list[Message], list[Message]]:
     c, f, D, V = problem.itemsize, STATISTICS, problem.D, problem.value
     P, outer = call.sizes[-1], call.outer
     which = heads(problem.H, problem.K, P)
-    rings = call.devices // P
+    rings = call.P // P
     edges = everyone([range(r * P, r * P + P) for r in range(rings)])
-    tokens = problem.B * problem.T / call.devices / P  # what one device has for another
+    tokens = problem.B * problem.T / call.P / P  # what one device has for another
     queries, keys = which.each * P, len(which.keys)
     gradient = c if which.keys == tuple(range(problem.K)) else f
     exchange = lambda bytes, step: Message("exchange", "all-to-all", edges, tokens * bytes, step)
@@ -192,6 +191,9 @@ def _heads(problem: Problem, call: Call) -> tuple[list[Message], list[Message]]:
         forward += onwards
         backward += back
     return forward, backward
+
+
+_MESSAGES = {"ring": _ring, "balanced": _balanced, "all_gather": _all_gather, "ulysses": _heads, "usp": _heads}
 
 
 def units(strategy: str, P: int, group: int = 1) -> tuple[float, float] | None:

@@ -1,4 +1,4 @@
-"""Exact softmax attention: the public functions. They validate, choose a back end, and add the sinks.
+"""Exact softmax attention: the public functions. They validate, choose a back end and add the sinks.
 
 logits = softcap * tanh(scale * q k^T / softcap) + bias, over the keys that mask and segments show
 lse    = log(sum_k exp(logits) + exp(sinks))
@@ -12,123 +12,41 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from longattn import shapes
 from longattn.mask import Causal, Mask
 from longattn.ops import dispatch
 from longattn.ops import partial as partials
-from longattn.ops.attention import pallas_tpu, reference, xla
-from longattn.ops.attention.contract import Options, Visibility
+from longattn.ops.attention.arguments import Arguments, Ids, validate
+from longattn.ops.attention.back_ends import BACK_ENDS, DEFAULT
 from longattn.ops.partial import Partial
-from longattn.shapes import Key, KeyIds, Out, Query, QueryIds, Statistic, Value
+from longattn.shapes import Key, Out, Query, Statistic, Value
 
-Ids = QueryIds | tuple[QueryIds, KeyIds]
-
-BACK_ENDS = {"pallas_tpu": pallas_tpu, "xla": xla, "reference": reference}  # best first
-DEFAULT = ("pallas_tpu", "xla")  # never the reference: nothing silently becomes O(T S) in memory
+__all__ = ["BACK_ENDS", "DEFAULT", "attend_partial", "attention", "attention_with_lse", "backward_partial"]
 
 
-def _pair(name: str, given: Any, q: Any, k: Any) -> tuple[Array, Array]:
-    """Ids of queries [B T] and of keys [B S] from one array or a pair."""
-    B, T, S = q.shape[0], q.shape[1], k.shape[1]
-    if not isinstance(given, tuple | list):
-        if T != S:
-            raise ValueError(f"{name} must be a pair (for queries [B T], for keys [B S]) as {T=} differs from {S=}")
-        given = (given, given)
-    if len(given) != 2:
-        raise ValueError(f"{name} must be one array or a pair (for queries, for keys), not {len(given)} of them")
-    for role, ids, length in zip(("queries", "keys"), given, (T, S), strict=True):
-        shapes.check_shape(f"{name} of the {role}", ids, (B, length), f"B {'T' if role == 'queries' else 'S'}")
-        shapes.check_dtype(f"{name} of the {role}", ids, ("int32",))
-    return jnp.asarray(given[0]), jnp.asarray(given[1])
+def _choose(call: Arguments) -> dict[str, Any]:
+    """Returns the static arguments of the jitted functions: options, back end and its plan."""
+    arrays = call.q, call.k, call.v, call.bias, call.visibility
+    name, plan = dispatch.choose(call.names, BACK_ENDS, lambda back_end: back_end.check(*arrays, call.options))
+    return {"options": call.options, "name": name, "plan": plan}
 
 
-def validate(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    mask: Mask,
-    segment_ids: Any,
-    positions: Any,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Any,
-    bias: Any,
-    implementation: str | Sequence[str] | None,
-    tuning: Any,
-    rounded: bool,
-) -> tuple[Array, Array, Array, Array | None, Visibility, Options, tuple[str, ...]]:
-    """Raises every ValueError of a call, from shapes and dtypes alone.
-
-    Returns q, k, v, sinks as arrays, the other arguments as a back end takes them, and the candidate back ends.
-    """
-    for name, x, axes in (("q", q, "B T H D"), ("k", k, "B S K D"), ("v", v, "B S K V")):
-        shapes.check_rank(name, x, axes)
-        shapes.check_dtype(name, x, shapes.FLOATS)
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"{q.dtype=}, {k.dtype=} and {v.dtype=} must be one dtype; cast them with .astype")
-    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
-    (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
-    shapes.check_shape("k", k, (B, S, K, D), "B S K D")
-    shapes.check_shape("v", v, (B, S, K, v.shape[3]), "B S K V")
-    if K == 0 or H % K or D == 0:
-        raise ValueError(f"{H=} query heads must be a multiple of {K=} key/value heads, and {D=} positive")
-    if not isinstance(mask, Mask):
-        remedy = "Full() attends to every key" if mask is None else "BlockSparse takes a pattern, `bias` an array"
-        raise ValueError(f"mask={mask!r:.80} must be a longattn.mask.Mask; {remedy}")
-    names = dispatch.candidates(implementation, tuple(BACK_ENDS), DEFAULT)
-    dispatch.check_tuning(tuning, implementation, names, BACK_ENDS)
-    if bias is not None:
-        shapes.check_dtype("bias", bias, shapes.FLOATS)
-        shapes.check_broadcast("bias", bias, (B, H, T, S), "B H T S")
-        bias = jnp.reshape(jnp.asarray(bias), (1,) * (4 - len(bias.shape)) + tuple(bias.shape))
-    arange = jnp.arange(T, dtype=jnp.int32)[None], jnp.arange(S, dtype=jnp.int32)[None]
-    q_positions, k_positions = arange if positions is None else _pair("positions", positions, q, k)
-    q_segments, k_segments = (None, None) if segment_ids is None else _pair("segment_ids", segment_ids, q, k)
-    visibility = Visibility(mask, q_positions, k_positions, q_segments, k_segments, bias)
-    if jax.tree.leaves(mask):
-        visible = jax.eval_shape(mask, q_positions[:, None, :, None], k_positions[:, None, None, :])
-        shapes.check_broadcast(f"mask={mask}: its pattern", visible, (B, H, T, S), "B H T S")
-    options = Options(
-        scale=D**-0.5 if scale is None else shapes.check_positive("scale", scale),
-        softcap=None if softcap is None else shapes.check_positive("softcap", softcap),
-        out_dtype=(q.dtype if rounded else shapes.statistics_dtype(q.dtype)).name,
-        in_order=positions is None,
-        tuning=tuning,
-    )
-    if sinks is not None:
-        shapes.check_shape("sinks", sinks, (H,), "H")
-        shapes.check_dtype("sinks", sinks, shapes.FLOATS)
-        sinks = jnp.asarray(sinks)
-    return q, k, v, sinks, visibility, options, names
-
-
-def _prepare(
-    q: Any, k: Any, v: Any, sinks: Any = None, **arguments: Any
-) -> tuple[Array, Array, Array, Array | None, Visibility, Options, str]:
-    """`validate`, and the back end that serves the call."""
-    q, k, v, sinks, visibility, options, names = validate(q, k, v, sinks=sinks, **arguments)
-    name = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(q, k, v, visibility, options))
-    return q, k, v, sinks, visibility, options, name
-
-
-@functools.partial(jax.jit, static_argnames=("options", "name", "dtype"))
-def _attention(q, k, v, visibility, sinks, *, options, name, dtype):
-    q, k, v, visibility, sinks = dispatch.vary_together((q, k, v, visibility, sinks))
+@functools.partial(jax.jit, static_argnames=("options", "name", "plan", "dtype"))
+def _attention(q, k, v, bias, visibility, sinks, *, options, name, plan, dtype):
+    q, k, v, bias, visibility, sinks = dispatch.vary_together((q, k, v, bias, visibility, sinks))
     with jax.named_scope("attention"):
         with jax.named_scope(name):
-            out, lse = BACK_ENDS[name].attend(q, k, v, visibility, options)
+            out, lse = BACK_ENDS[name].attend(q, k, v, bias, visibility, options, plan)
         return partials.finish(Partial(out, lse), sinks, dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("options", "name"))
-def _backward_partial(q, k, v, visibility, out, lse, do, dlse, *, options, name):
-    arrays = dispatch.vary_together((q, k, v, visibility, out, lse, do, dlse))
+@functools.partial(jax.jit, static_argnames=("options", "name", "plan"))
+def _backward_partial(q, k, v, bias, visibility, out, lse, do, dlse, *, options, name, plan):
+    arrays = dispatch.vary_together((q, k, v, bias, visibility, out, lse, do, dlse))
     with jax.named_scope("attention"), jax.named_scope(name), jax.named_scope("backward"):
-        return BACK_ENDS[name].backward_partial(*arrays, options)
+        return BACK_ENDS[name].backward_partial(*arrays, options, plan)
 
 
 def attention_with_lse(
@@ -146,13 +64,17 @@ def attention_with_lse(
     implementation: str | Sequence[str] | None = None,
     tuning: Any = None,
 ) -> tuple[Out, Statistic]:
-    """`attention`, and its log-sum-exp: natural logarithm, float32 (float64 for float64 inputs), differentiable."""
-    q, k, v, sinks, visibility, options, name = _prepare(
-        q, k, v, sinks, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap,
+    """Returns `attention` and its log-sum-exp: natural logarithm, in float32 (float64 for float64 inputs).
+
+    Both are differentiable.
+    """
+    call = validate(
+        q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks,
         bias=bias, implementation=implementation, tuning=tuning,
         rounded=sinks is None,  # sinks rescale out before it is rounded
     )  # fmt: skip
-    return tuple(_attention(q, k, v, visibility, sinks, options=options, name=name, dtype=q.dtype.name))
+    arrays = call.q, call.k, call.v, call.bias, call.visibility, call.sinks
+    return tuple(_attention(*arrays, **_choose(call), dtype=call.q.dtype.name))
 
 
 def attention(
@@ -179,21 +101,21 @@ def attention(
       v: values, of q's dtype.
       mask: which key positions a query position sees (`longattn.mask`). Its integers are static, its arrays are traced.
       segment_ids: int32 [B T], or a pair for queries and keys. Tokens attend only within equal ids, in any order.
-      positions: int32 [B T], or a pair for queries and keys, what the mask reads; None is arange(T) and arange(S). They
+      positions: int32 [B T], or a pair for queries and keys: what the mask reads. None is arange(T) and arange(S). They
         do not restart at segments by themselves.
-      scale: of the logits, a Python float; None is D**-0.5.
+      scale: a Python float that multiplies q k^T; None is D**-0.5.
       softcap: a Python float; logits become softcap * tanh(logits / softcap). arXiv:2408.00118
       sinks: one more logit per head in the denominator (and in lse). arXiv:2309.17453
       bias: added to the logits after the soft cap, broadcastable to [B H T S]; differentiable.
       implementation: None (the best that accepts), a name, or an ordered sequence of names from `BACK_ENDS`.
-      tuning: block sizes of exactly one named implementation; they change the result by rounding only.
+      tuning: block sizes for exactly one named implementation; they change the result by rounding only.
 
     Returns:
       [B T H V] in q's dtype. A row without a visible key is zero and sends zero gradients.
 
     Raises:
       ValueError: for invalid arguments, before any compute.
-      NotImplementedError: with the reasons, if no back end asked for serves the call.
+      NotImplementedError: if none of the candidate back ends serves the call, with each one's reason.
     """
     return attention_with_lse(
         q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks,
@@ -215,12 +137,15 @@ def attend_partial(
     implementation: str | Sequence[str] | None = None,
     tuning: Any = None,
 ) -> Partial:
-    """Attention over these keys only, to be merged with others. As `attention`; sinks come with `partial.finish`."""
-    q, k, v, _, visibility, options, name = _prepare(
-        q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, bias=bias,
-        implementation=implementation, tuning=tuning, rounded=False,
+    """Returns attention over these keys only, to be merged with that over others.
+
+    The arguments are those of `attention`, without sinks: `partial.finish` adds them after the last merge.
+    """
+    call = validate(
+        q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=None,
+        bias=bias, implementation=implementation, tuning=tuning, rounded=False,
     )  # fmt: skip
-    return _attention(q, k, v, visibility, None, options=options, name=name, dtype=None)
+    return _attention(call.q, call.k, call.v, call.bias, call.visibility, None, **_choose(call), dtype=None)
 
 
 def backward_partial(
@@ -241,24 +166,27 @@ def backward_partial(
     implementation: str | Sequence[str] | None = None,
     tuning: Any = None,
 ) -> tuple[Query, Key, Value]:
-    """The gradients these keys contribute, given the result over all keys: sums over disjoint keys are the gradients.
+    """Returns these keys' share of the gradients, given the result over all keys.
+
+    Summed over disjoint sets of keys, the shares are the gradients.
 
     Args:
       out: the global result, over all keys (with the sinks, if there are any).
-      lse: the global log-sum-exp, likewise.
+      lse: the global log-sum-exp, of the same keys.
       do: cotangent of `out`.
       dlse: cotangent of `lse`.
-      q, k, v and the rest: as for `attention`.
+      q, k, v and all other arguments: as for `attention`.
 
     Returns:
       dq [B T H D], dk [B S K D], dv [B S K V] in float32 (float64 for float64 inputs).
     """
-    q, k, v, _, visibility, options, name = _prepare(
-        q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, bias=bias,
-        implementation=implementation, tuning=tuning, rounded=False,
+    call = validate(
+        q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=None,
+        bias=bias, implementation=implementation, tuning=tuning, rounded=False,
     )  # fmt: skip
+    q, k, v = call.q, call.k, call.v
     for label, x in (("out", out), ("do", do)):
         shapes.check_shape(label, x, (*q.shape[:3], v.shape[3]), "B T H V")
     for label, x in (("lse", lse), ("dlse", dlse)):
         shapes.check_shape(label, x, q.shape[:3], "B T H")
-    return _backward_partial(q, k, v, visibility, out, lse, do, dlse, options=options, name=name)
+    return _backward_partial(q, k, v, call.bias, call.visibility, out, lse, do, dlse, **_choose(call))

@@ -3,7 +3,7 @@
     out = softmax(softcap * tanh(scale * q k^T / softcap) + bias, over visible keys) v
     lse = log(sum(exp(logits), over visible keys))
 
-O(T S) in memory, so it is only ever used by name: to test the other back ends, for jvp and for second derivatives.
+It takes O(T S) memory, so it is used by name only: to test other back ends, for jvp and for second derivatives.
 """
 
 from __future__ import annotations
@@ -13,70 +13,64 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array
 
-from longattn.ops.attention.contract import Options, Visibility
-from longattn.shapes import Key, Logits, Out, Query, Statistic, Value
-
-
-def _wide(*arrays: Array) -> list[Array]:
-    """float64 stays, everything else becomes float32."""
-    return [x if x.dtype == jnp.float64 else x.astype(jnp.float32) for x in arrays]
+from longattn.ops.attention.contract import Bias, Options, Visibility
+from longattn.shapes import Key, Logits, Out, Query, Statistic, Value, statistics_dtype
 
 
 def check(*call: object) -> None:
-    """Accepts every valid call."""
+    """Accepts every valid call; there is nothing to plan."""
 
 
-def _logits(q: Array, k: Array, visibility: Visibility, options: Options) -> Logits:
-    """Logits with -inf at hidden keys. Query head h reads key head h // G."""
+def _logits(q: Array, k: Array, bias: Array | None, visibility: Visibility, options: Options) -> Logits:
+    """Returns the logits, -inf at hidden keys. Query head h reads key head h // G."""
     k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
     logits = options.scale * jnp.einsum("BTHD,BSHD->BHTS", q, k, precision=Precision.HIGHEST)
     if options.softcap is not None:
         logits = options.softcap * jnp.tanh(logits / options.softcap)
-    if visibility.bias is not None:
-        logits = logits + visibility.bias.astype(logits.dtype)
+    if bias is not None:
+        logits = logits + bias.astype(logits.dtype)
     visible = visibility.mask(visibility.q_positions[:, None, :, None], visibility.k_positions[:, None, None, :])
     if visibility.q_segments is not None:
         visible = visible & (visibility.q_segments[:, None, :, None] == visibility.k_segments[:, None, None, :])
     return jnp.where(visible, logits, -jnp.inf)
 
 
-def attend(q: Query, k: Key, v: Value, visibility: Visibility, options: Options) -> tuple[Out, Statistic]:
-    """out [B T H V] and lse [B T H]; zeros and -inf where no key is visible."""
-    q, k, v = _wide(q, k, v)
+def attend(
+    q: Query, k: Key, v: Value, bias: Bias | None, visibility: Visibility, options: Options, plan: None
+) -> tuple[Out, Statistic]:
+    """Returns out [B T H V] and lse [B T H]; zeros and -inf where no key is visible."""
+    q, k, v = (x.astype(statistics_dtype(x.dtype)) for x in (q, k, v))
     with jax.named_scope("logits"):
-        logits = _logits(q, k, visibility, options)
+        logits = _logits(q, k, bias, visibility, options)
     with jax.named_scope("softmax"):
         m = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
         m = jnp.where(m == -jnp.inf, 0.0, m)
-        weights = jnp.exp(logits - m[..., None])
-        total = jnp.sum(weights, axis=-1)
+        P = jnp.exp(logits - m[..., None])
+        total = jnp.sum(P, axis=-1)
         empty = total == 0
         total = jnp.where(empty, 1.0, total)
-        weights = weights / total[..., None]
+        P = P / total[..., None]
         lse = jnp.where(empty, -jnp.inf, m + jnp.log(total)).transpose(0, 2, 1)
     with jax.named_scope("values"):
         v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
-        out = jnp.einsum("BHTS,BSHV->BTHV", weights, v, precision=Precision.HIGHEST)
+        out = jnp.einsum("BHTS,BSHV->BTHV", P, v, precision=Precision.HIGHEST)
     return out.astype(options.out_dtype), lse
 
 
 def backward_partial(
-    q: Query,
-    k: Key,
-    v: Value,
-    visibility: Visibility,
-    out: Out,
-    lse: Statistic,
-    do: Out,
-    dlse: Statistic,
-    options: Options,
-) -> tuple[Query, Key, Value]:
-    """dq, dk, dv from these keys, given the global out and lse: P = exp(logits - lse), dS = P (do v^T - D + dlse)."""
-    q, k, v, out, do = _wide(q, k, v, out, do)
-    logits, pull = jax.vjp(lambda q, k: _logits(q, k, visibility, options), q, k)
+    q: Query, k: Key, v: Value, bias: Bias | None, visibility: Visibility, out: Out, lse: Statistic, do: Out,
+    dlse: Statistic, options: Options, plan: None,
+) -> tuple[Query, Key, Value]:  # fmt: skip
+    """Returns dq, dk, dv from these keys, given the global out and lse.
+
+    P = exp(logits - lse);  dS = P (do v^T - rowsum(do out) + dlse)
+    """
+    q, k, v, out, do = (x.astype(statistics_dtype(x.dtype)) for x in (q, k, v, out, do))
+    logits, pull = jax.vjp(lambda q, k: _logits(q, k, bias, visibility, options), q, k)
     repeated, gather = jax.vjp(lambda v: jnp.repeat(v, q.shape[2] // v.shape[2], axis=2), v)
-    lse, dlse, D = (jnp.transpose(x, (0, 2, 1))[..., None] for x in (lse, dlse, jnp.sum(do * out, axis=-1)))
+    delta = jnp.sum(do * out, axis=-1)
+    lse, dlse, delta = (jnp.transpose(x, (0, 2, 1))[..., None] for x in (lse, dlse, delta))
     P = jnp.where(lse == -jnp.inf, 0.0, jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)))
     dP = jnp.einsum("BTHV,BSHV->BHTS", do, repeated, precision=Precision.HIGHEST)
-    dq, dk = pull(P * (dP - D + jnp.where(lse == -jnp.inf, 0.0, dlse)))
+    dq, dk = pull(P * (dP - delta + jnp.where(lse == -jnp.inf, 0.0, dlse)))
     return dq, dk, *gather(jnp.einsum("BHTS,BTHV->BSHV", P, do, precision=Precision.HIGHEST))

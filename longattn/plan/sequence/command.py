@@ -1,10 +1,10 @@
-"""`longattn profile --sequence [STRATEGY]`: load, bytes and time of one layer's attention spread over a machine."""
+"""`longattn profile sequence [STRATEGY]`: load, bytes and time of one layer's attention spread over a machine."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from rich.console import Console
 from longattn import mask as masks
 from longattn.aot import compilers
 from longattn.aot import messages as measured
+from longattn.config.mesh import LayoutName
 from longattn.cost import topology
 from longattn.cost.sequence.load import load
 from longattn.cost.sequence.problem import Problem, Way, ways
@@ -20,19 +21,24 @@ from longattn.cost.sequence.strategies import compare, recommended
 from longattn.cost.sequence.timeline import LATENCY, machine, simulate
 from longattn.cost.sequence.traffic import DIFFERS, traffic, units
 from longattn.mask import Causal, Mask
+from longattn.parallel.attention import STRATEGIES
 from longattn.plan.sequence import packing, show
+from longattn.shapes import suggest
 
 VERSION = 1
 _WIDTH = 120
 _TIMEOUT = 1800.0
+_HELP = "all: compare the strategies; one of them: its schedule. " + "; ".join(
+    f"{strategy.name}: {strategy.summary}" for strategy in STRATEGIES.values()
+)
 
 
 @dataclass(frozen=True)
 class SequenceOptions:
     """What it costs to spread one layer's attention over all devices of a machine along the sequence: by formula."""
 
-    sequence: Literal["all", "ring", "balanced", "all_gather", "ulysses", "usp"] = "all"  # one of them: its schedule
-    layout: Literal["contiguous", "zigzag", "striped"] = "contiguous"  # of the schedule that is shown
+    strategy: str = field(default="all", metadata={"help": _HELP})
+    layout: LayoutName = "contiguous"  # of the schedule that is shown
     topology: str = "v5e:2x4"  # the machine, as for `longattn plan`
     T: int = 131_072  # tokens of a sequence
     B: int = 1  # sequences
@@ -50,12 +56,14 @@ class SequenceOptions:
     json: bool = False  # print one JSON document instead of the tables
 
     def __post_init__(self) -> None:
+        if self.strategy not in (names := ("all", *STRATEGIES)):
+            raise ValueError(f"strategy={self.strategy!r} must be a strategy, or all; {suggest(self.strategy, names)}")
         where = topology.parse(self.topology)
         machine(where, self.efficiency, self.latency)
         if where.size < 2:
             raise ValueError(f"topology={self.topology!r} has one device: nothing is spread over it")
-        if self.measure and self.sequence == "all":
-            raise ValueError("measure compiles the programs of one strategy: name it, such as --sequence ring")
+        if self.measure and self.strategy == "all":
+            raise ValueError("measure compiles the programs of one strategy: name it, such as profile sequence ring")
         if self.measure and self.dtype == "bfloat16":
             raise ValueError("measure needs --dtype float16 or float32: XLA for CPUs sends bfloat16 as float32")
 
@@ -79,7 +87,7 @@ def run(options: SequenceOptions, console: Console | None = None) -> dict[str, A
         "problem": {**asdict(options.problem), "mask": str(options.mask)},
         "machine": asdict(machine(where, options.efficiency, options.latency)),
     }
-    if options.sequence == "all":
+    if options.strategy == "all":
         rows = compare({options.problem: 1}, where.size, machine(where, options.efficiency, options.latency))
         document |= {"rows": rows, "recommended": recommended(rows)}
     else:
@@ -97,10 +105,12 @@ def run(options: SequenceOptions, console: Console | None = None) -> dict[str, A
 def _one(options: SequenceOptions, where: topology.Topology) -> dict[str, Any]:
     """One way's schedule, messages and time."""
     problem, P = options.problem, where.size
-    candidates = [way for way in ways(P, options.K) if way.strategy == options.sequence]
+    candidates = [way for way in ways(P, options.K) if way.strategy == options.strategy]
     if not candidates:
-        raise ValueError(f"{P} devices cannot be divided into a ring and an all-to-all of at least two each for usp")
-    way = Way(options.sequence, options.layout, candidates[0].sizes)
+        raise ValueError(
+            f"{P} devices cannot be divided into a ring and an all-to-all of at least two each for {options.strategy}"
+        )
+    way = Way(options.strategy, options.layout, candidates[0].sizes)
     found, passes = load(problem, way), traffic(problem, way)
     counted = _measured(options, way) if options.measure else None
     usual = units(way.strategy, P, options.H // options.K)
@@ -125,7 +135,7 @@ def _one(options: SequenceOptions, where: topology.Topology) -> dict[str, Any]:
                    "usual": usual[i] if usual else None}
             for i, (name, sent) in enumerate(zip(("forward", "backward"), passes, strict=True))
         },
-        "differs": DIFFERS[way.strategy],
+        "differs": DIFFERS.get(way.strategy, "there is no usual figure"),
         "seconds": {name: asdict(took) for name, took in zip(("forward", "backward"), times, strict=True)},
     }  # fmt: skip
 

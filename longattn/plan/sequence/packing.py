@@ -13,9 +13,9 @@ from typing import Any, get_args
 import numpy as np
 
 from longattn import config
-from longattn.cost.pairs import of_distance
+from longattn.config.mesh import LayoutName
 from longattn.mask import Causal, Mask
-from longattn.parallel.layout import Name, SequenceLayout
+from longattn.parallel.layout import SequenceLayout
 from longattn.tasks import bytelm
 from longattn.train import data
 
@@ -27,7 +27,7 @@ def document_work(mask: Mask, n: int) -> np.ndarray:
     Raises:
       ValueError: for a mask that is no rule of q - k.
     """
-    if not of_distance(mask):
+    if not mask.is_relative:
         raise ValueError(f"{mask=} must be a rule of q - k, such as Causal() & Window(1024), for packed documents")
     d = np.arange(1 - n, n)
     seen = np.concatenate([[0], np.cumsum(np.asarray(mask(d, np.zeros_like(d)), np.int64))])
@@ -78,7 +78,7 @@ def table(
         work = np.stack([row_work(d, T, mask) for d in documents])
         tokens = np.stack([np.arange(T) < sum(d) for d in documents]).astype(np.int64)
         for P in devices:
-            for name in get_args(Name):
+            for name in get_args(LayoutName):
                 layout = SequenceLayout(name)
                 by_work, by_tokens = imbalance(work, layout, P), imbalance(tokens, layout, P)
                 found.append(

@@ -50,7 +50,7 @@ def ways_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def tables(console: Console, document: Mapping[str, Any]) -> None:
-    """Print what `longattn profile --sequence` found."""
+    """Print what `longattn profile sequence` found."""
     say = lambda text, **style: console.print(text, highlight=False, markup=False, soft_wrap=True, **style)
     p, m = document["problem"], document["machine"]
     heads = f"{p['H']} heads, {p['K']} of keys, D {p['D']}" + (f", V {p['V']}" if p["V"] else "")

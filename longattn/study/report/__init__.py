@@ -1,4 +1,4 @@
-"""Reports: a study's page, its summary in the terminal, its JSON document, and the comparison of two studies."""
+"""Reports of a study: HTML page, terminal summary and JSON document, and the same for two studies compared."""
 
 from longattn.study.report.load import Study, load
 from longattn.study.report.page import compare_document, compare_page, compare_summary, document, page, summary

@@ -1,6 +1,4 @@
-"""The figures of the study's page: SVG text whose colours are CSS variables, so that they follow the page into the
-dark.
-"""
+"""Draws the figures of the study's page as SVG. Colours are CSS variables, so that they follow the page's dark mode."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from longattn.study.store import Number, Store, family
 
-# Stand-ins that become CSS variables: text, grid, panel, and one colour per way.
+# Placeholders that become CSS variables: text, grid, panel, and one colour per way.
 INK, GRID, PANEL = "#010203", "#010204", "#010205"
 SERIES = ("#020301", "#020302", "#020303", "#020304", "#020305", "#020306", "#020307", "#020308")
 _VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", PANEL: "var(--panel)"} | {
@@ -28,7 +26,7 @@ _VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", PANEL: "var(--panel)"} | {
 MARKERS = "oDs^vP*X"
 _IN_AXES: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 8}
 _STYLE = {
-    "svg.fonttype": "none",  # text stays text: readable by machines and by ear
+    "svg.fonttype": "none",  # text stays text, for search and screen readers
     "svg.hashsalt": "longattn",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -53,11 +51,11 @@ _STYLE = {
     "axes.facecolor": "none",
     "savefig.transparent": True,
 }
-ORDER = ("exact", "window", "dense")  # families with a colour of their own; others follow in the order they appear
+ORDER = ("exact", "window", "dense")  # families with fixed colours; the others follow in the order they appear
 
 
 def colour(way: str, ways: Sequence[str]) -> tuple[str, str]:
-    """Colour and marker of a way among those of the study: the same in every figure. Windows share a colour."""
+    """Returns the colour and marker of a way, the same in every figure of the study. Windows share a colour."""
     families = list(dict.fromkeys([*ORDER, *map(family, ways)]))
     i = families.index(family(way)) % len(SERIES)
     return SERIES[i], MARKERS[i]
@@ -70,7 +68,7 @@ def ways_of(numbers: Sequence[Number]) -> list[str]:
 def figure(
     name: str, title: str, description: str, draw: Callable[..., None], columns: int, height: float = 3.3
 ) -> str:
-    """One SVG of `columns` panels side by side, drawn by `draw(axes)`, titled for those who cannot see it."""
+    """Returns an SVG of `columns` panels, drawn by `draw(*axes)`, with title and description for screen readers."""
     with matplotlib.rc_context(_STYLE):
         fig, axes = plt.subplots(1, columns, figsize=(9.6, height), layout="constrained", squeeze=False)
         try:
@@ -97,16 +95,16 @@ def _inline(svg: str, name: str, title: str, description: str) -> str:
 
 
 def powers(axis: Any, values: Sequence[float], show: Callable[[float], str]) -> None:
-    """Ticks of a logarithmic axis exactly at `values`."""
+    """Puts the ticks of a logarithmic axis exactly at `values`."""
     ticks = sorted(set(values))
-    axis.set_major_locator(FixedLocator(ticks[:: max(1, -(-len(ticks) // 6))]))  # more labels would touch each other
+    axis.set_major_locator(FixedLocator(ticks[:: max(1, -(-len(ticks) // 6))]))  # more labels would overlap
     axis.set_major_formatter(FuncFormatter(lambda v, _: show(float(v))))
     axis.set_minor_formatter(NullFormatter())
     axis.set_minor_locator(FixedLocator([]))
 
 
 def short(n: float) -> str:
-    """1024 as 1k, 1048576 as 1M: lengths and bytes in powers of two."""
+    """Formats lengths and bytes in powers of two: 1024 as 1k, 1048576 as 1M."""
     for size, letter in ((2**30, "G"), (2**20, "M"), (2**10, "k")):
         if n >= size:
             return f"{n / size:.3g}{letter}"
@@ -119,71 +117,56 @@ def _bars(n: Number) -> list[list[float]] | None:
     return [[max(0.0, n.value - n.low)], [max(0.0, n.high - n.value)]]
 
 
-def recall(store: Store, titles: dict[str, str], recorded: Sequence[tuple[str, Store]] = ()) -> str | None:
-    """Accuracy with its interval and the chance line against bytes read per token: a point per way, a panel per
-    task.
-    """
+Recorded = Sequence[tuple[str, Store]]  # recorded studies: their labels and numbers
+
+
+def recall(store: Store, titles: dict[str, str], recorded: Recorded = ()) -> str | None:
+    """Draws accuracy with its interval against bytes read per token: a point per way, a panel per task."""
     points = store.select("recall", "accuracy")
     tasks = list(dict.fromkeys(n.at["task"] for n in points))
     if not tasks:
         return None
-    ways = ways_of(points)
-
-    def panel(ax: Any, task: str) -> None:
-        xs = []
-        for label, source in [("", store), *recorded]:
-            for n in source.select("recall", "accuracy", task=task):
-                read = source.one("recall", "bytes_read", n.way, **n.at)
-                if read is None:
-                    continue
-                xs.append(read.value)
-                c, m = colour(n.way, ways)
-                ax.errorbar(
-                    read.value,
-                    n.value,
-                    yerr=_bars(n),
-                    fmt=m,
-                    color=c,
-                    ecolor=c,
-                    capsize=4,
-                    markersize=9 if not label else 7,
-                    markerfacecolor=c if not label else "none",
-                    alpha=1 if not label else 0.6,
-                    zorder=3,
-                )
-                high = n.value > 0.8
-                text = titles.get(n.way, n.way) + (f" ({label})" if label else "") + " (cut short)" * n.cut_short
-                ax.annotate(
-                    text,
-                    (read.value, n.value),
-                    (0, -22 if high else 14),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=9,
-                )
-        chances = {n.value for n in store.select("recall", "chance", task=task)}
-        for chance in chances:
-            ax.axhline(chance, color=INK, linestyle=":", linewidth=1.2)
-            ax.annotate("chance", (1, chance), (-2, 3), ha="right", **_IN_AXES)
-        for guess in {n.value for n in store.select("recall", "guess", task=task)}:
-            ax.axhline(guess, color=INK, linestyle=(0, (1, 4)), linewidth=1)
-            ax.annotate("knows the values, not their keys", (1, guess), (-2, 3), ha="right", **_IN_AXES)
-        ax.set_xscale("log", base=2)
-        powers(ax.xaxis, xs, short)
-        ax.set_xlim(min(xs) / 2.2, max(xs) * 2.2)
-        ax.set_ylim(-0.03, 1.08)
-        ax.set_xlabel("bytes of state read per token and layer")
-        ax.set_ylabel("answers right")
-        ax.set_title({"mqar": "Associative recall (MQAR)", "needle": "Passkey in text (needle)"}.get(task, task))
 
     def draw(*axes: Any) -> None:
         for ax, task in zip(axes, tasks, strict=True):
-            panel(ax, task)
+            _recall_panel(ax, task, store, titles, recorded)
 
     facts = "; ".join(f"{titles.get(n.way, n.way)} on {n.at['task']} {n.value:.3f}" for n in points)
     return figure(
         "recall", "Recall against bytes read per token", f"Share of right answers: {facts}.", draw, len(tasks), 3.6
     )
+
+
+def _recall_panel(ax: Any, task: str, store: Store, titles: dict[str, str], recorded: Recorded) -> None:
+    xs, ways = [], ways_of(store.select("recall", "accuracy"))
+    for label, source in [("", store), *recorded]:
+        marks: dict[str, Any] = (
+            {"markersize": 7, "markerfacecolor": "none", "alpha": 0.6} if label else {"markersize": 9}
+        )
+        for n in source.select("recall", "accuracy", task=task):
+            read = source.one("recall", "bytes_read", n.way, **n.at)
+            if read is None:
+                continue
+            xs.append(read.value)
+            c, m = colour(n.way, ways)
+            ax.errorbar(read.value, n.value, yerr=_bars(n), fmt=m, color=c, ecolor=c, capsize=4, zorder=3, **marks)
+            text = titles.get(n.way, n.way) + (f" ({label})" if label else "") + " (cut short)" * n.cut_short
+            shift = (0, -22 if n.value > 0.8 else 14)
+            ax.annotate(text, (read.value, n.value), shift, textcoords="offset points", ha="center", fontsize=9)
+    for quantity, text, line, width in (
+        ("chance", "chance", ":", 1.2),
+        ("guess", "knows the values, not their keys", (0, (1, 4)), 1),
+    ):
+        for value in {n.value for n in store.select("recall", quantity, task=task)}:
+            ax.axhline(value, color=INK, linestyle=line, linewidth=width)
+            ax.annotate(text, (1, value), (-2, 3), ha="right", **_IN_AXES)
+    ax.set_xscale("log", base=2)
+    powers(ax.xaxis, xs, short)
+    ax.set_xlim(min(xs) / 2.2, max(xs) * 2.2)
+    ax.set_ylim(-0.03, 1.08)
+    ax.set_xlabel("bytes of state read per token and layer")
+    ax.set_ylabel("answers right")
+    ax.set_title({"mqar": "Associative recall (MQAR)", "needle": "Passkey in text (needle)"}.get(task, task))
 
 
 def _lines(
@@ -231,8 +214,8 @@ def _lengths(ax: Any, numbers: Sequence[Number], label: str, title: str) -> None
     ax.set_title(title)
 
 
-def cost(store: Store, titles: dict[str, str], recorded: Sequence[tuple[str, Store]] = ()) -> str | None:
-    """Time, scratch memory and throughput against T."""
+def cost(store: Store, titles: dict[str, str], recorded: Recorded = ()) -> str | None:
+    """Draws time, scratch memory and throughput against T."""
     times = store.select("cost", "seconds_forward_backward")
     if not times:
         return None
@@ -258,7 +241,7 @@ def cost(store: Store, titles: dict[str, str], recorded: Sequence[tuple[str, Sto
 
 
 def share(store: Store, titles: dict[str, str]) -> str | None:
-    """Attention's share of a model's FLOPs against T."""
+    """Draws attention's share of a model's FLOPs against T."""
     shares = store.select("cost", "attention_share")
     if not shares:
         return None
@@ -277,8 +260,9 @@ def share(store: Store, titles: dict[str, str]) -> str | None:
 
 
 def memory(store: Store, titles: dict[str, str]) -> str | None:
-    """What a training step holds against T: compiled points, fitted lines, the chips' memory; a panel per remat
-    policy.
+    """Draws the bytes of a training step against T: compiled dots, fitted lines, the chips' memory.
+
+    There is a panel per remat policy.
     """
     numbers = store.select("memory", "step_bytes")
     if not numbers:
@@ -294,12 +278,12 @@ def memory(store: Store, titles: dict[str, str]) -> str | None:
         for ax, remat in zip(axes, remats, strict=True):
             for way in ways_of(numbers):
                 c, m = colour(way, ways_of(numbers))
-                seen = store.select("memory", "step_bytes", way, remat=remat)
+                compiled = store.select("memory", "step_bytes", way, remat=remat)
                 fitted = [n for n in store.select("memory", "fitted_bytes", way, remat=remat) if n.at["T"] <= 2**20]
-                if seen:
+                if compiled:
                     ax.plot(
-                        [n.at["T"] for n in seen],
-                        [n.value / 2**30 for n in seen],
+                        [n.at["T"] for n in compiled],
+                        [n.value / 2**30 for n in compiled],
                         m,
                         color=c,
                         label=titles.get(way, way),
@@ -323,7 +307,7 @@ def memory(store: Store, titles: dict[str, str]) -> str | None:
 
 
 def context(store: Store, titles: dict[str, str]) -> str | None:
-    """Loss by position at each context length, and the control: what replacing distant context costs."""
+    """Draws the loss by position at each context length, and the cost of replacing distant context."""
     at = store.select("context", "bits_at")
     if not at:
         return None
@@ -354,7 +338,7 @@ def context(store: Store, titles: dict[str, str]) -> str | None:
         for way in ways_of(excess):
             mine = [n for n in excess if n.way == way]
             c, m = colour(way, ways_of(at))
-            xs = [max(n.at["k"], 2) for n in mine]  # k = 0 has no place on a logarithmic axis
+            xs = [max(n.at["k"], 2) for n in mine]  # k = 0 does not exist on a logarithmic axis
             bars = [[n.value - n.low for n in mine], [n.high - n.value for n in mine]]
             control.errorbar(
                 xs, [n.value for n in mine], yerr=bars, marker=m, color=c, capsize=3, label=titles.get(way, way)
@@ -379,7 +363,7 @@ _SCHEDULES = (("ring", "contiguous"), ("ring", "zigzag"), ("balanced", "contiguo
 
 
 def schedules(store: Store) -> str | None:
-    """What each device computes at each step: a square's area stands for its visible pairs, helpers have a colour."""
+    """Draws what each device computes at each step: a square's area is its visible pairs, its colour marks helpers."""
     shown = [
         n
         for strategy, layout in _SCHEDULES
@@ -395,14 +379,14 @@ def schedules(store: Store) -> str | None:
         lent = store.one("sequence", "lent", "", **idle.at)
         helps = lent.samples if lent else (0.0,) * len(idle.samples)
         steps = len(idle.samples) // P
-        for at, (pairs, helped) in enumerate(zip(idle.samples, helps, strict=True)):
-            step, device = divmod(at, P)
+        for i, (pairs, helped) in enumerate(zip(idle.samples, helps, strict=True)):
+            step, device = divmod(i, P)
             side = 0.86 * (pairs / most) ** 0.5
             colour = SERIES[1] if helped else SERIES[0]
             ax.add_patch(Rectangle((device - side / 2, step - side / 2), side, side, color=colour, linewidth=0))
             ax.add_patch(Rectangle((device - 0.43, step - 0.43), 0.86, 0.86, fill=False, edgecolor=GRID))
         ax.set_xlim(-0.6, P - 0.4)
-        ax.set_ylim(P - 0.4, -0.6)  # steps downwards, alike in all panels
+        ax.set_ylim(P - 0.4, -0.6)  # steps run downwards, on the same scale in all panels
         ax.set_aspect("equal")
         ax.grid(False)
         ax.xaxis.set_major_locator(FixedLocator(list(range(0, P, max(1, P // 8)))))
@@ -416,5 +400,5 @@ def schedules(store: Store) -> str | None:
             panel(ax, idle)
 
     facts = "; ".join(f"{n.at['strategy']}, {n.at['layout']}: {n.value:.1%} idle" for n in shown)
-    said = f"Steps by devices, the area of a square its visible pairs, the second colour helpers. {facts}."
-    return figure("sequence", "Who computes what when, along the sequence", said, draw, len(shown), 3.7)
+    text = f"Steps by devices: a square's area is its visible pairs, the second colour marks helpers. {facts}."
+    return figure("sequence", "What each device computes at each step", text, draw, len(shown), 3.7)

@@ -1,4 +1,4 @@
-"""What a report is made of: a study's numbers, the recorded ones beside them, and tables of both."""
+"""Loads a study's numbers, and the recorded ones to show beside them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
-from longattn.config import Mixer
+from longattn.models import MIXERS
 from longattn.study.store import FILE, Number, Store
 
 Cell = Number | str | None
@@ -26,13 +25,13 @@ class Study:
 
     @property
     def titles(self) -> dict[str, str]:
-        """What each way is called in words."""
+        """The title of each way."""
         names = {n.way: "" for n in self.store.numbers.values() if n.way}
         return {name: way_title(name) for name in names}
 
     @property
     def label(self) -> str:
-        """For legends: where a recorded study was made."""
+        """The legend's text for a recorded study: its device."""
         return f"recorded, {device(self.store)}"
 
 
@@ -47,15 +46,15 @@ class Table:
 
 
 def way_title(way: str) -> str:
-    """What a way is called in words."""
+    """Returns a way's title."""
     name, _, size = way.partition("_")
-    known = {cls.__name__.lower(): cls.__name__ for cls in get_args(Mixer)}
+    known = {name.lower(): name for name in MIXERS}
     known |= {"exact": "exact, blockwise", "dense": "exact, dense", "window": f"window {size}".strip()}
     return known.get(name, way.replace("_", " "))
 
 
 def device(store: Store) -> str:
-    """The device that the newest start of a study ran on, in words."""
+    """Describes the device of the study's newest start."""
     if not store.environments:
         return "unknown device"
     e = list(store.environments.values())[-1]
@@ -66,23 +65,23 @@ def device(store: Store) -> str:
 
 
 def load(folder: Path, recorded: str = "") -> Study:
-    """A study's folder, and the studies recorded under `recorded`. Raises ValueError where there is none."""
+    """Loads a study's folder and the studies under `recorded`. Raises ValueError if `folder` holds no study."""
     about = folder / "study.json"
     if not about.is_file() or not (folder / FILE).is_file():
         raise ValueError(
             f"{folder} is no study: it has no study.json and {FILE}; give a folder that `longattn study` wrote"
         )
-    others = []
+    studies = []
     for path in sorted(Path(recorded).glob(f"*/{FILE}")) if recorded else []:
         if path.parent.resolve() == folder.resolve():
             continue
         try:
             old = load(path.parent)
-        except ValueError as error:  # what stands beside this study must not cost it its own page
+        except ValueError as error:  # a broken recorded study must not cost this one its page
             print(f"longattn: left out a recorded study: {error}", file=sys.stderr)
             continue
-        others.append(dataclasses.replace(old, store=_as_recorded(old.store)))
-    return Study(folder.name, json.loads(about.read_text())["preset"], Store(folder / FILE), tuple(others))
+        studies.append(dataclasses.replace(old, store=_as_recorded(old.store)))
+    return Study(folder.name, json.loads(about.read_text())["preset"], Store(folder / FILE), tuple(studies))
 
 
 def _as_recorded(store: Store) -> Store:

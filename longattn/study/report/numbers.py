@@ -1,4 +1,4 @@
-"""How a number looks: three digits, a unit, its interval, its badge and where it comes from."""
+"""Formats a number: three digits, unit, interval, badge and provenance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longattn.study.store import BADGES, Number, Store
 
 
 def show(n: Number) -> str:
-    """The number as people read it: three digits and a unit."""
+    """Formats a number with three digits and its unit."""
     v, unit = n.value, n.unit
     if not math.isfinite(v):
         return "-"
@@ -37,7 +37,7 @@ def show(n: Number) -> str:
 
 
 def interval_text(n: Number) -> str:
-    """ " [low .. high]", or "" where there is no finite interval."""
+    """Returns " [low .. high]", or "" if there is no finite interval."""
     if n.low is None or n.high is None or not (math.isfinite(n.low) and math.isfinite(n.high)):
         return ""
     low, high = (show(dataclasses.replace(n, value=v, unit=n.unit)) for v in (n.low, n.high))
@@ -49,7 +49,7 @@ def interval_text(n: Number) -> str:
 
 
 def provenance(n: Number, store: Store) -> str:
-    """Where a number comes from, in one line."""
+    """Returns a number's provenance in one line."""
     e = store.environments.get(n.environment)
     parts = [BADGES[n.badge]]
     if e:
@@ -70,7 +70,7 @@ def provenance(n: Number, store: Store) -> str:
 
 
 def number_html(n: Number, study: Study, interval: bool = True) -> Markup:
-    """A number with its badge."""
+    """Returns a number with its badge, as HTML."""
     store = next((s.store for s in (study, *study.recorded) if s.store.numbers.get(n.key) is n), study.store)
     text = f"<span class=i>{escape(interval_text(n))}</span>" if interval else ""
     return Markup(
@@ -81,5 +81,5 @@ def number_html(n: Number, study: Study, interval: bool = True) -> Markup:
 
 
 def number_text(n: Number) -> str:
-    """A number for the terminal: its interval and the badge's first letter."""
+    """Returns a number with its interval and the badge's first letter, for the terminal."""
     return f"{show(n)}{interval_text(n)}{' cut short' * n.cut_short} ({n.badge[0].upper()})"

@@ -1,7 +1,7 @@
-"""The study's page, its summary in the terminal, and the page that compares two studies: all read from study.jsonl.
+"""Writes the study's page and terminal summary, and the page that compares two studies, from study.jsonl.
 
-A number on the page is an element `<data value=... data-key=...>` whose value is the JSONL's, and whose title says
-where it comes from. Nothing is computed here that is not in the JSONL, but for the words around it.
+A number on the page is an element `<data value=... data-key=...>` with the value in study.jsonl; its title gives the
+provenance. No number is computed here.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ VERSION = 1
 
 
 def _template() -> jinja2.Template:
-    text = resources.files("longattn.study.report").joinpath("page.html.j2").read_text()
+    text = resources.files("longattn.study.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(text, globals={"style": style()})
 
 
 def _figures(study: Study) -> dict[str, Markup]:
-    """The SVGs by section."""
+    """Draws the figures; returns their SVGs by section."""
     old = [(r.label, r.store) for r in study.recorded]
     made: dict[str, str | None] = {
         "headline": figures.recall(study.store, study.titles, old),
@@ -50,39 +50,39 @@ def _figures(study: Study) -> dict[str, Markup]:
 TEXTS = {
     "cost": (
         "Cost against length",
-        "One attention layer, its projections shrunk to nothing, so that any mixer is timed the same way. Ways take "
-        "turns; bands hold the median with 95%. Exact attention costs the square of T either way; blockwise "
-        "only keeps the memory linear. What a whole model costs is a matter of attention's share.",
+        "One attention layer with tiny projections, so that every mixer is timed in the same way. The ways are timed "
+        "in turns; bands cover the median with 95%. Exact attention takes time proportional to T squared, blockwise or "
+        "dense; blockwise keeps the memory linear. In a whole model the cost depends on attention's share.",
     ),
     "memory": (
         "Memory of a training step",
-        "The training step is compiled from shapes alone; dots are compiled programs, lines are fitted to the three "
-        "shortest and checked at the longest. Remat policies say what the backward pass recomputes: nothing (none), "
-        "all but attention (attention), everything (full).",
+        "The training step is compiled but not run. Dots are compiled programs; lines are fitted to the three shortest "
+        "and checked at the longest. The remat policy says what the backward pass recomputes: nothing (none), "
+        "everything but attention (attention), or everything (full).",
     ),
     "recall": (
         "Recall",
-        "Two-layer models: the first layer sees two tokens and is the same for all, the second is the way under test. "
+        "Models of two layers. The first sees two tokens and is the same for all; the second is the way under test. "
         "Intervals are the wider of the one over seeds and the one over questions.",
     ),
     "context": (
         "Real text",
-        "A byte-level language model. Loss by position suggests what more context is worth; the control tells if it "
-        "is used: the same last bytes are predicted with everything further back than k bytes before them taken from "
-        "another document.",
+        "A byte-level language model. Loss by position suggests what more context is worth. The control shows whether "
+        "the model uses it: the same last bytes are predicted with everything further back than k bytes before them "
+        "taken from another document.",
     ),
     "sequence": (
         "Over devices along the sequence",
-        "One layer's causal attention, its sequence spread over devices: what each computes at each step, from the "
-        "schedules that the strategies walk along. Idle is the share of the devices' time spent waiting for the "
-        "slowest at each step; received is what the device with most of it gets, a layer; times are products and "
-        "messages at published rates and nothing else. Nothing here has run.",
+        "Causal attention of one layer, with the sequence sharded over devices. The figures are counted from the "
+        "strategies' schedules; nothing here has run. Idle is the share of the devices' time spent waiting for the "
+        "slowest at each step. Received is the largest number of bytes that a device receives per layer. Times count "
+        "products and messages at published rates and nothing else.",
     ),
     "pod": (
         "On a pod",
-        "Public models whose training step, forward, backward and optimiser, is compiled for machines that need not be "
-        "there: what each device needs of its memory, and at published peaks the least time that a step takes. Nothing "
-        "here has run.",
+        "The training step of public models (forward, backward and optimiser), compiled for machines that you need "
+        "not have; nothing here has run. The table gives the memory that each device needs, and a lower bound on the "
+        "step time at published peak rates.",
     ),
 }
 
@@ -115,7 +115,7 @@ def _sections(study: Study) -> list[dict[str, Any]]:
 
 
 def _facts(study: Study) -> list[tuple[str, str]]:
-    """Device, versions and commit of every start."""
+    """Returns time, device, versions, commit and command of every start."""
     facts = []
     for e in study.store.environments.values():
         d, v = e["device"], e["versions"]
@@ -134,7 +134,7 @@ def _facts(study: Study) -> list[tuple[str, str]]:
 
 
 def page(study: Study) -> str:
-    """The study as one self-contained HTML page."""
+    """Renders the study as one self-contained HTML page."""
     return _template().render(
         mode="study",
         study=study,
@@ -153,7 +153,7 @@ def page(study: Study) -> str:
 
 
 def document(study: Study) -> dict[str, Any]:
-    """The study as one versioned JSON document."""
+    """Returns the study as one versioned JSON document."""
     return {
         "version": VERSION,
         "kind": "study",
@@ -178,7 +178,7 @@ def _rich(table: Table) -> RichTable:
 
 
 def summary(study: Study, console: Console, page: Path) -> None:
-    """The opening table and sentences, in the terminal."""
+    """Prints the opening table and sentences."""
     console.print(f"[bold]{study.name}[/] · preset {study.preset} · {device(study.store)}")
     console.print(_rich(headline(study)))
     for s in sentences(study.store):
@@ -193,11 +193,11 @@ def summary(study: Study, console: Console, page: Path) -> None:
 
 
 def compare_page(a: Study, b: Study) -> str:
-    """Two studies on one page, figure by figure and number by number."""
+    """Renders two studies on one page, figure by figure and number by number."""
     drawn = [_figures(a), _figures(b)]
     pairs: list[dict[str, Any]] = []
     for name, title in (("headline", "Recall"), ("cost", "Cost"), ("memory", "Memory"), ("context", "Real text")):
-        # Both pages' figures have the same ids: the second one's are renamed.
+        # The figures of both studies have the same ids, which must be unique in a page.
         prefix = "recall" if name == "headline" else name
         both = [
             (study.name, Markup(str(made[name]).replace(f"{prefix}-", f"{prefix}-{i}-")))
@@ -223,14 +223,14 @@ def compare_page(a: Study, b: Study) -> str:
 
 
 def compare_document(a: Study, b: Study) -> dict[str, Any]:
-    """Two studies as one versioned JSON document: every number that both have."""
+    """Returns the numbers that both studies have, as one versioned JSON document."""
     rows = compared(a, b).rows
     numbers = [{"key": key, "a": vars(x), "b": vars(y), "intervals": verdict} for key, x, y, _, verdict in rows]
     return {"version": VERSION, "kind": "study comparison", "a": a.name, "b": b.name, "numbers": numbers}
 
 
 def compare_summary(a: Study, b: Study, console: Console, page: Path) -> None:
-    """What differs beyond the intervals, in the terminal."""
+    """Prints the numbers whose intervals are apart."""
     table = compared(a, b)
     apart: list[tuple[Any, ...]] = [row for row in table.rows if row[-1] == "apart"]
     console.print(f"[bold]{a.name}[/] ({device(a.store)}) and [bold]{b.name}[/] ({device(b.store)})")

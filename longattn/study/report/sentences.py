@@ -1,4 +1,4 @@
-"""What may be said of a study: a sentence ranks two ways only if their intervals separate."""
+"""Writes sentences about a study. A sentence ranks two ways only if their intervals separate."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ UNRESOLVED = "not resolved by this preset"
 
 
 def separate(a: Number, b: Number) -> bool:
-    """Whether both have intervals and these do not touch."""
+    """Returns whether both numbers have intervals and these do not touch."""
     if any(x is None for x in (a.low, a.high, b.low, b.high)):
         return False
     return a.high < b.low or b.high < a.low  # type: ignore[operator]
 
 
 def ranking(numbers: Sequence[Number], word: str) -> str:
-    """ "x is WORD than y" for the neighbours that separate when sorted by value, "x and y: not resolved ..." for
-    the others.
+    """Compares neighbours in the order of their values: "x WORD y" if they separate, else "x against y: not resolved".
+
+    `word` is such as "is faster than".
     """
     ordered = sorted(numbers, key=lambda n: n.value)
-    said = []
+    clauses = []
     for a, b in zip(ordered, ordered[1:], strict=False):
         names = way_title(a.way), way_title(b.way)
         whole = not (a.cut_short or b.cut_short)
-        said.append(
+        clauses.append(
             f"{names[0]} {word} {names[1]}"
             if whole and separate(a, b)
             else f"{names[0]} against {names[1]}: {UNRESOLVED}"
         )
-    return "; ".join(said)
+    return "; ".join(clauses)
 
 
 Sentence = list[str | Number]
@@ -45,12 +46,12 @@ def _listed(numbers: Iterable[Number]) -> Sentence:
 
 
 def sentences(store: Store) -> list[Sentence]:
-    """At most five sentences about the numbers of a study. One ranks two ways only if their intervals separate."""
+    """Returns at most five sentences about the numbers of a study."""
     return [s for s in (f(store) for f in (_time, _growth, _longest, _recalled, _context)) if s]
 
 
 def common_T(store: Store) -> int | None:
-    """The length that most ways were timed at, the largest of several."""
+    """Returns the length at which most ways were timed; the largest of several."""
     times = store.select("cost", "seconds_forward_backward")
     counts = {T: sum(n.at["T"] == T for n in times) for T in {n.at["T"] for n in times}}
     return max(counts, key=lambda T: (counts[T], T), default=None)
@@ -73,7 +74,7 @@ def _growth(store: Store) -> Sentence | None:
     if not time or not memory:
         return None
     return [
-        "Over the three largest lengths time grows as T to the power ",
+        "Over the three largest lengths, time grows as T to the power ",
         *_listed(time),
         "; scratch memory as ",
         *_listed(memory),
@@ -88,7 +89,7 @@ def _longest(store: Store) -> Sentence | None:
     held = store.select("memory", "held_parameters", remat="attention")
     size = f"{held[0].value / 4e6:,.3g} million parameters, " if held else ""  # float32
     return [
-        f"The longest sequence whose training step fits into a v5e ({size}remat: attention): ",
+        f"The longest sequence whose training step fits in a v5e ({size}remat: attention): ",
         *_listed(found),
         " tokens.",
     ]
@@ -113,10 +114,10 @@ def _context(store: Store) -> Sentence | None:
     if not excess:
         return None
     if not used:
-        return [f"Text: use of bytes further back than k = {min(n.at['k'] for n in excess)} is {UNRESOLVED}."]
+        return [f"Text: whether bytes further back than k = {min(n.at['k'] for n in excess)} are used is {UNRESOLVED}."]
     far, tail = max(used, key=lambda n: n.at["k"]), excess[0].at["tail"]
     return [
         f"Text: replacing everything further back than {far.at['k']} bytes costs {way_title(far.way)} ",
         far,
-        f" per byte on the last {tail}; beyond that, use of context is {UNRESOLVED}.",
+        f" per byte on the last {tail} bytes; whether context beyond that is used is {UNRESOLVED}.",
     ]

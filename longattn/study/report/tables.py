@@ -1,19 +1,19 @@
-"""The tables of a report: the opening one, those of each section, and the comparison of two studies."""
+"""Makes the tables of a report: the opening one, those of each section, and the comparison of two studies."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from longattn.study.report.load import Cell, Study, Table, way_title
 from longattn.study.report.sentences import UNRESOLVED, common_T, separate
 from longattn.study.store import Number, family
 
-CHIPS = ("v5e", "h100")  # of the opening table; the memory section has all of them
+CHIPS = ("v5e", "h100")  # columns of the opening table; the memory section has every chip
 
 
 def headline(study: Study) -> Table:
-    """Per family of ways: time, memory, recall, longest T."""
+    """Returns the opening table: time, memory, recall and longest T of each family of ways."""
     store, T = study.store, common_T(study.store)
     names = list(dict.fromkeys(family(w) for w in study.titles))
     first = lambda numbers, name: next((n for n in numbers if family(n.way) == name), None)
@@ -46,7 +46,7 @@ def headline(study: Study) -> Table:
 
 
 def _name(name: str, cells: Sequence[Cell]) -> str:
-    """What a row is called: its way, or the size of each part's where a family's numbers are of several sizes."""
+    """Returns a row's title: its way, or the family with the size used in each part where those differ."""
     found = {n.part: n.way for n in cells if isinstance(n, Number)}
     if len(set(found.values())) < 2:
         return way_title(next(iter(found.values()), name))
@@ -62,7 +62,7 @@ def _matrix(
     rows: Sequence[tuple[str, dict[str, Any]]],
     note: str = "",
 ) -> Table:
-    """Rows (way, labels) by columns (heading, quantity, labels), of this study and of the recorded ones."""
+    """Returns a table of rows (way, labels) by columns (heading, quantity, labels), recorded studies included."""
     made: list[tuple[Cell, ...]] = []
     for label, source in [("", study.store), *((r.label, r.store) for r in study.recorded)]:
         for way, labels in rows:
@@ -83,112 +83,126 @@ def _rows(study: Study, part: str, quantity: str, labels: Sequence[str]) -> list
 
 
 def tables(study: Study) -> dict[str, list[Table]]:
-    """The tables of each section of the page."""
+    """Returns the tables of each section of the page."""
+    made = {
+        "cost": _cost(study),
+        "memory": _memory(study),
+        "recall": _recall(study),
+        "context": _context(study),
+        "sequence": [_sequence(study)],
+        "pod": [_pod(study)],
+    }
+    return {section: [t for t in found if t.rows] for section, found in made.items()}
+
+
+def _listed(values: Iterable[int]) -> str:
+    return "/".join(f"{v:,}" for v in values)
+
+
+def _cost(study: Study) -> list[Table]:
     exponents = [
-        (f"{title}{kind}", f"{what}_{name}", {})
+        (f"{title}{kind}", f"{prefix}_{name}", {})
         for name, title in (
             ("time", "forward time"),
             ("time_training", "forward + backward time"),
             ("memory", "scratch memory"),
         )
-        for what, kind in (("exponent", ""), ("theory", ", theory"))
+        for prefix, kind in (("exponent", ""), ("theory", ", theory"))
     ]
+    longest = sorted({n.at["T"] for n in study.store.select("cost", "state_elements")})[-1:]
+    return [
+        _matrix(
+            study,
+            "Exponents of T",
+            "cost",
+            exponents,
+            _rows(study, "cost", "exponent_time_training", []),
+            "Least squares in logarithms over the three largest lengths.",
+        ),
+        _matrix(
+            study,
+            f"State and reads of one layer at T = {_listed(longest)}",
+            "cost",
+            [
+                ("state, elements", "state_elements", {}),
+                ("read per token", "bytes_read", {}),
+                ("sequential steps", "sequential_steps", {}),
+            ],
+            [(way, {"T": T}) for T in longest for way, _ in _rows(study, "cost", "state_elements", [])],
+            "Keys and values are bfloat16, states of recurrences float32. Sequential steps: those of a forward pass "
+            "that must run one after the other.",
+        ),
+    ]
+
+
+def _memory(study: Study) -> list[Table]:
     chips = list(dict.fromkeys(n.at["chip"] for n in study.store.select("memory", "chip_bytes")))
     held = [(name, f"held_{name}", {}) for name in ("parameters", "optimiser", "gradients", "attention", "activations")]
     policies = _rows(study, "memory", "longest_T", ["remat"])
-    stated = sorted({n.at["T"] for n in study.store.select("cost", "state_elements")})[-1:]
-    checked = {n.at["T"] for n in study.store.select("memory", "fit_error")}
+    fit_checks = {n.at["T"] for n in study.store.select("memory", "fit_error")}
     batch = {n.at["T"] for n in study.store.select("memory", "largest_batch")}
-    recalled = _rows(study, "recall", "accuracy", ["task", "T", "pairs", "digits"])
+    return [
+        _matrix(
+            study,
+            "Longest T of one sequence",
+            "memory",
+            [(c, "longest_T", {"chip": c}) for c in chips],
+            policies,
+            "Tokens that fit in 90% of one device's memory.",
+        ),
+        _matrix(
+            study,
+            f"Largest batch at T = {_listed(batch)}",
+            "memory",
+            [(c, "largest_batch", {"chip": c}) for c in chips],
+            policies,
+            "Sequences.",
+        ),
+        _matrix(
+            study,
+            f"Bytes of a training step at T = {_listed(fit_checks)}",
+            "memory",
+            [*held, ("error of the fit there", "fit_error", {})],
+            policies,
+            "Attention: scratch of one layer, compiled alone.",
+        ),
+    ]
+
+
+def _recall(study: Study) -> list[Table]:
+    columns = [
+        ("right", "accuracy", {}),
+        ("chance", "chance", {}),
+        ("state, elements per layer", "state_elements", {}),
+        ("read per token", "bytes_read", {}),
+    ]
+    rows = _rows(study, "recall", "accuracy", ["task", "T", "pairs", "digits"])
+    return [_matrix(study, "Recall", "recall", columns, rows)]
+
+
+def _context(study: Study) -> list[Table]:
     lengths = sorted({n.at["T"] for s in (study, *study.recorded) for n in s.store.select("context", "bits_per_byte")})
     ks = sorted({n.at["k"] for s in (study, *study.recorded) for n in s.store.select("context", "tail_excess")})
-    made = {
-        "cost": [
-            _matrix(
-                study,
-                "Exponents of T",
-                "cost",
-                exponents,
-                _rows(study, "cost", "exponent_time_training", []),
-                "Least squares in logarithms over the three largest lengths.",
-            ),
-            _matrix(
-                study,
-                f"What one layer keeps and reads at T = {'/'.join(f'{t:,}' for t in stated)}",
-                "cost",
-                [
-                    ("state, elements", "state_elements", {}),
-                    ("read per token", "bytes_read", {}),
-                    ("steps that wait for each other", "sequential_steps", {}),
-                ],
-                [(way, {"T": T}) for T in stated for way, _ in _rows(study, "cost", "state_elements", [])],
-                "Keys and values are bfloat16, states of recurrences float32; steps are those of a forward pass.",
-            ),
-        ],
-        "memory": [
-            _matrix(
-                study,
-                "Longest T of one sequence",
-                "memory",
-                [(c, "longest_T", {"chip": c}) for c in chips],
-                policies,
-                "Tokens; 90% of the memory of one device.",
-            ),
-            _matrix(
-                study,
-                f"Largest batch at T = {'/'.join(f'{b:,}' for b in batch)}",
-                "memory",
-                [(c, "largest_batch", {"chip": c}) for c in chips],
-                policies,
-                "Sequences.",
-            ),
-            _matrix(
-                study,
-                f"What a step holds at T = {'/'.join(f'{c:,}' for c in checked)}",
-                "memory",
-                [*held, ("error of the fit there", "fit_error", {})],
-                policies,
-                "Attention: scratch of one layer, compiled alone.",
-            ),
-        ],
-        "recall": [
-            _matrix(
-                study,
-                "Recall",
-                "recall",
-                [
-                    ("right", "accuracy", {}),
-                    ("chance", "chance", {}),
-                    ("state, elements per layer", "state_elements", {}),
-                    ("read per token", "bytes_read", {}),
-                ],
-                recalled,
-            )
-        ],
-        "context": [
-            _matrix(
-                study,
-                "Held-out bits per byte",
-                "context",
-                [(f"T = {T:,}", "bits_per_byte", {"T": T}) for T in lengths],
-                _rows(study, "context", "bits_per_byte", []),
-            ),
-            _matrix(
-                study,
-                "Extra bits per byte when all further back than k is replaced",
-                "context",
-                [(f"k = {k}", "tail_excess", {"k": k}) for k in ks],
-                _rows(study, "context", "tail_excess", []),
-            ),
-        ],
-    }
-    made["sequence"] = [_sequence(study)]
-    made["pod"] = [_pod(study)]
-    return {section: [t for t in found if t.rows] for section, found in made.items()}
+    return [
+        _matrix(
+            study,
+            "Held-out bits per byte",
+            "context",
+            [(f"T = {T:,}", "bits_per_byte", {"T": T}) for T in lengths],
+            _rows(study, "context", "bits_per_byte", []),
+        ),
+        _matrix(
+            study,
+            "Extra bits per byte when everything further back than k is replaced",
+            "context",
+            [(f"k = {k}", "tail_excess", {"k": k}) for k in ks],
+            _rows(study, "context", "tail_excess", []),
+        ),
+    ]
 
 
 def _sequence(study: Study) -> Table:
-    """Strategies and layouts by cost."""
+    """Returns the table of strategies and layouts by their cost."""
     store = study.store
     rows: list[tuple[Cell, ...]] = []
     machines = list(dict.fromkeys(n.at["machine"] for n in store.select("sequence", "total")))
@@ -200,12 +214,12 @@ def _sequence(study: Study) -> Table:
         rows.append((f"{idle.at['strategy']}, {idle.at['layout']}", idle, *cells))
     times = (heading for m in machines for heading in (f"exposed on {m}", f"all on {m}"))
     head = ("strategy, layout", "idle", "received, forward", "backward", *times)
-    note = "A layer, forward and backward. Exposed: by which messages make it longer."
-    return Table("Ways to spread attention along the sequence", head, tuple(rows), note)
+    note = "One layer, forward and backward. Exposed: the time that messages add."
+    return Table("Strategies to shard attention along the sequence", head, tuple(rows), note)
 
 
 def _pod(study: Study) -> Table:
-    """Models by machines."""
+    """Returns the table of models by machines."""
     rows: list[tuple[Cell, ...]] = []
     for needs in study.store.select("pod", "needs"):
         number = lambda quantity, at=needs.at: study.store.one("pod", quantity, "", **at)
@@ -218,8 +232,9 @@ def _pod(study: Study) -> Table:
 
 
 def compared(a: Study, b: Study) -> Table:
-    """Every number that both have and that has an interval, or differs: values, ratio, and whether the intervals
-    separate.
+    """Returns the numbers that both studies have: values, ratio, and whether the intervals separate.
+
+    Leaves out formulas with the same value in both.
     """
     rows: list[tuple[Cell, ...]] = []
     for key, x in a.store.numbers.items():
@@ -234,5 +249,5 @@ def compared(a: Study, b: Study) -> Table:
         )
         rows.append((key, x, y, ratio, verdict))
     return Table(
-        "Every number that both have", ("number", a.name, b.name, f"{b.name} / {a.name}", "intervals"), tuple(rows)
+        "Numbers that both studies have", ("number", a.name, b.name, f"{b.name} / {a.name}", "intervals"), tuple(rows)
     )

@@ -124,8 +124,8 @@ def test_a_program_without_a_pallas_kernel_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"cases": ()}, "must each name at least one"),
-        ({"cases": ("matmul",), "archs": ()}, "must each name at least one"),
+        ({"cases": ()}, "needs a case; for gpu the cases are matmul"),
+        ({"cases": ("matmul",), "archs": ()}, r"archs=\(\) must name at least one"),
         ({"cases": ("flash",)}, "unknown case 'flash'; the cases are matmul"),
         ({"cases": ("matmul",), "timeout": 0}, "timeout=0 must be positive"),
         ({"cases": ("matmul",), "bT": 96}, "bT=96 must be a multiple of 64 that divides T=8192"),

@@ -89,7 +89,7 @@ def faked(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sweep, "profile", profile)
     monkeypatch.setattr(sweep, "ThreadPoolExecutor", lambda n: InOrder())
-    monkeypatch.setattr(sweep.aot, "libtpu_version", lambda: "0")
+    monkeypatch.setattr(sweep.compilers, "libtpu_version", lambda: "0")
     return called, tmp_path / "tuned.py"
 
 

@@ -1,5 +1,7 @@
 """What devices send each other: the formulas equal the bytes of compiled programs, device by device."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
@@ -19,12 +21,17 @@ CASES = [
     (Way("ulysses", "contiguous", (3,)), Problem(T=24, B=2, **GQA8)),
     (Way("usp", "zigzag", (2, 2)), Problem(T=32, B=2, H=4, K=1, D=4)),
 ]
-GRID = [
-    (way, Problem(T=8 * P, B=2, **heads))
-    for P in (2, 3, 4, 8)
-    for heads in (GQA8, {"H": P, "K": P, "D": 4})
-    for way in ways(P, heads["K"])
-]
+
+
+def grid() -> Iterator[tuple[Way, Problem]]:
+    """Every strategy and layout on every P. Only ulysses and usp, which exchange heads, depend on how P divides them:
+    they take both kinds of heads, the others alternate.
+    """
+    for i, P in enumerate((2, 3, 4, 8)):
+        for kind, heads in enumerate((GQA8, {"H": P, "K": P, "D": 4})):
+            for j, way in enumerate(ways(P, heads["K"])):
+                if way.strategy in ("ulysses", "usp") or (i + j + kind) % 2 == 0:
+                    yield way, Problem(T=8 * P, B=2, **heads)
 
 
 def check(way: Way, problem: Problem) -> None:
@@ -42,7 +49,7 @@ def test_formulas_are_the_bytes_of_the_programs(way, problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "problem"), GRID, ids=lambda x: str(x) if isinstance(x, Way) else f"K{x.K}")
+@pytest.mark.parametrize(("way", "problem"), grid(), ids=lambda x: str(x) if isinstance(x, Way) else f"K{x.K}")
 def test_formulas_are_the_bytes_of_the_programs_on_2_3_4_and_8_devices(way, problem):
     check(way, problem)
 

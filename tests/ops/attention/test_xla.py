@@ -1,4 +1,4 @@
-"""What only the blockwise back end promises: linear memory, and no work where nothing is visible."""
+"""The XLA back end takes linear memory and computes no tile in which nothing is visible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import longattn
 from longattn import mask as m
 from longattn.ops.attention import xla
-from longattn.ops.attention.contract import Options, Visibility
+from longattn.ops.attention.contract import Options
+from longattn.ops.attention.xla import forward, logits, tiling
 from tests.ops import oracle
 
 H, D = 2, 16
@@ -92,7 +93,7 @@ def test_tiles_with_and_without_a_maximum_meet_in_one_call(mask):
     rng = np.random.default_rng(1)
     q, k, v = (rng.standard_normal((1, T, H, D)).astype(np.float32) for _ in range(3))
     q *= np.where(np.arange(T) // 16 % 2, 100.0, 1.0).astype(np.float32)[None, :, None, None]
-    small = np.asarray(xla._small(*_tiled(q, k, tuning)))
+    small = np.asarray(forward.is_small(*_tiled(q, k, tuning)))
     assert small.any() and not small.all()
     segment_ids = jnp.asarray(np.arange(T, dtype=np.int32) // 70)[None]
     positions = np.arange(T, dtype=np.int32)
@@ -113,12 +114,11 @@ def test_tiles_with_and_without_a_maximum_meet_in_one_call(mask):
 
 
 def _tiled(q, k, tuning):
-    """The tiles of one call of `_forward`, its layout and its options."""
+    """Returns the tiles of queries and keys of one call, its layout and its options."""
     q, k = jnp.asarray(q), jnp.asarray(k)
-    positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
     options = Options(scale=D**-0.5, softcap=None, out_dtype="float32", in_order=True, tuning=tuning)
-    n = xla._layout(q, k, k, Visibility(m.Causal(), positions, positions), options)
-    return xla._queries(xla._scaled(q, n, options), n), xla._keys(k, n), n, options
+    n = tiling.make_layout(q, k, k, options)
+    return tiling.query_tiles(logits.scaled(q, n, options), n), tiling.key_tiles(k, n), n, options
 
 
 def test_second_order_names_the_reference():
@@ -129,8 +129,8 @@ def test_second_order_names_the_reference():
 
 def test_exp():
     """The CPU's own exp: relative error of a few units in the last place down to the smallest normal numbers."""
-    x = np.concatenate([np.linspace(-87, xla.SAFE, 20001), [-88.5, -100, -1e30, -np.inf]]).astype(np.float32)
-    got, truth = np.asarray(jax.jit(xla._exp)(x), np.float64), np.exp(x.astype(np.float64))
+    x = np.concatenate([np.linspace(-87, forward.SAFE, 20001), [-88.5, -100, -1e30, -np.inf]]).astype(np.float32)
+    got, truth = np.asarray(jax.jit(logits.exp)(x), np.float64), np.exp(x.astype(np.float64))
     normal = x > -87
     error = np.abs(got - truth)[normal] / truth[normal]
     assert error.max() < 1e-5  # x log2(e) is rounded once, at up to 126: 2**-24 * 126 * ln 2

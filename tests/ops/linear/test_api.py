@@ -1,4 +1,4 @@
-"""What linear_attention() and linear_step() say to a caller's mistakes, before any compute; and how they compile."""
+"""Errors of linear_attention() and linear_step() for a caller's mistakes, before any compute; and how they compile."""
 
 from __future__ import annotations
 
@@ -94,10 +94,10 @@ def test_the_default_is_never_the_reference():
 
 
 def test_a_refusal_sees_a_decay_for_every_token(monkeypatch):
-    """Also where the caller gave one per head; and it is raised before anything is computed."""
+    """A back end checks the repeated decay, also where the caller gave one per head, before anything is computed."""
 
-    def check(q, k, v, log_decay, *_):
-        raise NotImplementedError(f"a decay of {log_decay.shape}")
+    def check(x, options):
+        raise NotImplementedError(f"a decay of {x.log_decay.shape}")
 
     monkeypatch.setattr(api.BACK_ENDS["reference"], "check", check)
     with pytest.raises(NotImplementedError, match=r"reference: a decay of \(2, 5, 4\)"):
@@ -132,7 +132,7 @@ def test_float64_without_x64_is_float32():
 
 
 def test_grouped_heads_read_their_head():
-    """Of four heads 0 and 1 read q's head 0, heads 2 and 3 its head 1; all read the one of k."""
+    """Heads 0 and 1 read q's head 0, heads 2 and 3 its head 1; all read the single head of k."""
     q = jnp.broadcast_to(jnp.array([10.0, 20.0])[None, None, :, None], Q.shape)
     for call, index in ((linear_attention, (0, 0)), (_step, (0,))):
         out, _ = call(q, KEY, VALUE)
@@ -146,7 +146,7 @@ def _step(q, k, v):
 @pytest.mark.parametrize("shape", [(H,), (B, H), (B, H, D)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_is_one_token_with_its_gradients(shape, dtype):
-    """Of the reference, in whose loop over one token no sum differs."""
+    """A step equals one token of the reference, whose sums have the same order."""
     rng = np.random.default_rng(0)
     q, k, v, S, beta = (jnp.asarray(rng.random(x.shape, np.float32)) for x in (Q, KEY, VALUE, STATE, BETA))
     q, k, v = (x[:, 0].astype(dtype) for x in (q, k, v))

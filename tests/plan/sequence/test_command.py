@@ -1,4 +1,4 @@
-"""`longattn profile --sequence`, `longattn plan --strategies all --analytic`, and the study's part."""
+"""`longattn profile sequence`, `longattn plan --strategies all --analytic`, and the study's part."""
 
 import dataclasses
 import io
@@ -27,7 +27,7 @@ def said(options: sequence.SequenceOptions) -> tuple[dict, str]:
 
 
 def test_all_ways_side_by_side(capsys):
-    assert cli.main(["profile", "--sequence", "--topology", "h100:8", "--T", "8192", "--mask", "Full()", "--json"]) == 0
+    assert cli.main(["profile", "sequence", "--topology", "h100:8", "--T", "8192", "--mask", "Full()", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["version"], document["kind"], document["devices"]) == (1, "profile sequence", 8)
     rows = {(row["strategy"], row["layout"]): row for row in document["rows"]}
@@ -41,14 +41,14 @@ def test_all_ways_side_by_side(capsys):
 
 def test_one_strategy_its_schedule_and_what_its_program_sends():
     options = sequence.SequenceOptions(
-        sequence="balanced", topology="h100:2", T=64, H=2, K=1, D=4, dtype="float16", measure=True
+        strategy="balanced", topology="h100:2", T=64, H=2, K=1, D=4, dtype="float16", measure=True
     )
     document, text = said(options)
     way = document["way"]
     assert way["pairs"] == [[32 * 33 / 2] * 2, [0, 32**2]] and "1<0 100%" in text
     assert way["messages"] and all(m["measured"] == m["most"] for m in way["messages"])
     assert way["units"]["forward"]["mean"] == pytest.approx(1 / 4)  # one pair of shards of half the tokens, K = H / 2
-    document, text = said(sequence.SequenceOptions(sequence="balanced", topology="v5e:2x4"))
+    document, text = said(sequence.SequenceOptions(strategy="balanced", topology="v5e:2x4"))
     assert "+7<0 100%" in text  # device 0 helps 7
     assert document["way"]["helps"][1] == [True] + [False] * 7
 
@@ -67,18 +67,18 @@ def test_packed_documents(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rings"], "--sequence"),
+        (["rings"], "strategy='rings' must be a strategy, or all; did you mean 'ring'?"),
         (["ring", "--topology", "v5e:2x4", "--T", "1001"], "T=1001 must be a multiple of 8"),
         (["balanced", "--layout", "zigzag"], "balances the contiguous layout"),
         (["usp", "--topology", "h100:3"], "cannot be divided into a ring and an all-to-all"),
         (["--topology", "h100:1"], "has one device"),
         (["--efficiency", "0"], "must lie in (0, 1]"),
-        (["--measure"], "name it, such as --sequence ring"),
+        (["--measure"], "name it, such as profile sequence ring"),
         (["ring", "--measure"], "needs --dtype float16 or float32"),
     ],
 )
 def test_wrong_arguments_are_one_line_with_the_remedy(arguments, message, capsys):
-    assert cli.main(["profile", "--sequence", *arguments]) == 2
+    assert cli.main(["profile", "sequence", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""The page: its numbers are the JSONL's, it ranks only what separates, it fetches nothing."""
+"""The page has the JSONL's numbers, ranks only what separates, and fetches nothing."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Named Pallas kernels for `longattn profile`: the function, its shapes, and how often each of its branches runs.
 
-What is declared of a kernel follows from its source and the mask's geometry, and is not read off the compiled program;
-`aot/kernels` refuses a kernel whose compiled form disagrees, and tests count the branches of kernels that run in
-interpret mode.
+The declaration of a kernel follows from its source and the mask's geometry, independently of the compiled program.
+`aot/kernels` refuses a kernel whose compiled form disagrees, and tests count branches in interpret mode.
 """
 
 from longattn.aot.kernels.cases.kernel import Branch, Case, Kernel

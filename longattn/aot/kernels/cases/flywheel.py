@@ -1,7 +1,7 @@
-"""flywheel-tpu's forward kernel (flywheel_tpu.pallas.flash_fwd), which walks over the blocks by loops of its own.
+"""flywheel-tpu's forward kernel (flywheel_tpu.pallas.flash_fwd), which has loops of its own over the blocks.
 
-Rows keep the maximum of their first block; where a sum outgrows what that allows, a guard computes the block once more.
-A block that the mask cuts has a copy of the kernel's body of its own per distance from the diagonal.
+Rows keep the maximum of their first block; if a sum overflows, a guard computes the block again. For blocks that the
+mask cuts, the kernel has a copy of its body per distance from the diagonal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from longattn.aot.kernels.cases.kernel import Branch, Case, Kernel, edges, flops
 from longattn.aot.kernels.cases.shape import Shape
 from longattn.mask import FULL, PARTIAL, Causal, Full, Window
 
-_COMPUTE = 256  # queries, and keys, of one product where the shape names none
+_COMPUTE = 256  # queries and keys of one product, if the shape names none
 
 
 def _attend(shape: Shape) -> Callable[..., Any]:
@@ -59,18 +59,18 @@ def _kernels(shape: Shape) -> tuple[Kernel, ...]:
     )
 
 
-_GUARD = "_recover"  # the function under its `pl.when`
+_GUARD = "_recover"  # name of the function under its `pl.when`
 
 
 def _copies(shape: Shape, kinds: np.ndarray) -> list[tuple[str, int]]:
-    """The copies of the body, in their order, and how often each runs."""
+    """Returns the copies of the body in order, and how often each runs."""
     whole = [("whole block", int((kinds == FULL).sum()) * shape.H)]
     if shape.mask == Full():
         return whole
     cut = kinds == PARTIAL
     if shape.bT % shape.bS:
         return [*whole, ("block that the mask cuts", int(cut.sum()) * shape.H)]
-    # Distances at which some block is cut, in a sequence without end.
+    # Distances at which the mask cuts some block of an endless sequence.
     reach = shape.mask.left + shape.bS if isinstance(shape.mask, Window) else 0
     ahead = max(shape.mask.right, 0) if isinstance(shape.mask, Window) else 0
     offsets = np.arange(-(reach // shape.bS + 1), (shape.bT + ahead) // shape.bS + 1, dtype=np.int32) * shape.bS
@@ -85,7 +85,7 @@ def _copies(shape: Shape, kinds: np.ndarray) -> list[tuple[str, int]]:
 
 def _blocks(shape: Shape) -> list[Shape]:
     tried = sizes(shape, edges(shape), edges(shape), (_COMPUTE,), _COMPUTE)
-    return [s for s in tried if s.bT % s.bS == 0]  # else every product of a block that the mask cuts is masked
+    return [s for s in tried if s.bT % s.bS == 0]  # else it masks every product of a cut block
 
 
 FORWARD = Case("flywheel-tpu, forward", lambda s: (_attend(s), inputs(s)), _kernels, _blocks, "flywheel_tpu")

@@ -1,4 +1,4 @@
-"""Named Pallas kernels for `longattn profile --static gpu`: the function, its shapes, its blocks.
+"""Named Pallas kernels for `longattn profile kernel --target gpu`: the function, its shapes, its blocks.
 
 Peers: jax's `attention_mgpu` (`jax.experimental.pallas.ops.gpu`), after FlashAttention-3 (arXiv:2407.08608), and
 tokamax's attention on Mosaic GPU (github.com/openxla/tokamax).
@@ -21,12 +21,12 @@ from longattn.mask import Causal, Full, Mask, Window
 
 @dataclass(frozen=True)
 class Shape:
-    """What a case is built for. Queries and keys have equal lengths and heads."""
+    """The shape of a case. Queries and keys have equal lengths and heads."""
 
-    T: int = 8192  # queries, and keys; `matmul`: the edge of its square matrices
-    H: int = 8  # heads (not read by `matmul`)
-    D: int = 128  # head size (not read by `matmul`)
-    mask: Mask = Causal()  # an expression such as "Full()" (not read by `matmul`)
+    T: int = 8192  # queries and keys; `matmul`: the edge of its square matrices
+    H: int = 8  # heads (`matmul` ignores it)
+    D: int = 128  # head size (`matmul` ignores it)
+    mask: Mask = Causal()  # an expression such as "Full()" (`matmul` ignores it)
     bT: int | None = None  # block of queries of one warpgroup; `matmul`: of rows; None: the case's own
     bS: int | None = None  # block of keys; `matmul`: of columns; None: the case's own
     stages: int | None = None  # blocks of keys (`matmul`: of the summed dimension) in flight; None: the case's own
@@ -45,7 +45,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The tuning of a case, complete."""
+    """The complete tuning of a case."""
 
     bT: int
     bS: int
@@ -56,27 +56,27 @@ class Blocks:
 class Case:
     """A function that holds Pallas kernels.
 
-    `build` takes the shape, the blocks, the arrays' dtype and the instruction set ("sm_90a"), and gives the function
+    `build` takes the shape, the blocks, the arrays' dtype and the instruction set ("sm_90a"), and returns the function
     and its arguments' shapes. It raises NotImplementedError for what the kernel cannot do.
     """
 
     about: str
     build: Callable[[Shape, Blocks | None, Any, str], tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]]
-    blocks: Blocks | None  # None: the library chooses them, and says not which
+    blocks: Blocks | None  # None: the library chooses, and does not report them
     dtype: str = "bfloat16"
 
     def blocks_of(self, shape: Shape) -> Blocks | None:
-        """The case's own, save where `shape` names others."""
+        """Returns the case's blocks, replaced where `shape` names others."""
         named = {n: size for n in ("bT", "bS", "stages") if (size := getattr(shape, n)) is not None}
         if self.blocks is None and named:
             raise NotImplementedError(f"the case chooses its blocks itself, and takes no {', '.join(named)}")
         return self.blocks and replace(self.blocks, **named)
 
 
-# ---- a plain product: what the method is checked on. One warpgroup makes one tile of the result, in one loop, so that
-# the instructions can be counted by hand: at T=4096 the compilers unroll nothing (8 steps they do unroll on sm_80).
+# ---- a plain product, to check the method. One warpgroup computes one tile in one loop, so that instructions can be
+# counted by hand: at T=4096 the compilers unroll nothing (on sm_80 they do unroll 8 steps).
 
-_SUMMED = 64  # of the summed dimension in one step: 128 bytes, the widest swizzle
+_SUMMED = 64  # elements of the summed dimension per step: 128 bytes, the widest swizzle
 _TILED = (plgpu.TilingTransform((8, _SUMMED)), plgpu.SwizzleTransform(128))
 
 
@@ -124,7 +124,7 @@ def _matmul(
 
 
 def _ampere(blocks: Blocks, dtype: Any) -> tuple[Callable[..., None], dict[str, Any]]:
-    """Copies by each thread, products by each warp out of its registers."""
+    """Each thread copies; each warp multiplies from its registers."""
     layouts = plgpu.Layout
 
     def multiply(steps, fetch, a_block, b_block, out_ref):
@@ -138,7 +138,7 @@ def _ampere(blocks: Blocks, dtype: Any) -> tuple[Callable[..., None], dict[str, 
 
         def add(step, sums):
             plgpu.wait_gmem_to_smem(2 * (ahead - 1))  # copies in flight, two for each step
-            # The last steps fetch what no step reads: a wait counts copies, and so there must be as many as ever.
+            # The last steps fetch blocks that no step reads: a wait counts copies, so their number must not change.
             fetch_in_order(lax.rem(step + ahead, steps), lax.rem(step + ahead, blocks.stages))
             slot = lax.rem(step, blocks.stages)
             a = plgpu.load(a_block.at[slot], layout=layouts.MMA_LHS(dtype))
@@ -154,14 +154,14 @@ def _ampere(blocks: Blocks, dtype: Any) -> tuple[Callable[..., None], dict[str, 
 
 
 def _leave(block: Any, ref: Any) -> None:
-    """Brings a block from shared memory to its place in `ref`."""
+    """Copies a block from shared memory to its place in `ref`."""
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(block, ref)
     plgpu.wait_smem_to_gmem(0)
 
 
 def _hopper(blocks: Blocks, dtype: Any) -> tuple[Callable[..., None], dict[str, Any]]:
-    """Copies by the copy engine, products by the warpgroup out of shared memory into its registers."""
+    """The copy engine copies; the warpgroup multiplies from shared memory into its registers."""
 
     def multiply(steps, fetch, a_block, b_block, out_ref, out_block, filled):
         for slot in range(blocks.stages):
@@ -173,7 +173,7 @@ def _hopper(blocks: Blocks, dtype: Any) -> tuple[Callable[..., None], dict[str, 
                 slot = lax.rem(step, jnp.int32(blocks.stages))
                 plgpu.barrier_wait(filled.at[slot])
                 plgpu.wgmma(sum_ref, a_block.at[slot], b_block.at[slot])
-                plgpu.wgmma_wait(0)  # the slot is read until then
+                plgpu.wgmma_wait(0)  # until then the slot is being read
 
                 @pl.when(step + blocks.stages < steps)
                 def _():
@@ -191,7 +191,7 @@ def _hopper(blocks: Blocks, dtype: Any) -> tuple[Callable[..., None], dict[str, 
 
 
 def _blackwell(blocks: Blocks, dtype: Any) -> tuple[Callable[..., None], dict[str, Any]]:
-    """Copies by the copy engine, products by the tensor core out of shared memory into its own."""
+    """The copy engine copies; the tensor core multiplies from shared memory into tensor memory."""
 
     def multiply(steps, fetch, a_block, b_block, out_ref, out_block, filled, used, sums):
         for slot in range(blocks.stages):

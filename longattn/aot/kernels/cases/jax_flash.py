@@ -63,7 +63,7 @@ def _branches(shape: Shape, rows: int) -> tuple[Branch, ...]:
 
 
 def _ids(shape: Shape) -> dict[str, float]:
-    """Bytes per token of segment ids: broadcast over the lanes for what stands in rows, over the sublanes else."""
+    """Returns the bytes per token of segment ids: along rows broadcast over the lanes, along columns over sublanes."""
     return {"query_ids": LANES * F32, "key_ids": SUBLANES * F32} if shape.documents else {}
 
 
@@ -84,7 +84,7 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
     token, statistic = row(shape.D), LANES * F32
     by_query, by_key = (walk(shape.visible(), shape.H, order) for order in ("hqk", "hkq"))
     n = Jq * Jk * shape.H
-    # dk and dv: the index maps of q, do and di give block 0 where nothing is visible, those of l and m go on.
+    # In the pass of dk and dv, the index maps of q, do and di give block 0 at hidden blocks; those of l and m do not.
     steps = walk(np.ones_like(shape.visible()), shape.H, "hkq")
     queried = np.where(shape.visible()[steps.query, steps.key], steps.query, 0)
     by_pass = steps.changes(steps.head, queried) * (2 * token + statistic) + len(steps) * 2 * statistic

@@ -1,7 +1,7 @@
 """jax's `splash_attention` for TPUs, from `jax.experimental.pallas.ops.tpu`; its backward pass in one kernel or in two.
 
-Blocks that the mask hides are left out of the grid, down to the length of the longest row, but not where the backward
-pass is one kernel; segment ids are compared at every step and hide no block.
+The grid leaves out blocks that the mask hides, down to the length of the longest row, except when the backward pass is
+one kernel. Segment ids are compared at every step and hide no block.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ def _attend(shape: Shape, fused: bool = True, backward: bool = False) -> Callabl
 
 
 def static_mask(masks: Any, shape: Shape, case: str) -> Any:
-    """The shape's mask as splash writes it; `masks` is its module of them, jax's or tokamax's, which grew from it.
+    """Returns the shape's mask as a class of `masks`, jax's module or tokamax's, which grew from it.
 
-    Raises:
-      NotImplementedError: for a mask that the case does not build.
+    Raises NotImplementedError for a mask that the case does not build.
     """
     edge = (shape.T, shape.T)
     if shape.mask == Causal():
@@ -69,17 +68,18 @@ def static_mask(masks: Any, shape: Shape, case: str) -> Any:
 
 
 def bound(make: Callable[[], Any], splash: Any, shape: Shape) -> Callable[..., Any]:
-    """The kernel of `make` as a function of q, k and v; its mask's metadata and ids are constants of the program."""
+    """Returns the kernel of `make` as a function of q, k and v, with the mask's metadata and the ids as constants."""
     with jax.default_device(jax.devices("cpu")[0]):  # the metadata are arrays
         kernel = make()
-    kernel = jax.tree.map(np.asarray, kernel)  # on no device
+    kernel = jax.tree.map(np.asarray, kernel)  # so that they are on no device
     ids = splash.SegmentIds(shape.segment_ids(), shape.segment_ids()) if shape.documents else None
     return lambda q, k, v: kernel(q, k, v, ids)
 
 
 def numbers(shape: Shape, rows: str) -> dict[str, float]:
-    """Bytes per token of positions, from which the mask is computed, and of segment ids: what stands in rows is
-    broadcast over the lanes, what stands in columns over the sublanes.
+    """Returns the bytes per token of positions, which the mask is computed from, and of segment ids.
+
+    Those along rows are broadcast over the lanes, those along columns over the sublanes.
     """
     query, key = (LANES, SUBLANES) if rows == "query" else (SUBLANES, LANES)
     per_query = (shape.mask != Full()) + bool(shape.documents)
@@ -104,7 +104,7 @@ def _by_query(shape: Shape, name: str, products: str, query: float) -> Kernel:
 
 
 def _by_key(shape: Shape, products: str, width: int, every_step: float) -> Kernel:
-    """dk and dv, in a grid of `width` steps per row; at every step, of a hidden block too, `every_step` bytes leave."""
+    """Returns the kernel of dk and dv, with `width` steps per row. Even a hidden step writes `every_step` bytes."""
     visible = shape.visible()
     rows, steps = shape.blocks[1] * shape.key_heads, shape.blocks[1] * shape.H * width
     token, statistic = row(shape.D) + row(shape.values), SUBLANES * F32
@@ -124,7 +124,7 @@ def _by_key(shape: Shape, products: str, width: int, every_step: float) -> Kerne
 
 
 def _fused(shape: Shape) -> tuple[Kernel, ...]:
-    # It writes a share of dq per key block, to be summed by XLA, so that no step is left out.
+    # It writes a partial dq per key block, which XLA sums, so no step can be skipped.
     return (_by_key(shape, "DVVDD", shape.blocks[0], shape.bT * row(shape.D)),)
 
 

@@ -1,7 +1,7 @@
-"""How often the parts of a kernel run, and what it moves: declared from its source, checked against what is compiled.
+"""Declares how often the parts of a kernel run, and the bytes it moves.
 
-Attention kernels walk over a grid of (head, query block, key block) steps. Which steps run, and when a block must be
-fetched or stored, follows from the order of the walk and from the mask's geometry.
+Attention kernels walk over a grid of (head, query block, key block) steps. Which steps run, and when a block is fetched
+or stored, follows from the order of the walk and the mask's geometry.
 """
 
 from __future__ import annotations
@@ -18,39 +18,35 @@ from longattn.aot.kernels.cases.shape import Shape
 from longattn.mask import Window
 
 BF16, F32 = 2, 4  # bytes
-LANES = 128  # per-row statistics are stored broadcast over a register's lanes, or over its 8 sublanes
+LANES = 128  # per-row statistics are broadcast over a register's lanes, or over its 8 sublanes
 SUBLANES = 8
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One `pl.when` of a kernel's source that is compiled to a jump, or a body of products that a list leads to."""
+    """A `pl.when` of a kernel's source that compiles to a jump, or a body of products that a list leads to."""
 
     what: str
-    runs: float  # in one call of the kernel, over all cores; with `data` how often it is asked: the most it can run
-    data: str = ""  # of a branch that depends on the data: the name of the function under its `pl.when`
-    asides: tuple[
-        tuple[float, ...], ...
-    ] = ()  # of a body: how often its branches without products run, if so many jump
-    alternative: str = ""  # of branches with such a name only those of one name run
-    loop: float = 0.0  # of one of several bodies in the loop that a list leads to: how often the loop's own runs
+    runs: float  # in one call of the kernel, over all cores; with `data`, how often the condition is asked
+    data: str = ""  # name of the function under a data-dependent `pl.when`
+    asides: tuple[tuple[float, ...], ...] = ()  # runs of a body's branches without products, for each number of jumps
+    alternative: str = ""  # of the branches with such a name, only those of one name run
+    loop: float = 0.0  # runs of the loop around several bodies that a list leads to
 
 
 @dataclass(frozen=True)
 class Kernel:
     """One `pallas_call` of a case, summed over its whole grid and all cores."""
 
-    name: str  # how its name in the compiled program begins
-    steps: int  # of the grid, those included whose block is skipped
-    branches: tuple[Branch, ...]  # every one that the source has, in its order
-    flops: float  # that the visible pairs need; only matrix products count
-    hbm_bytes: float  # between device memory and VMEM: a block is moved when its index changes
-    after_bytes: float = 0.0  # that XLA moves after it to sum what the kernel leaves in shares
-    dynamic: bool = False  # the grid's length is a value at run time, which the compiled program cannot confirm
-    loops: tuple[
-        int, ...
-    ] = ()  # of a kernel that walks by itself: how often the body of each loop runs, from outside in
-    lists: bool = False  # a step of the grid walks over a list: `branches` are its regions with products of their own
+    name: str  # prefix of its name in the compiled program
+    steps: int  # steps of the grid, with those that skip their block
+    branches: tuple[Branch, ...]  # all branches of the source, in order
+    flops: float  # matrix products of the visible pairs
+    hbm_bytes: float  # between HBM and VMEM: a block moves when its index changes
+    after_bytes: float = 0.0  # bytes that XLA moves afterwards to sum the kernel's partial results
+    dynamic: bool = False  # the grid's length is known at run time only, so the compiled program cannot confirm it
+    loops: tuple[int, ...] = ()  # for a kernel with loops of its own: runs of each loop's body, outermost first
+    lists: bool = False  # a step of the grid walks over a list: `branches` are its regions with products
 
 
 @dataclass(frozen=True)
@@ -60,12 +56,12 @@ class Case:
     about: str
     build: Callable[[Shape], tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]]
     kernels: Callable[[Shape], tuple[Kernel, ...]]
-    blocks: Callable[[Shape], list[Shape]]  # block sizes worth trying for such a shape, legal ones alone
-    module: str = ""  # of a peer: what must be importable, from the extra `peers`
+    blocks: Callable[[Shape], list[Shape]]  # the shape with each legal block size that is worth trying
+    module: str = ""  # a peer's package, from the extra `peers`
 
 
 def row(size: int) -> int:
-    """Bytes of one row [size] of a bfloat16 array as a TPU stores it: filled up to whole registers of 128 lanes."""
+    """Returns the bytes of a bfloat16 row [size] on a TPU, which pads it to whole registers of 128 lanes."""
     return -(-size // LANES) * LANES * BF16
 
 
@@ -77,13 +73,13 @@ def queries(shape: Shape) -> jax.ShapeDtypeStruct:
 
 
 def inputs(shape: Shape) -> list[jax.ShapeDtypeStruct]:
-    """q [H T D], k [K T D], v [K T V]."""
+    """Returns the shapes of q [H T D], k [K T D] and v [K T V]."""
     key, value = ((shape.key_heads, shape.T, size) for size in (shape.D, shape.values))
     return [queries(shape), jax.ShapeDtypeStruct(key, jnp.bfloat16), jax.ShapeDtypeStruct(value, jnp.bfloat16)]
 
 
 def cotangent(shape: Shape) -> jax.ShapeDtypeStruct:
-    """do [H T V]."""
+    """Returns the shape of do [H T V]."""
     return jax.ShapeDtypeStruct((shape.H, shape.T, shape.values), jnp.bfloat16)
 
 
@@ -96,14 +92,14 @@ def gradients(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Walk:
-    """The steps of a kernel in their order, int [n] each: which head, block of queries and block of keys."""
+    """The steps of a kernel in order: head, block of queries and block of keys, int [n] each."""
 
     head: np.ndarray
     query: np.ndarray
     key: np.ndarray
 
     def changes(self, *indices: np.ndarray) -> int:
-        """How often a block is moved whose index along the steps is this tuple."""
+        """Returns how often a block moves whose index is this tuple."""
         index = np.stack(indices)
         return 1 + int(np.any(np.diff(index, axis=1) != 0, axis=0).sum()) if index.shape[1] else 0
 
@@ -112,7 +108,7 @@ class Walk:
 
 
 def walk(run: np.ndarray, heads: int, order: str) -> Walk:
-    """The steps at which `run` (bool [Jq Jk]) holds, for each head; `order` names the loops from outside to inside."""
+    """Returns the steps where `run` (bool [Jq Jk]) holds, for each head; `order` names the loops, outermost first."""
     steps = np.broadcast_to(run, (heads, *run.shape))
     axes = ["hqk".index(axis) for axis in order]
     found = dict(zip(order, np.nonzero(steps.transpose(axes))))
@@ -120,10 +116,10 @@ def walk(run: np.ndarray, heads: int, order: str) -> Walk:
 
 
 def moved(shape: Shape, steps: Walk, **bytes_per_token: float) -> float:
-    """Bytes that go between device memory and VMEM along the steps.
+    """Returns the bytes that move between HBM and VMEM along the steps.
 
-    Keyword arguments: bytes per token of what is indexed by `query` (head, query block), `key` (key head, key block),
-    `query_ids` (query block) and `key_ids` (key block).
+    The keyword arguments are the bytes per token of arrays indexed by `query` (head, query block), `key` (key head, key
+    block), `query_ids` (query block) and `key_ids` (key block).
     """
     group = shape.H // shape.key_heads
     index: dict[str, tuple[int, tuple[np.ndarray, ...]]] = {
@@ -136,13 +132,13 @@ def moved(shape: Shape, steps: Walk, **bytes_per_token: float) -> float:
 
 
 def flops(shape: Shape, products: str) -> float:
-    """FLOPs of the visible pairs in products along (or onto) these head sizes: q k^T is a D, p v a V."""
+    """Returns the FLOPs of the visible pairs. `products` has a letter per product: D for q k^T, V for p v."""
     sizes = {"D": shape.D, "V": shape.values}
     return 2.0 * shape.pairs() * shape.H * sum(sizes[size] for size in products)
 
 
 def edges(shape: Shape) -> tuple[int, ...]:
-    """Blocks worth trying along the sequence. Small ones lose to a step's own cost, unless they skip or T is short."""
+    """Returns block sizes worth trying. Small ones pay for a step's overhead only if they skip more, or T is short."""
     small = shape.documents or isinstance(shape.mask, Window) or shape.T < 4096 or shape.T % 1024
     return (512, 1024, 2048) if small else (1024, 2048)
 
@@ -150,7 +146,7 @@ def edges(shape: Shape) -> tuple[int, ...]:
 def sizes(
     shape: Shape, bT: Sequence[int], bS: Sequence[int], bC: Sequence[int | None] = (None,), bR: int | None = None
 ) -> list[Shape]:
-    """`shape` with every combination of these block sizes that divides it; a bC that does not divide bS is left out."""
+    """Returns `shape` with every combination of these block sizes that divides it."""
     return [
         replace(shape, bT=t, bS=s, bC=c, bR=bR)
         for t in bT

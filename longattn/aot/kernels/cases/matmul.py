@@ -1,4 +1,4 @@
-"""A plain product of this project's: what the method is checked on."""
+"""A plain product, to check the method."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from longattn.aot.kernels.cases.kernel import BF16, Branch, Case, Kernel, sizes
 from longattn.aot.kernels.cases.shape import Shape
 
-_VMEM = 48 * 2**20  # what the kernel may take of a core's; libtpu gives 16 MiB where nothing is said
+_VMEM = 48 * 2**20  # limit of the kernel; libtpu's default is 16 MiB
 
 
 def _kernel(
@@ -66,7 +66,7 @@ def _kernels(shape: Shape) -> tuple[Kernel, ...]:
 
 
 CASE = Case(
-    "[T T] x [T T], a plain kernel of this project's",
+    "[T T] x [T T], a plain kernel",
     _build,
     _kernels,
     lambda shape: sizes(shape, (512, 1024, 2048), (512, 1024, 2048)),

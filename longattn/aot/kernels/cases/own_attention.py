@@ -1,7 +1,7 @@
-"""This library's attention kernels for TPUs (`longattn.ops.attention.pallas_tpu`), which walk over lists of blocks.
+"""Our attention kernels for TPUs (`longattn.ops.attention.pallas_tpu`), which walk over lists of blocks.
 
-How often each body runs is summed over the very lists that the kernels would be given. The data decide which rows of
-blocks are bounded, and which of the others are computed once more.
+How often each body runs is counted in the lists that the kernels would be given. The data decide which rows of blocks
+are bounded, and which of the others are computed a second time.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from longattn.ops.attention.contract import Visibility
 from longattn.ops.attention.pallas_tpu import Blocks, Tuning, blocks
 
 INT32 = 4  # bytes
-_TILES = {"forward": (512, 256), "backward": (256, 256)}  # queries and keys of one product where the shape names none
+_TILES = {"forward": (512, 256), "backward": (256, 256)}  # queries and keys of one product, if the shape names none
 # The functions under the forward kernel's `pl.when`.
 _BOUNDED, _UNBOUNDED, _ONLINE = "of_bounded", "of_unbounded", "of_others"
 
 
 def _tuning(shape: Shape, kernel: str) -> Tuning:
-    """The shape's block sizes for one of the kernels."""
+    """Returns the shape's block sizes for one of the kernels."""
     queries, keys = _TILES[kernel]
     try:
         sizes = Blocks(shape.bT, shape.bS, shape.bR or min(queries, shape.bT), shape.bC or min(keys, shape.bS))
@@ -49,7 +49,7 @@ def _attend(shape: Shape, kernel: str) -> Callable[..., Any]:
 
 
 def _arrays(shape: Shape, *heads: tuple[int, int]) -> list[jax.ShapeDtypeStruct]:
-    """[1 T heads size] each: as callers hold them, so that XLA moves the heads, which is not counted."""
+    """Returns shapes [1 T heads size], as callers hold arrays: XLA's transposition is not counted."""
     return [jax.ShapeDtypeStruct((1, shape.T, n, size), jnp.bfloat16) for n, size in heads]
 
 
@@ -62,13 +62,13 @@ def _inputs(shape: Shape) -> list[jax.ShapeDtypeStruct]:
 
 @dataclass(frozen=True)
 class _Lists:
-    """What the lists of one head say."""
+    """The lists of one head."""
 
     visits: np.ndarray  # blocks of each class in each row, int [rows classes]; the last class needs no mask
-    block: np.ndarray  # of each visit, int [visits], in the order of the walk
-    first: np.ndarray  # bool [visits]: no row visited this block before
-    tiles: np.ndarray | None  # of each visit of a block whose tiles are listed, how many are cut, and whole: [n 2]
-    words: int  # of a row's list
+    block: np.ndarray  # block of each visit in the order of the walk, int [visits]
+    first: np.ndarray  # no earlier row visited this block, bool [visits]
+    tiles: np.ndarray | None  # numbers of cut and of whole tiles of each visit to a block with listed tiles, [n 2]
+    words: int  # length of a row's list
 
     @property
     def rows(self) -> int:
@@ -76,14 +76,14 @@ class _Lists:
 
     @property
     def blocks(self) -> int:
-        """Visits of all rows."""
+        """The number of visits of all rows."""
         return int(self.visits.sum())
 
     def events(self, group: int) -> dict[str, list[int]]:
-        """Of each class, how often `group` heads that walk over each row in turn do what depends on the visit before.
+        """Counts, for each class, the visits that do something more; `group` heads walk over each row in turn.
 
-        Returns: "sent": visits whose block is not on its way, "first": that begin a block's sum, "ahead": that send for
-        the next one's sum, "read": that send for their own, which was not on its way.
+        "sent" visits fetch their own block, which was not prefetched. "first" ones begin a block's sum. "ahead" ones
+        prefetch the next visit's sum, and "read" ones fetch their own, which was not prefetched.
         """
         rows, classes = self.visits.shape
         row = np.repeat(np.arange(rows), self.visits.sum(1))
@@ -91,15 +91,15 @@ class _Lists:
         order = np.concatenate([np.tile(np.flatnonzero(row == i), group) for i in range(rows)])
         head = np.concatenate([np.repeat(np.arange(group), counts.sum()) for counts in self.visits])
         row, kind, block, first = row[order], kind[order], self.block[order], self.first[order]
-        follows = np.diff(row, prepend=-2) <= 1  # its block is on its way: the row before has visits
+        follows = np.diff(row, prepend=-2) <= 1  # its block was prefetched: the row before has visits
         same = (np.diff(block, prepend=-1) == 0) & (np.diff(head, prepend=0) == 0)
-        ready = follows & ~first & ~same  # its sum is on its way
+        ready = follows & ~first & ~same  # its sum was prefetched
         found = {"sent": ~follows, "first": first, "ahead": np.append(ready[1:], False), "read": ~first & ~ready}
         return {name: np.bincount(kind[held], minlength=classes).tolist() for name, held in found.items()}
 
 
 def _lists(shape: Shape, tuning: Blocks, by_key: bool) -> _Lists:
-    """The lists of one head, whose rows are blocks of queries or, `by_key`, of keys."""
+    """Returns the lists of one head, whose rows are blocks of queries or, `by_key`, of keys."""
     own = 0 if by_key else 1  # whether the row's logits are bounded
     with jax.default_device(jax.devices("cpu")[0]):
         positions, ids = jnp.arange(shape.T, dtype=jnp.int32)[None], _ids(shape)
@@ -126,11 +126,11 @@ def _lists(shape: Shape, tuning: Blocks, by_key: bool) -> _Lists:
     return _Lists(visits, order & blocks.INDEX, order > blocks.INDEX, tiles, table.shape[1])
 
 
-# ---- what the kernels do
+# ---- declarations
 
 
 def _groups(found: _Lists, tiles: int, heads: int) -> list[tuple[str, int]]:
-    """What the bodies of a block's listed tiles are, in the order of the source, and how often each runs."""
+    """Returns the bodies of a block's listed tiles in source order, and how often each runs."""
     bodies = []
     for kind, count in zip(("cut", "whole"), found.tiles.T):
         runs = {n: (count % blocks.GROUP == n).sum() for n in range(1, min(blocks.GROUP, tiles + 1))}
@@ -193,7 +193,7 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
     number = INT32 * bool(shape.documents)
     query = row(shape.D) + row(shape.values) + 2 * F32 + number  # q, do, lse, delta, segment id
     key = 2 * (row(shape.D) + row(shape.values)) + number  # k, v, dk, dv
-    dq = shape.D * F32  # stands transposed, so that no register is filled up
+    dq = shape.D * F32  # transposed, so that nothing is padded
     visits = found.blocks * (query + dq) + (~found.first).sum() * dq
     per_group = found.rows * (shape.bS * key + found.words * INT32)
     return (
@@ -201,7 +201,7 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
             "longattn_attention_backward", shape.key_heads * found.rows,
             (*cut, whole),
             flops(shape, "DVVDD"), float(shape.H * shape.bT * visits + shape.key_heads * per_group),
-            after_bytes=float(shape.H * shape.T * dq), lists=True,  # XLA scales and turns dq; as for shares, its reads
+            after_bytes=float(shape.H * shape.T * dq), lists=True,  # XLA scales and transposes dq: its reads count
         ),
     )  # fmt: skip
 
@@ -210,7 +210,7 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
 
 
 def _forward_blocks(shape: Shape) -> list[Shape]:
-    """The most promising first: programs of this length take a minute to compile."""
+    """Returns the most promising sizes first: programs of this length take a minute to compile."""
     wide = [((2048, 1024), (512, 256)), ((2048, 1024), (256, 256)), ((2048, 1024), (128, 128))]
     if shape.documents:
         found = [((2048, 1024), (512, 512)), ((2048, 1024), (512, 256)), ((2048, 1024), (256, 256))]
@@ -227,14 +227,14 @@ def _forward_blocks(shape: Shape) -> list[Shape]:
 
 
 def _backward_blocks(shape: Shape) -> list[Shape]:
-    """The most promising first."""
+    """Returns the most promising sizes first."""
     first = [(1024, 1024), (512, 1024)] if shape.documents or isinstance(shape.mask, Window) else [(2048, 1024)]
     pairs = dict.fromkeys([*first, (1024, 1024), (2048, 1024), (1024, 2048), (512, 512)])
     return [s for pair in pairs for s in _sized(shape, pair, (256, 256))]
 
 
 def _sized(shape: Shape, block: tuple[int, int], tile: tuple[int, int]) -> list[Shape]:
-    """`shape` with these (queries, keys) of a block and of a product, if they divide it."""
+    """Returns `shape` with these (queries, keys) of a block and of a product, if they divide it."""
     (bT, bS), (bR, bC) = block, tile
     return sizes(shape, (bT,), (bS,), (bC,), bR)
 

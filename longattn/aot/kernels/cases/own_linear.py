@@ -1,7 +1,7 @@
-"""This library's linear-attention kernels for TPUs (`longattn.ops.linear.pallas_tpu`), of each kind.
+"""Our linear-attention kernels for TPUs (`longattn.ops.linear.pallas_tpu`), of each kind.
 
-A shape's `kind` names the decay and whether there is a delta rule; of its blocks, bC is the tokens of a chunk and bR
-the heads of a program, and the others are not read. Nothing is masked: a document's begin costs as any token does.
+A shape's `kind` names the decay, and whether there is a delta rule. bC is the tokens of a chunk and bR the heads of a
+program; other block sizes are ignored. Nothing is masked: a document's first token costs as much as any other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from longattn.aot.kernels.cases.kernel import F32, Branch, Case, Kernel, row
 from longattn.aot.kernels.cases.shape import Shape
 from longattn.ops.linear import linear_attention
 from longattn.ops.linear.pallas_tpu import Tuning
-from longattn.ops.linear.pallas_tpu.tuning import HEADS, choose
+from longattn.ops.linear.pallas_tpu.tuning import HEADS, Problem, choose
 
 _BF16 = 2  # bytes
 
@@ -61,7 +61,7 @@ def _attend(shape: Shape) -> Callable[..., Any]:
 
 
 def _gradients(shape: Shape) -> Callable[..., Any]:
-    """Of all inputs, from the cotangents of both results."""
+    """Returns the gradients of all inputs from the cotangents of both results."""
     n = len(_inputs(shape))
     return lambda *arrays: jax.vjp(_attend(shape), *arrays[:n])[1](tuple(arrays[n:]))
 
@@ -74,12 +74,11 @@ def _cotangents(shape: Shape) -> list[jax.ShapeDtypeStruct]:
 
 
 def _kernel(shape: Shape, backward: bool) -> tuple[Kernel, ...]:
-    heads = shape.key_heads, shape.key_heads, shape.H
-    chunk, span, block_h, _ = choose(
-        _tuning(shape), 1, shape.H, heads, shape.T, shape.D, shape.values, _BF16, _decay(shape), _delta(shape)
-    )
-    groups, spans = shape.H // block_h, -(-shape.T // (chunk * span))
-    number = row(chunk) // _BF16 * F32 / chunk  # of a token; chunks are filled up to whole registers
+    heads, kind = (shape.H, shape.key_heads, shape.key_heads, shape.H), (_decay(shape), _delta(shape))
+    problem = Problem(1, *heads, shape.T, shape.D, shape.values, *kind, jnp.dtype(jnp.bfloat16))
+    chunk, span, block_H, _ = choose(problem, _tuning(shape))
+    groups, spans = shape.H // block_H, -(-shape.T // (chunk * span))
+    number = row(chunk) // _BF16 * F32 / chunk  # bytes per token; chunks are padded to whole registers
     decay = {"none": 0, "scalar": number, "vector": row(shape.D) // _BF16 * F32}[_decay(shape)]
     own = shape.H * (decay + number * _delta(shape))  # log_decay and beta
     tokens = 2 * shape.key_heads * row(shape.D) + shape.H * row(shape.values)
@@ -87,9 +86,9 @@ def _kernel(shape: Shape, backward: bool) -> tuple[Kernel, ...]:
     states = shape.H * shape.D * row(shape.values) // _BF16 * F32
     ids = bool(shape.documents) * number * groups
     token = ids + (2 * (tokens + own) + out if backward else tokens + own + out)
-    per_token = 4 + 2 * _delta(shape)  # of D V: what the recurrence reads out of the state and writes into it
+    per_token = 4 + 2 * _delta(shape)  # FLOPs per element of the state: the recurrence reads and updates it
     steps = groups * spans
-    again = span if _delta(shape) else span - 1  # chunks of a span of which the backward kernel computes states again
+    again = span if _delta(shape) else span - 1  # chunks of a span whose states the backward kernel recomputes
     bodies = [Branch("states", steps * again)] if backward and again else []
     bodies.append(Branch("gradients of a chunk" if backward else "chunk", steps * span))
     return (
@@ -105,7 +104,7 @@ def _kernel(shape: Shape, backward: bool) -> tuple[Kernel, ...]:
 
 
 def _blocks(shape: Shape) -> list[Shape]:
-    """Chunks and heads worth trying."""
+    """Returns chunks and heads worth trying."""
     return [
         replace(shape, bC=chunk, bR=heads)
         for chunk in (128, 64, 256)

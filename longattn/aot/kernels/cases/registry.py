@@ -1,4 +1,4 @@
-"""The kernels by name."""
+"""The table of kernels by name."""
 
 from longattn.aot.kernels.cases import (
     flywheel,

@@ -1,4 +1,4 @@
-"""What a case is built for: lengths, heads, mask, packed documents, block sizes."""
+"""The shape that a case is built for: lengths, heads, mask, packed documents, block sizes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ KINDS = tuple(f"{decay}{delta}" for decay in ("none", "scalar", "vector") for de
 
 @dataclass(frozen=True)
 class Shape:
-    """What a case is built for. Everything is bfloat16; queries and keys have equal lengths."""
+    """The shape of a case. Everything is bfloat16; queries and keys have equal lengths."""
 
-    T: int = 8192  # queries, and keys; `matmul`: the edge of its square matrices
-    H: int = 8  # heads (like all that follows but blocks, not read by `matmul`)
+    T: int = 8192  # queries and keys; `matmul`: the edge of its square matrices
+    H: int = 8  # query heads (`matmul` ignores this and all but the block sizes below)
     K: int | None = None  # key/value heads; None: H
     D: int = 128  # head size of queries and keys
     V: int | None = None  # head size of values; None: D
@@ -29,8 +29,8 @@ class Shape:
     bT: int = 1024  # block of queries; `matmul`: of rows and of columns
     bS: int = 1024  # block of keys; `matmul`: of the summed dimension
     bC: int | None = None  # keys of one product within a block; None: bS
-    bR: int | None = None  # queries of one product within a block; None: bT (read by kernels that split queries too)
-    kind: str = "scalar"  # of linear attention: its decay, and "delta" for the delta rule, such as "vector_delta"
+    bR: int | None = None  # queries of one product within a block, for kernels that split queries; None: bT
+    kind: str = "scalar"  # of linear attention: its decay, with "_delta" for the delta rule, such as "vector_delta"
 
     def __post_init__(self) -> None:
         for name in ("T", "H", "K", "D", "V", "bT", "bS", "bC", "bR"):
@@ -54,7 +54,7 @@ class Shape:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Shape:
-        """The inverse of `as_json`."""
+        """Inverts `as_json`."""
         return cls(**{**values, "mask": parse(values["mask"])})
 
     @property
@@ -63,43 +63,43 @@ class Shape:
 
     @property
     def values(self) -> int:
-        """Head size of values."""
+        """The head size of values."""
         return self.D if self.V is None else self.V
 
     @property
     def compute(self) -> int:
-        """Keys of one product."""
+        """The number of keys of one product."""
         return self.bS if self.bC is None else self.bC
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """(Jq, Jk), blocks of queries and of keys."""
+        """The numbers of blocks of queries and of keys, (Jq, Jk)."""
         return self.T // self.bT, self.T // self.bS
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each document; () without segment ids. Every way to cut the sequence is equally likely."""
+        """The tokens of each document, from uniformly random cuts; () without segment ids."""
         if not self.documents:
             return ()
         cuts = np.random.default_rng(0).choice(self.T - 1, self.documents - 1, replace=False) + 1
         return tuple(np.diff([0, *np.sort(cuts), self.T]).tolist())
 
     def segment_ids(self) -> np.ndarray:
-        """int32 [T]: each token's document."""
+        """Returns each token's document, int32 [T]."""
         return np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths)
 
     def kinds(self) -> np.ndarray:
-        """int8 [Jq Jk]: EMPTY, PARTIAL or FULL by the mask alone, whatever the documents."""
+        """Returns EMPTY, PARTIAL or FULL of each block by the mask, ignoring documents, int8 [Jq Jk]."""
         (Jq, Jk), T, S = self.blocks, self.bT, self.bS
         q, k = np.arange(Jq, dtype=np.int32)[:, None] * T, np.arange(Jk, dtype=np.int32)[None] * S
         return np.asarray(self.mask.kind(q, q + T - 1, k, k + S - 1))
 
     def visible(self) -> np.ndarray:
-        """bool [Jq Jk]: the blocks that hold a pair which the mask shows, whatever the documents."""
+        """Returns the blocks with a visible pair by the mask, ignoring documents, bool [Jq Jk]."""
         return self.kinds() != EMPTY
 
     def share_a_document(self) -> np.ndarray:
-        """bool [Jq Jk]: the blocks of which a query and a key lie in one document. All, without segment ids."""
+        """Returns the blocks with a query and a key of one document, bool [Jq Jk]; all blocks without segment ids."""
         if not self.documents:
             return np.ones(self.blocks, bool)
         ids = self.segment_ids()  # they rise along the sequence
@@ -107,7 +107,7 @@ class Shape:
         return (q[:, :1] <= k[:, -1]) & (k[:, 0] <= q[:, -1:])
 
     def pairs(self) -> float:
-        """Visible (query, key) pairs of one head."""
+        """Returns the visible pairs of one head."""
         if self.documents and not isinstance(self.mask, Causal | Full | Window):
             raise NotImplementedError(f"documents are counted under masks of q - k only, mask is {self.mask}")
         return float(visible_pairs(self.mask, self.T, documents=self.lengths or None))

@@ -1,8 +1,8 @@
 """tokamax's `splash_attention` for TPUs (tokamax._src.ops.experimental), forward and fused backward.
 
-Its forward grid holds the visible blocks alone, its backward grid all of them; segment ids take out of either what they
-hide, at run time. Blocks that the mask does not cut are computed without it. Of its settings those are taken that were
-cheapest where they were compared: its own scheduler of instructions, and in the forward pass keys [K D T].
+Its forward grid has the visible blocks, its backward grid all blocks; at run time, segment ids remove more. Blocks that
+the mask does not cut are computed without it. The settings are the cheapest of those compared: its own instruction
+scheduler, and keys [K D T] in the forward pass.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def _attend(shape: Shape, backward: bool = False) -> Callable[..., Any]:
 
 
 def _run(shape: Shape) -> tuple[np.ndarray, tuple[Branch, ...]]:
-    """bool [Jq Jk], the blocks that are computed, and the branches that compute them."""
+    """Returns the blocks that are computed, bool [Jq Jk], and the branches that compute them."""
     run = shape.visible() & shape.share_a_document()
     whole = int((run & (shape.kinds() == FULL)).sum()) * shape.H
     cut = int(run.sum()) * shape.H - whole
-    if shape.mask == Full() and not shape.documents:  # no block is looked up, the source's other branch is never taken
+    if shape.mask == Full() and not shape.documents:  # the mask is never looked up
         return run, ()
     return run, (Branch("whole block", whole), Branch("block that the mask cuts", cut))
 
@@ -77,7 +77,7 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
     (Jq, Jk), n = shape.blocks, int(run.sum()) * shape.H
     token, statistic = row(shape.D) + row(shape.values), SUBLANES * F32
     dq = shape.bT * row(shape.D)  # in bfloat16
-    if not shape.documents:  # a share of dq leaves at every step, to be summed by XLA: in float32 where there are many
+    if not shape.documents:  # each step writes a partial dq for XLA to sum, in float32 if there are many
         rows, steps = Jk * shape.key_heads, Jk * Jq * shape.H
         every_step = steps * dq * (2 if Jk > 4 else 1)
         order = "khq"

@@ -1,16 +1,16 @@
-"""The backward kernel: dq, dk and dv in one walk over the visible blocks, in tiles S^T that stand transposed.
+"""The backward kernel: dq, dk and dv in one pass over the visible blocks, in transposed tiles S^T.
 
     S = q k^T;  P = 2^(c (S - lse));  dP = do v^T;  dS = P (dP - delta);  delta = rowsum(do out) - dlse
     dv = P^T do;  dk = scale dS^T q;  dq = scale dS k
 
-Algorithm 2 of arXiv:2307.08691 in its loop order (keys outside). Of a tile, the gradients come as dv^T = do^T P,
-dk^T = q^T dS and dq^T = k^T dS^T, whose stationary operand is the tile: on matrix units of 256 x 256 each takes half
-the cycles at D = V = 128. In the program's order the products of one tile stand between the outputs of the tile before
-and its own softmax, which the compiler needs to keep the units busy.
+Algorithm 2 of arXiv:2307.08691 in its loop order (keys outside). A tile gives dv^T = do^T P, dk^T = q^T dS and
+dq^T = k^T dS^T. The tile is the stationary operand of each: on matrix units of 256 x 256 a product then takes half the
+cycles at D = V = 128. The program computes a tile's products between the outputs of the tile before and its own
+softmax; the compiler needs that order to keep the units busy.
 
-dk and dv of a row stay in fast memory. dq is summed in device memory, float32 [D T], read and written back at each
-visit, in the order of the walk: one order, so the sum is the same bit for bit every time. The copies overlap the
-computation. `_Sums` keeps them apart where a block of queries returns before its last write has landed.
+dk and dv of a row stay in fast memory. dq is summed in device memory, float32 [D T]: each visit of a block reads its
+sum and writes it back. Visits have a fixed order, so the sum is bitwise reproducible. The copies overlap computation.
+`_Sums` makes them wait where a block of queries is visited again before its last write has landed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from longattn.ops.attention.pallas_tpu import blocks, tiles
 from longattn.ops.attention.pallas_tpu.call import LOG2E, Call
 from longattn.ops.attention.pallas_tpu.fetch import RING, Fetch, after, before
 
-NO_KEY = 1e30  # stands for the lse of a query that sees no key, for which P is 0
-_SLOT, _FETCHED, _READING, _LAST, _WRITING = range(5)  # of the state; from _WRITING on one flag per buffer
+NO_KEY = 1e30  # stands for the lse of a query that sees no key: P is 0
+_SLOT, _FETCHED, _READING, _LAST, _WRITING = range(5)  # words of `_Refs.state`; from _WRITING on one flag per buffer
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """The blocks of dq that are on their way. At most one copy into, and one out of, each buffer of the ring."""
+    """The copies of blocks of dq: at most one into, and one out of, each buffer of the ring."""
 
     hbm: Any  # [B H D T] float32
     ring: Any  # [RING D block]
@@ -58,188 +58,310 @@ class _Sums:
         self.state[_WRITING + slot] = 1
 
     def settle(self, slot: Array) -> None:
-        """Waits until what was written from this buffer has landed."""
+        """Waits until the write from this buffer has landed."""
 
         @pl.when(self.state[_WRITING + slot] == 1)
         def _wait() -> None:
-            zero = jnp.int32(0)  # all blocks are of one size, which is all that a wait reads
+            zero = jnp.int32(0)  # a wait reads only the size of a copy, and all blocks have one size
             pltpu.make_async_copy(self.ring.at[slot], self._at((zero, zero, zero)), self.semaphores.at[1, slot]).wait()
             self.state[_WRITING + slot] = 0
 
 
+@dataclass(frozen=True)
+class _Refs:
+    """The kernel's references, by name."""
+
+    walk: Any  # SMEM [1|group W]: this row's list, one for all heads of the group or one for each
+    k: Any  # [block_k D]
+    v: Any  # [block_k V]
+    q: Any  # in device memory [B H T D]
+    do: Any
+    stats: Any  # lse and delta
+    dq: Any  # in device memory [B H D T] float32: sums
+    dk: Any  # [block_k D]
+    dv: Any
+    q_ring: Any  # [RING block_q D]: blocks of queries
+    do_ring: Any
+    stats_ring: Any
+    number_ring: Any  # their positions and segments
+    bias_ring: Any
+    dq_ring: Any
+    dk_acc: Any  # [D block_k]
+    dv_acc: Any
+    state: Any  # SMEM int32: what outlives a visit
+    semaphores: Any
+    dq_semaphores: Any
+    k_numbers: Any = None  # positions and segments of the keys
+    q_numbers: Any = None
+    bias: Any = None
+
+
 class _Tile(NamedTuple):
-    """Where a tile stands in its block."""
+    """The place of a tile in its block."""
 
     strip: Any
     queries: Any  # pl.Slice
     keys: Any
     masked: bool
-    sparse: Any  # what a BlockSparse says of it
+    sparse: Any  # whether a BlockSparse shows it
 
 
-def _kernel(n: Call, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any, stats_hbm: Any, *rest: Any) -> None:
-    refs = list(rest)
-    k_numbers, q_numbers = (refs.pop(0), refs.pop(0)) if n.numbers else (None, None)
-    bias_hbm = refs.pop(0) if n.bias else None
-    dq_hbm, dk_ref, dv_ref, *refs = refs
-    q_ring, do_ring, stats_ring, number_ring, bias_ring, dq_ring, dk_acc, dv_acc, state, sems, dq_sems = refs
-    head, row = pl.program_id(0), pl.program_id(1)
-    b, kv, group = head // n.K, head % n.K, n.H // n.K
-    c, tq, tk = n.unit * LOG2E, n.tile_q, n.tile_k
-    precision = lax.Precision.HIGHEST if k_ref.dtype == jnp.float32 else None
-    strips, parts = n.block_q // tq, n.block_k // tk
-    bodies = blocks.bodies(n.patterns, strips, parts)
+@dataclass(frozen=True)
+class _Row:
+    """One row of blocks of keys of one key/value head: its place, its lists and its copies."""
 
-    def list_of(h: Array | int) -> blocks.Row:
-        if walk.shape[0] == 1:
-            return first_list  # it serves all heads of the group
-        return blocks.Row(lambda i: walk[h, i], len(bodies), n.mask_numbers, n.rows_q, strips * parts)
+    n: Call
+    refs: _Refs
+    b: Array
+    kv: Array
+    row: Array
+    bodies: list[blocks.Pattern | None]
+    first_list: blocks.Row  # of the group's first head
+    sums: _Sums
 
-    first_list = blocks.Row(lambda i: walk[0, i], len(bodies), n.mask_numbers, n.rows_q, strips * parts)
-    sums = _Sums(dq_hbm, dq_ring, state, dq_sems)
+    @property
+    def group(self) -> int:
+        """Query heads that read this key/value head."""
+        return self.n.H // self.n.K
 
-    def fetch(h: Array, row: Array = row) -> Fetch:
-        """Of query head h of this key head's group, as this row of keys, or the next one, meets it."""
-        h = kv * group + h
-        rows = [(q_hbm.at[b, h], q_ring), (do_hbm.at[b, h], do_ring)]
-        lanes = [(stats_hbm.at[b, h], stats_ring)] + ([(q_numbers.at[b], number_ring)] if n.numbers else [])
-        block_of = lambda i: tiles.bias_block(n, bias_hbm, b, h, i, row)
-        return Fetch(q_hbm.shape[2], n.block_q, rows, lanes, sems, [(block_of, bias_ring)] if n.bias else [])
+    @property
+    def strips(self) -> int:
+        """Tiles of queries in a block."""
+        return self.n.block_q // self.n.tile_q
 
-    # ---- one block
+    @property
+    def parts(self) -> int:
+        """Tiles of keys in a block."""
+        return self.n.block_k // self.n.tile_k
 
-    def block(pattern: blocks.Pattern | None, slot: Array, i: Array, groups: Any) -> None:
-        q, do, stats, dq = q_ring.at[slot], do_ring.at[slot], stats_ring.at[slot], dq_ring.at[slot]
+    @property
+    def precision(self) -> Any:
+        return lax.Precision.HIGHEST if self.refs.k.dtype == jnp.float32 else None
 
-        def products(tile: _Tile) -> tuple[Array, Array]:
-            return (
-                tiles.dot(k_ref[tile.keys], q[tile.queries], "NT", precision),
-                tiles.dot(v_ref[tile.keys], do[tile.queries], "NT", precision),
-            )
+    def head(self, h: Array) -> Array:
+        """Returns the query head that is head h of the group."""
+        return self.kv * self.group + h
 
-        def softmax(tile: _Tile, s: Array, dp: Array) -> tuple[Array, Array]:
-            slope = None
-            if n.softcap is not None:
-                s = jnp.tanh(s * (n.scale / n.softcap))
-                slope = 1 - s * s
-            if n.bias:
-                s = s + tiles.bias(n, bias_ring, slot, tile.strip, tile.keys.start)
-            p = jnp.exp2(c * (s - stats[:1, tile.queries]))
-            ds = p * (dp - stats[1:2, tile.queries])
-            if slope is not None:
-                ds = ds * slope
-            if tile.masked:
-                visible = tiles.visible(
-                    n.shows(first_list.own, tile.sparse), n.numbers,
-                    number_ring.at[slot] if n.numbers else None, k_numbers,
-                    i * n.block_q + tile.queries.start, row * n.block_k + tile.keys.start, tile.queries.start,
-                    tile.keys.start, tq, tk, n.S if n.S % n.block_k else None,
-                )  # fmt: skip
-                p, ds = jnp.where(visible, p, 0.0), jnp.where(visible, ds, 0.0)
-            return p.astype(q.dtype), ds.astype(q.dtype)
+    def list_of(self, h: Array | int) -> blocks.Row:
+        """Returns the list of head h of the group."""
+        walk = self.refs.walk
+        return self.first_list if walk.shape[0] == 1 else _list(self.n, walk, h, self.bodies)
 
-        def outputs(tile: _Tile, p: Array, ds: Array) -> None:
-            k = k_ref[tile.keys]
-            if n.S % n.block_k and tile.masked:  # beyond the keys there may be NaN
-                index = row * n.block_k + tile.keys.start + lax.broadcasted_iota(jnp.int32, k.shape, 0)
-                k = jnp.where(index < n.S, k, jnp.zeros_like(k))
-            dv_acc[:, tile.keys] += tiles.dot(do[tile.queries], p, "TT", precision)
-            dk_acc[:, tile.keys] += tiles.dot(q[tile.queries], ds, "TT", precision)
-            dq[:, tile.queries] += tiles.dot(k, ds, "TN", precision)
+    def fetch(self, h: Array, row: Array) -> Fetch:
+        """Returns the copies of one block of queries of head h, for this row of keys or the next one."""
+        n, refs, b, head = self.n, self.refs, self.b, self.head(h)
+        rows = [(refs.q.at[b, head], refs.q_ring), (refs.do.at[b, head], refs.do_ring)]
+        lanes = [(refs.stats.at[b, head], refs.stats_ring)]
+        lanes += [(refs.q_numbers.at[b], refs.number_ring)] if n.numbers else []
+        bias_of = lambda i: tiles.bias_block(n, refs.bias, b, head, i, row)
+        others = [(bias_of, refs.bias_ring)] if n.bias else []
+        return Fetch(refs.q.shape[2], n.block_q, rows, lanes, refs.semaphores, others)
 
-        def several(used: list[_Tile]) -> None:
-            now, last = products(used[0]), None
-            for t, tile in enumerate(used):
-                following = products(used[t + 1]) if t + 1 < len(used) else None
-                if last is not None:
-                    outputs(used[t - 1], *last)
-                last, now = softmax(tile, *now), following
-            outputs(used[-1], *last)
 
-        def at(strip: Array | int, part: Array | int, masked: bool, sparse: Array | None = None) -> _Tile:
-            return _Tile(
-                strip, pl.ds(tiles.multiple(strip, tq), tq), pl.ds(tiles.multiple(part, tk), tk), masked, sparse
-            )
+def _list(n: Call, walk: Any, h: Array | int, bodies: list[blocks.Pattern | None]) -> blocks.Row:
+    tiles_of_block = n.block_q // n.tile_q * (n.block_k // n.tile_k)
+    return blocks.Row(lambda i: walk[h, i], len(bodies), n.mask_numbers, n.rows_q, tiles_of_block)
 
+
+# ---- one block of queries
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of queries that has arrived, and what is computed of its tiles."""
+
+    x: _Row
+    slot: Array
+    i: Array  # index of the block
+    q: Any
+    do: Any
+    stats: Any
+    dq: Any
+
+    def products(self, tile: _Tile) -> tuple[Array, Array]:
+        """Returns S^T and dP^T [tile_k tile_q]."""
+        refs, precision = self.x.refs, self.x.precision
+        return (
+            tiles.dot(refs.k[tile.keys], self.q[tile.queries], "NT", precision),
+            tiles.dot(refs.v[tile.keys], self.do[tile.queries], "NT", precision),
+        )
+
+    def softmax(self, tile: _Tile, s: Array, dp: Array) -> tuple[Array, Array]:
+        """Returns P and dS, rounded to the operands' dtype."""
+        n, refs = self.x.n, self.x.refs
+        slope = None
+        if n.softcap is not None:
+            s = jnp.tanh(s * (n.scale / n.softcap))
+            slope = 1 - s * s
+        if n.bias:
+            s = s + tiles.bias(n, refs.bias_ring, self.slot, tile.strip, tile.keys.start)
+        p = jnp.exp2(n.unit * LOG2E * (s - self.stats[:1, tile.queries]))
+        ds = p * (dp - self.stats[1:2, tile.queries])
+        if slope is not None:
+            ds = ds * slope
+        if tile.masked:
+            visible = self.visible(tile)
+            p, ds = jnp.where(visible, p, 0.0), jnp.where(visible, ds, 0.0)
+        return p.astype(self.q.dtype), ds.astype(self.q.dtype)
+
+    def visible(self, tile: _Tile) -> Array:
+        """Returns the visible pairs of a tile."""
+        x, n, queries, keys = self.x, self.x.n, tile.queries, tile.keys
+        return tiles.visible(
+            n.mask_of(x.first_list.own, tile.sparse), n.numbers,
+            x.refs.number_ring.at[self.slot] if n.numbers else None, x.refs.k_numbers,
+            self.i * n.block_q + queries.start, x.row * n.block_k + keys.start, queries.start, keys.start,
+            n.tile_q, n.tile_k, n.S if n.S % n.block_k else None,
+        )  # fmt: skip
+
+    def outputs(self, tile: _Tile, p: Array, ds: Array) -> None:
+        """Adds a tile's share to dv, dk and dq."""
+        x, n, refs = self.x, self.x.n, self.x.refs
+        k = refs.k[tile.keys]
+        if n.S % n.block_k and tile.masked:  # there may be NaN beyond the keys
+            index = x.row * n.block_k + tile.keys.start + lax.broadcasted_iota(jnp.int32, k.shape, 0)
+            k = jnp.where(index < n.S, k, jnp.zeros_like(k))
+        refs.dv_acc[:, tile.keys] += tiles.dot(self.do[tile.queries], p, "TT", x.precision)
+        refs.dk_acc[:, tile.keys] += tiles.dot(self.q[tile.queries], ds, "TT", x.precision)
+        self.dq[:, tile.queries] += tiles.dot(k, ds, "TN", x.precision)
+
+    def several(self, used: list[_Tile]) -> None:
+        """Computes tiles, with one tile's products between the outputs of the tile before and its own softmax."""
+        now, last = self.products(used[0]), None
+        for t, tile in enumerate(used):
+            following = self.products(used[t + 1]) if t + 1 < len(used) else None
+            if last is not None:
+                self.outputs(used[t - 1], *last)
+            last, now = self.softmax(tile, *now), following
+        self.outputs(used[-1], *last)
+
+    def tile(self, strip: Array | int, part: Array | int, masked: bool, sparse: Array | None = None) -> _Tile:
+        tq, tk = self.x.n.tile_q, self.x.n.tile_k
+        return _Tile(strip, pl.ds(tiles.multiple(strip, tq), tq), pl.ds(tiles.multiple(part, tk), tk), masked, sparse)
+
+    def compute(self, pattern: blocks.Pattern | None, groups: Any) -> None:
+        """Computes the tiles that show a pair, as the pattern or, without one, the list's groups of tiles say."""
+        strips, parts = self.x.strips, self.x.parts
         if pattern is None:
-            group = lambda found, masked: several([at(t % strips, t // strips, masked, sparse) for t, sparse in found])
+            group = lambda found, masked: self.several(
+                [self.tile(t % strips, t // strips, masked, sparse) for t, sparse in found]
+            )
             tiles.by_groups(groups, strips * parts, group)
         else:
             places = itertools.product(range(strips), range(parts))
             kinds = [(strip, part, pattern[strip][part]) for strip, part in places]
-            several([at(strip, part, kind == PARTIAL) for strip, part, kind in kinds if kind != EMPTY])
+            self.several([self.tile(strip, part, kind == PARTIAL) for strip, part, kind in kinds if kind != EMPTY])
 
-    # ---- one visit: a block of queries of one head of the group
 
-    def visit(pattern: blocks.Pattern | None, h: Array, step: Array, _: Any) -> None:
-        slot, listed = state[_SLOT], list_of(h)
-        entry = listed.block(step)
-        i, first = entry & blocks.INDEX, entry > blocks.INDEX
-        here = (b, kv * group + h, i)
-        more, other = step + 1 < listed.seen, h + 1 < group
-        after_list = first_list.following
-        if group > 1:  # the next head's list, which may be empty if it is not this one
-            of_other = list_of(jnp.where(other, h + 1, 0))
-            begins = of_other.block(0) if of_other is listed else jnp.where(of_other.seen > 0, of_other.block(0), -1)
-            after_list = jnp.where(other, begins, after_list)
-        next_entry = jnp.where(more, listed.block(step + 1), after_list)
-        next_h, next_i = jnp.where(more, h, jnp.where(other, h + 1, 0)), next_entry & blocks.INDEX
-        reading, next_reading = state[_READING], (next_entry >= 0) & (next_entry <= blocks.INDEX)
+# ---- one visit: a block of queries of one head of the group
 
-        @pl.when(state[_FETCHED] == 0)
-        def _fetch() -> None:
-            fetch(h).start(i, slot)
 
-        sums.settle(after(slot))
+class _Next(NamedTuple):
+    """The visit after this one."""
 
-        # The next block's sum can be read once it is written: not yet if that is this block or waits in the ring.
-        same = (next_h == h) & (next_i == i)
-        pl.when(next_reading & (next_h * n.rows_q + next_i == state[_LAST]))(lambda: sums.settle(before(slot)))
+    exists: Array
+    h: Array
+    i: Array
+    row: Array
+    reads: Array  # whether its block of dq holds a sum that must be read
 
-        @pl.when(next_entry >= 0)
-        def _next() -> None:
-            fetch(next_h, jnp.where(more | other, row, row + 1)).start(next_i, after(slot))
 
-        ahead = next_reading & ~same
-        pl.when(ahead)(lambda: sums.read((b, kv * group + next_h, next_i), after(slot)).start())
-        fetch(h).wait(i, slot)
+def _next_visit(x: _Row, h: Array, step: Array, listed: blocks.Row) -> _Next:
+    """Returns the next visit: of this list, of the next head's, or of the next row's."""
+    more, other = step + 1 < listed.seen, h + 1 < x.group
+    after_list = x.first_list.following
+    if x.group > 1:  # the next head's list may be empty, if it is another one
+        of_other = x.list_of(jnp.where(other, h + 1, 0))
+        begins = of_other.block(0) if of_other is listed else jnp.where(of_other.seen > 0, of_other.block(0), -1)
+        after_list = jnp.where(other, begins, after_list)
+    entry = jnp.where(more, listed.block(step + 1), after_list)
+    next_h = jnp.where(more, h, jnp.where(other, h + 1, 0))
+    row = jnp.where(more | other, x.row, x.row + 1)
+    return _Next(entry >= 0, next_h, entry & blocks.INDEX, row, (entry >= 0) & (entry <= blocks.INDEX))
 
-        @pl.when(first)
-        def _zero() -> None:
-            dq_ring[slot] = jnp.zeros(dq_ring.shape[1:], jnp.float32)
 
-        @pl.when(~first)
-        def _arrive() -> None:
-            @pl.when(reading == 0)
-            def _read() -> None:
-                sums.settle(before(slot))
-                sums.read(here, slot).start()
+def _arrive(x: _Row, h: Array, here: tuple[Array, Array, Array], slot: Array, first: Array, then: _Next) -> Array:
+    """Waits for this visit's block and its sum of dq, and sends for the next visit's.
 
-            sums.read(here, slot).wait()
+    Returns whether the next visit's sum is on its way.
+    """
+    state, sums, i = x.refs.state, x.sums, here[2]
+    reading = state[_READING]
 
-        state[_FETCHED], state[_READING] = (next_entry >= 0).astype(jnp.int32), ahead.astype(jnp.int32)
-        state[_LAST], state[_SLOT] = h * n.rows_q + i, after(slot)
-        block(pattern, slot, i, listed.groups(step) if pattern is None else None)
-        sums.write(here, slot)
+    @pl.when(state[_FETCHED] == 0)
+    def _fetch() -> None:
+        x.fetch(h, x.row).start(i, slot)
 
-    # ---- the row
+    sums.settle(after(slot))
+
+    # The next block's sum can be read once it is written: not yet if that is this block or waits in the ring.
+    same = (then.h == h) & (then.i == i)
+    pl.when(then.reads & (then.h * x.n.rows_q + then.i == state[_LAST]))(lambda: sums.settle(before(slot)))
+
+    @pl.when(then.exists)
+    def _next() -> None:
+        x.fetch(then.h, then.row).start(then.i, after(slot))
+
+    ahead = then.reads & ~same
+    pl.when(ahead)(lambda: sums.read((x.b, x.head(then.h), then.i), after(slot)).start())
+    x.fetch(h, x.row).wait(i, slot)
+
+    @pl.when(first)
+    def _zero() -> None:
+        x.refs.dq_ring[slot] = jnp.zeros(x.refs.dq_ring.shape[1:], jnp.float32)
+
+    @pl.when(~first)
+    def _arrive() -> None:
+        @pl.when(reading == 0)
+        def _read() -> None:
+            sums.settle(before(slot))
+            sums.read(here, slot).start()
+
+        sums.read(here, slot).wait()
+
+    return ahead
+
+
+def _visit(x: _Row, pattern: blocks.Pattern | None, h: Array, step: Array, _: Any) -> None:
+    refs, state = x.refs, x.refs.state
+    slot, listed = state[_SLOT], x.list_of(h)
+    entry = listed.block(step)
+    i, first = entry & blocks.INDEX, entry > blocks.INDEX
+    here = x.b, x.head(h), i  # in dq
+    then = _next_visit(x, h, step, listed)
+    ahead = _arrive(x, h, here, slot, first, then)
+    state[_FETCHED], state[_READING] = then.exists.astype(jnp.int32), ahead.astype(jnp.int32)
+    state[_LAST], state[_SLOT] = h * x.n.rows_q + i, after(slot)
+    rings = (ring.at[slot] for ring in (refs.q_ring, refs.do_ring, refs.stats_ring, refs.dq_ring))
+    _Block(x, slot, i, *rings).compute(pattern, listed.groups(step) if pattern is None else None)
+    x.sums.write(here, slot)
+
+
+# ---- the row
+
+
+def _kernel(n: Call, refs: _Refs) -> None:
+    head, row = pl.program_id(0), pl.program_id(1)
+    bodies = blocks.bodies(n.patterns, n.block_q // n.tile_q, n.block_k // n.tile_k)
+    sums = _Sums(refs.dq, refs.dq_ring, refs.state, refs.dq_semaphores)
+    x = _Row(n, refs, head // n.K, head % n.K, row, bodies, _list(n, refs.walk, 0, bodies), sums)
 
     @pl.when(row == 0)
     def _start() -> None:
         for i in range(_WRITING + RING):
-            state[i] = 0
-        state[_LAST] = -1
+            refs.state[i] = 0
+        refs.state[_LAST] = -1
 
-    dk_acc[...] = jnp.zeros_like(dk_acc)
-    dv_acc[...] = jnp.zeros_like(dv_acc)
+    refs.dk_acc[...] = jnp.zeros_like(refs.dk_acc)
+    refs.dv_acc[...] = jnp.zeros_like(refs.dv_acc)
 
     def of_head(h: Array, _: Any) -> None:
         for i, pattern in enumerate(bodies):
-            lax.fori_loop(*list_of(h).steps(i), functools.partial(visit, pattern, h), None)
+            lax.fori_loop(*x.list_of(h).steps(i), functools.partial(_visit, x, pattern, h), None)
 
-    lax.fori_loop(0, group, of_head, None)
-    dk_ref[...] = (dk_acc[...] * n.scale).T.astype(dk_ref.dtype)
-    dv_ref[...] = dv_acc[...].T.astype(dv_ref.dtype)
+    lax.fori_loop(0, x.group, of_head, None)
+    refs.dk[...] = (refs.dk_acc[...] * n.scale).T.astype(refs.dk.dtype)
+    refs.dv[...] = refs.dv_acc[...].T.astype(refs.dv.dtype)
 
     @pl.when(row == pl.num_programs(1) - 1)
     def _land() -> None:
@@ -247,63 +369,79 @@ def _kernel(n: Call, walk: Any, k_ref: Any, v_ref: Any, q_hbm: Any, do_hbm: Any,
             sums.settle(jnp.int32(slot))
 
 
-def backward(
-    n: Call, walk: Array, q: Array, k: Array, v: Array, do: Array, stats: Array, k_numbers: Array | None,
-    q_numbers: Array | None, bias: Array | None,
-) -> tuple[Array, Array, Array]:  # fmt: skip
-    """dq / scale [B H D rows*block_q] in float32, dk [B K S D] and dv [B K S V] in n.out_dtype.
+def _scratch(n: Call, dtype: Any, bias: Array | None) -> dict[str, Any]:
+    """Returns the kernel's own memory, for operands of this dtype."""
+    return {
+        "q_ring": pltpu.VMEM((RING, n.block_q, n.D), dtype),
+        "do_ring": pltpu.VMEM((RING, n.block_q, n.V), dtype),
+        "stats_ring": pltpu.VMEM((RING, 2, n.block_q), jnp.float32),
+        "number_ring": pltpu.VMEM((RING, max(len(n.numbers), 1), n.block_q), jnp.int32),
+        "bias_ring": pltpu.VMEM(*n.bias_ring(RING, bias)),
+        "dq_ring": pltpu.VMEM((RING, n.D, n.block_q), jnp.float32),
+        "dk_acc": pltpu.VMEM((n.D, n.block_k), jnp.float32),
+        "dv_acc": pltpu.VMEM((n.V, n.block_k), jnp.float32),
+        "state": pltpu.SMEM((_WRITING + RING,), jnp.int32),
+        "semaphores": pltpu.SemaphoreType.DMA((5, RING)),
+        "dq_semaphores": pltpu.SemaphoreType.DMA((2, RING)),
+    }
 
-    Blocks of queries that the walk never visits are left as they were found: the caller knows which.
+
+def backward(
+    n: Call, out_dtype: Any, walk: Array, q: Array, k: Array, v: Array, do: Array, stats: Array,
+    k_numbers: Array | None, q_numbers: Array | None, bias: Array | None,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Returns dq / scale [B H D rows*block_q] in float32, dk [B K S D] and dv [B K S V] in out_dtype.
+
+    dq is undefined in blocks of queries that the walk never visits; the caller knows which.
 
     Args:
-      walk: int32 [B|1 H|1 columns W], of `blocks.lists` with keys as rows and first visits marked; its own numbers are
-        the mask's.
+      walk: int32 [B|1 H|1 columns W], from `blocks.lists` with keys as rows and first visits marked; its own numbers
+        are the mask's.
       q, k, v, do: [B H T D], [B K S D], [B K S V], [B H T V].
-      stats: float32 [B H 2 rows*block_q], lse in n.unit (NO_KEY where there is none, and beyond the queries), delta.
-      k_numbers, q_numbers: int32 [B numbers S], [B numbers rows*block_q], where the kernel reads any.
-      bias: [B|1 H|1 rows*block_q|1 columns*block_k], where there is one.
+      stats: float32 [B H 2 rows*block_q], lse in n.unit (NO_KEY where no key is seen and beyond the queries) and delta.
+      k_numbers, q_numbers: int32 [B numbers S], [B numbers rows*block_q], if the kernel reads any.
+      bias: [B|1 H|1 rows*block_q|1 columns*block_k], or None.
     """
-    Bw, Hw, columns, W = walk.shape
-    heads = max(Hw // n.K, 1)  # whose lists a row has
-    T = n.rows_q * n.block_q
+    B, (Bw, Hw, columns, W) = q.shape[0], walk.shape
+    heads = max(Hw // n.K, 1)  # lists per row
     shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # where copies overlap; XLA might put it elsewhere
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # explicit: XLA might place it elsewhere, and copies could not overlap
     by_row = lambda size: pl.BlockSpec((None, None, n.block_k, size), lambda h, j: (h // n.K, h % n.K, j, 0))
-    numbers = [] if k_numbers is None else [k_numbers, q_numbers]
-    number_specs = [pl.BlockSpec((None, len(n.numbers), n.block_k), lambda h, j: (h // n.K, 0, j)), hbm]
-    added, added_specs = ([], []) if bias is None else ([bias], [hbm])
-    walk = walk.reshape(Bw, Hw // heads, heads, columns, W).swapaxes(2, 3)
     walk_spec = pl.BlockSpec(
         (None, None, None, heads, W),
         lambda h, j: (h // n.K if Bw > 1 else 0, h % n.K if Hw > 1 else 0, j, 0, 0),
         memory_space=pltpu.SMEM,
     )
+    inputs = {
+        "walk": (walk_spec, walk.reshape(Bw, Hw // heads, heads, columns, W).swapaxes(2, 3)),
+        "k": (by_row(n.D), k),
+        "v": (by_row(n.V), v),
+        "q": (hbm, q),
+        "do": (hbm, do),
+        "stats": (hbm, stats),
+    }
+    if n.numbers:
+        number_spec = pl.BlockSpec((None, len(n.numbers), n.block_k), lambda h, j: (h // n.K, 0, j))
+        inputs |= {"k_numbers": (number_spec, k_numbers), "q_numbers": (hbm, q_numbers)}
+    if n.bias:
+        inputs["bias"] = hbm, bias
+    outputs = {
+        "dq": (hbm, shape((B, n.H, n.D, n.rows_q * n.block_q), jnp.float32)),
+        "dk": (by_row(n.D), shape((B, n.K, n.S, n.D), out_dtype)),
+        "dv": (by_row(n.V), shape((B, n.K, n.S, n.V), out_dtype)),
+    }
+    scratch = _scratch(n, q.dtype, bias)
+    names = (*inputs, *outputs, *scratch)
     return pl.pallas_call(
-        functools.partial(_kernel, n),
+        lambda *refs: _kernel(n, _Refs(**dict(zip(names, refs, strict=True)))),
         name="longattn_attention_backward",
-        grid=(n.B * n.K, columns),
-        in_specs=[walk_spec, by_row(n.D), by_row(n.V), hbm, hbm, hbm, *(number_specs if numbers else []), *added_specs],
-        out_specs=[hbm, by_row(n.D), by_row(n.V)],
-        out_shape=[
-            shape((n.B, n.H, n.D, T), jnp.float32),
-            shape((n.B, n.K, n.S, n.D), n.out_dtype),
-            shape((n.B, n.K, n.S, n.V), n.out_dtype),
-        ],
-        scratch_shapes=[
-            pltpu.VMEM((RING, n.block_q, n.D), q.dtype),
-            pltpu.VMEM((RING, n.block_q, n.V), do.dtype),
-            pltpu.VMEM((RING, 2, n.block_q), jnp.float32),
-            pltpu.VMEM((RING, max(len(n.numbers), 1), n.block_q), jnp.int32),
-            pltpu.VMEM(*n.bias_ring(RING, bias)),
-            pltpu.VMEM((RING, n.D, n.block_q), jnp.float32),
-            pltpu.VMEM((n.D, n.block_k), jnp.float32),
-            pltpu.VMEM((n.V, n.block_k), jnp.float32),
-            pltpu.SMEM((_WRITING + RING,), jnp.int32),
-            pltpu.SemaphoreType.DMA((5, RING)),
-            pltpu.SemaphoreType.DMA((2, RING)),
-        ],
+        grid=(B * n.K, columns),
+        in_specs=[spec for spec, _ in inputs.values()],
+        out_specs=[spec for spec, _ in outputs.values()],
+        out_shape=[x for _, x in outputs.values()],
+        scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=n.vmem_bytes
         ),
-        cost_estimate=n.cost(5, q.dtype.itemsize),
-    )(walk, k, v, q, do, stats, *numbers, *added)
+        cost_estimate=n.cost(B, 5, q.dtype.itemsize),
+    )(*(x for _, x in inputs.values()))

@@ -1,21 +1,22 @@
 """Which blocks a kernel visits: lists made at run time from the mask's interval kinds and the segments' bounds.
 
-A kernel walks over rows: blocks of queries in the forward pass, of keys in the backward pass. For each row there is a
-list of the blocks on the other side that hold a visible pair, those that need a mask first. It is int32 [B|1 H|1 J W]:
+A kernel iterates over rows: blocks of queries in the forward pass, of keys in the backward pass. Each row has a list of
+the blocks on the other side that hold a visible pair; blocks that need a mask come first. A list is W words of the
+array int32 [B|1 H|1 J W]:
 
-    where each class of blocks ends in the list, one word per class
+    the end of each class of blocks in the list, one word per class
     the first block of the next row's list, or -1
-    numbers of the kernel's own
-    the blocks, class by class; beyond `INDEX` where this is the first row that visits the block, if that is marked
-    of each block its tiles that show a pair, where they are known at run time alone
+    the kernel's own numbers
+    the blocks, class by class; the bit above `INDEX` marks the first row that visits a block, if the kernel needs that
+    for each block its tiles that hold a visible pair, if they are known only at run time
 
-The last class are the blocks that need no mask. Where the geometry is known at compile time, each way in which a block
-is cut into hidden, cut and whole tiles (its `Pattern`) is a class of its own, and a kernel has a body for each that
-leaves the hidden tiles out. Else there is one class, and of each block the list says how many of its tiles are cut and
-how many whole, and which: `GROUP` to a word, for so many are computed at once. Beyond `NUMBER` are those that a
-`BlockSparse` shows, which is of one mind about a tile.
+The last class holds the blocks that need no mask. If the geometry is known at compile time, each `Pattern` (the way a
+block is cut into hidden, cut and whole tiles) is a class, and the kernel has a body per pattern that skips the hidden
+tiles. Otherwise there is one class of cut blocks, and the list counts and names each block's cut tiles and whole tiles.
+A word names `GROUP` tiles, as many as are computed at once. The bit above `NUMBER` is set where a `BlockSparse` shows
+the tile; its blocks never cut one.
 
-The kernel fetches one row of it at a time, so that no length of the sequence outgrows the scalar memory.
+The kernel fetches one row at a time, so a list for any sequence length fits the scalar memory.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from longattn.ops.attention.contract import Visibility
 
 Pattern = tuple[tuple[int, ...], ...]  # kinds of a block's tiles [queries][keys]
 INDEX = 2**30 - 1  # the bits of a block's index
-GROUP = 4  # tiles, eight bits each
+GROUP = 4  # tiles to a word, eight bits each
 NUMBER = 2**7 - 1  # the bits of a tile's number in its block
 _MOST_PATTERNS = 4
 
 
 def _bounds(x: Array, tile: int, tiles: int, in_order: bool) -> tuple[Any, Any]:
-    """Least and greatest value of [B|1 T] in each tile, [B|1 tiles].
+    """Returns the least and the greatest value of [B|1 T] in each tile, [B|1 tiles].
 
-    A tile beyond the end repeats the last value; positions that are `in_order` go on.
+    Beyond the end the last value is repeated; positions that are `in_order` go on.
     """
     if in_order:
         first = np.arange(tiles, dtype=np.int32)[None] * tile
@@ -53,16 +54,16 @@ def _bounds(x: Array, tile: int, tiles: int, in_order: bool) -> tuple[Any, Any]:
 
 
 def _inside(length: int, tile: int, first: np.ndarray) -> np.ndarray:
-    """The most that tiles can be that begin at `first`, by the length alone."""
+    """Returns the kinds of tiles that begin at `first` if everything within `length` were visible."""
     return np.where(first + tile <= length, FULL, np.where(first < length, PARTIAL, EMPTY)).astype(np.int8)
 
 
 def kinds(
     visibility: Visibility, tile_q: int, tile_k: int, Jq: int, Jk: int, S: int, in_order: bool
 ) -> Int8[Array, "..."]:
-    """EMPTY, PARTIAL or FULL of each tile [B|1 H|1 Jq Jk]; a tile that the keys end in is not FULL.
+    """Returns EMPTY, PARTIAL or FULL for each tile [B|1 H|1 Jq Jk]; the tile in which the keys end is not FULL.
 
-    Where the queries end does not matter: what is computed for those beyond is thrown away.
+    The end of the queries does not matter: results beyond it are thrown away.
 
     Args:
       in_order: positions are arange(T) and arange(S).
@@ -83,7 +84,7 @@ def kinds(
 def patterns(
     mask: Mask, block_q: int, block_k: int, tile_q: int, tile_k: int, T: int, S: int
 ) -> tuple[Pattern, ...] | None:
-    """The ways in which blocks are cut at positions arange(T), arange(S); None if there are too many to compile."""
+    """Returns the patterns of the cut blocks at positions arange(T), arange(S); None if too many to compile."""
 
     def kind(q_first: np.ndarray, q_size: int, k_first: np.ndarray, k_size: int) -> np.ndarray:
         found = mask.kind(q_first, q_first + (q_size - 1), k_first, k_first + (k_size - 1))
@@ -91,7 +92,7 @@ def patterns(
 
     columns = np.arange(0, S, block_k, dtype=np.int32)
     found: dict[Pattern, None] = {}
-    # A row at a time, so that a long sequence takes no memory.
+    # One row at a time, to bound the memory for a long sequence.
     for row in np.arange(0, T, block_q, dtype=np.int32)[:, None]:
         cut = columns[kind(row, block_q, columns, block_k) == PARTIAL]
         q = row + np.arange(0, block_q, tile_q, dtype=np.int32)[None, :, None]
@@ -106,7 +107,7 @@ def patterns(
 
 @functools.lru_cache(256)
 def share(mask: Mask, block_q: int, block_k: int, T: int, S: int) -> float:
-    """The share of blocks that hold a visible pair at positions arange(T), arange(S)."""
+    """Returns the share of blocks that hold a visible pair at positions arange(T), arange(S)."""
     columns = np.arange(0, S, block_k, dtype=np.int32)
     rows = np.arange(0, T, block_q, dtype=np.int32)
     shown = [np.asarray(mask.kind(i, i + (block_q - 1), columns, columns + (block_k - 1))) != EMPTY for i in rows]
@@ -122,14 +123,14 @@ def lists(
     mark_first: bool = False,
     shown: Bool[Array, "..."] | None = None,
 ) -> Int[Array, "..."]:
-    """The lists of a kernel whose rows are `outer` tiles high and whose blocks are `inner` tiles wide.
+    """Returns the lists of a kernel whose rows are `outer` tiles high and whose blocks are `inner` tiles wide.
 
     Args:
-      kind: of tiles [B|1 H|1 Jo*outer Ji*inner], rows first.
-      classes: the patterns [outer][inner] that blocks are cut into, or None for one class of all that are cut.
-      own: the kernel's own numbers, each broadcasting to [B H Jo].
+      kind: kinds of the tiles [B|1 H|1 Jo*outer Ji*inner], rows first.
+      classes: the patterns [outer][inner] of cut blocks, or None for one class of all cut blocks.
+      own: the kernel's own numbers, each broadcastable to [B H Jo].
       mark_first: whether to mark first visits.
-      shown: what a `BlockSparse` says of each tile, if the tiles are listed and the mask has one.
+      shown: whether a `BlockSparse` shows each tile, if tiles are listed and the mask has one.
 
     Returns:
       int32 [B|1 H|1 Jo W].
@@ -154,7 +155,7 @@ def lists(
     following = jnp.concatenate([first[..., 1:], jnp.full_like(first[..., :1], -1)], -1)
     header = jnp.broadcast_arrays(*ends, following, *(jnp.asarray(x, jnp.int32) for x in own))
     order = jnp.broadcast_to(order, (*header[0].shape, Ji))
-    end = jnp.full((*order.shape[:-1], 1), -1, jnp.int32)  # what is read, and not used, behind a list of all blocks
+    end = jnp.full((*order.shape[:-1], 1), -1, jnp.int32)  # read, but not used, behind a list of all blocks
     words = [jnp.stack(header, -1), order, end]
     if classes is None:
         of_block = lambda x: by_block(x).reshape(*x.shape[:2], Jo, Ji, -1)
@@ -165,7 +166,9 @@ def lists(
 
 
 def _tiles(kind: Int8[Array, "... tiles"], shown: Bool[Array, "... tiles"] | None) -> Int[Array, "... words"]:
-    """How many of a block's tiles are cut, and (beyond 2^16) whole; the cut ones; the whole ones in words of theirs."""
+    """Returns the words that name a block's tiles: the count of cut tiles plus 2^16 times that of whole ones, the cut
+    tiles, and in further words the whole tiles.
+    """
     cut, whole = (kind == PARTIAL).astype(jnp.int32), (kind == FULL).astype(jnp.int32)
     counts = cut.sum(-1, keepdims=True), whole.sum(-1, keepdims=True)
     place = jnp.where(whole == 1, -(-counts[0] // GROUP) * GROUP + whole.cumsum(-1), cut.cumsum(-1)) - 1
@@ -178,7 +181,7 @@ def _tiles(kind: Int8[Array, "... tiles"], shown: Bool[Array, "... tiles"] | Non
 
 
 def _groups(tiles: int) -> int:
-    """The most words that the tiles of a block fill."""
+    """Returns the most words that the tiles of a block fill."""
     return -(-tiles // GROUP) + 1
 
 
@@ -193,15 +196,15 @@ def walk(
     own: Sequence[Array | int],
     by_key: bool,
 ) -> tuple[Int[Array, "..."], Bool[Array, "..."]]:
-    """The lists of a kernel whose rows are blocks of queries or, `by_key`, of keys, with first visits marked.
+    """Returns the lists of a kernel whose rows are blocks of queries or, `by_key`, of keys with first visits marked.
 
     Args:
-      cut: of `patterns`.
+      cut: the result of `patterns`.
       block, tile: (queries, keys).
-      in_order, own: as of `kinds` and `lists`.
+      in_order, own: as for `kinds` and `lists`.
 
     Returns:
-      int32 [B|1 H|1 J W]; which blocks of queries hold a visible pair, bool [B|1 H|1 Jq].
+      The lists, int32 [B|1 H|1 J W], and which blocks of queries hold a visible pair, bool [B|1 H|1 Jq].
     """
     strips, parts = block[0] // tile[0], block[1] // tile[1]
     Jq, Jk = -(-T // block[0]), -(-S // block[1])
@@ -218,22 +221,28 @@ def walk(
 
 
 def block_sparse(mask: Mask) -> BlockSparse | None:
-    """The part of a mask that is one, if there is one."""
+    """Returns the first BlockSparse within a mask, if there is one."""
     is_sparse = lambda x: isinstance(x, BlockSparse)
     return next(filter(is_sparse, jax.tree.leaves(mask, is_leaf=is_sparse)), None)
 
 
 def bodies(cut: tuple[Pattern, ...] | None, strips: int, parts: int) -> list[Pattern | None]:
-    """The pattern of each class of blocks: those that are cut (None: their tiles are listed), then the whole one."""
+    """Returns the pattern of each class of blocks, the whole one last; None stands for cut blocks with listed tiles."""
     return [*((None,) if cut is None else cut), ((FULL,) * parts,) * strips]
 
 
 class Row:
-    """A row of the lists as a kernel reads it: the inverse of what `lists` wrote."""
+    """One row of what `lists` wrote, as a kernel reads it."""
 
     def __init__(self, read: Callable[[Any], Any], classes: int, own: int, blocks: int, tiles: int) -> None:
-        """`read(i)` gives word i; there are so many `classes` of blocks, numbers of the kernel's own, blocks on the
-        other side, and tiles in a block.
+        """Reads the row's header.
+
+        Args:
+          read: returns word i of the row.
+          classes: how many classes of blocks there are.
+          own: how many numbers of the kernel's own there are.
+          blocks: how many blocks the other side has.
+          tiles: how many tiles a block has.
         """
         self.ends = [read(i) for i in range(classes)]
         self.seen = self.ends[-1]  # blocks in the list
@@ -243,12 +252,13 @@ class Row:
         self._tiles, self._words = self._first + blocks + 1, 1 + _groups(tiles)
 
     def block(self, step: Any) -> Any:
+        """Returns the block that is visited at this step."""
         return self._read(self._first + step)
 
     def groups(self, step: Any) -> list[tuple[Any, Callable[[Any], list[Any]]]]:
-        """Of a block whose tiles are listed: how many are cut, and which the i-th group has; likewise of whole ones.
+        """Returns (count, group) of a block's listed cut tiles, and the same of its whole ones.
 
-        A tile is (its number, 1 if a `BlockSparse` shows it).
+        group(i) returns the i-th group of tiles; a tile is (its number, 1 if a `BlockSparse` shows it).
         """
         first = self._tiles + step * self._words
         counts = self._read(first)
@@ -261,5 +271,5 @@ class Row:
         return [(cut, group), (whole, lambda i: group((cut + GROUP - 1) // GROUP + i))]
 
     def steps(self, i: int) -> tuple[Any, Any]:
-        """Where class i begins and ends in the list."""
+        """Returns where class i begins and ends in the list."""
         return (self.ends[i - 1] if i else 0), self.ends[i]

@@ -1,4 +1,4 @@
-"""The static side of a kernel."""
+"""What a kernel is compiled for."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ LANES, SUBLANES = 128, 8  # of a register
 
 
 def unit(scale: float, softcap: float | None) -> float:
-    """What the kernels count logits and lse in: q k, or its tanh where it is capped. They are scaled where a difference
-    was taken, so that P of the greatest is 1 exactly in both passes, however a product is rounded.
+    """Returns the unit of logits and lse inside the kernels: raw q k, or tanh(.) under a soft cap.
+
+    The scale is applied to differences only. So the largest probability is exactly 1 in both passes, however a product
+    is rounded.
     """
     return scale if softcap is None else softcap
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a kernel is compiled for."""
+    """The static arguments of a kernel. B is not among them: vmap makes it larger after a call is planned."""
 
-    B: int
     H: int
     K: int
     T: int
@@ -43,37 +44,36 @@ class Call:
     tile_k: int
     scale: float
     softcap: float | None
-    out_dtype: Any  # of out, or of dk and dv
     numbers: tuple[str, ...]  # which of "positions", "segments" the kernel reads
-    patterns: tuple[Pattern, ...] | None  # ways in which blocks are cut, [queries][keys]; None: their tiles are listed
-    mask: Any  # its tree, whose leaves are one number per sequence each, or what a BlockSparse says of a tile
-    sparse: int | None  # which leaf that is, if the mask has one
-    bias: bool  # whether the kernel adds something to the logits
-    share: float  # of the blocks that hold a visible pair, as far as is known at compile time
-    vmem_bytes: int  # that the kernel may use
+    patterns: tuple[Pattern, ...] | None  # how blocks can be cut, [queries][keys]; None: lists name a block's tiles
+    mask: Any  # the mask's treedef; in a kernel its leaves are numbers, one per sequence, or per tile for a BlockSparse
+    sparse: int | None  # index of the BlockSparse's leaf, if the mask has one
+    bias: bool  # whether the kernel adds a bias to the logits
+    share: float  # estimated share of the blocks that hold a visible pair
+    vmem_bytes: int  # limit on the kernel's fast memory
 
     @property
     def mask_numbers(self) -> int:
-        """Numbers per sequence that the mask reads."""
+        """How many numbers per sequence the mask reads."""
         return self.mask.num_leaves - (self.sparse is not None)
 
-    def shows(self, numbers: Sequence[Any], sparse: Any) -> Mask:
-        """The mask of a tile, of these numbers and what its BlockSparse says of the tile."""
+    def mask_of(self, numbers: Sequence[Any], sparse: Any) -> Mask:
+        """Returns the mask of a tile, from the sequence's numbers and whether its BlockSparse shows the tile."""
         leaves = list(numbers)
         if self.sparse is not None:
             leaves.insert(self.sparse, sparse)
         return jax.tree.unflatten(self.mask, leaves)
 
     def bias_ring(self, ring: int, bias: Array | None) -> tuple[tuple[int, ...], Any]:
-        """Shape and dtype of so many blocks of the bias, or of something small."""
+        """Returns shape and dtype of a ring of so many blocks of the bias; of something small without a bias."""
         if bias is None:
             return (1, SUBLANES, LANES), jnp.float32
         return (ring, min(bias.shape[2], self.block_q), self.block_k), bias.dtype
 
-    def cost(self, products: int, itemsize: int) -> pl.CostEstimate:
-        """What XLA is told, so that it knows how much to do beside a kernel of so many D + V products."""
-        pairs = self.B * self.H * self.T * self.S * self.share
-        queries, keys = self.B * self.H * self.T, self.B * self.H * self.rows_q * self.S * self.share
+    def cost(self, B: int, products: int, itemsize: int) -> pl.CostEstimate:
+        """Returns the work of a kernel with so many D + V products: XLA schedules other operations beside it."""
+        pairs = B * self.H * self.T * self.S * self.share
+        queries, keys = B * self.H * self.T, B * self.H * self.rows_q * self.S * self.share
         return pl.CostEstimate(
             flops=int(products * pairs * (self.D + self.V)),
             transcendentals=int(pairs),
@@ -86,10 +86,10 @@ class Call:
 
     @property
     def rows_q(self) -> int:
-        """Blocks of queries."""
+        """How many blocks the queries fill."""
         return -(-self.T // self.block_q)
 
     @property
     def rows_k(self) -> int:
-        """Blocks of keys."""
+        """How many blocks the keys fill."""
         return -(-self.S // self.block_k)

@@ -1,4 +1,4 @@
-"""Blocks of a sequence on their way from device memory into a ring of buffers, while others are computed."""
+"""Copies of blocks of a sequence from device memory into a ring of buffers, while other blocks are computed."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-RING = 3  # buffers: what is computed, what is on its way, and what is still read from the block before
+RING = 3  # buffers: one is computed, one is being filled, and one of the block before is still read
 
 
 def after(slot: Array) -> Array:
-    """The next place in the ring."""
+    """Returns the next slot of the ring."""
     return jnp.where(slot == RING - 1, 0, slot + 1)
 
 
 def before(slot: Array) -> Array:
-    """The place in the ring before this one."""
+    """Returns the slot of the ring before this one."""
     return jnp.where(slot == 0, RING - 1, slot - 1)
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """Copies of one block of tokens from several arrays.
+    """The copies of one block of tokens from several arrays.
 
-    Tokens stand in the rows of some arrays and in the lanes of others. The last block may end early; its rows are then
-    filled up with zeros, for what lies in device memory beyond an array may be NaN.
+    Tokens lie along the rows of some arrays and along the lanes of others. The last block may end early; its rows are
+    then padded with zeros, because device memory beyond an array may hold NaN.
     """
 
-    length: int  # of the sequence; where it ends within a block, a multiple of the rows of a register
-    block: int  # tokens
+    length: int  # tokens of the sequence; if it ends within a block, a multiple of the rows of a register
+    block: int  # tokens of a block
     rows: Sequence[tuple[Any, Any]]  # (an array's ref [length size], its ring [RING block size])
     lanes: Sequence[tuple[Any, Any]]  # (an array's ref [n blocks*block], its ring [RING n block])
     semaphores: Any  # DMA [arrays RING]
-    others: Sequence[tuple[Callable[[Array], Any], Any]] = ()  # (what of an array goes with block j, its ring)
+    others: Sequence[tuple[Callable[[Array], Any], Any]] = ()  # (block j -> the part of an array to copy, its ring)
 
     def _each(self, j: Array, slot: Array, do: Callable[[Any], None]) -> None:
         def copy(tokens: int) -> None:
@@ -56,11 +56,11 @@ class Fetch:
         pl.when(j == last)(lambda: copy(tail))
 
     def start(self, j: Array, slot: Array) -> None:
-        """Sends for block j."""
+        """Starts the copies of block j."""
         self._each(j, slot, lambda copy: copy.start())
 
     def wait(self, j: Array, slot: Array) -> None:
-        """Waits for block j."""
+        """Waits for the copies of block j."""
         self._each(j, slot, lambda copy: copy.wait())
         if tail := self.length % self.block:
 

@@ -1,4 +1,4 @@
-"""What the kernels do on one tile [keys queries] of logits."""
+"""Operations on one tile [keys queries] of logits."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ _FORMS = {"NT": ((1,), (1,)), "TN": ((0,), (0,)), "TT": ((0,), (1,))}
 
 
 def dot(a: Array, b: Array, form: str, precision: Any) -> Array:
-    """A product in float32: "N" operands as they stand, "T" transposed, in the sense of a matrix product a b."""
+    """Returns the matrix product a b in float32; `form` says for each operand whether it is transposed ("T") or not."""
     return lax.dot_general(a, b, (_FORMS[form], ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def multiple(i: Array | int, size: int) -> Array | int:
-    """i * size, which the compiler is to know as a multiple of size."""
+    """Returns i * size, and tells the compiler that it is a multiple of size."""
     return i * size if isinstance(i, int) else pl.multiple_of(i * size, size)
 
 
 def by_groups(listed: Any, tiles: int, compute: Callable[[list[Any], bool], None]) -> None:
-    """Calls `compute(some tiles, whether they are cut)` for all of `blocks.Row.groups` of a block of so many tiles.
+    """Calls `compute(group of tiles, whether the mask cuts them)` for all groups that `blocks.Row.groups` listed.
 
-    A program of one tile waits for its own products: it takes as long as two tiles of a program of four.
+    A program for one tile waits for its own products: it takes as long as two tiles in a program for four.
+
+    Args:
+      tiles: how many tiles a block has.
     """
     for masked, (count, group) in zip((True, False), listed):
 
@@ -44,13 +47,13 @@ def by_groups(listed: Any, tiles: int, compute: Callable[[list[Any], bool], None
 
 
 def _column(row: Array, queries: int) -> Array:
-    """A row [1 keys] of numbers as [keys queries]: turned around, the same in every lane."""
+    """Returns a row [1 keys] of numbers as a tile [keys queries], the same in every lane."""
     parts = [jnp.broadcast_to(row[:, i : i + LANES], (LANES, LANES)).T for i in range(0, row.shape[1], LANES)]
     return jnp.tile(jnp.concatenate(parts), (1, queries // LANES))
 
 
 def bias(n: Call, ring: Any, slot: Array, strip: Array | int, first: Array | int) -> Array:
-    """What is added to a tile's logits, float32 [keys queries] in n.unit, of the ring's block [queries|1 keys]."""
+    """Returns the bias of a tile, float32 [keys queries] in n.unit, from the ring's block [queries|1 keys]."""
     keys = pl.ds(first, n.tile_k)
     if ring.shape[1] == 1:
         added = _column(ring[slot, :, keys], n.tile_q)
@@ -60,7 +63,7 @@ def bias(n: Call, ring: Any, slot: Array, strip: Array | int, first: Array | int
 
 
 def bias_block(n: Call, hbm: Any, b: Array, h: Array, i: Array, j: Array) -> Any:
-    """The block of head h's bias that goes with block i of queries and j of keys."""
+    """Returns the block of head h's bias for block i of queries and block j of keys."""
     B, H, T, _ = hbm.shape
     queries = pl.ds(0, 1) if T == 1 else pl.ds(multiple(i, n.block_q), n.block_q)
     return hbm.at[b if B > 1 else 0, h if H > 1 else 0, queries, pl.ds(multiple(j, n.block_k), n.block_k)]
@@ -70,14 +73,14 @@ def visible(
     mask: Mask, numbers: tuple[str, ...], q_numbers: Any, k_numbers: Any, q_index: Any, k_index: Any,
     q_offset: Array | int, k_offset: Array | int, queries: int, keys: int, S: int | None,
 ) -> Array:  # fmt: skip
-    """Visible pairs of a tile, bool [keys queries].
+    """Returns the visible pairs of a tile, bool [keys queries].
 
     Args:
-      numbers: which rows the number arrays have; what is missing is counted from the index.
+      numbers: names of the rows of q_numbers and k_numbers; without "positions" the index is the position.
       q_numbers, k_numbers: refs int32 [numbers block].
-      q_index, k_index: of the tile's first query and key in the sequences.
-      q_offset, k_offset: where the tile stands in its block.
-      S: number of keys where the tile may end beyond it.
+      q_index, k_index: indices of the tile's first query and key in their sequences.
+      q_offset, k_offset: place of the tile in its block.
+      S: number of keys if the tile may reach beyond them, else None.
     """
     shape = (keys, queries)
     index = k_index + lax.broadcasted_iota(jnp.int32, shape, 0)

@@ -1,4 +1,4 @@
-"""Block sizes: what a caller may set, and the choice per chip and shape."""
+"""Block sizes: what a caller may set, and what is chosen for a chip and a shape."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from longattn.ops.attention.pallas_tpu.fetch import RING
 from longattn.ops.attention.pallas_tpu.tuned import TUNED
 
 _MiB = 2**20
-_SPARE = 8 * _MiB  # for what the compiler keeps besides: registers that it spills, constants
-_F32_AREA = 512 * 512  # float32 products are six to twelve in bfloat16: as many times the program
+_SPARE = 8 * _MiB  # for the compiler's own buffers: spilled registers, constants
+_F32_AREA = 512 * 512  # a float32 product is six to twelve bfloat16 products, and the program as many times as long
 Pass = Literal["forward", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of one kernel. A block is what is fetched at once, a tile what one product makes."""
+    """Block sizes of one kernel. A block is fetched at once; a tile is the result of one product."""
 
     block_q: int  # queries of a block
     block_k: int  # keys of a block
@@ -41,7 +41,7 @@ class Blocks:
 
     @property
     def tiles(self) -> int:
-        """Of a block."""
+        """How many tiles a block has."""
         return self.block_q // self.tile_q * (self.block_k // self.tile_k)
 
 
@@ -58,20 +58,21 @@ class Tuning:
 
 
 def _up(n: int, unit: int) -> int:
-    """n rounded up to a multiple."""
+    """Returns n rounded up to a multiple of unit."""
     return -(-n // unit) * unit
 
 
 def _padded(rows: int, columns: int, itemsize: int) -> int:
-    """Bytes of [rows columns] in whole registers."""
+    """Returns the bytes of an array [rows columns] in whole registers."""
     return _up(rows, SUBLANES * 4 // itemsize) * _up(columns, LANES) * itemsize
 
 
 def fast_memory(which: Pass, blocks: Blocks, D: int, V: int, itemsize: int, numbers: int, bias: int = 0) -> int:
-    """Bytes of fast memory that a kernel takes; blocks that Pallas fetches by itself are held twice.
+    """Returns the bytes of fast memory that a kernel takes; Pallas holds the blocks that it fetches twice.
 
     Args:
-      bias: bytes of what is added to each logit.
+      numbers: how many of positions and segments the kernel reads.
+      bias: bytes of bias per logit.
     """
     bq, bk = blocks.block_q, blocks.block_k
     queries, keys = (
@@ -92,7 +93,7 @@ def fast_memory(which: Pass, blocks: Blocks, D: int, V: int, itemsize: int, numb
 
 
 def limit(which: Pass, blocks: Blocks, D: int, V: int, itemsize: int, numbers: int, bias: int = 0) -> int:
-    """Bytes of fast memory to allow a kernel: a larger limit than it needs costs cycles."""
+    """Returns the limit on a kernel's fast memory, in bytes: a larger one than it needs costs cycles."""
     return fast_memory(which, blocks, D, V, itemsize, numbers, bias) + _SPARE
 
 
@@ -102,7 +103,7 @@ def _key(chip: str, which: Pass, kind: str, D: int, tokens: int) -> str:
 
 
 def _kind(mask: Mask, numbers: tuple[str, ...], T: int, S: int) -> str:
-    """The class of a mask: cut by "numbers" at run time, "full", "narrow" (of few keys to a query), or "cut"."""
+    """Returns the class of a mask: "numbers" (known at run time), "full", "narrow" (few keys per query) or "cut"."""
     if numbers or jax.tree.leaves(mask):
         return "numbers"
     keys = np.arange(0, S, LANES, dtype=np.int32)
@@ -113,7 +114,7 @@ def _kind(mask: Mask, numbers: tuple[str, ...], T: int, S: int) -> str:
 
 
 def _chip() -> str:
-    """The generation that a program is compiled for; where kernels are interpreted, one that has the least memory."""
+    """Returns the TPU generation of the target; for interpreted kernels, the one with the least fast memory."""
     if dispatch.target().platform != "tpu":
         return "v5p"
     version = pltpu.get_tpu_info().chip_version.value
@@ -121,13 +122,13 @@ def _chip() -> str:
 
 
 def _capacity() -> int:
-    """Bytes of fast memory of a core that a kernel may take; the rest is left to XLA."""
+    """Returns the bytes of a core's fast memory that a kernel may take; the rest is left to XLA."""
     capacity = pltpu.get_tpu_info().vmem_capacity_bytes if dispatch.target().platform == "tpu" else 64 * _MiB
     return capacity * 7 // 8
 
 
 def _fitted(block: int, tile: int, step: int, tokens: int) -> tuple[int, int]:
-    """(block, tile) not larger than the sequence needs: equal blocks, of which the last is not mostly empty."""
+    """Returns (block, tile) no larger than the sequence needs: equal blocks, the last one not mostly empty."""
     while tile > LANES and _up(tokens, step * tile) >= 2 * tokens:
         tile = tile // 2 // LANES * LANES
     unit = step * tile
@@ -138,14 +139,14 @@ def _fitted(block: int, tile: int, step: int, tokens: int) -> tuple[int, int]:
 def choose(
     which: Pass, mask: Mask, numbers: tuple[str, ...], T: int, S: int, D: int, V: int, itemsize: int, bias: int = 0
 ) -> Blocks:
-    """Sizes for a chip and a shape: those of the sweep, or the nearest it has, made to fit sequence and memory.
+    """Returns the block sizes for a chip and a shape: the sweep's nearest entry, fitted to sequence and memory.
 
     Raises:
       NotImplementedError: if none fit.
     """
     chip, kind = _chip(), _kind(mask, numbers, T, S)
     wide = chip in ("v6e", "tpu7x", "8i", "8t")
-    chips = (chip, "v6e" if wide else "v5e")  # others have the matrix units of one of these
+    chips = (chip, "v6e" if wide else "v5e")  # every generation has the matrix units of one of these
     found = next(TUNED[key] for c in chips if (key := _key(c, which, kind, max(D, V), max(T, S))) in TUNED)
     blocks = Blocks(*found)
     block_q, tile_q = _fitted(blocks.block_q, blocks.tile_q, 1, T)
@@ -163,7 +164,7 @@ def choose(
 
 
 def _smaller(blocks: Blocks, step: int) -> Blocks:
-    """About half as large, along the longer side that can be halved."""
+    """Returns sizes about half as large, along the longer side that can be halved."""
     for axis in sorted("qk", key=lambda axis: -getattr(blocks, f"block_{axis}")):
         block, tile = getattr(blocks, f"block_{axis}"), getattr(blocks, f"tile_{axis}")
         unit = (step if axis == "k" else 1) * tile

@@ -1,15 +1,17 @@
 """Linear attention by Pallas kernels for TPUs: arrays in the kernels' layout, what is refused, the gradient's rule.
 
-XLA moves heads before tokens (it may fold that into the operation before) and sums the gradients of what several
-programs share. A sequence whose length is no multiple of a chunk is not filled up, but for the numbers per token and
-head.
+XLA moves heads before tokens (it may fold this into the operation before) and sums partial gradients of heads that
+programs share. Arrays of tokens are not padded to whole chunks; scalars per token and head are.
+Scalars are [B H JM 1 C], for J spans of M chunks of C tokens.
 
 Not supported, with the reason in the error: float16 and float64, jvp and second derivatives.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,175 +20,151 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from longattn.ops import dispatch
-from longattn.ops.linear.contract import Beta, Decay, Ids, Key, Options, Out, Query, State, Value, WideState
-from longattn.ops.linear.pallas_tpu.backward import backward
-from longattn.ops.linear.pallas_tpu.backward import pull as pull_kernel
-from longattn.ops.linear.pallas_tpu.call import Call
-from longattn.ops.linear.pallas_tpu.forward import forward
-from longattn.ops.linear.pallas_tpu.tuning import choose
+from longattn.ops.linear.contract import Arrays, Options, Out, State
+from longattn.ops.linear.pallas_tpu import backward as backward_kernels
+from longattn.ops.linear.pallas_tpu import forward as forward_kernel
+from longattn.ops.linear.pallas_tpu.call import Call, plan_call
+from longattn.ops.linear.pallas_tpu.statics import Tokens
+from longattn.ops.linear.pallas_tpu.tuning import Problem
 
 
-def check(
-    q: Any, k: Any, v: Any, log_decay: Any, beta: Any, initial_state: Any, segment_ids: Any, options: Options
-) -> None:
-    """Raises NotImplementedError with the reason where the kernels cannot serve the call."""
-    dispatch.require_tpu(q.dtype)
-    if min(q.shape):
-        _call(q, k, v, log_decay, beta, options)
-
-
-def _call(q: Any, k: Any, v: Any, log_decay: Any, beta: Any, options: Options) -> Call:
-    (B, T, Hq, D), Hk, (Hv, V) = q.shape, k.shape[2], v.shape[2:]
-    H = max(Hq, Hk, Hv)
-    decay = "none" if log_decay is None else "scalar" if log_decay.ndim == 3 else "vector"
-    delta = beta is not None
-    sizes = choose(options.tuning, B, H, (Hq, Hk, Hv), T, D, V, q.dtype.itemsize, decay, delta)
-    chunk, span, block_h, vmem_bytes = sizes
-    return Call(B, H, Hq, Hk, Hv, T, D, V, chunk, span, block_h, decay, delta, options.scale, q.dtype, vmem_bytes)
+def check(x: Arrays, options: Options) -> Call:
+    """Returns the plan of a call. Raises NotImplementedError with the reason where the kernels cannot serve it."""
+    dispatch.require_tpu(x.k.dtype)
+    (B, T, Hk, D), (Hv, V) = x.k.shape, x.v.shape[2:]
+    Hq = x.H if x.q is None else x.q.shape[2]
+    if x.q is None:
+        V = x.initial_state.shape[3]
+    decay = "none" if x.log_decay is None else "scalar" if x.log_decay.ndim == 3 else "vector"
+    problem = Problem(B, x.H, Hq, Hk, Hv, T, D, V, decay, x.beta is not None, x.k.dtype)
+    return plan_call(problem, options.scale, options.tuning)
 
 
 # ---- the kernels' layout
 
 
-def _numbers(n: Call, x: Array) -> Array:
-    """[B T H] -> [B H chunks 1 C], filled up with zeros."""
-    x = jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, n.spans * n.rows - n.T)))
-    return x.reshape(n.B, n.H, -1, 1, n.chunk)
+def _scalars(n: Call, x: Array) -> Array:
+    """[B T H] -> [B H JM 1 C], padded with zeros."""
+    x = jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, n.J * n.span - n.T)))
+    return x.reshape(n.B, n.H, -1, 1, n.C)
 
 
-def _of_numbers(n: Call, x: Array) -> Array:
-    """The inverse of `_numbers`."""
+def _per_token(n: Call, x: Array) -> Array:
+    """[B H JM 1 C] -> [B T H]."""
     return x.reshape(n.B, n.H, -1)[..., : n.T].swapaxes(1, 2)
 
 
-def _starts(n: Call, ids: Array) -> Array:
-    """Of ids [B T], how many segments began since the chunk's begin: float32 [B chunks 1 C]."""
+def _starts(n: Call, ids: Array | None) -> Array | None:
+    """The number of segments started within a token's chunk, up to the token: ids [B T] -> float32 [B JM 1 C]."""
+    if ids is None:
+        return None
     began = jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
-    began = jnp.pad(began, ((0, 0), (0, n.spans * n.rows - n.T))).reshape(n.B, -1, 1, n.chunk)
+    began = jnp.pad(began, ((0, 0), (0, n.J * n.span - n.T))).reshape(n.B, -1, 1, n.C)
     return jnp.cumsum(began.astype(jnp.float32), axis=3)
 
 
-def _arrays(
-    n: Call, q: Array | None, k: Array, v: Array | None, log_decay: Array | None, beta: Array | None, ids: Array | None
-) -> Any:
-    """What all kernels read, by name."""
-    found = {name: x.swapaxes(1, 2) for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
-    if log_decay is not None:
-        found["g"] = _numbers(n, log_decay) if n.decay == "scalar" else log_decay.swapaxes(1, 2)
-    if beta is not None:
-        found["beta"] = _numbers(n, beta)
-    if ids is not None:
-        found["starts"] = _starts(n, ids)
-    return found
+def _tokens(n: Call, x: Arrays) -> Tokens:
+    """The arrays in the layout of `Specs.arrays`."""
+    q, k, v = (None if y is None else y.swapaxes(1, 2) for y in (x.q, x.k, x.v))
+    g = x.log_decay
+    if g is not None:
+        g = _scalars(n, g) if n.decay == "scalar" else g.swapaxes(1, 2)
+    return Tokens(q, k, v, g, None if x.beta is None else _scalars(n, x.beta))
 
 
-def _forward(
-    q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, state: Array | None, ids: Array | None,
-    options: Options, save: bool,
-) -> tuple[Array, ...]:  # fmt: skip
-    n = _call(q, k, v, log_decay, beta, options)
-    arrays = _arrays(n, q, k, v, log_decay, beta, ids) | ({} if state is None else {"initial_state": state})
-    found = forward(n, dispatch.vary_together(arrays), save)
-    out = found["out"].swapaxes(1, 2).astype(options.out_dtype), found["final_state"]
-    return (*out, found["states"]) if save else out
+def _over_batch(f: Callable[..., Any], x: Arrays, *arrays: Array) -> Any:
+    """Calls f(x, *arrays), with vmap's axis folded into B."""
+    whole = lambda k, x, *arrays: f(x._replace(k=k), *arrays)  # the first argument has to be an array [B ...]
+    return dispatch.fold_vmap(whole, x.k, x._replace(k=None), *arrays)
 
 
-def _backward(
-    q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, ids: Array | None, states: Array,
-    do: Array, dstate: Array, options: Options,
-) -> tuple[Array | None, ...]:  # fmt: skip
-    n = _call(q, k, v, log_decay, beta, options)
-    arrays = _arrays(n, q, k, v, log_decay, beta, ids)
-    arrays |= {"states": states, "do": do.swapaxes(1, 2), "dfinal_state": dstate}
-    found = backward(n, dispatch.vary_together(arrays))
+def _sized(n: Call, x: Arrays) -> Call:
+    """The plan for the arrays' batch, into which vmap may have folded an axis."""
+    return dataclasses.replace(n, B=x.k.shape[0])
 
-    def whole(name: str, x: Array) -> Array:
-        """The gradient as its input x is, the shares of programs summed."""
-        d, heads = found[name], x.shape[2]
+
+def _forward(x: Arrays, n: Call, save: bool = False) -> forward_kernel.Outputs:
+    n = _sized(n, x)
+    inputs = forward_kernel.Inputs(_tokens(n, x), _starts(n, x.segment_ids), x.initial_state)
+    return forward_kernel.forward(n, dispatch.vary_together(inputs), save)
+
+
+def _out_and_state(x: Arrays, n: Call, out_dtype: str) -> tuple[Array, Array]:
+    found = _forward(x, n)
+    return found.out.swapaxes(1, 2).astype(out_dtype), found.final_state
+
+
+def _with_states(x: Arrays, n: Call, out_dtype: str) -> tuple[Array, Array, Array]:
+    found = _forward(x, n, save=True)
+    return found.out.swapaxes(1, 2).astype(out_dtype), found.final_state, found.states
+
+
+def _backward(x: Arrays, states: Array, do: Array, dfinal_state: Array, n: Call) -> Arrays:
+    n = _sized(n, x)
+    inputs = backward_kernels.Inputs(_tokens(n, x), _starts(n, x.segment_ids), states, do.swapaxes(1, 2), dfinal_state)
+    found = backward_kernels.backward(n, dispatch.vary_together(inputs))
+
+    def whole(d: Array, y: Array) -> Array:
+        """The gradient of y, with the partial sums of programs added up."""
+        heads = y.shape[2]
         if d.shape[1] != heads:
             d = d.reshape(n.B, heads, -1, *d.shape[2:]).sum(2)
-        return d.swapaxes(1, 2).astype(x.dtype)
+        return d.swapaxes(1, 2).astype(y.dtype)
 
-    dq, dk, dv = (whole(name, x) for name, x in (("dq", q), ("dk", k), ("dv", v)))
-    dg = None
-    if log_decay is not None:
-        dg = _of_numbers(n, found["dg"]) if n.decay == "scalar" else found["dg"].swapaxes(1, 2)
-    dbeta = None if beta is None else _of_numbers(n, found["dbeta"])
-    return dq, dk, dv, dg, dbeta, found["dinitial_state"]
-
-
-def _fold(
-    k: Array, v: Array, log_decay: Array | None, beta: Array | None, state: Array, ids: Array | None, options: Options
-) -> Array:
-    q = jax.ShapeDtypeStruct((*k.shape[:2], state.shape[1], k.shape[3]), k.dtype)  # for its heads
-    v = jnp.pad(v, [(0, 0)] * 3 + [(0, state.shape[3] - v.shape[3])])
-    n = _call(q, k, v, log_decay, beta, options)
-    arrays = _arrays(n, None, k, v, log_decay, beta, ids) | {"initial_state": state}
-    return forward(n, dispatch.vary_together(arrays), save=False)["final_state"]
+    dq, dk, dv, dg, dbeta = found.tokens
+    dq, dk, dv = (whole(d, y) for d, y in ((dq, x.q), (dk, x.k), (dv, x.v)))
+    if dg is not None:
+        dg = _per_token(n, dg) if n.decay == "scalar" else dg.swapaxes(1, 2)
+    return Arrays(dq, dk, dv, dg, None if dbeta is None else _per_token(n, dbeta), found.initial_state)
 
 
-def _pull(
-    q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, ids: Array | None, do: Array,
-    dstate: Array, options: Options,
-) -> Array:  # fmt: skip
-    n = _call(q, k, v, log_decay, beta, options)
-    arrays = _arrays(n, q, k, None, log_decay, beta, ids) | {"do": do.swapaxes(1, 2), "dfinal_state": dstate}
-    return pull_kernel(n, dispatch.vary_together(arrays))
+def _fold(x: Arrays, n: Call) -> Array:
+    v = jnp.pad(x.v, [(0, 0)] * 3 + [(0, x.initial_state.shape[3] - x.v.shape[3])])
+    return _forward(x._replace(v=v), n).final_state
 
 
-# ---- the rules
+def _pull(x: Arrays, do: Array, dfinal_state: Array, n: Call) -> Array:
+    n = _sized(n, x)
+    tokens = _tokens(n, x._replace(v=None))
+    inputs = backward_kernels.Inputs(tokens, _starts(n, x.segment_ids), None, do.swapaxes(1, 2), dfinal_state)
+    return backward_kernels.pull(n, dispatch.vary_together(inputs))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _attend(
-    q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, state: Array | None, ids: Array | None,
-    options: Options,
-) -> tuple[Array, Array]:  # fmt: skip
-    return dispatch.fold_vmap(
-        functools.partial(_forward, options=options, save=False), q, k, v, log_decay, beta, state, ids
-    )
+# ---- the gradient's rule
 
 
-def _attend_forward(
-    q: Array, k: Array, v: Array, log_decay: Array | None, beta: Array | None, state: Array | None, ids: Array | None,
-    options: Options,
-) -> Any:  # fmt: skip
-    f = functools.partial(dispatch.fold_vmap, functools.partial(_forward, options=options, save=True))
-    out, final, states = dispatch.once(f, q, k, v, log_decay, beta, state, ids)
-    return (out, final), (q, k, v, log_decay, beta, ids, state is not None, checkpoint_name(states, "linear_state"))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _attend(x: Arrays, n: Call, out_dtype: str) -> tuple[Array, Array]:
+    return _over_batch(functools.partial(_out_and_state, n=n, out_dtype=out_dtype), x)
 
 
-def _attend_backward(options: Options, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
-    *arrays, given, states = residuals
-    gradient = functools.partial(dispatch.fold_vmap, functools.partial(_backward, options=options))
-    *gradients, dstate = dispatch.once(gradient, *arrays, states, *cotangents)
-    return *gradients, dstate if given else None, None
+def _attend_forward(x: Arrays, n: Call, out_dtype: str) -> Any:
+    f = functools.partial(_over_batch, functools.partial(_with_states, n=n, out_dtype=out_dtype))
+    out, final_state, states = dispatch.once(f, x)
+    given = x.initial_state is not None
+    return (out, final_state), (x._replace(initial_state=None), given, checkpoint_name(states, "linear_state"))
+
+
+def _attend_backward(n: Call, out_dtype: str, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Arrays]:
+    x, given, states = residuals
+    f = functools.partial(_over_batch, functools.partial(_backward, n=n))
+    gradients = dispatch.once(f, x, states, *cotangents)
+    return (gradients if given else gradients._replace(initial_state=None),)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attend(
-    q: Query, k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, initial_state: State | None,
-    segment_ids: Ids | None, options: Options,
-) -> tuple[Out, State]:  # fmt: skip
-    """out [B T H V] and the state after the last token [B H D V]."""
-    return _attend(q, k, v, log_decay, beta, initial_state, segment_ids, options)
+def attend(x: Arrays, options: Options, plan: Call) -> tuple[Out, State]:
+    """Returns out [B T H V] in options.out_dtype and the state after the last token [B H D V]."""
+    return _attend(x, plan, options.out_dtype)
 
 
-def fold(
-    k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, initial_state: WideState, segment_ids: Ids | None,
-    options: Options,
-) -> WideState:  # fmt: skip
-    """The state after the last token; into columns of it beyond v's zeros are written."""
-    f = functools.partial(_fold, options=options)
-    return dispatch.fold_vmap(f, k, v, log_decay, beta, initial_state, segment_ids)
+def fold(x: Arrays, options: Options, plan: Call) -> State:
+    """Returns the state after the last token; zeros are written into its columns after V."""
+    return _over_batch(functools.partial(_fold, n=plan), x)
 
 
-def pull(
-    q: Query, k: Key, v: Value, log_decay: Decay | None, beta: Beta | None, segment_ids: Ids | None, do: Out,
-    dfinal_state: State, options: Options,
-) -> State:  # fmt: skip
-    """The gradient of the state before the first token."""
-    f = functools.partial(_pull, options=options)
-    return dispatch.fold_vmap(f, q, k, v, log_decay, beta, segment_ids, do, dfinal_state)
+def pull(x: Arrays, do: Out, dfinal_state: State, options: Options, plan: Call) -> State:
+    """Returns the gradient of the state before the first token."""
+    return _over_batch(functools.partial(_pull, n=plan), x._replace(initial_state=None), do, dfinal_state)

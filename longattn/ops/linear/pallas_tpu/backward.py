@@ -1,17 +1,16 @@
-"""The backward kernel: all gradients in one walk over the chunks in reverse, the state's gradient in fast memory.
+"""The backward kernel: all gradients in one walk over the chunks in reverse, with the state's gradient in VMEM.
 
-Of each span the states before its chunks are computed again from the one before it, with the inverses of the delta
-rule; then each chunk, the last first, is differentiated (`jax.vjp` of `chunk`, whose products and inverse have rules
-of their own). Each gradient is summed in one order: it is the same bit for bit every time.
+For each span the states before its chunks are recomputed from the one before the span, with the inverses of the delta
+rule. Then each chunk is differentiated, the last first: `jax.vjp` of `chunk`, whose products and inverse have rules of
+their own. Each gradient is summed in a fixed order, so it is bitwise reproducible.
 
-`pull` is the part that gives the gradient of the initial state alone, in one walk that reads neither states nor v:
-a chunk is affine in its state.
+`pull` gives the gradient of the initial state alone, in one walk that reads neither states nor v: a chunk is affine in
+its state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,106 +19,130 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from longattn.ops.linear.pallas_tpu.call import Call, Part, Parts, float32, read, run, starts, tokens
+from longattn.ops.linear.pallas_tpu.call import (
+    Call,
+    Operand,
+    Specs,
+    float32,
+    read_rows,
+    read_starts,
+    read_tokens,
+    rows,
+    run,
+)
 from longattn.ops.linear.pallas_tpu.chunk import chunk
 from longattn.ops.linear.pallas_tpu.cost import Pass
-from longattn.ops.linear.pallas_tpu.forward import inputs
+from longattn.ops.linear.pallas_tpu.statics import Tokens
 
 
-def _kernel(n: Call, refs: Mapping[str, Any]) -> None:
-    step, dS, S, inverses = pl.program_id(1), refs["dinitial_state"], refs["S"], refs.get("inverses")
-    span = n.spans - 1 - step
+class Inputs(NamedTuple):
+    """Arrays, operands or refs that the backward kernels read."""
 
-    @pl.when(step == 0)
-    def _start() -> None:
-        dS[...] = refs["dfinal_state"][...]
+    tokens: Tokens  # see `Specs.arrays`; v is None for `pull`
+    starts: Any  # [B JM 1 C], or None
+    states: Any  # [B H J D V], the states before the spans; None for `pull`
+    do: Any  # [B H T V]
+    dfinal_state: Any  # [B H D V]
 
-    S[0] = refs["states"][...]
 
-    def advance(c: Array, _: None) -> None:
-        _, S[c + 1], inverse = chunk(n.statics, tokens(n, refs, c, span, queries=False), S[c], starts(refs, c))
-        if n.delta:
-            inverses[c] = inverse
+class Gradients(NamedTuple):
+    """Arrays, operands or refs that the backward kernel writes."""
 
-    lax.fori_loop(0, n.again, advance, None)
+    tokens: Tokens  # as the inputs, but where programs share a head: then per program, float32 [B groups T size]
+    initial_state: Any  # [B H D V]
+
+
+class Scratch(NamedTuple):
+    """Memory that a span of the backward kernel keeps."""
+
+    S: Any  # [M+1 H D V], the states before its chunks, and after the last
+    inverses: Any  # [M H C C] for the delta rule, else None
+
+
+def _start(dS: Any, inputs: Inputs) -> None:
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        dS[...] = inputs.dfinal_state[...]
+
+
+def _kernel(n: Call, inputs: Inputs, outputs: Gradients, scratch: Scratch) -> None:
+    t, dS = n.J - 1 - pl.program_id(1), outputs.initial_state
+    _start(dS, inputs)
+    _recompute(n, t, inputs, scratch)
 
     def differentiate(i: Array, _: None) -> None:
-        c = n.span - 1 - i
-        known = inverses[c] if n.delta else None
-        f = lambda t, S: chunk(n.statics, t, S, starts(refs, c), known)[:2]
-        _, pull = jax.vjp(f, tokens(n, refs, c, span), S[c])
-        (do,) = read(n, refs, c, span, "do")
-        gradients, dS[...] = pull((do, dS[...]))
-        rows = pl.ds(pl.multiple_of(c * n.chunk, n.chunk), n.chunk)
-        for name, x in gradients._asdict().items():
-            if x is not None:
-                ref = refs[f"d{name}"]
-                ref[:, c if x.shape[1] == 1 else rows] = x.astype(ref.dtype)
+        c = n.M - 1 - i
+        known = scratch.inverses[c] if n.delta else None
+        f = lambda tokens, S: chunk(n.statics, tokens, S, read_starts(inputs.starts, c), known)[:2]
+        _, transpose = jax.vjp(f, read_tokens(n, inputs.tokens, c, t), scratch.S[c])
+        gradients, dS[...] = transpose((read_rows(n, inputs.do, c, t), dS[...]))
+        for ref, x in zip(outputs.tokens, gradients):
+            if ref is not None:
+                ref[:, c if x.shape[1] == 1 else rows(n, c)] = x.astype(ref.dtype)
 
-    lax.fori_loop(0, n.span, differentiate, None)
+    lax.fori_loop(0, n.M, differentiate, None)
 
 
-def backward(n: Call, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """dq, dk, dv, dg, dbeta as the inputs, dinitial_state [B H D V].
+def _recompute(n: Call, t: Array, inputs: Inputs, scratch: Scratch) -> None:
+    """Fills the scratch for span t."""
+    scratch.S[0] = inputs.states[...]
 
-    Where programs share a head of q, k or v, its gradient comes as their shares, float32 [B groups T size].
+    def advance(c: Array, _: None) -> None:
+        tokens = read_tokens(n, inputs.tokens._replace(q=None), c, t)
+        _, scratch.S[c + 1], inverse = chunk(n.statics, tokens, scratch.S[c], read_starts(inputs.starts, c))
+        if n.delta:
+            scratch.inverses[c] = inverse
 
-    Args:
-      arrays: as of `forward.inputs`, and states [B H spans D V], do [B H T V], dfinal_state [B H D V].
-    """
-    parts = Parts(n, reverse=True)
-    given = inputs(n, parts, arrays)
-    made: dict[str, Part] = {}
-    for name, heads in (("q", n.Hq), ("k", n.Hk), ("v", n.Hv)):
-        x, options = given[name]
-        if heads * n.block_h >= n.H:
-            made[f"d{name}"] = x, options
-        else:
-            made[f"d{name}"] = float32((n.B, n.groups, *x.shape[2:])), parts.shares(x.shape[3])
-    made |= {f"d{name}": given[name] for name in ("g", "beta") if name in given}
-    made["dinitial_state"] = float32((n.B, n.H, n.D, n.V)), parts.state()
-    given |= {
-        "states": (arrays["states"], parts.states()),
-        "do": (arrays["do"], parts.tokens(n.H, n.V)),
-        "dfinal_state": (arrays["dfinal_state"], parts.state()),
-    }
-    scratch = {"S": pltpu.VMEM((n.span + 1, n.block_h, n.D, n.V), jnp.float32)}
-    if n.delta:
-        scratch["inverses"] = pltpu.VMEM((n.span, n.block_h, n.chunk, n.chunk), jnp.float32)
-    passes: dict[Pass, int] = {"state": n.again, "gradients": n.span}
-    return run(n, "longattn_linear_backward", _kernel, given, made, scratch, passes)
+    lax.fori_loop(0, n.recomputed, advance, None)
 
 
-def _pull_kernel(n: Call, refs: Mapping[str, Any]) -> None:
-    refs = {**refs, "v": refs["do"]}  # neither v nor S matters to the gradient of S: anything will do
-    step, dS = pl.program_id(1), refs["dinitial_state"]
-    span = n.spans - 1 - step
-
-    @pl.when(step == 0)
-    def _start() -> None:
-        dS[...] = refs["dfinal_state"][...]
-
-    def transpose(i: Array, _: None) -> None:
-        c = n.span - 1 - i
-        f = lambda S: chunk(n.statics, tokens(n, refs, c, span), S, starts(refs, c))[:2]
-        _, pull = jax.vjp(f, dS[...])
-        (do,) = read(n, refs, c, span, "do")
-        (dS[...],) = pull((do, dS[...]))
-
-    lax.fori_loop(0, n.span, transpose, None)
+def _inputs(n: Call, specs: Specs, x: Inputs) -> Inputs:
+    """The operands of the arrays."""
+    return Inputs(
+        specs.arrays(x.tokens),
+        None if x.starts is None else Operand(x.starts, specs.starts()),
+        None if x.states is None else Operand(x.states, specs.states()),
+        Operand(x.do, specs.tokens(n.H, n.V)),
+        Operand(x.dfinal_state, specs.state()),
+    )
 
 
-def pull(n: Call, arrays: Mapping[str, Array]) -> Array:
-    """dinitial_state [B H D V].
+def backward(n: Call, x: Inputs) -> Gradients:
+    """Returns the gradients of all arrays. Those of heads that programs share are partial sums, one per program."""
+    specs = Specs(n, reverse=True)
+    inputs = _inputs(n, specs, x)
 
-    Args:
-      arrays: as of `forward.inputs` without v, and do [B H T V], dfinal_state [B H D V].
-    """
-    parts = Parts(n, reverse=True)
-    given = inputs(n, parts, arrays)
-    given |= {
-        "do": (arrays["do"], parts.tokens(n.H, n.V)),
-        "dfinal_state": (arrays["dfinal_state"], parts.state()),
-    }
-    made: dict[str, Part] = {"dinitial_state": (float32((n.B, n.H, n.D, n.V)), parts.state())}
-    return run(n, "longattn_linear_pull", _pull_kernel, given, made, {}, {"pull": n.span})["dinitial_state"]
+    def gradient(given: Operand, heads: int) -> Operand:
+        if heads * n.block_H >= n.H:
+            return given
+        *_, T, size = given.array.shape
+        return Operand(float32(n.B, n.groups, T, size), specs.partials(size))
+
+    q, k, v, log_decay, beta = inputs.tokens
+    tokens = Tokens(gradient(q, n.Hq), gradient(k, n.Hk), gradient(v, n.Hv), log_decay, beta)
+    outputs = Gradients(tokens, Operand(float32(n.B, n.H, n.D, n.V), specs.state()))
+    inverses = pltpu.VMEM((n.M, n.block_H, n.C, n.C), jnp.float32) if n.delta else None
+    scratch = Scratch(pltpu.VMEM((n.M + 1, n.block_H, n.D, n.V), jnp.float32), inverses)
+    passes: dict[Pass, int] = {"state": n.recomputed, "gradients": n.M}
+    return run(n, "longattn_linear_backward", _kernel, inputs, outputs, passes, scratch)
+
+
+def _pull_kernel(n: Call, inputs: Inputs, dS: Any, scratch: tuple[()]) -> None:
+    t = n.J - 1 - pl.program_id(1)
+    tokens = inputs.tokens._replace(v=inputs.do)  # the gradient of S depends neither on v nor on S: any values do
+    _start(dS, inputs)
+
+    def transpose_chunk(i: Array, _: None) -> None:
+        c = n.M - 1 - i
+        f = lambda S: chunk(n.statics, read_tokens(n, tokens, c, t), S, read_starts(inputs.starts, c))[:2]
+        _, transpose = jax.vjp(f, dS[...])
+        (dS[...],) = transpose((read_rows(n, inputs.do, c, t), dS[...]))
+
+    lax.fori_loop(0, n.M, transpose_chunk, None)
+
+
+def pull(n: Call, x: Inputs) -> Array:
+    """Returns the gradient of the initial state [B H D V]."""
+    specs = Specs(n, reverse=True)
+    output = Operand(float32(n.B, n.H, n.D, n.V), specs.state())
+    return run(n, "longattn_linear_pull", _pull_kernel, _inputs(n, specs, x), output, {"pull": n.M})

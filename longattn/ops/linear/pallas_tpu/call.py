@@ -1,8 +1,11 @@
-"""The static side of the kernels, and the parts of arrays that one program of the grid holds."""
+"""The static side of the kernels, the blocks of arrays that one program of the grid holds, and how a kernel is called.
+
+The grid is B x (groups of block_H heads), in parallel, by J spans of M chunks of C tokens, in order. The last span may
+reach beyond the last token.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,159 +17,180 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from longattn.ops.linear.pallas_tpu.chunk import Statics, Tokens
 from longattn.ops.linear.pallas_tpu.cost import Pass, estimate
+from longattn.ops.linear.pallas_tpu.statics import Statics, Tokens
+from longattn.ops.linear.pallas_tpu.tuning import Problem, Tuning, choose
 
 
 @dataclass(frozen=True)
-class Call:
-    """What a kernel is compiled for. A step of the grid is one span of chunks of `block_h` heads."""
+class Call(Problem):
+    """What a kernel is compiled for: the plan of a call."""
 
-    B: int
-    H: int
-    Hq: int
-    Hk: int
-    Hv: int
-    T: int
-    D: int
-    V: int
-    chunk: int  # tokens
-    span: int  # chunks
-    block_h: int  # heads
-    decay: str
-    delta: bool
     scale: float
-    dtype: Any  # of q, k, v and their gradients
+    C: int  # tokens of a chunk
+    M: int  # chunks of a span
+    block_H: int  # heads of a program
     vmem_bytes: int  # that a kernel may use
 
     @property
-    def rows(self) -> int:
+    def span(self) -> int:
         """Tokens of a span."""
-        return self.chunk * self.span
+        return self.M * self.C
 
     @property
-    def spans(self) -> int:
-        return -(-self.T // self.rows)
+    def J(self) -> int:
+        """Spans."""
+        return -(-self.T // self.span)
 
     @property
-    def again(self) -> int:
-        """Chunks of a span after which the backward kernel needs the state, or whose inverse it needs, once more."""
-        return self.span if self.delta else self.span - 1
+    def recomputed(self) -> int:
+        """Chunks of a span that the backward kernel runs forward again, for the state after or for the inverse."""
+        return self.M if self.delta else self.M - 1
 
     @property
     def groups(self) -> int:
         """Programs of one sequence."""
-        return self.H // self.block_h
+        return self.H // self.block_H
 
     @property
     def statics(self) -> Statics:
-        return Statics(self.chunk, self.decay, self.delta, self.dtype, self.scale)
+        return Statics(self.C, self.decay, self.delta, self.dtype, self.scale)
 
-    def own(self, heads: int) -> int:
-        """Of an array of so many heads, those that a program reads."""
-        return max(self.block_h * heads // self.H, 1)
-
-    def cost(self, passes: Mapping[Pass, int], arrays: Sequence[Any]) -> pl.CostEstimate:
-        """Of `passes` as `run` takes them, each array read or written once."""
-        runs = {what: self.B * self.H * self.spans * chunks for what, chunks in passes.items()}
-        return estimate(self.statics, self.D, self.V, runs, arrays)
+    def block_heads(self, heads: int) -> int:
+        """Returns how many heads of an array with `heads` of them a program reads."""
+        return max(self.block_H * heads // self.H, 1)
 
 
-Part = tuple[Any, pl.BlockSpec]  # an array or its ShapeDtypeStruct, and what a program has of it
+def plan_call(problem: Problem, scale: float, tuning: Tuning | None = None) -> Call:
+    """Returns the plan of a call. Raises NotImplementedError if no block sizes fit."""
+    return Call(**vars(problem), scale=scale, **choose(problem, tuning)._asdict())
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Which part of an array a program (p, t) has. `reverse`: the last span comes first."""
+class Operand:
+    """An array, or the ShapeDtypeStruct of an output, with the block of it that a program holds."""
+
+    array: Any
+    spec: pl.BlockSpec
+
+
+@dataclass(frozen=True)
+class Specs:
+    """BlockSpecs of a program (p, t). With `reverse` the last span comes first."""
 
     n: Call
     reverse: bool
 
     def _spec(self, block: Sequence[int | None], index: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
-        """`index` of sequence, group of heads and span."""
-        groups, spans = self.n.groups, self.n.spans
-        at = lambda t: spans - 1 - t if self.reverse else t
+        """`index` is a function of sequence, group of heads and span."""
+        groups, J = self.n.groups, self.n.J
+        at = lambda t: J - 1 - t if self.reverse else t
         return pl.BlockSpec(tuple(block), lambda p, t: index(p // groups, p % groups, at(t)))
 
     def tokens(self, heads: int, size: int) -> pl.BlockSpec:
-        """Of [B heads T size]."""
-        n, own = self.n, self.n.own(heads)
-        first = lambda group: group * n.block_h * heads // n.H // own
-        return self._spec((None, own, n.rows, size), lambda b, group, t: (b, first(group), t, 0))
+        """BlockSpec for an array [B heads T size]."""
+        n, own = self.n, self.n.block_heads(heads)
+        first = lambda group: group * n.block_H * heads // n.H // own
+        return self._spec((None, own, n.span, size), lambda b, group, t: (b, first(group), t, 0))
 
-    def shares(self, size: int) -> pl.BlockSpec:
-        """Of [B groups T size]."""
-        return self._spec((None, 1, self.n.rows, size), lambda b, group, t: (b, group, t, 0))
+    def partials(self, size: int) -> pl.BlockSpec:
+        """BlockSpec for an array [B groups T size]."""
+        return self._spec((None, 1, self.n.span, size), lambda b, group, t: (b, group, t, 0))
 
-    def numbers(self) -> pl.BlockSpec:
-        """Of [B H chunks 1 C]."""
+    def scalars(self) -> pl.BlockSpec:
+        """BlockSpec for an array [B H JM 1 C]."""
         n = self.n
-        return self._spec((None, n.block_h, n.span, 1, n.chunk), lambda b, group, t: (b, group, t, 0, 0))
+        return self._spec((None, n.block_H, n.M, 1, n.C), lambda b, group, t: (b, group, t, 0, 0))
 
     def starts(self) -> pl.BlockSpec:
-        """Of [B chunks 1 C]."""
-        return self._spec((None, self.n.span, 1, self.n.chunk), lambda b, group, t: (b, t, 0, 0))
+        """BlockSpec for an array [B JM 1 C]."""
+        return self._spec((None, self.n.M, 1, self.n.C), lambda b, group, t: (b, t, 0, 0))
 
     def state(self) -> pl.BlockSpec:
-        """Of [B H D V]."""
-        return self._spec((None, self.n.block_h, self.n.D, self.n.V), lambda b, group, t: (b, group, 0, 0))
+        """BlockSpec for an array [B H D V]."""
+        return self._spec((None, self.n.block_H, self.n.D, self.n.V), lambda b, group, t: (b, group, 0, 0))
 
     def states(self) -> pl.BlockSpec:
-        """Of [B H spans D V]."""
+        """BlockSpec for an array [B H J D V]."""
         n = self.n
-        return self._spec((None, n.block_h, None, n.D, n.V), lambda b, group, t: (b, group, t, 0, 0))
+        return self._spec((None, n.block_H, None, n.D, n.V), lambda b, group, t: (b, group, t, 0, 0))
+
+    def arrays(self, x: Tokens) -> Tokens:
+        """Operands of q, k, v [B heads T size], log_decay [B H T D] or [B H JM 1 C] and beta [B H JM 1 C]."""
+        n, scalars = self.n, self.scalars()
+        decays = self.tokens(n.H, n.D) if n.decay == "vector" else scalars
+        specs = Tokens(self.tokens(n.Hq, n.D), self.tokens(n.Hk, n.D), self.tokens(n.Hv, n.V), decays, scalars)
+        return Tokens(*(None if y is None else Operand(y, spec) for y, spec in zip(x, specs)))
 
 
-def read(n: Call, refs: Mapping[str, Any], c: Array, span: Array, *names: str) -> list[Array]:
-    """Chunk c of arrays of tokens, float32 [heads C size]; beyond the last token zeros, whatever lies there."""
-    first = pl.multiple_of(c * n.chunk, n.chunk)
-    found = [refs[name][:, pl.ds(first, n.chunk)].astype(jnp.float32) for name in names]
-    if n.T % n.rows == 0:
-        return found
-    index = span * n.rows + first + lax.broadcasted_iota(jnp.int32, (1, n.chunk, 1), 1)
-    return [jnp.where(index < n.T, x, 0.0) for x in found]
+def float32(*shape: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape and dtype of a float32 output."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def tokens(n: Call, refs: Mapping[str, Any], c: Array, span: Array, queries: bool = True) -> Tokens:
-    """Chunk c of the inputs; without q where there is none, or where it is not asked for."""
-    queries = queries and "q" in refs
-    k, v, *q = read(n, refs, c, span, "k", "v", *(["q"] if queries else []))
-    g = None
-    if n.decay != "none":
-        g = refs["g"][:, c] if n.decay == "scalar" else read(n, refs, c, span, "g")[0]
-    return Tokens(q[0] if queries else None, k, v, g, refs["beta"][:, c] if n.delta else None)
+# ---- inside a kernel: c is a chunk of the program's span, t the span
 
 
-def starts(refs: Mapping[str, Any], c: Array) -> Array | None:
-    """Of chunk c, how many segments began since its begin: float32 [1 1 C]."""
-    return refs["starts"][pl.ds(c, 1)] if "starts" in refs else None
+def rows(n: Call, c: Array) -> Any:
+    """The chunk's tokens within the span."""
+    return pl.ds(pl.multiple_of(c * n.C, n.C), n.C)
+
+
+def read_rows(n: Call, ref: Any, c: Array, t: Array) -> Array:
+    """Reads a chunk of [heads T size] as float32. After the last token it gives zeros, whatever memory holds."""
+    x = ref[:, rows(n, c)].astype(jnp.float32)
+    if n.T % n.span == 0:
+        return x
+    index = t * n.span + pl.multiple_of(c * n.C, n.C) + lax.broadcasted_iota(jnp.int32, (1, n.C, 1), 1)
+    return jnp.where(index < n.T, x, 0.0)
+
+
+def read_tokens(n: Call, refs: Tokens, c: Array, t: Array) -> Tokens:
+    """Reads a chunk of every array that is there."""
+    k, v = (read_rows(n, ref, c, t) for ref in (refs.k, refs.v))
+    q = None if refs.q is None else read_rows(n, refs.q, c, t)
+    g = refs.log_decay
+    if g is not None:
+        g = g[:, c] if n.decay == "scalar" else read_rows(n, g, c, t)
+    return Tokens(q, k, v, g, None if refs.beta is None else refs.beta[:, c])
+
+
+def read_starts(ref: Any, c: Array) -> Array | None:
+    """Reads the number of segments started within a chunk, up to each token: float32 [1 1 C]."""
+    return None if ref is None else ref[pl.ds(c, 1)]
+
+
+# ---- the call
 
 
 def run(
-    n: Call, name: str, kernel: Callable[..., None], inputs: Mapping[str, Part], outputs: Mapping[str, Part],
-    scratch: Mapping[str, Any], passes: Mapping[Pass, int],
-) -> dict[str, Array]:  # fmt: skip
-    """The kernel, called with its refs by name, over (sequences and groups of heads) x spans: its outputs by name.
+    n: Call, name: str, kernel: Callable[..., None], inputs: Any, outputs: Any, passes: Mapping[Pass, int],
+    scratch: Any = (),
+) -> Any:  # fmt: skip
+    """Runs a kernel over the grid, and returns its outputs.
 
-    `passes`: which it makes over the chunks of a span, and over how many of them.
+    Args:
+      kernel: gets n, then the refs in the structure of inputs, outputs and scratch; None stays None.
+      inputs, outputs: trees of operands.
+      passes: over how many chunks of a span the kernel makes each pass.
+      scratch: a tree of memory.
     """
-    names = (*inputs, *outputs, *scratch)
-    kind = jax.typeof(inputs["k"][0]).manual_axis_type
-    shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=kind)
+    (read, _), (written, made) = jax.tree.flatten(inputs), jax.tree.flatten(outputs)
+    kept, structure = jax.tree.leaves(scratch), jax.tree.structure((inputs, outputs, scratch))
+    vary = jax.typeof(read[0].array).manual_axis_type
+    shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=vary)
+    runs = {what: n.B * n.H * n.J * chunks for what, chunks in passes.items()}
     found = pl.pallas_call(
-        lambda *refs: kernel(n, dict(zip(names, refs))),
+        lambda *refs: kernel(n, *structure.unflatten(refs)),
         name=name,
-        grid=(n.B * n.groups, n.spans),
-        in_specs=[options for _, options in inputs.values()],
-        out_specs=[options for _, options in outputs.values()],
-        out_shape=[shaped(x) for x, _ in outputs.values()],
-        scratch_shapes=list(scratch.values()),
+        grid=(n.B * n.groups, n.J),
+        in_specs=[x.spec for x in read],
+        out_specs=[x.spec for x in written],
+        out_shape=[shaped(x.array) for x in written],
+        scratch_shapes=kept,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=n.vmem_bytes
         ),
-        cost_estimate=n.cost(passes, [x for x, _ in (*inputs.values(), *outputs.values())]),
-    )(*(x for x, _ in inputs.values()))
-    return dict(zip(outputs, found))
-
-
-float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+        cost_estimate=estimate(n.statics, n.D, n.V, runs, [x.array for x in (*read, *written)]),
+    )(*(x.array for x in read))
+    return made.unflatten(found)

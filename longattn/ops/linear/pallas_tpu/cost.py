@@ -1,7 +1,7 @@
-"""What the kernels cost, told to XLA, which so knows how much to do beside them, and to whoever reads its programs.
+"""The kernels' cost, for XLA's scheduler and for readers of compiled programs.
 
-Products are those of the kernels' own equations, of one chunk and head, times the chunks and heads: also those that
-give an operand in two pieces, the inverse's, and what a backward pass computes again.
+Products are counted in the kernels' own equations for one chunk and head, times the chunks and heads. They include the
+products of second pieces, those of the inverse, and what the backward pass recomputes.
 """
 
 from __future__ import annotations
@@ -16,34 +16,40 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.interpreters import partial_eval
 
-from longattn.ops.linear.pallas_tpu.chunk import Statics, Tokens, chunk
+from longattn.ops.linear.pallas_tpu.chunk import chunk
+from longattn.ops.linear.pallas_tpu.statics import Statics, Tokens
 
-Pass = Literal["out", "state", "gradients", "pull"]  # of a chunk: `forward`, its part without q, `backward`, `pull`
+# What a kernel does with a chunk: `forward`; the same without q; `backward`; `pull`.
+Pass = Literal["out", "state", "gradients", "pull"]
 
 
 @functools.lru_cache(maxsize=1024)
-def of_chunk(n: Statics, D: int, V: int, what: Pass) -> tuple[int, int]:
-    """(FLOPs of matrix products, exponentials) of a pass over one chunk of one head."""
+def chunk_cost(n: Statics, D: int, V: int, what: Pass) -> tuple[int, int]:
+    """Returns (FLOPs of matrix products, exponentials) of a pass over one chunk of one head."""
     array = lambda *shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     g = {"none": None, "scalar": array(1, n.C), "vector": array(n.C, D)}[n.decay]
     t = Tokens(
         None if what == "state" else array(n.C, D), array(n.C, D), array(n.C, V), g, array(1, n.C) if n.delta else None
     )
-    S, out, known = array(D, V), array(n.C, V), array(n.C, n.C) if n.delta and what == "gradients" else None
+    S, out, known = array(D, V), array(n.C, V), None
+    if n.delta and what == "gradients":
+        known = array(n.C, n.C)  # the backward kernel has the inverse from its pass over the span
 
-    def gradients(t: Tokens, S: Any, known: Any, do: Any) -> Any:
+    def run(t: Tokens, S: Any, known: Any, do: Any) -> Any:
+        forward = lambda t, S: chunk(n, t, S, None, known)[:2]
         if what == "pull":
-            return jax.vjp(lambda S: chunk(n, t, S, None, known)[:2], S)[1]((do, S))
-        return jax.vjp(lambda t, S: chunk(n, t, S, None, known)[:2], t, S)[1]((do, S))
+            return jax.vjp(functools.partial(forward, t), S)[1]((do, S))
+        if what == "gradients":
+            return jax.vjp(forward, t, S)[1]((do, S))
+        return forward(t, S)
 
-    both = lambda t, S, known, do: chunk(n, t, S, None, known)[:2]
-    f = both if what in ("out", "state") else gradients
-    traced = jax.make_jaxpr(f)(t, S, known, out).jaxpr
+    traced = jax.make_jaxpr(run)(t, S, known, out).jaxpr
     needed, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
-    return _counted(needed)
+    return _count(needed)
 
 
-def _counted(jaxpr: Any) -> tuple[int, int]:
+def _count(jaxpr: Any) -> tuple[int, int]:
+    """(FLOPs of matrix products, exponentials) of a jaxpr, inner ones included."""
     flops = exponentials = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -54,14 +60,19 @@ def _counted(jaxpr: Any) -> tuple[int, int]:
             exponentials += math.prod(equation.outvars[0].aval.shape)
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             if hasattr(inner, "eqns"):
-                more = _counted(getattr(inner, "jaxpr", inner))
+                more = _count(getattr(inner, "jaxpr", inner))
                 flops, exponentials = flops + more[0], exponentials + more[1]
     return flops, exponentials
 
 
 def estimate(n: Statics, D: int, V: int, runs: Mapping[Pass, int], arrays: Iterable[Any]) -> pl.CostEstimate:
-    """Of a kernel that makes each pass over so many chunks, of all heads and sequences, and moves each array once."""
-    costs = [(times, of_chunk(n, D, V, what)) for what, times in runs.items()]
+    """Returns the cost of a kernel that moves each array once.
+
+    Args:
+      runs: over how many chunks it makes each pass, all heads and sequences together.
+      arrays: its inputs and outputs.
+    """
+    costs = [(times, chunk_cost(n, D, V, what)) for what, times in runs.items()]
     flops, exponentials = (sum(times * cost[i] for times, cost in costs) for i in range(2))
     moved = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
     return pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=moved)

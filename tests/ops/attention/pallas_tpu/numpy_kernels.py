@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jax import lax
 
-from longattn.ops.attention.pallas_tpu import backward, fetch, forward, tiles
+from longattn.ops.attention.pallas_tpu import backward, fetch, forward, row, tiles
 
 
 class Hazard(Exception):
@@ -230,6 +230,7 @@ class Machine:
         on_tiles = _source(tiles, None, **names)
         on_tiles.dot, on_tiles.visible = _dot, lambda *a: np.ones((a[9], a[8]), bool)
         names["tiles"] = on_tiles
+        names["Row"] = run(row, **names).Row
         self.forward, self.backward = run(forward, **names).forward, run(backward, **names).backward
 
     def _pallas_call(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from longattn.mask import EMPTY, FULL, PARTIAL, Full
-from longattn.ops.attention.pallas_tpu import backward, blocks, fetch, forward
+from longattn.ops.attention.pallas_tpu import backward, blocks, fetch, forward, row
 from longattn.ops.attention.pallas_tpu.call import Call
 from tests.ops.attention.pallas_tpu.numpy_kernels import Hazard, Machine, calls
 
@@ -25,8 +25,8 @@ def call(rows_q: int, rows_k: int, heads: int, group: int, short: int) -> Call:
     """A call whose last block fetched is `short` tokens short."""
     T, S = rows_q * QUERIES, rows_k * KEYS
     return Call(
-        1, heads * group, heads, T - short, S, D, V, QUERIES, KEYS, QUERIES, KEYS // 2, SCALE, None,
-        np.dtype("float32"), (), None, NO_MASK, None, False, 1.0, 0,
+        heads * group, heads, T - short, S, D, V, QUERIES, KEYS, QUERIES, KEYS // 2, SCALE, None, (), None, NO_MASK,
+        None, False, 1.0, 0,
     )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def check_backward(machine: Machine, kinds: np.ndarray, walk: np.ndarray, n: Cal
     q, do, k, v = normal(1, n.H, n.T, D), normal(1, n.H, n.T, V), normal(1, n.K, n.S, D), normal(1, n.K, n.S, V)
     stats = np.pad(normal(1, n.H, 2, n.T), (*((0, 0),) * 3, (0, length - n.T)))
     stats[:, :, 0, n.T :] = backward.NO_KEY
-    dq, dk, dv = machine.backward(n, walk[None, None], q, k, v, do, stats, None, None, None)
+    dq, dk, dv = machine.backward(n, np.float32, walk[None, None], q, k, v, do, stats, None, None, None)
 
     seen = np.repeat(np.repeat(kinds != EMPTY, KEYS // 2, 0), QUERIES, 1)[:, : n.T].T
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
@@ -84,7 +84,7 @@ def check_forward(machine: Machine, kinds: np.ndarray, walk: np.ndarray, n: Call
     """
     q, k, v = normal(1, n.H, n.T, D), size * normal(1, n.K, n.S, D), normal(1, n.K, n.S, V)
     with np.errstate(over="ignore", invalid="ignore"):
-        out, lse = machine.forward(n, walk[None, None], q, k, v, None, None, None)
+        out, lse = machine.forward(n, np.float32, walk[None, None], q, k, v, None, None, None)
 
     seen = np.repeat(np.repeat(kinds != EMPTY, QUERIES, 0), KEYS // 2, 1)
     k, v = np.repeat(k, n.H // n.K, 1), np.repeat(v, n.H // n.K, 1)
@@ -147,7 +147,7 @@ def test_every_walk(shape, heads, group, short):
 
 WAITS = [
     (module, name, i)
-    for module, name in ((backward, "settle"), (backward, "wait"), (forward, "wait"), (fetch, "wait"))
+    for module, name in ((backward, "settle"), (backward, "wait"), (forward, "wait"), (row, "wait"), (fetch, "wait"))
     for i in range(calls(module, name))
 ]
 
@@ -155,7 +155,7 @@ WAITS = [
 def meet(without: tuple[ModuleType, str, int]) -> None:
     """Walks that need every wait."""
     for shape, group in itertools.product(SHAPES, (1, 2)):
-        if without[0] is forward:
+        if without[0] in (forward, row):
             forward_over(Machine(without), sample(*shape), group)
             forward_over(Machine(without), sample(*shape), group, 200.0)
         else:
@@ -170,5 +170,5 @@ def test_no_wait_can_be_left_out(without):
 
 def test_all_waits_are_tried():
     assert {(module, name) for module, name, _ in WAITS} == {
-        (backward, "settle"), (backward, "wait"), (forward, "wait"), (fetch, "wait")
+        (backward, "settle"), (backward, "wait"), (forward, "wait"), (row, "wait"), (fetch, "wait")
     }  # fmt: skip

@@ -237,7 +237,8 @@ def test_which_rows_are_bounded(name, rows, monkeypatch):
     q, k = (jnp.asarray(x, jnp.float32) for x in LOGITS[name]())
     visibility = Visibility(m.Full(), *(jnp.arange(T, dtype=jnp.int32)[None],) * 2)
     options = Options(scale=1.0, softcap=None, out_dtype="float32", in_order=True, tuning=SMALL)
-    back_end._forward(q, k, k, visibility, options)
+    plan = back_end.check(q, k, k, None, visibility, options)
+    back_end._forward(q, k, k, None, visibility, options, plan.forward)
     np.testing.assert_array_equal(seen[0], [[rows]])
 
 

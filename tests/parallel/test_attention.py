@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import typing
@@ -15,6 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 import longattn
 from longattn import config, parallel
+from longattn.config.mesh import LayoutName
+from longattn.cost.sequence.problem import Problem, Way, check
+from longattn.parallel.attention import strategy_on
+from longattn.train.step import context_of
 
 D = 5
 
@@ -81,7 +86,7 @@ def test_what_the_devices_send():
         ({"T": 28, "layout": parallel.SequenceLayout("zigzag")}, ValueError, "T=28 must be a multiple of 8.*to 32"),
         ({"layout": "zigzag"}, ValueError, r"must be a SequenceLayout, such as SequenceLayout\('zigzag'\)"),
         ({"strategy": "usp"}, ValueError, "must be two axes of the mesh for strategy='usp'"),
-        ({"axis": ("data", "seq")}, ValueError, "one for the others; strategy='ring'"),
+        ({"axis": ("data", "seq")}, ValueError, "must be one axis of the mesh for strategy='ring'"),
         ({"B": 3}, ValueError, "B=3 must be a multiple of 2"),
         ({"mesh": (1, 1, 2, 4)}, NotImplementedError, "K=3 key/value heads do not divide over the 2 devices"),
         ({"implementation": "xlb"}, ValueError, "did you mean 'xla'"),
@@ -98,9 +103,35 @@ def test_refusals(change, error, message):
         jax.eval_shape(functools.partial(parallel.attention, **options), q, k, k)
 
 
-def test_a_config_knows_every_strategy():
-    known = typing.get_args(typing.get_type_hints(config.Mesh)["strategy"])
-    assert set(known) == set(parallel.STRATEGIES)
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"strategy": "sing"}, r"Mesh\.strategy='sing' must be a strategy of attention; did you mean 'ring'"),
+        ({"ring": 2, "seq": 2}, r"Mesh\.ring=2 with strategy='ring': usp, and no other, has shards"),
+        ({"seq": 4, "strategy": "usp"}, r"Mesh\.ring=1 with strategy='usp'.*strategy='ulysses'"),
+        (
+            {"seq": 4, "strategy": "balanced", "layout": "zigzag"},
+            r"Mesh\.layout='zigzag' with strategy='balanced'.*set layout='contiguous'",
+        ),
+    ],
+)
+def test_meshes_of_configs_are_refused(mesh, message):
+    with pytest.raises(ValueError, match=message):
+        strategy_on(config.Mesh(**mesh))
+    with pytest.raises(ValueError, match=message):
+        context_of(config.Config(mesh=config.Mesh(**mesh)))
+
+
+@pytest.mark.parametrize("strategy", parallel.STRATEGIES.values(), ids=lambda strategy: strategy.name)
+def test_the_layouts_of_a_strategy_are_those_that_it_serves(strategy):
+    for layout in typing.get_args(LayoutName):
+        ring = 2 if strategy.axes == 2 else 1
+        way = Way(strategy.name, layout, (2, 2) if ring == 2 else (4,))
+        served = layout in strategy.layouts
+        with contextlib.nullcontext() if served else pytest.raises(NotImplementedError, match=layout):
+            check(Problem(T=16, H=4, K=4, D=4), way)
+        with contextlib.nullcontext() if served else pytest.raises(ValueError, match=layout):
+            assert strategy_on(config.Mesh(seq=4 // ring, ring=ring, strategy=strategy.name, layout=layout)) is strategy
 
 
 def test_axes_must_be_auto():
