@@ -24,7 +24,7 @@ from jaxtyping import Array
 from longattn.mask import Mask
 from longattn.ops.attention import backward_partial
 from longattn.ops.attention.contract import Visibility
-from longattn.parallel.layout import SequenceLayout
+from longattn.parallel.layout import Axis, SequenceLayout
 from longattn.parallel.strategy import Call, Strategy, attended, without_out
 
 
@@ -57,7 +57,7 @@ class Exchange:
       layout: the order of the tokens on this axis, which the exchange undoes.
     """
 
-    def __init__(self, axis: str, heads: Heads, layout: SequenceLayout):
+    def __init__(self, axis: Axis, heads: Heads, layout: SequenceLayout):
         self.axis, self.heads, self.layout = axis, heads, layout
 
     def _there(self, x: Array) -> Array:
