@@ -157,5 +157,5 @@ def test_the_studys_part_and_its_picture(tmp_path):
     ring, balanced = idle["ring", "contiguous"], idle["balanced", "contiguous"]
     assert len(ring.samples) == 64 and len(balanced.samples) == 40
     assert sum(ring.samples) == sum(balanced.samples) == 1024 * 1025 / 2
-    assert "Who computes what when" in text and f"ring, contiguous: {ring.value:.1%} idle" in text
+    assert "What each device computes at each step" in text and f"ring, contiguous: {ring.value:.1%} idle" in text
     assert (tmp_path / "s" / FILE).is_file() and "all on h100:8" in text
