@@ -72,7 +72,7 @@ def test_commands_that_have_a_new_name_say_it(capsys, arguments: str, now: str) 
 @pytest.mark.parametrize(
     ("command", "position", "option"),
     [
-        ("train", "CONFIG", "--init_from, --run.init_from"),
+        ("train", "CONFIG", "--init_from"),
         ("eval", "RUN", "--overlap"),
         ("compare", "CASE", "--with A,B"),
         ("compare attention", "", "--against"),

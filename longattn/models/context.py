@@ -21,7 +21,7 @@ from longattn.parallel.mesh import fit, place
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Where and how the ops run: static and hashable. None in its place is one device and the best back end."""
+    """Where and how the ops run, as a static, hashable value. None stands for one device and the best back end."""
 
     implementation: str | tuple[str, ...] | None = None  # as in `longattn.attention` and `longattn.linear_attention`
     mesh: Mesh | AbstractMesh | None = None  # None: one device
@@ -32,7 +32,7 @@ class Context:
     layout: SequenceLayout = SequenceLayout()  # of tokens, ids and activations
 
     def attention(self, q: Array, k: Array, v: Array, **options: Any) -> Array:
-        """`longattn.attention`, or where there is a mesh `longattn.parallel.attention`."""
+        """Calls `longattn.attention`, or on a mesh `longattn.parallel.attention`."""
         if self.mesh is None:
             return attention(q, k, v, implementation=self.implementation, **options)
         return parallel.attention(
@@ -41,7 +41,7 @@ class Context:
         )  # fmt: skip
 
     def linear_attention(self, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Array]:
-        """`longattn.linear_attention`, or where there is a mesh `longattn.parallel.linear_attention`."""
+        """Calls `longattn.linear_attention`, or on a mesh `longattn.parallel.linear_attention`."""
         self._insist_on_order()
         if self.mesh is None:
             return linear_attention(q, k, v, implementation=self.implementation, **options)
@@ -53,9 +53,9 @@ class Context:
     def short_convolution(
         self, x: Float[Array, "B T H D"], w: Float[Array, "H D C"], b: Float[Array, "H D"] | None, **options: Any
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B C-1 E"]]:
-        """`longattn.ops.conv.short_convolution`, or of a sequence in parts `longattn.parallel.short_convolution`.
+        """Calls `longattn.ops.conv.short_convolution`, or on a sharded sequence `longattn.parallel.short_convolution`.
 
-        Heads that `head_axis` does not divide are all on each of its devices.
+        Each device has all heads where `head_axis` does not divide them.
         """
         self._insist_on_order()
         channels = (*x.shape[:2], -1)
@@ -72,7 +72,7 @@ class Context:
 
     @property
     def tokens(self) -> PartitionSpec:
-        """How [B T ...] lies on the mesh: rows and tokens divided, the rest whole."""
+        """The PartitionSpec of [B T ...]: rows and tokens are sharded."""
         return PartitionSpec(self.batch_axes, self.axis)
 
     @property
@@ -99,7 +99,7 @@ class Context:
 
     @property
     def in_order(self) -> bool:
-        """Whether tokens lie as they follow one another."""
+        """Whether the layout keeps the order of the sequence."""
         return self.shards == 1 or self.layout == SequenceLayout()
 
     def _insist_on_order(self) -> None:
@@ -110,7 +110,7 @@ class Context:
             )
 
     def lying(self, layout: SequenceLayout) -> Context:
-        """The context of tokens that lie in another layout."""
+        """The same context with another layout of the tokens."""
         return dataclasses.replace(self, layout=layout)
 
     def positions(self, T: int) -> Int32[Array, "1 T"]:
@@ -118,16 +118,16 @@ class Context:
         return jnp.asarray(self.layout.positions(T, self.shards))[None]
 
     def restore(self, ids: Any) -> Any:
-        """A tree of ids [B T] in the order of the sequence, each row whole on all devices that share it.
+        """A tree of ids [B T] in the order of the sequence, with each row gathered on all devices that share it.
 
-        Ids are small, and so are the messages: an all-gather of each array.
+        Ids are small, so an all-gather of each array is cheap.
         """
         if self.in_order:
             return ids
         return jax.tree.map(lambda x: self._whole(self.layout.restore(self._whole(x), self.shards)), ids)
 
     def permute(self, ids: Any) -> Any:
-        """The inverse of `restore`: nothing is sent, each device takes its own."""
+        """The inverse of `restore`. Each device takes its own tokens, and nothing is sent."""
         if self.in_order:
             return ids
         take = lambda x: place(self.layout.permute(self._whole(x), self.shards), self.mesh, self.tokens, "the ids")
@@ -139,14 +139,14 @@ class Context:
     def convert(
         self, x: Float[Array, "B T E"], source: SequenceLayout, target: SequenceLayout
     ) -> Float[Array, "B T E"]:
-        """Activations in another layout: see `longattn.parallel.layout.convert`."""
+        """Activations converted to another layout: see `longattn.parallel.layout.convert`."""
         if source == target or self.shards == 1:
             return x
         (batch,) = fit(PartitionSpec(self.batch_axes), self.mesh)
         return convert(x, source, target, mesh=self.mesh, axis=self.axis, batch_axes=batch)
 
     def spread(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """Activations, held to lie like the tokens."""
+        """Activations with the sharding of the tokens."""
         return x if self.mesh is None else place(x, self.mesh, self.tokens, "the activations")
 
     def rows(
