@@ -142,6 +142,7 @@ class StateProblem(LinearProblem):
         )
         x, shaped, columns = api.prepare(operands), jax.eval_shape(api.prepare, operands), dS.shape[3]
         S = x.initial_state
+        assert S is not None  # `state` is true
         if self.delta:
             S = jnp.concatenate([S, self._identity(S.dtype)], 3)
 

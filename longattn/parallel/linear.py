@@ -93,6 +93,7 @@ def linear_attention(
         q, k, v, log_decay=log_decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids, scale=scale,
         implementation=implementation, tuning=tuning,
     )  # fmt: skip
+    assert x.q is not None  # a call has queries
     divide_rows(mesh, x.q.shape[0], batch)
     divide_tokens(mesh, x.q.shape[1], axis)
     heads = 1 if head is None else mesh.shape[head]

@@ -193,9 +193,9 @@ def attend(x: Arrays, axis: Axis, options: Options, names: tuple[str, ...]) -> t
     Raises:
       NotImplementedError: with the reasons, if no back end serves the call.
     """
-    (B, _, _, D), V = x.q.shape, x.v.shape[3]
+    (B, _, _, D), V = x.k.shape, x.v.shape[3]
     if x.initial_state is None:
-        x = x._replace(initial_state=jnp.zeros((B, x.H, D, V), shapes.statistics_dtype(x.q.dtype)))
+        x = x._replace(initial_state=jnp.zeros((B, x.H, D, V), shapes.statistics_dtype(x.k.dtype)))
     x = prepare(x)
     shaped = jax.eval_shape(lambda x: x, x)
     columns = V + D if x.beta is not None and rounds(lax.axis_size(axis)) > 1 else V

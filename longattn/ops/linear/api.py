@@ -47,7 +47,7 @@ def validate(
     x = check_tokens(q, k, v, log_decay, beta, initial_state, segment_ids)
     names = dispatch.candidates(implementation, tuple(BACK_ENDS), DEFAULT)
     dispatch.check_tuning(tuning, implementation, names, BACK_ENDS)
-    return x, Options(shapes.check_positive("scale", scale), x.q.dtype.name, tuning), names
+    return x, Options(shapes.check_positive("scale", scale), x.k.dtype.name, tuning), names
 
 
 def prepare(x: Arrays) -> Arrays:
@@ -55,7 +55,7 @@ def prepare(x: Arrays) -> Arrays:
     x = dispatch.vary_together(x)
     if x.log_decay is None or x.log_decay.ndim > 1:
         return x
-    return x._replace(log_decay=jnp.broadcast_to(x.log_decay[None, None], (*x.q.shape[:2], *x.log_decay.shape)))
+    return x._replace(log_decay=jnp.broadcast_to(x.log_decay[None, None], (*x.k.shape[:2], *x.log_decay.shape)))
 
 
 def check_fold(back_end: Any, x: Arrays, X: int, options: Options) -> Any:
@@ -64,6 +64,7 @@ def check_fold(back_end: Any, x: Arrays, X: int, options: Options) -> Any:
     Args:
       x: shapes and dtypes of prepared arrays, with an initial state.
     """
+    assert x.initial_state is not None  # the callers give one
     S = jax.ShapeDtypeStruct((*x.initial_state.shape[:3], X), x.initial_state.dtype)
     return back_end.check(x._replace(q=None, initial_state=S), options)
 
@@ -132,7 +133,7 @@ def linear_attention(
         q, k, v, log_decay=log_decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids, scale=scale,
         implementation=implementation, tuning=tuning,
     )  # fmt: skip
-    if 0 in x.q.shape[:2]:
+    if 0 in x.k.shape[:2]:
         return tuple(_no_tokens(x, options=options))
     name, plan = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(jax.eval_shape(prepare, x), options))
     return tuple(_linear_attention(x, options=options, name=name, plan=plan))

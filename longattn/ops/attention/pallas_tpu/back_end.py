@@ -62,7 +62,7 @@ def _numbers(n: Call, B: int, visibility: Visibility, side: str, length: int | N
 
 def _whole_blocks(n: Call, bias: Array | None) -> Array | None:
     """Returns the bias that a kernel adds to the logits, padded to whole blocks, if there is one."""
-    if not n.bias:
+    if bias is None or not n.bias:
         return None
     x = bias.astype(bias_dtype(bias))
     rows = n.rows_q * n.block_q - x.shape[2] if x.shape[2] > 1 else 0
@@ -165,7 +165,7 @@ def _attend(
 def _attend_forward(
     q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, options: Options, plan: Plan | None
 ) -> Any:
-    kernel = functools.partial(_forward, options=options, n=plan and plan.forward)
+    kernel = functools.partial(_forward, options=options, n=None if plan is None else plan.forward)
     out, lse = dispatch.fold_vmap(kernel, q, k, v, bias, visibility, shared=(3, 4))
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse * unit(options.scale, options.softcap)), (q, k, v, bias, visibility, out, lse)
@@ -176,7 +176,9 @@ def _attend_backward(options: Options, plan: Plan | None, residuals: Any, cotang
         q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, out: Array, lse: Array, do: Array,
         dlse: Array,
     ) -> Any:  # fmt: skip
-        kernel = functools.partial(_backward, options=options, n=plan and plan.backward, out_dtype=q.dtype)
+        kernel = functools.partial(
+            _backward, options=options, n=None if plan is None else plan.backward, out_dtype=q.dtype
+        )
         found = dispatch.fold_vmap(kernel, q, k, v, bias, visibility, out, lse, do, dlse, shared=(3, 4))
         if bias is None:
             return *found, None
@@ -202,6 +204,8 @@ def backward_partial(
     dlse: Statistic, options: Options, plan: Plan | None,
 ) -> tuple[Query, Key, Value]:  # fmt: skip
     """Returns dq, dk, dv from these keys in float32, given the global out and lse."""
-    kernel = functools.partial(_backward, options=options, n=plan and plan.backward, out_dtype=jnp.float32)
+    kernel = functools.partial(
+        _backward, options=options, n=None if plan is None else plan.backward, out_dtype=jnp.float32
+    )
     lse = lse / unit(options.scale, options.softcap)
     return dispatch.fold_vmap(kernel, q, k, v, bias, visibility, out, lse, do, dlse, shared=(3, 4))

@@ -227,12 +227,14 @@ class _Block:
 
     def several(self, used: list[_Tile]) -> None:
         """Computes tiles, with one tile's products between the outputs of the tile before and its own softmax."""
-        now, last = self.products(used[0]), None
+        ahead, last = self.products(used[0]), None
         for t, tile in enumerate(used):
-            following = self.products(used[t + 1]) if t + 1 < len(used) else None
+            now = ahead
+            if t + 1 < len(used):
+                ahead = self.products(used[t + 1])
             if last is not None:
                 self.outputs(used[t - 1], *last)
-            last, now = self.softmax(tile, *now), following
+            last = self.softmax(tile, *now)
         self.outputs(used[-1], *last)
 
     def tile(self, strip: Array | int, part: Array | int, masked: bool, sparse: Array | None = None) -> _Tile:

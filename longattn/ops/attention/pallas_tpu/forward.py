@@ -303,7 +303,7 @@ def _finish(x: Row) -> None:
 def _kernel(n: Call, refs: Refs) -> None:
     head, row = pl.program_id(0), pl.program_id(1)
     strips, parts, state = n.block_q // n.tile_q, n.block_k // n.tile_k, refs.state
-    bodies = blocks.bodies(n.patterns, strips, parts)
+    bodies, whole = blocks.bodies(n.patterns, strips, parts), blocks.whole(strips, parts)
     b, h = head // n.H, head % n.H
     kv = h // (n.H // n.K)
     listed = blocks.Row(lambda i: refs.walk[0, i], len(bodies), 1 + n.mask_numbers, n.rows_k, strips * parts)
@@ -320,11 +320,11 @@ def _kernel(n: Call, refs: Refs) -> None:
 
     @pl.when(x.bounded == 1)
     def of_bounded() -> None:
-        _bounded(x, bodies[-1], start)
+        _bounded(x, whole, start)
 
     @pl.when((x.bounded == 0) & (listed.seen > 0))
     def of_unbounded() -> None:
-        _unbounded(x, bodies[-1], start)
+        _unbounded(x, whole, start)
 
     @pl.when(state[BAD] == 1)
     def of_others() -> None:

@@ -99,8 +99,8 @@ def backward(
 ) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
     """Returns dq, dk, dv and dbias in the statistics' dtype, given the global out and lse."""
     if 0 in (*q.shape[:3], n.S):
-        zeros = [None if x is None else filled(x.shape, n.dtype, q) for x in (q, k, v, bias)]
-        return tuple(zeros)
+        dq, dk, dv = (filled(x.shape, n.dtype, q) for x in (q, k, v))
+        return dq, dk, dv, None if bias is None else filled(bias.shape, n.dtype, q)
     side = make_side(bias, visibility, n)
     empty = lse == -jnp.inf
     delta = jnp.where(empty, 0.0, (do.astype(n.dtype) * out.astype(n.dtype)).sum(-1) - dlse)
@@ -116,13 +116,13 @@ def backward(
     sums = (
         filled(tiles.keys.shape, n.dtype, q),
         filled(tiles.values.shape, n.dtype, q),
-        None if bias is None else filled(side.bias.shape, n.dtype, q),
+        None if side.bias is None else filled(side.bias.shape, n.dtype, q),
     )
-    row = lambda sums, index: _row(tiles, sums, *index, n, options)
+    row = lambda sums, index: _row(tiles, sums, index[0], index[1], n, options)
     (dk, dv, dbias), dq = lax.scan(row, sums, loop_index(n))
     dq = queries_of(unstacked(dq, n), n) * options.scale
     if n.operand != n.dtype:
         dk = dk * options.scale  # otherwise q held it
-    if dbias is not None:
+    if bias is not None:
         dbias = lax.slice(dbias, (0,) * 4, bias.shape)
     return dq, keys_of(dk, n), keys_of(dv, n), dbias

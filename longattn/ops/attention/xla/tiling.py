@@ -191,6 +191,7 @@ class Side(NamedTuple):
 
     def bias_slice(self, g: Array, i: Array, j: Array, n: Layout) -> tuple[tuple[Array, ...], tuple[int, ...]]:
         """Returns starts and sizes of tile (i, j) in the bias."""
+        assert self.bias is not None  # callers slice only a bias that is there
         firsts = (g // n.head_groups * n.B, g % n.head_groups * (n.K * n.G), i * n.block_q, j * n.block_k)
         sizes = (n.B, n.K * n.G, n.block_q, n.block_k)
         many = [size > 1 for size in self.bias.shape]

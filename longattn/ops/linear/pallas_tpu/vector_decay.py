@@ -194,6 +194,7 @@ def _pairs_backward(n: Statics, residuals: Any, cts: tuple[Array | None, Array |
         bit = jnp.where(i > j, bit, 0)
         level_backward = functools.partial(_delta_level_backward, n, q, k, cts, bit)
     else:  # one product with the pairs and their transpose gives a level's gradients of queries and of keys
+        assert cts[0] is not None  # without the delta rule only queries make pairs
         both = (cts[0] + cts[0].swapaxes(1, 2)).astype(n.dtype)
         level_backward = functools.partial(_level_backward, n, q, k, both, bit)
     for level, decay in enumerate(decays):
