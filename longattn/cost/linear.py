@@ -6,10 +6,10 @@ The mixers' modules state their calls of linear attention and of short convoluti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from longattn.config import Mixer, Model
 from longattn.models import module_of
@@ -55,7 +55,7 @@ def known(mixer: Mixer, model: Model) -> bool:
     return (r := of(mixer, model)) is not None and _buffers(mixer, model, r, 1.0) is not None
 
 
-def _call(r: LinearCall, T: int, V: int, dtype: Any) -> Call:
+def _call(r: LinearCall, T: int, V: int, dtype: DTypeLike) -> Call:
     """The kernels' call for one sequence of T tokens and value heads of size V."""
     return plan_call(Problem(1, r.H, r.Hq, r.Hk, r.Hv, T, r.D, V, r.decay, r.delta, dtype), r.scale)
 
@@ -83,7 +83,7 @@ def flops(mixer: Mixer, model: Model, T: int, devices: int, tensor: int) -> tupl
     return forward, backward + forward * (model.remat == "full")
 
 
-def _recurrence_flops(r: LinearCall, T: int, devices: int, dtype: Any) -> tuple[float, float]:
+def _recurrence_flops(r: LinearCall, T: int, devices: int, dtype: DTypeLike) -> tuple[float, float]:
     n = _call(r, T, r.V, dtype)
     one = lambda n, what: r.H * n.J * chunk_cost(n.statics, n.D, n.V, what)[0]
     forward = n.M * one(n, "out")

@@ -200,7 +200,7 @@ def attend(x: Arrays, axis: Axis, options: Options, names: tuple[str, ...]) -> t
     shaped = jax.eval_shape(lambda x: x, x)
     columns = V + D if x.beta is not None and rounds(lax.axis_size(axis)) > 1 else V
 
-    def accepts(back_end: Any) -> tuple[Any, Any]:
+    def accepts(back_end: dispatch.BackEnd) -> tuple[Any, Any]:
         return back_end.check(shaped, options), check_fold(back_end, shaped, columns, options)
 
     name, plans = dispatch.choose(names, BACK_ENDS, accepts)

@@ -13,8 +13,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from longattn.ops.linear.contract import Arrays, Options, Out, State
+
+# q, k, v, log_decay, beta of one token, and whether it starts a segment
+_Token = tuple[Array, Array, Array, Array | None, Array | None, Array | None]
 
 
 def check(x: Arrays, options: Options) -> None:
@@ -33,7 +37,7 @@ def attend(x: Arrays, options: Options, plan: None = None) -> tuple[Out, State]:
         S = jnp.zeros((q.shape[0], x.H, q.shape[3], v.shape[3]), dtype)
         S = lax.pcast(S, tuple(jax.typeof(q).manual_axis_type.varying), to="varying")
 
-    def step(S, token):
+    def step(S: Array, token: _Token) -> tuple[Array, Array]:
         q, k, v, log_decay, beta, starts = token
         if starts is not None:
             S = jnp.where(starts[:, None, None, None], 0.0, S)

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool
 
 from longattn.ops import dispatch
@@ -29,13 +30,13 @@ from longattn.ops.attention.pallas_tpu.backward import NO_KEY, backward
 from longattn.ops.attention.pallas_tpu.call import LOG2E, Call, unit
 from longattn.ops.attention.pallas_tpu.forward import forward
 from longattn.ops.attention.pallas_tpu.plan import Plan, bias_dtype, make_plan
-from longattn.shapes import Key, Out, Query, Statistic, Value
+from longattn.shapes import Key, Out, Query, Shaped, Statistic, Value
 
 BOUND = 80.0  # 2^80 times a sum of values, and 2^-80 times a value, stay far from float32's limits
 _ROWS = 16  # rows of bfloat16 in a register: copies begin and end at multiples of it
 
 
-def check(q: Any, k: Any, v: Any, bias: Any, visibility: Visibility, options: Options) -> Plan | None:
+def check(q: Shaped, k: Shaped, v: Shaped, bias: Shaped, visibility: Visibility, options: Options) -> Plan | None:
     """Returns the plan of the call. Raises NotImplementedError with the reason where the kernels cannot serve it."""
     return make_plan(q, k, v, bias, visibility, options)
 
@@ -132,7 +133,7 @@ def _forward(
 
 def _backward(
     q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, out: Array, lse: Array, do: Array,
-    dlse: Array, options: Options, n: Call | None, out_dtype: Any,
+    dlse: Array, options: Options, n: Call | None, out_dtype: DTypeLike,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     if n is None:
         return tuple(jnp.zeros_like(x, out_dtype) for x in (q, k, v))

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from longattn.mask import EMPTY, PARTIAL
@@ -333,7 +334,7 @@ def _kernel(n: Call, refs: Refs) -> None:
     _finish(x)
 
 
-def _scratch(n: Call, dtype: Any, bias: Array | None) -> dict[str, Any]:
+def _scratch(n: Call, dtype: DTypeLike, bias: Array | None) -> dict[str, Any]:
     """Returns the kernel's own memory, for operands of this dtype."""
     strips = n.block_q // n.tile_q
     statistics = pltpu.VMEM((strips, SUBLANES, n.tile_q), jnp.float32)
@@ -354,7 +355,7 @@ def _scratch(n: Call, dtype: Any, bias: Array | None) -> dict[str, Any]:
 
 
 def forward(
-    n: Call, out_dtype: Any, walk: Array, q: Array, k: Array, v: Array, q_numbers: Array | None,
+    n: Call, out_dtype: DTypeLike, walk: Array, q: Array, k: Array, v: Array, q_numbers: Array | None,
     k_numbers: Array | None, bias: Array | None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Returns out [B H T V] and lse float32 [B H T] in n.unit.
