@@ -113,13 +113,15 @@ def _registry(mistakes: list[ValueError]) -> Any:
                 raise
 
         instantiate.__doc__ = info.type.__doc__  # the help begins with it
-        marked = (
-            dataclasses.replace(f, type=Annotated[f.type, *spelling[name]])
-            if (name := (info.type.__name__, f.name)) in spelling
-            else f
-            for f in spec.fields
-        )
-        return dataclasses.replace(spec, instantiate=instantiate, fields=tuple(marked))
+
+        def marked(field: constructors.StructFieldSpec) -> constructors.StructFieldSpec:
+            name = info.type.__name__, field.name
+            if name not in spelling:
+                return field
+            kind: Any = Annotated[field.type, *spelling[name]]
+            return dataclasses.replace(field, type=kind)
+
+        return dataclasses.replace(spec, instantiate=instantiate, fields=tuple(map(marked, spec.fields)))
 
     return registry
 

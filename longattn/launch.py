@@ -139,8 +139,9 @@ def _slurm(env: Mapping[str, str]) -> tuple[str, int, int]:
 
 def first_host(nodes: str) -> str:
     """Returns the first host of a SLURM node list: gpu003 for "gpu[003-007,9],cpu1"."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    assert first is not None  # the pattern matches the empty string too
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
 def _jobset(env: Mapping[str, str]) -> tuple[str, int, int]:
@@ -267,6 +268,7 @@ def _pass_on(child: subprocess.Popen[bytes]) -> str:
     The report and Gloo's lines about connections are hidden unless LONGATTN_TRACEBACK is set.
     """
     everything, report, hidden = bool(os.environ.get("LONGATTN_TRACEBACK")), b"", False
+    assert child.stderr is not None  # it was started with a pipe
     for line in child.stderr:
         if re.match(rb"F\d{4} |E\d{4} .*coordination_service", line) or (report and not line.startswith(b"longattn: ")):
             report += line

@@ -17,6 +17,7 @@ PUBLIC = {
     "longattn.models.transformer.Transformer.__call__",
     "longattn.models.transformer.Transformer.hidden",
     "longattn.ops.attention.api",
+    "longattn.ops.attention.arguments",
     "longattn.ops.conv",
     "longattn.ops.linear.api",
     "longattn.parallel.attention",

@@ -70,7 +70,8 @@ def test_readme_names_a_command_and_a_page_for_each_question():
         elif words.startswith("longattn."):
             assert getattr(__import__("longattn"), words.removeprefix("longattn.")), command
         else:
-            assert words.split()[1] in cli.COMMANDS, command
+            _, name, *rest = words.split()
+            assert name in cli.COMMANDS and (name != "profile" or rest[0] in cli.PROFILES), command
         (page,) = re.findall(r"^\[[^\]]+\]\((docs/\w+\.md)\)$", answer)
         assert (ROOT / page).is_file()
 
@@ -141,3 +142,9 @@ def test_ruff_has_one_version():
 def test_citation_has_the_version_of_the_package():
     version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_workflow_runs_what_ci_runs():
+    everything = re.findall(r"^make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    (newer,) = re.findall(r"run: make (.*)\}", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert newer.split() == [target for target in everything if target != "test-oldest"]

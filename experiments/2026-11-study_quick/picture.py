@@ -1,4 +1,4 @@
-"""Draws docs/images/cost.png from study.jsonl: time, scratch memory, and the longest context that fits each chip.
+"""Draws docs/images/cost.png from study.jsonl: time and scratch memory of one layer against its length.
 
     python experiments/2026-11-study_quick/picture.py
 """
@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 NUMBERS = [n for n in map(json.loads, (HERE / "study.jsonl").read_text().splitlines()) if n["kind"] == "number"]
-CHIPS = ["v5e", "v6e", "v5p", "tpu7x", "l4", "a100-80", "h200", "b200"]
 GREY, BLUE, ORANGE = "#59626f", "#1f5aa6", "#c84e1f"
 
 
@@ -38,7 +37,7 @@ def lines(ax, quantity: str, scale: float, ways: dict[str, tuple[str, str, str]]
 
 
 plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11})
-figure, (time, memory, fits) = plt.subplots(1, 3, figsize=(12, 4), constrained_layout=True)
+figure, (time, memory) = plt.subplots(1, 2, figsize=(9.5, 4), constrained_layout=True)
 
 DENSE, BLOCKWISE = ("exact, dense", GREY, "s"), ("exact, blockwise", BLUE, "o")
 lines(time, "seconds_forward_backward", 1e3, {
@@ -51,17 +50,6 @@ lines(memory, "scratch_forward_backward", 2**-20, {"dense": DENSE, "exact": BLOC
 memory.set_title("Scratch memory of one layer (compiled)", loc="left")
 memory.set_ylabel("MiB, forward and backward")
 memory.text(4000, 18, "a window of 256\ntakes as much", color=ORANGE)
-
-rows = range(len(CHIPS))
-for way, (_, color, _), shift in (("dense", DENSE, 0.2), ("exact", BLOCKWISE, -0.2)):
-    T = [numbers("longest_T", way, chip=chip, remat="attention")[0]["value"] / 1000 for chip in CHIPS]
-    bars = fits.barh([y + shift for y in rows], T, height=0.38, color=color)
-    fits.bar_label(bars, [f"{t:.0f}k" for t in T], padding=3, fontsize=8)
-fits.set_yticks(rows, CHIPS)
-fits.invert_yaxis()
-fits.set_xlim(0, 170)
-fits.set_xlabel("thousand tokens, one chip, 85 M parameters")
-fits.set_title("Longest training context (predicted)", loc="left")
 
 figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
 out = HERE.parents[1] / "docs" / "images" / "cost.png"

@@ -55,9 +55,9 @@ def _group(text: str) -> tuple[tuple[int, ...], str, tuple[tuple[int, int], ...]
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:,? ?device_ids=\(([\d, ]*)\))?\s*\{([^}]*)\}", text):
         return *_of_mesh(*named.groups()), ()
     if counted := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, source, order = ([int(n) for n in part.split(",")] if part else None for part in counted.groups())
+        shape, source, order = ([int(n) for n in (part or "").split(",") if n] for part in counted.groups())
         places = np.arange(math.prod(source)).reshape(source)
-        return tuple((places if order is None else places.transpose(order)).reshape(shape)[0].tolist()), "", ()
+        return tuple((places.transpose(order) if order else places).reshape(shape)[0].tolist()), "", ()
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return tuple(int(n) for n in listed[1].split(",") if n), "", ()
     if listed := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):

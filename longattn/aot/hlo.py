@@ -73,6 +73,12 @@ class Instruction:
         found = re.search(rf"\b{name}=%?([^\s,{{}}]+)", self.attributes)
         return found[1] if found else None
 
+    def required(self, name: str) -> str:
+        """Returns an attribute that every instruction of this opcode has. Raises ValueError if it is missing."""
+        if (found := self.attribute(name)) is None:
+            raise ValueError(f"{self.name} has no {name}: this form of program is not known")
+        return found
+
     @property
     def scope(self) -> str:
         """The jax scopes in which it was traced, joined by slashes."""
@@ -116,6 +122,10 @@ class Program:
         """Returns the computation inside a fusion or an asynchronous wrapper."""
         name = instruction.attribute("calls")
         return None if name is None else self.computations[name]
+
+    def inside(self, instruction: Instruction) -> Computation:
+        """Returns the computation inside an instruction that must have one, such as a fusion."""
+        return self.computations[instruction.required("calls")]
 
     def branches(self, instruction: Instruction) -> list[Computation]:
         """Returns the branches of a conditional."""
@@ -184,7 +194,7 @@ def _type(text: str, at: int) -> tuple[Type, int]:
     at += 1
     while text[at] != ")":
         skipped = re.compile(r"(?:,|\s|/\*.*?\*/)*").match(text, at)
-        at = skipped.end()
+        at = skipped.end() if skipped else at
         if text[at] == ")":
             break
         kind, at = _type(text, at)

@@ -16,11 +16,11 @@ def trips(program: Program, computation: Computation, loop: Instruction) -> int 
     """Returns how often a while loop of `computation` runs, or None unless bound, start and step are constants."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
-    condition, body = (program.computations[loop.attribute(name)] for name in ("condition", "body"))
+    condition, body = (program.computations[loop.required(name)] for name in ("condition", "body"))
     test = condition.root
     operands = list(test.operands)
     if test.opcode == "fusion":  # it wraps the comparison
-        inner = program.called(test)
+        inner = program.inside(test)
         outer = dict(zip((i.name for i in _parameters(inner)), test.operands))
         test = inner.root
         operands = [outer.get(name, (name, element)) for name, element in test.operands]
@@ -71,7 +71,7 @@ def _element(computation: Computation, operand: tuple[str, int | None]) -> int |
     if instruction.opcode == "parameter":
         return element
     if instruction.opcode == "get-tuple-element":
-        return int(instruction.attribute("index"))
+        return int(instruction.required("index"))
     return _element(computation, instruction.operands[0]) if instruction.opcode in ("copy", "bitcast") else None
 
 
@@ -103,7 +103,7 @@ def flops(program: Program, computation: Computation, instruction: Instruction) 
         stated = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
         return float(stated[1]) if stated else 0.0
     if instruction.opcode == "fusion":
-        inner = program.called(instruction)
+        inner = program.inside(instruction)
         return sum(flops(program, inner, i) for i in inner.instructions)
     return 0.0
 
@@ -111,6 +111,8 @@ def flops(program: Program, computation: Computation, instruction: Instruction) 
 def _convolution(computation: Computation, instruction: Instruction) -> float:
     """Returns the FLOPs of a convolution, which products become on TPUs: batch dimensions are windows of one."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if labels is None:
+        raise ValueError(f"{instruction.name} has no dim_labels: this form of program is not known")
     window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     fields = dict(part.split("=") for part in window[1].split()) if window else {}
     lhs, rhs = computation.operand(instruction, 0), computation.operand(instruction, 1)
@@ -174,7 +176,7 @@ def hbm_bytes(program: Program, computation: Computation, instruction: Instructi
     if opcode in _MOVES_NOTHING or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
         return 0
     if opcode == "async-start":
-        inner = program.called(instruction)
+        inner = program.inside(instruction)
         return sum(hbm_bytes(program, inner, i) for i in inner.instructions)
     if moved := host_bytes(computation, instruction):
         return moved
@@ -208,7 +210,7 @@ def _read(program: Program, computation: Computation, parameter: Instruction) ->
         elif user.opcode == "bitcast":
             total += _read(program, computation, user)
         elif user.opcode == "fusion":
-            inner = program.called(user)
+            inner = program.inside(user)
             inside = zip(_parameters(inner), user.operands, strict=True)
             total += sum(_read(program, inner, p) for p, (name, _) in inside if name == parameter.name)
         else:

@@ -202,7 +202,7 @@ class _Walk:
                     totals.unknown[instruction.scope] += 1
                     self._hide(in_flight, self._unknown([instruction.scope]))
                     continue
-                self._inner(self.program.computations[instruction.attribute("body")], totals, in_flight, runs)
+                self._inner(self.program.computations[instruction.required("body")], totals, in_flight, runs)
             elif opcode == "custom-call" and "longattn_attention" in instruction.scope:  # its lists are data too
                 totals.unknown[instruction.scope] += 1
                 totals.hbm_bytes += instructions.hbm_bytes(self.program, computation, instruction)
@@ -213,7 +213,7 @@ class _Walk:
                 attending = [branch for branch in branches if self.computation(branch).unknown]
                 self._inner(min(attending or branches, key=lambda b: self.computation(b).seconds), totals, in_flight)
             elif opcode == "call":
-                self._inner(self.program.computations[instruction.attribute("to_apply")], totals, in_flight)
+                self._inner(self.program.computations[instruction.required("to_apply")], totals, in_flight)
             else:
                 self._one(computation, instruction, totals, in_flight, at, due)
         while in_flight:  # awaited outside of this computation, if at all: counted here
@@ -258,7 +258,7 @@ class _Walk:
             for awaited in [s for s in in_flight if s.due == at]:
                 self._wait(awaited, totals, in_flight)
             return
-        if role in ("start", "whole"):
+        if what is not None:  # the role is "start" or "whole"
             times = self.times[what]
             totals.collectives[what, role == "start"] += 1
             totals.busy = totals.busy + times

@@ -83,6 +83,7 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
     arguments: tuple[Any, ...] = state, batch
     filled = 0
     if request.get("fill"):
+        assert context is not None  # accounts are of several devices
         fill = filler(where, context.mesh)
         plain, arguments, filled = function, (state, batch, fill), fill.shape[1] * fill.dtype.itemsize
         function = jax.jit(lambda state, batch, fill: plain(state, batch), donate_argnums=0, keep_unused=True)
@@ -121,6 +122,7 @@ def _arguments(config: Config, devices: list[Any]) -> tuple[Context | None, Any,
         place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone)
         return None, jax.tree.map(place, state_shapes(config)), jax.tree.map(place, batch_shapes(config))
     context = context_of(config, devices)
+    assert context is not None  # the mesh has several devices
     sharding = batch_sharding(config, context)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch_shapes(config))
     return context, state_shapes(config, context), batch
@@ -129,7 +131,9 @@ def _arguments(config: Config, devices: list[Any]) -> tuple[Context | None, Any,
 @contextlib.contextmanager
 def _target(where: Topology, context: Context | None, devices: list[Any]) -> Iterator[None]:
     """Makes back ends and kernels choose for the machine, not for this process's own device."""
-    mesh = context.mesh if context else meshes.make_mesh(devices=devices[:1])
+    mesh = None if context is None else context.mesh
+    if mesh is None:
+        mesh = meshes.make_mesh(devices=devices[:1])
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
         if where.is_gpu:  # Mosaic asks the default device

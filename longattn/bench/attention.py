@@ -25,8 +25,8 @@ import numpy as np
 from rich.console import Console
 
 from longattn.bench.timing import Interval, Seconds, cores, fit_exponent, interleave, ratio, temp_bytes
-from longattn.cost import flops as cost
 from longattn.cost import hardware
+from longattn.cost.flops import attention_flops
 from longattn.cost.pairs import visible_pairs
 from longattn.display import device_text, plain_table, seconds_text
 from longattn.environment import available_memory, environment
@@ -328,7 +328,7 @@ def _row(
 def flops(options: AttentionOptions, T: int, what: str, *, window: bool = False) -> float:
     """Returns the FLOPs of the visible pairs without recomputation, which are the same for every candidate."""
     mask = _window(options) if window else options.mask
-    parts = cost.attention_flops(visible_pairs(mask, T), options.H * options.B, options.D)
+    parts = attention_flops(visible_pairs(mask, T), options.H * options.B, options.D)
     return parts.forward + (parts.backward if what == "forward_backward" else 0)
 
 

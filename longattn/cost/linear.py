@@ -6,10 +6,10 @@ The mixers' modules state their calls of linear attention and of short convoluti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from longattn.config import Mixer, Model
 from longattn.models import module_of
@@ -55,7 +55,7 @@ def known(mixer: Mixer, model: Model) -> bool:
     return (r := of(mixer, model)) is not None and _buffers(mixer, model, r, 1.0) is not None
 
 
-def _call(r: LinearCall, T: int, V: int, dtype: Any) -> Call:
+def _call(r: LinearCall, T: int, V: int, dtype: DTypeLike) -> Call:
     """The kernels' call for one sequence of T tokens and value heads of size V."""
     return plan_call(Problem(1, r.H, r.Hq, r.Hk, r.Hv, T, r.D, V, r.decay, r.delta, dtype), r.scale)
 
@@ -83,7 +83,7 @@ def flops(mixer: Mixer, model: Model, T: int, devices: int, tensor: int) -> tupl
     return forward, backward + forward * (model.remat == "full")
 
 
-def _recurrence_flops(r: LinearCall, T: int, devices: int, dtype: Any) -> tuple[float, float]:
+def _recurrence_flops(r: LinearCall, T: int, devices: int, dtype: DTypeLike) -> tuple[float, float]:
     n = _call(r, T, r.V, dtype)
     one = lambda n, what: r.H * n.J * chunk_cost(n.statics, n.D, n.V, what)[0]
     forward = n.M * one(n, "out")
@@ -111,8 +111,9 @@ def divided(mixer: Mixer, model: Model) -> dict[str, tuple[int, ...]]:
 
 def kept(mixer: Mixer, model: Model, T: int, tensor: int) -> float:
     """Bytes per token that a recurrence keeps of the forward pass besides its input: out, and states between spans."""
-    r, c = of(mixer, model, tensor).call, np.dtype(model.dtype).itemsize
-    return c * r.H * _filled(r.V) + _states(r, T)
+    r, c = of(mixer, model, tensor), np.dtype(model.dtype).itemsize
+    assert r is not None  # callers ask `known` first
+    return c * r.call.H * _filled(r.call.V) + _states(r.call, T)
 
 
 def _filled(D: int) -> int:
@@ -156,8 +157,10 @@ def peaks(mixer: Mixer, model: Model, T: int, tensor: int, piece: float) -> dict
       piece: of these tokens, the share that the MLP sees at once.
     """
     r, c = of(mixer, model, tensor), np.dtype(model.dtype).itemsize
+    assert r is not None  # callers ask `known` first
     call, w = r.call, _widths(r, model, model.F / tensor * piece)
     stated = _buffers(mixer, model, r, w.F)
+    assert stated is not None  # `known` says so
     E, F, q, k, v, out, inputs = w.E, w.F, w.q, w.k, w.v, w.out, w.convolved
     vector = 2 * _F32 * q * (call.decay == "vector")
     found = {"mlp": stated.mlp}
@@ -198,7 +201,7 @@ def messages(mixer: Mixer, model: Model, rows: int, devices: int, tensor: int) -
     for r in _calls(mixer, model, tensor, LinearCall):
         transition = r.D * r.D if r.delta else r.D if r.decay == "vector" else 1
         scan += _F32 * rows * r.H * (rounds(devices) * r.D * r.V + (rounds(devices) - 1) * transition)
-    for r in _calls(mixer, model, tensor, ConvolutionCall):
-        before += c * rows * (r.taps - 1) * r.H * r.D
+    for convolution in _calls(mixer, model, tensor, ConvolutionCall):
+        before += c * rows * (convolution.taps - 1) * convolution.H * convolution.D
     again = scan * (model.remat == "full") + before * (model.remat != "none")
     return scan + before, scan + before + again

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from longattn.mask import FULL, PARTIAL, Mask
 
@@ -66,7 +66,7 @@ def _pairs_one_by_one(mask: Mask, blocks: np.ndarray) -> np.ndarray:
     return (_per_head(mask(q, k)) & inside[None, None]).sum((2, 3))
 
 
-def _per_head(x: Any) -> np.ndarray:
+def _per_head(x: Array | np.ndarray) -> np.ndarray:
     """A mask's answer as [B H . .]; it has rank 2 unless the mask holds arrays."""
     x = np.asarray(x)
     return x if x.ndim == 4 else x[None, None]

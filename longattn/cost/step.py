@@ -56,7 +56,7 @@ _F32 = 4
 
 
 @functools.lru_cache(maxsize=256)
-def _parameters(model: Model) -> Any:
+def _parameters(model: Model) -> dict[str, Any]:
     """The shapes of a model's parameters."""
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 

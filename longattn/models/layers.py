@@ -1,4 +1,4 @@
-"""What every layer is made of: RMSNorm, rotary positions, SwiGLU.
+"""The parts that layers share: RMSNorm, rotary positions, SwiGLU.
 
 Parameters are float32; the computation has the dtype of the inputs.
 """
@@ -21,12 +21,12 @@ from longattn.models.context import Context
 def fan_in(
     in_axis: int | tuple[int, ...], out_axis: int | tuple[int, ...], scale: float = 1.0
 ) -> nn.initializers.Initializer:
-    """Truncated normal of standard deviation sqrt(scale / fan-in)."""
+    """Returns an initializer: a truncated normal of standard deviation sqrt(scale / fan-in)."""
     return nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis)
 
 
 def no_state(state: Any) -> None:
-    """Refuses a cache: raises ValueError unless `state` is None."""
+    """Raises ValueError unless `state` is None, for mixers that keep no state."""
     if state is not None:
         raise ValueError(
             f"state={type(state).__name__} must be None: models run whole sequences, there is no decoding with a cache"
@@ -34,7 +34,7 @@ def no_state(state: Any) -> None:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, computed in float32 (arXiv:1910.07467)."""
+    """Computes x / rms(x) * scale over the last axis, in float32 (arXiv:1910.07467)."""
 
     eps: float
 
@@ -47,7 +47,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(rope: config.RoPE, D: int) -> np.ndarray:
-    """Angle per position (radians) of each of the D/2 pairs, float64.
+    """Returns the angle per position, in radians, of each of the D/2 pairs, float64.
 
     none: base**(-2i/D). linear: that over `factor` (arXiv:2306.15595). yarn: "NTK-by-parts" (arXiv:2309.00071,
     section 3.2): pairs that turn more than 32 times within original_T keep their frequency, those that turn less than
@@ -64,7 +64,7 @@ def rope_frequencies(rope: config.RoPE, D: int) -> np.ndarray:
 
 
 def rope_temperature(rope: config.RoPE | None) -> float:
-    """What YaRN multiplies the logits by: (0.1 ln(factor) + 1)**2 (arXiv:2309.00071, section 3.4); 1 for the others."""
+    """Returns YaRN's factor on the logits, (0.1 ln(factor) + 1)**2 (arXiv:2309.00071, section 3.4); 1 without YaRN."""
     if rope is None or rope.scaling != "yarn":
         return 1.0
     return (0.1 * math.log(rope.factor) + 1) ** 2
@@ -92,14 +92,14 @@ def rotate(
 def swiglu(
     x: Float[Array, "B T E"], gate: Float[Array, "E F"], up: Float[Array, "E F"], down: Float[Array, "F E"]
 ) -> Float[Array, "B T E"]:
-    """(silu(x gate) * (x up)) down (arXiv:2002.05202)."""
+    """Computes (silu(x gate) * (x up)) down (arXiv:2002.05202)."""
     gate, up, down = (w.astype(x.dtype) for w in (gate, up, down))
     hidden = nn.silu(jnp.einsum("BTE,EF->BTF", x, gate)) * jnp.einsum("BTE,EF->BTF", x, up)
     return jnp.einsum("BTF,FE->BTE", hidden, down)
 
 
 class SwiGLU(nn.Module):
-    """The block's MLP; with `model.mlp_chunk` in pieces of the sequence: [B T F] never exists, forward or backward.
+    """Applies the block's MLP. `model.mlp_chunk` runs it in pieces of the sequence, so [B T F] never exists.
 
     Where the sequence lies in parts on a mesh, a piece is `mlp_chunk` positions of each part: nothing moves.
     """

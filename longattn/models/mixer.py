@@ -109,12 +109,12 @@ class MixerModule(nn.Module):
 
         The default traces the module under a context that records calls and computes nothing.
         """
-        return _traced(cls, mixer, model, T)[0]
+        return _traced(cls, mixer, model, T)[0]  # type: ignore[arg-type]  # mypy asks instances for __hash__
 
     @classmethod
     def parameters(cls, mixer: Any, model: config.Model) -> dict[str, Shape]:
         """Returns the shapes of the parameters by name, such as "q" or "norm/scale"."""
-        return dict(_traced(cls, mixer, model, 1)[1])
+        return dict(_traced(cls, mixer, model, 1)[1])  # type: ignore[arg-type]  # likewise
 
     @classmethod
     def matrices(cls, mixer: Any, model: config.Model) -> dict[str, Shape]:

@@ -42,7 +42,7 @@ Ids = dict[str, tuple[Int32[Array, "B T"] | None, Int32[Array, "B T"] | None]]
 
 
 class Block(nn.Module):
-    """x += mixer(norm(x)); x += mlp(norm(x))."""
+    """One residual block: x += mixer(norm(x)); x += mlp(norm(x))."""
 
     mixer: configs.Mixer
     model: configs.Model
@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 class Period(nn.Module):
-    """The blocks of one period of the pattern of mixers: the body of the scan over the layers."""
+    """The blocks of one period of the mixers: the body of the scan over layers."""
 
     mixers: tuple[configs.Mixer, ...]
     model: configs.Model
@@ -83,7 +83,7 @@ class Period(nn.Module):
 def _block(
     model: configs.Model, mixer: configs.Mixer, context: Context | None, *, in_scan: bool, name: str | None = None
 ) -> Block:
-    """A block under the model's remat policy, for tokens in its mixer's layout."""
+    """Returns a block under the model's remat policy, for tokens in its mixer's layout."""
     if context is not None:
         context = context.lying(layout_of(mixer, context.layout))
     if model.remat == "none":
@@ -95,7 +95,7 @@ def _block(
 def _through(
     blocks: Sequence[Block], x: Array, lies: SequenceLayout, ids: Ids, context: Context
 ) -> tuple[Array, SequenceLayout]:
-    """The activations after some blocks, and the layout in which they then lie: that of the last mixer."""
+    """Returns the activations after some blocks, and their layout: that of the last mixer."""
     for block in blocks:
         needed = layout_of(block.mixer, context.layout)
         x, lies = block(context.convert(x, lies, needed), *ids[needed.name]), needed
@@ -103,14 +103,14 @@ def _through(
 
 
 def _ids(model: configs.Model, context: Context, positions: Array | None, segment_ids: Array | None) -> Ids:
-    """Ids in the layouts that the layers need: the context's, or contiguous."""
+    """Returns the ids in every layout that the layers need: the context's, or contiguous."""
     ids = positions, segment_ids
     layouts = {layout_of(mixer, context.layout) for mixer in model.layers}
     return {layout.name: ids if layout == context.layout else context.restore(ids) for layout in layouts}
 
 
 def period(model: configs.Model) -> int:
-    """Layers per step of the scan: the shortest period of the layers that divides N; N where nothing is scanned."""
+    """Returns the layers per step of the scan: the shortest period that divides N, or N where nothing is scanned."""
     layers = model.layers
     if not model.scan:
         return model.N
@@ -118,7 +118,7 @@ def period(model: configs.Model) -> int:
 
 
 class Transformer(nn.Module):
-    """Tokens to logits. The only collection is `params`; it holds float32 arrays:
+    """Maps tokens to logits. The only collection is `params`; it holds float32 arrays:
 
     embedding [W E]; norm/scale [E]; head [W E] where not tied; and per layer mixer_norm/scale, mixer/{q [E H D],
     k, v [E K D], out [H D E], ...}, mlp_norm/scale, mlp/{gate, up [E F], down [F E]}: under layer_i, or where layers
@@ -151,7 +151,7 @@ class Transformer(nn.Module):
         segment_ids: Int32[Array, "B T"] | None = None,
         state: None = None,
     ) -> tuple[Float[Array, "B T E"], None]:
-        """The normed input of the head, in the compute dtype. No positions: arange(T); no segment ids: one segment.
+        """Returns the normed input of the head, in the compute dtype. The default is arange(T) and one segment.
 
         All arrays are in the context's layout. Activations are converted between layers that need another one, ids
         once for all layers.
@@ -177,7 +177,7 @@ class Transformer(nn.Module):
         segment_ids: Int32[Array, "B T"] | None = None,
         state: None = None,
     ) -> tuple[Float32[Array, "B T W"], None]:
-        """Logits of the token that follows each token. For training take `hidden` and the loss in chunks instead."""
+        """Returns the logits of each next token. Training uses `hidden` and a chunked loss instead."""
         x, state = self.hidden(tokens, positions, segment_ids, state)
         with jax.named_scope("head"):
             w = (self.embedding if self.config.tie else self.head).astype(x.dtype)
@@ -185,12 +185,12 @@ class Transformer(nn.Module):
 
 
 def head(params: dict[str, Any], config: configs.Model) -> Float32[Array, "W E"]:
-    """The output head: the embedding where it is tied."""
+    """Returns the output head's weights: the embedding where it is tied."""
     return params["embedding" if config.tie else "head"]
 
 
 def init_params(config: configs.Model, key: PRNGKeyArray | UInt32[Array, "2"]) -> dict[str, Any]:
-    """Fresh parameters, a nested dict of float32 arrays."""
+    """Returns fresh parameters, a nested dict of float32 arrays."""
     tokens = jnp.zeros(
         (1, 1), jnp.int32
     )  # parameters depend on no length, and of one token the reference costs nothing

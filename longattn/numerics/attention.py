@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision
+from jaxtyping import Array
 
 from longattn.mask import Mask, Prefix
 from longattn.numerics.compare import Drawn, Results, packed
@@ -50,7 +51,7 @@ class Problem(AttentionCall):
         cotangents = {"out": array((p.B, p.T, p.H, p.values), p.dtype), "lse": array((p.B, p.T, p.H), jnp.float32)}
         return Drawn(arrays, ids, cotangents)
 
-    def fill(self, arrays: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    def fill(self, arrays: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         arrays["k"] *= np.linspace(1, self.rise, self.keys, dtype=np.float32)[:, None, None]
         ids = {}
         if self.documents:
@@ -59,17 +60,17 @@ class Problem(AttentionCall):
             ids["prefix"] = rng.integers(1, self.prefix + 1, self.B, dtype=np.int32)
         return ids
 
-    def _mask(self, ids: Any) -> Mask:
+    def _mask(self, ids: dict[str, Array]) -> Mask:
         return self.mask | Prefix(ids["prefix"]) if self.prefix else self.mask
 
-    def call(self, arrays: Any, ids: Any, implementation: str) -> dict[str, Any]:
+    def call(self, arrays: dict[str, Array], ids: dict[str, Array], implementation: str) -> dict[str, Array]:
         out, lse = api.attention_with_lse(
             **arrays, mask=self._mask(ids), segment_ids=ids.get("segment_ids"), positions=ids.get("positions"),
             scale=self.scale, softcap=self.softcap, implementation=implementation,
         )  # fmt: skip
         return {"out": out, "lse": lse}
 
-    def plain(self, arrays: Any, ids: Any) -> dict[str, Any]:
+    def plain(self, arrays: dict[str, Array], ids: dict[str, Array]) -> dict[str, Array]:
         """Computes the whole matrix at once, with each result rounded to the problem's dtype, in both passes.
 
         Products are exact except for their float32 sum. So the error is the cost of this precision on any device.
@@ -78,7 +79,7 @@ class Problem(AttentionCall):
         # Any device multiplies bfloat16 factors exactly at default precision, which compiles in a third of the time.
         product = functools.partial(jnp.einsum, precision=None if p.dtype == "bfloat16" else Precision.HIGHEST)
 
-        def r(x: Any) -> Any:  # its transpose rounds the cotangents
+        def r(x: Array) -> Array:  # its transpose rounds the cotangents
             return jax.lax.reduce_precision(x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
 
         q, k, v = (arrays[name].astype(jnp.float32) for name in "qkv")
@@ -129,7 +130,7 @@ class PartsProblem(Problem):
         if self.sinks or self.bias is not None:
             raise ValueError(f"{self.sinks=} and {self.bias=} must be off: partial gradients are of q, k and v alone")
 
-    def call(self, arrays: Any, ids: Any, implementation: str) -> dict[str, Any]:
+    def call(self, arrays: dict[str, Array], ids: dict[str, Array], implementation: str) -> dict[str, Array]:
         if implementation == "reference":
             return super().call(arrays, ids, implementation)
         p, half = self, self.keys // 2
@@ -144,15 +145,15 @@ class PartsProblem(Problem):
             }))  # fmt: skip
 
         @jax.custom_vjp
-        def attend(q: Any, k: Any, v: Any) -> Any:
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
             return forward(q, k, v)[0]
 
-        def forward(q: Any, k: Any, v: Any) -> Any:
+        def forward(q: Array, k: Array, v: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
             found = (api.attend_partial(q, k[:, keys], v[:, keys], **options) for keys, options in parts)
             out, lse = partials.finish(functools.reduce(partials.merge, found), dtype=q.dtype)
             return (out, lse), (q, k, v, out, lse)
 
-        def backward(kept: Any, cotangents: Any) -> Any:
+        def backward(kept: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, ...]:
             q, k, v, *results = kept
             given = *results, *cotangents
             found = [api.backward_partial(q, k[:, keys], v[:, keys], *given, **options) for keys, options in parts]

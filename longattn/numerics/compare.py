@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from longattn import shapes
 
@@ -51,13 +53,13 @@ class AnyProblem(Protocol):
     def shaped(self) -> Drawn:
         """Returns the shapes and dtypes of the arrays."""
 
-    def fill(self, arrays: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    def fill(self, arrays: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns the ids, and turns arrays of normal numbers, in place, into realistic ones (decays < 0, ...)."""
 
-    def call(self, arrays: Any, ids: Any, implementation: str) -> dict[str, Any]:
+    def call(self, arrays: dict[str, Array], ids: dict[str, Array], implementation: str) -> dict[str, Array]:
         """Returns the back end's results."""
 
-    def plain(self, arrays: Any, ids: Any) -> dict[str, Any]:
+    def plain(self, arrays: dict[str, Array], ids: dict[str, Array]) -> dict[str, Array]:
         """Computes the same in plain float32 JAX, rounded to the problem's dtype wherever a device may round."""
 
     def units(self, truth: Results) -> float:
@@ -67,7 +69,7 @@ class AnyProblem(Protocol):
         """Returns a problem of the same kind that is quickly compared."""
 
 
-def packed(B: int, T: int, documents: int, rng: np.random.Generator) -> tuple[Any, Any]:
+def packed(B: int, T: int, documents: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Returns segment_ids and positions [B T] of `documents` documents per sequence, cut at random."""
     starts = np.zeros((B, T), bool)
     for row in starts:
@@ -127,7 +129,7 @@ def computed(problem: AnyProblem, implementation: str | None, drawn: Sequence[Dr
     return {name: np.stack([r[name] for r in results]) for name in results[0]}
 
 
-def truth(problem: AnyProblem, implementation: str, drawn: Sequence[Drawn], dtype: Any) -> Results:
+def truth(problem: AnyProblem, implementation: str, drawn: Sequence[Drawn], dtype: DTypeLike) -> Results:
     """Computes with the same numbers in a wider dtype, which counts as exact."""
     cast = lambda tree: {name: np.asarray(x).astype(dtype) for name, x in tree.items()}
     wide = [Drawn(cast(d.arrays), d.ids, cast(d.cotangents)) for d in drawn]
@@ -160,7 +162,7 @@ class Deviation:
 
 
 def deviations(
-    got: Results, truth: Results, plain: Results, work: Any, units: float | None = None
+    got: Results, truth: Results, plain: Results, work: DTypeLike, units: float | None = None
 ) -> dict[str, Deviation]:
     """Returns how far each result is from the truth.
 

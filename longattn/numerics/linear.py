@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from longattn.numerics.compare import Drawn, Results, packed
 from longattn.ops import dispatch
@@ -55,7 +57,7 @@ class LinearProblem:
         ids = {"segment_ids": array((p.B, p.T), jnp.int32)} if p.documents else {}
         return Drawn(arrays, ids, {"out": array((p.B, p.T, p.H, V), p.dtype), "final_state": state})
 
-    def fill(self, arrays: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    def fill(self, arrays: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         if self.delta:
             arrays["k"] /= np.linalg.norm(arrays["k"], axis=-1, keepdims=True)
             arrays["beta"] = 1 / (1 + np.exp(-arrays["beta"]))
@@ -63,11 +65,11 @@ class LinearProblem:
             arrays["log_decay"] = -self.rate * rng.exponential(size=arrays["log_decay"].shape)
         return {"segment_ids": packed(self.B, self.T, self.documents, rng)[0]} if self.documents else {}
 
-    def call(self, arrays: Any, ids: Any, implementation: str) -> dict[str, Any]:
+    def call(self, arrays: dict[str, Array], ids: dict[str, Array], implementation: str) -> dict[str, Array]:
         out, state = api.linear_attention(**arrays, **ids, scale=self.scale, implementation=implementation)
         return {"out": out, "final_state": state}
 
-    def plain(self, arrays: Any, ids: Any) -> dict[str, Any]:
+    def plain(self, arrays: dict[str, Array], ids: dict[str, Array]) -> dict[str, Array]:
         """Computes token by token, with the factors of every product rounded to the problem's dtype, in both passes.
 
         Sums and the state are float32. The reference is no yardstick: it does not round factors, as any product in half
@@ -82,7 +84,7 @@ class LinearProblem:
         starts = None if ids is None else jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
         S = arrays.get("initial_state", jnp.zeros((p.B, p.H, p.D, v.shape[3]), dtype))
 
-        def step(S: Any, token: Any) -> tuple[Any, Any]:
+        def step(S: Array, token: Any) -> tuple[Array, Array]:
             q, k, v, a, beta, starts = token
             if starts is not None:
                 S = jnp.where(starts[:, None, None, None], 0.0, S)
@@ -128,13 +130,13 @@ class StateProblem(LinearProblem):
         s = super().shaped()
         return Drawn(s.arrays | {f"d{name}": x for name, x in s.cotangents.items()}, s.ids, {})
 
-    def fill(self, arrays: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    def fill(self, arrays: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         ids = super().fill(arrays, rng)
         if ids:
             ids["segment_ids"][-1] = 0
         return ids
 
-    def call(self, arrays: Any, ids: Any, implementation: str) -> dict[str, Any]:
+    def call(self, arrays: dict[str, Array], ids: dict[str, Array], implementation: str) -> dict[str, Array]:
         do, dS, given = _cotangents(arrays)
         absent = dict.fromkeys(("log_decay", "beta", "segment_ids"))
         operands, options, names = api.validate(
@@ -142,10 +144,11 @@ class StateProblem(LinearProblem):
         )
         x, shaped, columns = api.prepare(operands), jax.eval_shape(api.prepare, operands), dS.shape[3]
         S = x.initial_state
+        assert S is not None  # `state` is true
         if self.delta:
             S = jnp.concatenate([S, self._identity(S.dtype)], 3)
 
-        def accepts(back_end: Any) -> tuple[Any, Any]:
+        def accepts(back_end: dispatch.BackEnd) -> tuple[Any, Any]:
             return back_end.check(shaped, options), api.check_fold(back_end, shaped, S.shape[3], options)
 
         name, (plan, fold_plan) = dispatch.choose(names, api.BACK_ENDS, accepts)
@@ -154,7 +157,7 @@ class StateProblem(LinearProblem):
         found = {"final_state": both[..., :columns], "dinitial_state": back_end.pull(x, do, dS, options, plan)}
         return found | ({"transition": both[..., columns:]} if self.delta else {})
 
-    def plain(self, arrays: Any, ids: Any) -> dict[str, Any]:
+    def plain(self, arrays: dict[str, Array], ids: dict[str, Array]) -> dict[str, Array]:
         """Computes each result by whole passes over the tokens."""
         do, dS, given = _cotangents(arrays)
         after = lambda S, **other: super(StateProblem, self).plain(given | {"initial_state": S} | other, ids)
@@ -167,18 +170,18 @@ class StateProblem(LinearProblem):
             made["transition"] = after(self._identity(S.dtype), v=nothing)["final_state"]
         return made
 
-    def _identity(self, dtype: Any) -> Any:
+    def _identity(self, dtype: DTypeLike) -> Array:
         """Returns identities [B H D D]."""
         return jnp.broadcast_to(jnp.eye(self.D, dtype=dtype)[None, None], (self.B, self.H, self.D, self.D))
 
 
-def _cotangents(arrays: Any) -> tuple[Any, Any, dict[str, Any]]:
+def _cotangents(arrays: dict[str, Array]) -> tuple[Array, Array, dict[str, Array]]:
     """Splits the arrays of a `StateProblem`: the outputs' cotangent, the state's cotangent, and the other arrays."""
     given = dict(arrays)
     return given.pop("dout"), given.pop("dfinal_state"), given
 
 
-def _rounding(dtype: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _rounding(dtype: str) -> tuple[Callable[..., Array], Callable[[Array, Array], Array]]:
     """Returns an einsum of two float32 arrays, and exp(a [B H D]) S [B H D V], with factors rounded to `dtype`.
 
     Cotangents are rounded where they are factors of a gradient. The decay scales the state in float32.
@@ -187,7 +190,7 @@ def _rounding(dtype: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     einsum = functools.partial(jnp.einsum, precision=None if dtype == "bfloat16" else Precision.HIGHEST)
     r = functools.partial(jax.lax.reduce_precision, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
 
-    def product(equation: str, a: Any, b: Any, scale: float = 1.0) -> Any:
+    def product(equation: str, a: Array, b: Array, scale: float = 1.0) -> Array:
         @jax.custom_gradient
         def rounded(a: Any, b: Any) -> Any:
             x, pull = jax.vjp(functools.partial(einsum, equation), r(a), r(b))

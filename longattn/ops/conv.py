@@ -12,7 +12,7 @@ matrices of its papers; its D complex numbers per channel are its state.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,12 @@ from jaxtyping import Array, Complex, Float, Int32
 
 from longattn import shapes
 from longattn.ops import dispatch
-from longattn.shapes import statistics_dtype, suggest
+from longattn.shapes import Given, statistics_dtype, suggest
 
 ACTIVATIONS = {None: lambda y: y, "silu": jax.nn.silu}
 
 
-def _channels(name: str, x: Any) -> tuple[int, int, int]:
+def _channels(name: str, x: Given) -> tuple[int, int, int]:
     """Returns B, T, E of an input. Raises ValueError unless it is a float array of that rank."""
     shapes.check_rank(name, x, "B T E")
     shapes.check_dtype(name, x, shapes.FLOATS)
@@ -35,7 +35,10 @@ def _channels(name: str, x: Any) -> tuple[int, int, int]:
 
 @functools.partial(jax.jit, static_argnames="activation")
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(5,))  # else every tap keeps its product
-def _short(x, weight, bias, segment_ids, tail, activation):
+def _short(
+    x: Array, weight: Array, bias: Array | None, segment_ids: Array | None, tail: Array,
+    activation: Literal["silu"] | None,
+) -> tuple[Array, Array]:  # fmt: skip
     x, weight, bias, segment_ids, tail = dispatch.vary_together((x, weight, bias, segment_ids, tail))
     (T, C), wide = (x.shape[1], weight.shape[1]), statistics_dtype(x.dtype)
     extended = jnp.concatenate([tail, x], 1)  # [B C-1+T E]
@@ -57,7 +60,7 @@ def _short(x, weight, bias, segment_ids, tail, activation):
 
 
 def validate_short(
-    x: Any, weight: Any, bias: Any, *, segment_ids: Any, tail: Any, activation: Any
+    x: Given, weight: Given, bias: Given, *, segment_ids: Given, tail: Given, activation: Given
 ) -> Float[Array, "B C-1 E"]:
     """Raises every ValueError of a call of `short_convolution`. Returns its tail, zeros for None."""
     B, T, E = _channels("x", x)
@@ -117,7 +120,7 @@ def short_convolution(
 
 @jax.jit
 @functools.partial(jax.checkpoint, prevent_cse=False)  # else the spectra of both are kept
-def _long(u, kernel):
+def _long(u: Array, kernel: Array) -> Array:
     u, kernel = dispatch.vary_together((u, kernel))
     T, wide = u.shape[1], statistics_dtype(u.dtype)
     kernel = kernel[:, :T]
@@ -162,12 +165,12 @@ def long_convolution(
         return _long(u, kernel)
 
 
-def _discrete(A, B, step):
+def _discrete(A: Array, B: Array, step: Array) -> tuple[Array, Array]:
     """Returns step A, whose exponential is Ā, and B̄ = (Ā - 1) / A B: the input is held over a step (ZOH)."""
     return step * A, jnp.expm1(step * A) / A * B
 
 
-def _check_state_space(A: Any, B: Any, C: Any, step: Any) -> tuple[Array, Array, Array, Array]:
+def _check_state_space(A: Given, B: Given, C: Given, step: Given) -> tuple[Array, Array, Array, Array]:
     """Returns A, B, C [E D] and step [E 1] in one complex dtype. Raises ValueError for other shapes and dtypes."""
     for name, x in (("A", A), ("B", B), ("C", C)):
         shapes.check_rank(name, x, "E D")

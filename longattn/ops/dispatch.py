@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from longattn.compat import interpreted_as_tpu
-from longattn.shapes import suggest
+from longattn.shapes import Given, suggest
+
+BackEnd = Any  # a module with the names that its op's contract.py lists
 
 
-def vary_together(tree: Any) -> Any:
+def vary_together[Tree](tree: Tree) -> Tree:
     """Returns the same arrays, each varying over every manual mesh axis that any of them varies over.
 
     Under shard_map(check_vma=True) replicated arrays meet sharded ones here, once, so a back end sees one axis type in
@@ -32,7 +35,7 @@ def vary_together(tree: Any) -> Any:
     return treedef.unflatten(jax.lax.pcast(x, m, to="varying") if m else x for x, m in zip(leaves, missing))
 
 
-def fold_vmap(function: Callable[..., Any], *arrays: Any, shared: tuple[int, ...] = ()) -> Any:
+def fold_vmap[R](function: Callable[..., R], *arrays: Any, shared: tuple[int, ...] = ()) -> R:
     """Returns `function(*arrays)` for trees of arrays [B ...]; vmap's axis is folded into B.
 
     Pallas's own rule would prepend a grid axis, and our kernels iterate over the grid serially.
@@ -60,7 +63,7 @@ def fold_vmap(function: Callable[..., Any], *arrays: Any, shared: tuple[int, ...
     return call(*arrays)
 
 
-def once(backward: Callable[..., Any], *arrays: Any) -> Any:
+def once[R](backward: Callable[..., R], *arrays: Any) -> R:
     """Returns `backward(*arrays)`, a back end's gradients; differentiating them raises an error that names the remedy.
 
     Raises:
@@ -69,7 +72,7 @@ def once(backward: Callable[..., Any], *arrays: Any) -> Any:
     rule = jax.custom_jvp(backward)
 
     @rule.defjvp
-    def refuse(primals: Any, tangents: Any) -> Any:
+    def refuse(primals: object, tangents: object) -> NoReturn:
         raise NotImplementedError(
             "gradients of this back end cannot be differentiated again; implementation='reference' has derivatives "
             "of any order, in both modes"
@@ -91,7 +94,7 @@ def target() -> Target:
     return Target(device.platform, device.device_kind)
 
 
-def require_tpu(dtype: Any) -> None:
+def require_tpu(dtype: DTypeLike) -> None:
     """Raises NotImplementedError unless the target is a TPU (or interpreted as one) that multiplies `dtype`."""
     to = target()
     if to.platform != "tpu" and not interpreted_as_tpu():
@@ -100,7 +103,7 @@ def require_tpu(dtype: Any) -> None:
         raise NotImplementedError(f"{dtype} products are not what TPUs have; cast to bfloat16 or float32")
 
 
-def candidates(implementation: Any, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+def candidates(implementation: Given, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
     """Returns the back ends to try, in order: `default` for None, else those given. All must be `known`."""
     if implementation is None:
         return tuple(default)
@@ -113,7 +116,7 @@ def candidates(implementation: Any, known: Sequence[str], default: Sequence[str]
     return tuple(names)
 
 
-def check_tuning(tuning: Any, implementation: Any, names: Sequence[str], table: Mapping[str, Any]) -> None:
+def check_tuning(tuning: Given, implementation: Given, names: Sequence[str], table: Mapping[str, BackEnd]) -> None:
     """Raises ValueError unless `tuning` is None, or the Tuning of exactly one named back end."""
     if tuning is None:
         return
@@ -123,7 +126,9 @@ def check_tuning(tuning: Any, implementation: Any, names: Sequence[str], table: 
         raise ValueError(f"{tuning=} must be None or a Tuning of {names[0]!r}")
 
 
-def choose(names: Sequence[str], table: Mapping[str, Any], check: Callable[[Any], Any]) -> tuple[str, Any]:
+def choose[Plan](
+    names: Sequence[str], table: Mapping[str, BackEnd], check: Callable[[BackEnd], Plan]
+) -> tuple[str, Plan]:
     """Returns the first back end of `names` that accepts the call, and the plan that its check returned.
 
     Args:

@@ -18,11 +18,12 @@ commute, so the order of the parts matters. Chaining is associative up to roundi
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from longattn.shapes import Out, Statistic
@@ -54,7 +55,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(weight_a[..., None] * a.out + weight_b[..., None] * b.out, lse)
 
 
-def finish(p: Partial, sinks: Float[Array, "H"] | None = None, dtype: Any = None) -> Partial:
+def finish(p: Partial, sinks: Float[Array, "H"] | None = None, dtype: DTypeLike | None = None) -> Partial:
     """Adds the sinks (one more logit per head in the denominator) after the last merge, and casts `out`.
 
     Call it once: merging results that already hold the sinks counts them twice.

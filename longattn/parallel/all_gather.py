@@ -22,7 +22,8 @@ from jaxtyping import Array
 from longattn import shapes
 from longattn.ops.attention import attention_with_lse, backward_partial
 from longattn.ops.attention.contract import Visibility
-from longattn.parallel.strategy import Call, Strategy, attended
+from longattn.parallel.layout import Axis
+from longattn.parallel.strategy import Call, Gradients, Kept, Strategy, attended
 
 
 def _own_rows(q: Array, visibility: Visibility, call: Call) -> dict[str, Any]:
@@ -37,18 +38,22 @@ def _own_rows(q: Array, visibility: Visibility, call: Call) -> dict[str, Any]:
     return call.options(visibility.mask, positions, segments)
 
 
-def _gathered(k: Array, v: Array, axis: Any) -> tuple[Array, Array]:
+def _gathered(k: Array, v: Array, axis: Axis) -> tuple[Array, Array]:
     with jax.named_scope("gather"):
         return tuple(lax.all_gather(x, axis, axis=1, tiled=True) for x in (k, v))
 
 
-def forward(q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, call: Call) -> Any:
+def forward(
+    q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, call: Call
+) -> tuple[Array, Array, Kept]:
     """Returns (out, lse, kept) of this device's queries over the keys of all devices on `call.axis`."""
     whole = _gathered(k, v, call.axis)
     return *attended(q, *whole, call, bias=bias, **_own_rows(q, visibility, call)), (q, k, v, bias)
 
 
-def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, visibility: Visibility, call: Call) -> Any:
+def backward(
+    kept: Kept, out: Array, lse: Array, do: Array, dlse: Array, visibility: Visibility, call: Call
+) -> Gradients:
     """Returns dq, dk, dv and dbias for `forward`."""
     q, k, v, bias = kept
     whole_k, whole_v = _gathered(k, v, call.axis)

@@ -15,6 +15,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from longattn import config
@@ -32,7 +33,7 @@ from longattn.parallel.ring import RING
 from longattn.parallel.strategy import Call, Strategy
 from longattn.parallel.ulysses import ULYSSES
 from longattn.parallel.usp import USP
-from longattn.shapes import Key, Out, Query, Statistic, Value, statistics_dtype, suggest
+from longattn.shapes import Key, Out, Query, Shaped, Statistic, Value, statistics_dtype, suggest
 
 STRATEGIES: dict[str, Strategy] = {s.name: s for s in (RING, BALANCED, ALL_GATHER, ULYSSES, USP)}
 
@@ -76,7 +77,9 @@ def strategy_on(mesh: config.Mesh) -> Strategy:
     return found
 
 
-def _divide(mesh: Mesh | AbstractMesh, q: Any, k: Any, call: Call, batch: tuple[str, ...], head: str | None) -> None:
+def _divide(
+    mesh: Mesh | AbstractMesh, q: Shaped, k: Shaped, call: Call, batch: tuple[str, ...], head: str | None
+) -> None:
     """Raises unless the mesh's axes divide B, T, S and the heads."""
     for name, size in (("T", q.shape[1]), ("S", k.shape[1])):
         call.layout.check(size, call.shards, name)
@@ -136,7 +139,11 @@ _strategic.defvjp(_strategic_forward, _strategic_backward)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "batch", "head", "strategy", "call", "dtype"))
-def _attention(q, k, v, bias, visibility, sinks, *, mesh, batch, head, strategy, call, dtype):
+def _attention(
+    q: Query, k: Key, v: Value, bias: Array | None, visibility: Visibility, sinks: Array | None, *,
+    mesh: Mesh | AbstractMesh, batch: tuple[str, ...], head: str | None, strategy: Strategy, call: Call,
+    dtype: DTypeLike | None,
+) -> tuple[Out, Statistic]:  # fmt: skip
     tokens, statistic = P(batch, call.axis, head, None), P(batch, call.axis, head)
 
     @functools.partial(
@@ -146,7 +153,9 @@ def _attention(q, k, v, bias, visibility, sinks, *, mesh, batch, head, strategy,
         out_specs=(tokens, statistic),
         check_vma=True,
     )
-    def local(q, k, v, bias, visibility, sinks):
+    def local(
+        q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, sinks: Array | None
+    ) -> tuple[Array, Array]:
         if bias is not None:  # so that the gradient of a replicated bias is summed in float32
             bias = bias.astype(statistics_dtype(q.dtype))
         with jax.named_scope(strategy.name):

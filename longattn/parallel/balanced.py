@@ -38,7 +38,7 @@ from longattn.ops import partial as partials
 from longattn.ops.attention.contract import Visibility
 from longattn.ops.partial import Partial
 from longattn.parallel import pairs
-from longattn.parallel.strategy import Call, Edges, Strategy, sent, without_out
+from longattn.parallel.strategy import Call, Edges, Gradients, Kept, Pair, Strategy, sent, without_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ class _Roles:
         self.pair = step.at(self.device)
         self.own = self.device >= step.t if step.queries else None  # None: nobody helps
 
-    def choose(self, own: Any, other: Any) -> Any:
+    def choose[Tree](self, own: Tree, other: Tree) -> Tree:
         """`own` where this device computes for itself, `other` where it helps."""
         return own if self.own is None else jax.tree.map(lambda a, b: jnp.where(self.own, a, b), own, other)
 
@@ -126,13 +126,13 @@ def _walk(queries: Any, keys: Any, call: Call, needed: np.ndarray, work: _Work, 
     return work.take(sums, planned[-1], given) if planned else sums
 
 
-def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, call: Call) -> Any:
+def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, call: Call) -> tuple[Array, Array, Kept]:
     """Returns (out, lse, kept) of this device's queries over the keys of all devices on `call.axis`."""
     local, device = pairs.local(q, k, visibility, call), lax.axis_index(call.axis)
     own = local.attend(pairs.at_distance(call.P, [0]), device, device, q, (k, v), None)
     hidden = dispatch.vary_together((jnp.full(own.lse.shape, -jnp.inf, own.lse.dtype), q))[0]
 
-    def compute(roles: _Roles, q: Array, kv: Any) -> Partial:
+    def compute(roles: _Roles, q: Array, kv: Pair) -> Partial:
         return local.attend(roles.step.which, *roles.pair, q, kv, None)
 
     def keep(so_far: Partial, roles: _Roles, found: Partial) -> Partial:
@@ -153,18 +153,20 @@ def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, ca
     return out.astype(call.out_dtype), lse, (q, k, v)
 
 
-def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, visibility: Visibility, call: Call) -> Any:
+def backward(
+    kept: Kept, out: Array, lse: Array, do: Array, dlse: Array, visibility: Visibility, call: Call
+) -> Gradients:
     """Returns dq, dk, dv and no dbias for `forward`."""
     q, k, v = kept
     local, device = pairs.local(q, k, visibility, call), lax.axis_index(call.axis)
     dlse = without_out(out, do, dlse)
     zeros = dispatch.vary_together((jnp.zeros_like(out), q))[0]
 
-    def gradients(which: np.ndarray, pair: Any, queries: Any, kv: Any) -> Any:
+    def gradients(which: np.ndarray, pair: Pair, queries: Any, kv: Pair) -> Any:
         q, lse, do, dlse = queries
         return local.backward(which, *pair, q, kv, zeros, lse, do, dlse)
 
-    def compute(roles: _Roles, queries: Any, kv: Any) -> Any:
+    def compute(roles: _Roles, queries: Any, kv: Pair) -> Any:
         return gradients(roles.step.which, roles.pair, queries, kv)
 
     def keep(sums: Any, roles: _Roles, found: Any) -> Any:

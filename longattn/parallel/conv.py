@@ -17,7 +17,7 @@ from longattn.parallel.linear_state import continues, first, last, previous, whe
 from longattn.parallel.mesh import axes, divide_rows, divide_tokens
 
 
-def _before(x, weight, segment_ids, tail, axis):
+def _before(x: Array, weight: Array, segment_ids: Array | None, tail: Array, axis: Axis) -> Array:
     """Returns the C - 1 inputs before this device's. The previous device sends those of its last segment."""
     taps = weight.shape[1] - 1
     ids = None if segment_ids is None else segment_ids[:, x.shape[1] - taps :]
@@ -28,7 +28,11 @@ def _before(x, weight, segment_ids, tail, axis):
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "batch", "axis", "head", "activation"))
-def _short_convolution(x, weight, bias, segment_ids, tail, *, mesh, batch, axis, head, activation):
+def _short_convolution(
+    x: Array, weight: Array, bias: Array | None, segment_ids: Array | None, tail: Array, *,
+    mesh: Mesh | AbstractMesh, batch: tuple[str, ...], axis: Axis, head: str | None,
+    activation: Literal["silu"] | None,
+) -> tuple[Array, Array]:  # fmt: skip
     along = axis if devices_on(mesh, axis) > 1 and x.shape[1] else None
     tokens, tails = P(batch, along, head), P(batch, None, head)
 
@@ -39,7 +43,9 @@ def _short_convolution(x, weight, bias, segment_ids, tail, *, mesh, batch, axis,
         out_specs=(tokens, tails),
         check_vma=True,
     )
-    def local(x, weight, bias, segment_ids, tail):
+    def local(
+        x: Array, weight: Array, bias: Array | None, segment_ids: Array | None, tail: Array
+    ) -> tuple[Array, Array]:
         if along is not None:
             x, weight, bias, segment_ids, tail = dispatch.vary_together((x, weight, bias, segment_ids, tail))
             tail = _before(x, weight, segment_ids, tail, axis)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from longattn.ops import dispatch
@@ -23,7 +23,7 @@ def rows(
     mesh: Mesh | AbstractMesh,
     spec: P,
     scale: float,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> Float[Array, "B T E"]:
     """`scale * table[tokens]` in `dtype`, sharded like the tokens; the table is never whole on a device.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -68,15 +68,15 @@ class SequenceLayout:
         """The pieces of zigzag in the layout's order."""
         return np.stack([np.arange(P), 2 * P - 1 - np.arange(P)], 1).reshape(-1)
 
-    def permute(self, x: Any, P: int) -> Any:
+    def permute(self, x: Array | np.ndarray, P: int) -> Array | np.ndarray:
         """An array [B T ...] from the order of the sequence into the layout's; NumPy stays NumPy."""
         return self._reordered(x, P, back=False)
 
-    def restore(self, x: Any, P: int) -> Any:
+    def restore(self, x: Array | np.ndarray, P: int) -> Array | np.ndarray:
         """The inverse of `permute`."""
         return self._reordered(x, P, back=True)
 
-    def _reordered(self, x: Any, P: int, *, back: bool) -> Any:
+    def _reordered(self, x: Array | np.ndarray, P: int, *, back: bool) -> Array | np.ndarray:
         self.check(x.shape[1], P)
         if P == 1 or self.name == "contiguous":
             return x
@@ -90,7 +90,7 @@ class SequenceLayout:
         """The positions of the T tokens in the layout's order."""
         return self.permute(np.arange(T, dtype=np.int32)[None], P)[0]
 
-    def local_positions(self, device: Any, T: int, P: int) -> Int32[Array, " t"]:
+    def local_positions(self, device: Array | int, T: int, P: int) -> Int32[Array, " t"]:
         """The positions of one device's tokens, of T in all; `device` may be traced."""
         n, device = T // P, jnp.asarray(device, jnp.int32)
         at = jnp.arange(n, dtype=jnp.int32)

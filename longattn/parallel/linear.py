@@ -16,16 +16,19 @@ from jaxtyping import Array, Float
 
 from longattn.ops.linear.api import linear_attention as local_linear_attention
 from longattn.ops.linear.api import validate
-from longattn.ops.linear.contract import Arrays, Beta, Decay, Ids, Key, Out, Query, State, Value
+from longattn.ops.linear.contract import Arrays, Beta, Decay, Ids, Key, Options, Out, Query, State, Value
 from longattn.parallel import linear_state
 from longattn.parallel.layout import Axis, devices_on
 from longattn.parallel.mesh import axes, divide_rows, divide_tokens
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "batch", "axis", "head", "options", "names"))
-def _linear_attention(x, *, mesh, batch, axis, head, options, names):
+def _linear_attention(
+    x: Arrays, *, mesh: Mesh | AbstractMesh, batch: tuple[str, ...], axis: Axis, head: str | None, options: Options,
+    names: tuple[str, ...],
+) -> tuple[Out, State]:  # fmt: skip
     heads = 1 if head is None else mesh.shape[head]
-    along = axis if devices_on(mesh, axis) > 1 and 0 not in x.q.shape[:2] else None
+    along = axis if devices_on(mesh, axis) > 1 and 0 not in x.k.shape[:2] else None
     tokens = lambda y: None if y is None else P(batch, along, head if y.shape[2] % heads == 0 else None)
     specs = Arrays(
         q=tokens(x.q),
@@ -40,7 +43,7 @@ def _linear_attention(x, *, mesh, batch, axis, head, options, names):
     @functools.partial(
         jax.shard_map, mesh=mesh, in_specs=(specs,), out_specs=(P(batch, along, head), P(batch, head)), check_vma=True
     )
-    def local(x):
+    def local(x: Arrays) -> tuple[Array, Array]:
         if along is not None:
             return linear_state.attend(x, axis, options, names)
         return local_linear_attention(**x._asdict(), scale=options.scale, implementation=names, tuning=options.tuning)
@@ -93,6 +96,7 @@ def linear_attention(
         q, k, v, log_decay=log_decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids, scale=scale,
         implementation=implementation, tuning=tuning,
     )  # fmt: skip
+    assert x.q is not None  # a call has queries
     divide_rows(mesh, x.q.shape[0], batch)
     divide_tokens(mesh, x.q.shape[1], axis)
     heads = 1 if head is None else mesh.shape[head]

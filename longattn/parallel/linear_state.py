@@ -193,14 +193,14 @@ def attend(x: Arrays, axis: Axis, options: Options, names: tuple[str, ...]) -> t
     Raises:
       NotImplementedError: with the reasons, if no back end serves the call.
     """
-    (B, _, _, D), V = x.q.shape, x.v.shape[3]
+    (B, _, _, D), V = x.k.shape, x.v.shape[3]
     if x.initial_state is None:
-        x = x._replace(initial_state=jnp.zeros((B, x.H, D, V), shapes.statistics_dtype(x.q.dtype)))
+        x = x._replace(initial_state=jnp.zeros((B, x.H, D, V), shapes.statistics_dtype(x.k.dtype)))
     x = prepare(x)
     shaped = jax.eval_shape(lambda x: x, x)
     columns = V + D if x.beta is not None and rounds(lax.axis_size(axis)) > 1 else V
 
-    def accepts(back_end: Any) -> tuple[Any, Any]:
+    def accepts(back_end: dispatch.BackEnd) -> tuple[Any, Any]:
         return back_end.check(shaped, options), check_fold(back_end, shaped, columns, options)
 
     name, plans = dispatch.choose(names, BACK_ENDS, accepts)

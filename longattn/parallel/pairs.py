@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Pairs:
         return ~np.array([case.empty for case in self.cases])[self.table]
 
 
-def _unknown(q_pos: Any, k_pos: Any) -> Any:
+def _unknown(q_pos: object, k_pos: object) -> NoReturn:
     raise NotImplementedError  # the Fn mask around this is asked for its kind alone, never for single pairs
 
 
@@ -84,7 +84,7 @@ def _pairs(mask: Mask, call: Call, T: int, S: int) -> Pairs:
     q, k = q[:, None, :, None], k[None, :, None, :]
     kinds = mask.kind(q[..., 0], q[..., 1], k[..., 0], k[..., 1])  # [P P pieces pieces]
     cases: dict[Case, int] = {}
-    known: dict[Any, int] = {}  # from what a case depends on to its index
+    known: dict[tuple[bytes, int], int] = {}  # from what a case depends on to its index
     table = np.zeros((P, P), np.int32)
     for i, j in np.ndindex(P, P):
         key = kinds[i, j].tobytes(), np.sign(i - j)
@@ -128,11 +128,11 @@ class Local:
     T: int
     S: int
 
-    def options(self, case: Case, i: Any, j: Any, B: int) -> dict[str, Any]:
+    def options(self, case: Case, i: Array, j: Array, B: int) -> dict[str, Any]:
         """The keyword arguments of `attend_partial` for the case of device i's queries and device j's keys."""
         call, visibility, P = self.call, self.visibility, self.call.P
 
-        def shard(x: Array, device: Any, length: int, within: tuple[int, int]) -> Array:
+        def shard(x: Array, device: Array, length: int, within: tuple[int, int]) -> Array:
             mine = lax.dynamic_slice_in_dim(x, device * (length // P), length // P, 1)
             return jnp.broadcast_to(mine[:, slice(*within)], (B, within[1] - within[0]))
 
@@ -148,7 +148,7 @@ class Local:
             segments = tuple(shard(getattr(visibility, f"{side}_segments"), *rest) for side, *rest in sides)
         return call.options(visibility.mask if case.mask is None else case.mask, positions, segments)
 
-    def _switch(self, which: np.ndarray, i: Any, j: Any, branch: Callable[..., Any], *arrays: Any) -> Any:
+    def _switch[R](self, which: np.ndarray, i: Array, j: Array, branch: Callable[..., R], *arrays: Any) -> R:
         """`branch(case, *arrays)` for the case of the pair (i, j), which is one of those that `which` [P P] names."""
         used = sorted(set(self.pairs.table[which].tolist()))
         branches = [functools.partial(branch, self.pairs.cases[n]) for n in used]
@@ -159,7 +159,7 @@ class Local:
         return lax.switch(jnp.asarray(place[self.pairs.table])[i, j], branches, *arrays)
 
     def attend(
-        self, which: np.ndarray, i: Any, j: Any, q: Array, kv: tuple[Array, Array], so_far: Partial | None
+        self, which: np.ndarray, i: Array, j: Array, q: Array, kv: tuple[Array, Array], so_far: Partial | None
     ) -> Partial:
         """`so_far`, a partial of i's queries, merged with their attention over j's keys."""
 
@@ -185,7 +185,7 @@ class Local:
         return dispatch.vary_together((empty, q))[0]
 
     def backward(
-        self, which: np.ndarray, i: Any, j: Any, q: Array, kv: tuple[Array, Array], *statistics: Array
+        self, which: np.ndarray, i: Array, j: Array, q: Array, kv: tuple[Array, Array], *statistics: Array
     ) -> tuple[Array, Array, Array]:
         """dq, dk, dv in float32 of i's queries and j's keys; `statistics` are out, lse, do, dlse of these queries."""
 

@@ -28,9 +28,10 @@ from jax import lax
 from jaxtyping import Array
 
 from longattn.ops.attention.contract import Visibility
+from longattn.ops.partial import Partial
 from longattn.parallel import pairs
 from longattn.parallel.pairs import at_distance
-from longattn.parallel.strategy import Call, Strategy, sent
+from longattn.parallel.strategy import Call, Edges, Gradients, Kept, Pair, Strategy, sent
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _all(P: int, shift: int) -> list[tuple[int, int]]:
     return [(i, (i + shift) % P) for i in range(P)]
 
 
-def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, call: Call) -> Any:
+def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, call: Call) -> tuple[Array, Array, Kept]:
     """Returns (out, lse, kept) of this device's queries over the keys of all devices on `call.axis`."""
     mine, P, local = lax.axis_index(call.axis), call.P, pairs.local(q, k, visibility, call)
     needed = local.pairs.needed
@@ -85,7 +86,9 @@ def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, ca
     arriving, so_far = lax.optimization_barrier((arriving, so_far))
     for (route, edges), held in zip(planned, arriving):
 
-        def hop(carry: Any, t: Array, route: Route = route, edges: Any = edges) -> tuple[Any, None]:
+        def hop(
+            carry: tuple[Pair, Partial], t: Array, route: Route = route, edges: Edges = edges
+        ) -> tuple[tuple[Pair, Partial], None]:
             held, so_far = carry
             coming = sent(held, call.axis, edges, "hop")
             which = at_distance(P, (route.distance(n, P) for n in range(1, route.hops)))
@@ -98,7 +101,9 @@ def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, ca
     return so_far.out.astype(call.out_dtype), so_far.lse, (q, k, v)
 
 
-def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, visibility: Visibility, call: Call) -> Any:
+def backward(
+    kept: Kept, out: Array, lse: Array, do: Array, dlse: Array, visibility: Visibility, call: Call
+) -> Gradients:
     """Returns dq, dk, dv and no dbias for `forward`."""
     q, k, v = kept
     mine, P, local = lax.axis_index(call.axis), call.P, pairs.local(q, k, visibility, call)
@@ -106,7 +111,7 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, visibili
     planned = [(route, route.edges(needed)) for route in routes(needed)]
     arriving = [sent((k, v), call.axis, edges, "hop") for _, edges in planned]
 
-    def computed(route: Route, hops: range, t: Any, held: Any) -> Any:
+    def computed(route: Route, hops: range, t: Array | int, held: Pair) -> tuple[Array, Array, Array]:
         which = at_distance(P, (route.distance(n, P) for n in hops))
         return local.backward(which, mine, (mine - route.shift * t) % P, q, held, out, lse, do, dlse)
 
@@ -115,7 +120,7 @@ def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, visibili
     for (route, edges), held in zip(planned, arriving):
         all_edges, n = _all(P, route.shift), route.hops
 
-        def hop(carry: Any, t: Array, route: Route = route, edges: Any = edges, all_edges: Any = all_edges) -> Any:
+        def hop(carry: Any, t: Array, route: Route = route, edges: Edges = edges, all_edges: Edges = all_edges) -> Any:
             held, behind, dq = carry
             coming = sent(held, call.axis, edges, "hop")
             behind = sent(behind, call.axis, all_edges, "behind")

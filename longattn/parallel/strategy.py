@@ -28,6 +28,9 @@ from longattn.mask import Mask
 from longattn.ops.attention import attend_partial, attention_with_lse
 from longattn.parallel.layout import Axis, SequenceLayout
 
+Pair = tuple[Array, Array]  # one array of the queries' side, one of the keys'
+Kept = Any  # a strategy's own tree of arrays
+Gradients = tuple[Array, Array, Array, Array | None]  # dq, dk, dv, dbias
 Edges = list[tuple[int, int]]  # (from, to), devices along the axis
 
 
@@ -63,7 +66,7 @@ class Call:
             return self
         return dataclasses.replace(self, axis=self.axis[0], sizes=self.sizes[:1])
 
-    def options(self, mask: Mask, positions: Any, segment_ids: Any) -> dict[str, Any]:
+    def options(self, mask: Mask, positions: Pair | None, segment_ids: Pair | None) -> dict[str, Any]:
         """The keyword arguments, without the bias, of `attend_partial` and of the functions that take the same."""
         return {
             "mask": mask,
@@ -86,8 +89,8 @@ class Strategy:
 
     name: str
     summary: str  # one line for help texts and tables
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    forward: Callable[..., tuple[Array, Array, Kept]]
+    backward: Callable[..., Gradients]
     axes: int = 1  # mesh axes along which the sequence lies
     layouts: tuple[LayoutName, ...] = get_args(LayoutName)  # layouts that it serves
     bias: bool = False  # whether it takes one
@@ -117,7 +120,7 @@ def attended(q: Array, k: Array, v: Array, call: Call, **options: Any) -> tuple[
     return tuple(attend_partial(q, k, v, **options))
 
 
-def sent(arrays: Any, axis: Axis, edges: Edges, scope: str) -> Any:
+def sent[Tree](arrays: Tree, axis: Axis, edges: Edges, scope: str) -> Tree:
     """The tree of arrays that arrives here along the edges; zeros where no edge ends."""
     with jax.named_scope(scope):
         return jax.tree.map(lambda x: lax.ppermute(x, axis, edges), arrays)

@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from longattn.mask import Mask
 from longattn.ops.attention import backward_partial
 from longattn.ops.attention.contract import Visibility
-from longattn.parallel.layout import SequenceLayout
-from longattn.parallel.strategy import Call, Strategy, attended, without_out
+from longattn.parallel.layout import Axis, SequenceLayout
+from longattn.parallel.strategy import Call, Gradients, Kept, Strategy, attended, without_out
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Exchange:
       layout: the order of the tokens on this axis, which the exchange undoes.
     """
 
-    def __init__(self, axis: str, heads: Heads, layout: SequenceLayout):
+    def __init__(self, axis: Axis, heads: Heads, layout: SequenceLayout):
         self.axis, self.heads, self.layout = axis, heads, layout
 
     def _there(self, x: Array) -> Array:
@@ -85,7 +86,7 @@ class Exchange:
         """The inverse of `queries`."""
         return self._back(x)[:, :, : self.heads.H]
 
-    def from_keys(self, x: Array, K: int, dtype: Any) -> Array:
+    def from_keys(self, x: Array, K: int, dtype: DTypeLike) -> Array:
         """Gradients [B S k D] of the heads sent, summed to those of the K heads."""
         if self.heads.keys == tuple(range(K)):
             return self._back(x.astype(dtype))
@@ -123,7 +124,7 @@ def _whole(q: Array, visibility: Visibility, call: Call) -> dict[str, Any]:
     return call.options(visibility.mask, positions, segments)
 
 
-def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, call: Call) -> Any:
+def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, call: Call) -> tuple[Array, Array, Kept]:
     """Returns (out, lse, kept) of this device's queries over the keys of all devices on `call.axis`."""
     exchange = Exchange(call.axis, heads(q.shape[2], call.K, call.P), call.layout)
     kept = q, k, v = exchange.queries(q), exchange.keys(k), exchange.keys(v)
@@ -131,7 +132,9 @@ def forward(q: Array, k: Array, v: Array, bias: None, visibility: Visibility, ca
     return exchange.from_queries(out), exchange.from_queries(lse), kept
 
 
-def backward(kept: Any, out: Array, lse: Array, do: Array, dlse: Array, visibility: Visibility, call: Call) -> Any:
+def backward(
+    kept: Kept, out: Array, lse: Array, do: Array, dlse: Array, visibility: Visibility, call: Call
+) -> Gradients:
     """Returns dq, dk, dv and no dbias for `forward`."""
     q, k, v = kept
     x = Exchange(call.axis, heads(out.shape[2], call.K, call.P), call.layout)

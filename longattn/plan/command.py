@@ -219,6 +219,8 @@ def _search(options: PlanOptions, where: Topology, compiler: _Compiler) -> dict[
     Raises ValueError, with the compiler's reason, if a program could not be compiled.
     """
     rows: dict[Any, dict[str, Any]] = {}
+    found: int | None
+    beyond: int | None
     if options.search == "min-devices":
         machines = [machine for machine in where.smaller() if _shares(options, machine)]
         if not machines:

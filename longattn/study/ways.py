@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from longattn import config
 from longattn.mask import Causal, Window
@@ -76,4 +77,5 @@ def trained(windows: tuple[int, ...], without: tuple[str, ...] = ()) -> list[Way
 
 def without_positions(way: Way) -> config.Mixer:
     """The mixer with its rotary positions off, where it has them: content is all that its queries can match."""
-    return dataclasses.replace(way.mixer, rope=None) if hasattr(way.mixer, "rope") else way.mixer
+    off: dict[str, Any] = {"rope": None}
+    return dataclasses.replace(way.mixer, **off) if hasattr(way.mixer, "rope") else way.mixer

@@ -90,7 +90,7 @@ class Checkpoints:
         if jax.devices()[0].platform == "cpu":
             # orbax reads CPU buffers without copying, while the next step, to which they are donated, overwrites them.
             state = jax.tree.map(lambda a: a.copy(), state)
-        items = {"params": state.params, "rest": state._replace(params=None)._asdict()}
+        items = {"params": state.params, "rest": state._asdict() | {"params": None}}
         metrics = None if nll is None else {"nll": nll}
         with self._disk_errors():
             self._finish()  # else orbax would put this save's handlers under the save in progress
@@ -124,7 +124,7 @@ class Checkpoints:
         if step is None:
             return None
         params = self.params(like.params, step)
-        rest = self._load(step, "rest", like._replace(params=None)._asdict())
+        rest = self._load(step, "rest", like._asdict() | {"params": None})
         return State(**{**rest, "params": params})
 
     def params(self, like: Params, step: int) -> Params:

@@ -167,7 +167,9 @@ def sentence(row: dict[str, Any]) -> str:
 
 def insist(verdict: dict[str, Any] | None) -> None:
     """Raises Disagreement, in one line, unless all that was compared agrees."""
-    for row in (verdict or {"rows": ()})["rows"]:
+    if not verdict:
+        return
+    for row in verdict["rows"]:
         if row["outcome"] == "failed":
             raise Disagreement(
                 f"{row['back_end']} does not agree with xla on {verdict['device']}, {row['layer']}: {row['reason']}; "

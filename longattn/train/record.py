@@ -284,7 +284,7 @@ class Profiler:
             self.running = True
 
     def after(self, step: int, state: Any) -> None:
-        if self.running and step == sum(self.window) - 1:
+        if self.running and self.window and step == sum(self.window) - 1:
             jax.block_until_ready(state)
             self.close()
 

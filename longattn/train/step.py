@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,7 @@ def context_of(config: Config, devices: Sequence[Any] | None = None) -> Context 
     )
 
 
-def _spread(context: Context | None) -> bool:
+def _spread(context: Context | None) -> TypeGuard[Context]:
     """Whether training runs on a mesh."""
     return context is not None and context.mesh is not None
 

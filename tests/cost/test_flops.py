@@ -22,7 +22,7 @@ from longattn.config import (
     Softmax,
     mixer_classes,
 )
-from longattn.cost import flops as cost
+from longattn.cost import flops
 from longattn.cost.pairs import visible_pairs
 from longattn.mask import (
     And,
@@ -113,10 +113,10 @@ def test_lengths_that_do_not_fit_are_refused():
 
 
 def test_attention_flops_are_4_8_and_2_per_pair_and_channel():
-    flops = cost.attention_flops(pairs=7, H=3, D=5)
-    assert (flops.forward, flops.backward, flops.recompute) == (7 * 3 * 5 * 4, 7 * 3 * 5 * 8, 7 * 3 * 5 * 2)
-    flops = cost.attention_flops(pairs=7, H=3, D=5, V=11)
-    assert (flops.forward, flops.backward, flops.recompute) == (2 * 21 * 16, 4 * 21 * 16, 2 * 21 * 5)
+    found = flops.attention_flops(pairs=7, H=3, D=5)
+    assert (found.forward, found.backward, found.recompute) == (7 * 3 * 5 * 4, 7 * 3 * 5 * 8, 7 * 3 * 5 * 2)
+    found = flops.attention_flops(pairs=7, H=3, D=5, V=11)
+    assert (found.forward, found.backward, found.recompute) == (2 * 21 * 16, 4 * 21 * 16, 2 * 21 * 5)
 
 
 def test_attention_flops_equal_those_xla_counts_for_the_plain_form():
@@ -127,35 +127,35 @@ def test_attention_flops_equal_those_xla_counts_for_the_plain_form():
         return jax.numpy.einsum("HTS,SHV->THV", jax.numpy.einsum("THD,SHD->HTS", q, k), v)
 
     counted = jax.jit(plain).lower(q, k, v).compile().cost_analysis()["flops"]
-    assert counted == pytest.approx(cost.attention_flops(T * T, H, D, V).forward, rel=0.02)
+    assert counted == pytest.approx(flops.attention_flops(T * T, H, D, V).forward, rel=0.02)
 
 
 @pytest.mark.parametrize(
     ("T", "share"), [(2048, 4.0), (4096, 7.7), (8192, 14.2), (32768, 39.9), (131072, 72.6), (524288, 91.4)]
 )
 def test_attention_share_of_a_llama_7b_layer(T, share):
-    assert 100 * cost.attention_share(LLAMA_7B, T, head=False) == pytest.approx(share, abs=0.05)
+    assert 100 * flops.attention_share(LLAMA_7B, T, head=False) == pytest.approx(share, abs=0.05)
 
 
 def test_breakdown_of_a_whole_model():
     model = Model(N=3, E=32, F=48, H=4, K=2, D=6, W=301, mixers=(Softmax(), Softmax(mask=Causal() & Window(7))))
     T = 50
-    flops = cost.forward_flops(model, T)
+    found = flops.forward_flops(model, T)
     pairs = 2 * Causal().dense(T, T).sum() + (Causal() & Window(7)).dense(T, T).sum()  # layers 0 and 2, and 1
-    assert flops.attention == 4 * pairs * 4 * 6
-    assert flops.projections == 3 * 2 * T * 32 * 6 * (4 + 2 + 2 + 4)
-    assert flops.mlp == 3 * 3 * 2 * T * 32 * 48
-    assert flops.head == 2 * T * 32 * 301
-    assert flops.total == flops.attention + flops.projections + flops.mlp + flops.head
-    assert cost.flops_per_token(model, T).total == pytest.approx(3 * flops.total / T)
-    assert cost.flops_per_token(model, T, training=False).mlp == pytest.approx(flops.mlp / T)
-    packed = cost.forward_flops(model, T, documents=[20, 30])
-    assert packed.attention < flops.attention
-    assert packed.projections == flops.projections
+    assert found.attention == 4 * pairs * 4 * 6
+    assert found.projections == 3 * 2 * T * 32 * 6 * (4 + 2 + 2 + 4)
+    assert found.mlp == 3 * 3 * 2 * T * 32 * 48
+    assert found.head == 2 * T * 32 * 301
+    assert found.total == found.attention + found.projections + found.mlp + found.head
+    assert flops.flops_per_token(model, T).total == pytest.approx(3 * found.total / T)
+    assert flops.flops_per_token(model, T, training=False).mlp == pytest.approx(found.mlp / T)
+    packed = flops.forward_flops(model, T, documents=[20, 30])
+    assert packed.attention < found.attention
+    assert packed.projections == found.projections
     config = Config(model=Model(), data=ByteLM(T=64, B=4))
-    assert cost.step_flops(config) == pytest.approx(4 * 64 * cost.flops_per_token(Model(), 64).total)
-    packed = 4 * 3 * cost.forward_flops(Model(), 64, documents=[20, 20, 24]).total
-    assert cost.step_flops(config, {20: 2, 24: 1}) == pytest.approx(packed)
+    assert flops.step_flops(config) == pytest.approx(4 * 64 * flops.flops_per_token(Model(), 64).total)
+    packed = 4 * 3 * flops.forward_flops(Model(), 64, documents=[20, 20, 24]).total
+    assert flops.step_flops(config, {20: 2, 24: 1}) == pytest.approx(packed)
 
 
 MODELS = {
@@ -180,8 +180,8 @@ MODELS = {
 def test_parameters_equal_those_of_the_initialised_model(model):
     init_params = pytest.importorskip("longattn.models.transformer", reason="needs the extra `train`").init_params
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    assert cost.parameters(model).total == sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert cost.training_state_bytes(model).parameters == sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
+    assert flops.parameters(model).total == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert flops.training_state_bytes(model).parameters == sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize(
@@ -198,12 +198,14 @@ def test_parameters_equal_those_of_the_initialised_model(model):
 def test_flops_of_recurrences(mixer, attention, matrices):
     """By hand: states are written and read once per token, with the delta rule read once more."""
     model = Model(E=16, F=24, H=4, K=2, D=6, mixers=(mixer,))
-    flops = cost.layer_flops(mixer, model, 50)
-    assert flops.attention == 50 * attention
-    assert flops.projections == 2 * 50 * matrices
-    assert cost.layer_flops(mixer, model, 50, documents=[20, 10]).attention == 30 * attention
+    found = flops.layer_flops(mixer, model, 50)
+    assert found.attention == 50 * attention
+    assert found.projections == 2 * 50 * matrices
+    assert flops.layer_flops(mixer, model, 50, documents=[20, 10]).attention == 30 * attention
 
 
 def test_training_state_is_sixteen_bytes_per_parameter():
-    assert cost.training_state_bytes(LLAMA_7B).total == 16 * cost.parameters(LLAMA_7B).total
-    assert cost.parameters(LLAMA_7B).total == 6_738_415_616  # as in the released weights of LLaMA-7B (arXiv:2302.13971)
+    assert flops.training_state_bytes(LLAMA_7B).total == 16 * flops.parameters(LLAMA_7B).total
+    assert (
+        flops.parameters(LLAMA_7B).total == 6_738_415_616
+    )  # as in the released weights of LLaMA-7B (arXiv:2302.13971)

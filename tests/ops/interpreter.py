@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 from jax.experimental.pallas import tpu as pltpu
@@ -11,7 +12,9 @@ from jax.experimental.pallas import tpu as pltpu
 @contextlib.contextmanager
 def as_on_tpu() -> Iterator[None]:
     """Kernels called here are interpreted. Results must be read here too: what goes wrong is raised then."""
-    params = pltpu.InterpretParams(detect_races=True, on_race="raise", uninitialized_memory="nan")
+    fields = {field.name for field in dataclasses.fields(pltpu.InterpretParams)}
+    races = {"on_race": "raise"} if "on_race" in fields else {}  # jax 0.10.2 only prints them
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", **races)
     with pltpu.force_tpu_interpret_mode(params):
         try:
             yield

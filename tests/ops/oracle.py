@@ -84,7 +84,7 @@ def unbroadcast(x, shape):
 def assert_accurate(got: Mapping[str, Any], truth: Mapping[str, Any], plain: Mapping[str, Any], work: Any) -> None:
     """Each result's error is at most twice the plain implementation's, both against the truth, beside rounding.
 
-    What is allowed is derived as for `longattn bringup`: see `agreement.deviations`.
+    What is allowed is derived as for `longattn bringup`: see `numerics.deviations`.
     """
     for name, deviation in numerics.deviations(got, truth, plain, work).items():
         assert deviation.agrees, f"{name}: {deviation}"

@@ -128,7 +128,6 @@ SLOW = {
     "hybrid striped": dataclasses.replace(
         CONFIG, model=CONVOLVED, mesh=Mesh(seq=2, tensor=2, fsdp=2, layout="striped"), optimiser=ACCUMULATED
     ),
-    "hybrid zigzag": dataclasses.replace(CONFIG, model=CONVOLVED, mesh=Mesh(seq=4, data=2, layout="zigzag")),
     "hybrid usp": dataclasses.replace(
         CONFIG, model=CONVOLVED, mesh=Mesh(seq=2, ring=2, strategy="usp", layout="zigzag", data=2)
     ),

@@ -251,7 +251,7 @@ def _declared(step: Region, kernel: Kernel) -> dict[int, Branch]:
 def _rate(kernel: Kernel, branch: Branch, rates: Mapping[str, float] | None) -> float:
     if not branch.data:
         return 1.0
-    if branch.data not in (rates or {}):
+    if rates is None or branch.data not in rates:
         raise ValueError(
             f"{kernel.name}: how often the branch {branch.what!r} runs depends on the data, and no rate is known"
         )

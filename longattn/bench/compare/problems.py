@@ -17,7 +17,7 @@ import numpy as np
 from longattn.aot.kernels import cases
 from longattn.aot.kernels.cases.shape import KINDS
 from longattn.bench import attention
-from longattn.cost import flops as cost
+from longattn.cost.flops import linear_flops
 from longattn.numerics import LinearProblem, draw
 from longattn.shapes import suggest
 
@@ -122,7 +122,7 @@ class Linear:
         return sum(math.prod(x.shape) for x in self._arrays())
 
     def flops(self, what: What) -> float:
-        forward = cost.linear_flops(self.B * self.T, self.H * self.D * self.D, delta=self.call.delta)
+        forward = linear_flops(self.B * self.T, self.H * self.D * self.D, delta=self.call.delta)
         return forward * (3 if what == "forward_backward" else 1)
 
     def least_bytes(self, what: What) -> int:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from longattn.cost import flops as cost
+from longattn.cost.flops import attention_flops
 from longattn.cost.sequence.load import load
 from longattn.cost.sequence.problem import Problem, Way, entry
 from longattn.cost.sequence.traffic import Message, Traffic, traffic
@@ -169,7 +169,7 @@ def simulate(problem: Problem, way: Way, machine: Machine, *, overlap: bool = Tr
     """
     pairs = load(problem, way).pairs * problem.B
     line = entry(_LINES, way, "time line")
-    flops = cost.attention_flops(1, problem.H, problem.D, problem.value)
+    flops = attention_flops(1, problem.H, problem.D, problem.value)
     found = []
     for backward, sent in enumerate(traffic(problem, way)):
         work = flops.backward + flops.recompute if backward else flops.forward

@@ -8,11 +8,12 @@ out    = sum_k exp(logits - lse) v
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
-from jaxtyping import Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from longattn import shapes
 from longattn.mask import Causal, Mask
@@ -20,6 +21,7 @@ from longattn.ops import dispatch
 from longattn.ops import partial as partials
 from longattn.ops.attention.arguments import Arguments, Ids, validate
 from longattn.ops.attention.back_ends import BACK_ENDS, DEFAULT
+from longattn.ops.attention.contract import Bias, Options, Visibility
 from longattn.ops.partial import Partial
 from longattn.shapes import Key, Out, Query, Statistic, Value
 
@@ -34,7 +36,10 @@ def _choose(call: Arguments) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnames=("options", "name", "plan", "dtype"))
-def _attention(q, k, v, bias, visibility, sinks, *, options, name, plan, dtype):
+def _attention(
+    q: Query, k: Key, v: Value, bias: Bias | None, visibility: Visibility, sinks: Float[Array, "H"] | None, *,
+    options: Options, name: str, plan: Hashable, dtype: DTypeLike | None,
+) -> Partial:  # fmt: skip
     q, k, v, bias, visibility, sinks = dispatch.vary_together((q, k, v, bias, visibility, sinks))
     with jax.named_scope("attention"):
         with jax.named_scope(name):
@@ -43,7 +48,10 @@ def _attention(q, k, v, bias, visibility, sinks, *, options, name, plan, dtype):
 
 
 @functools.partial(jax.jit, static_argnames=("options", "name", "plan"))
-def _backward_partial(q, k, v, bias, visibility, out, lse, do, dlse, *, options, name, plan):
+def _backward_partial(
+    q: Query, k: Key, v: Value, bias: Bias | None, visibility: Visibility, out: Out, lse: Statistic, do: Out,
+    dlse: Statistic, *, options: Options, name: str, plan: Hashable,
+) -> tuple[Query, Key, Value]:  # fmt: skip
     arrays = dispatch.vary_together((q, k, v, bias, visibility, out, lse, do, dlse))
     with jax.named_scope("attention"), jax.named_scope(name), jax.named_scope("backward"):
         return BACK_ENDS[name].backward_partial(*arrays, options, plan)

@@ -14,7 +14,7 @@ from longattn.mask import Mask
 from longattn.ops import dispatch
 from longattn.ops.attention.back_ends import BACK_ENDS, DEFAULT
 from longattn.ops.attention.contract import Options, Visibility
-from longattn.shapes import KeyIds, QueryIds
+from longattn.shapes import Given, KeyIds, QueryIds
 
 Ids = QueryIds | tuple[QueryIds, KeyIds]
 
@@ -32,7 +32,7 @@ class Arguments(NamedTuple):
     names: tuple[str, ...]  # the back ends to try, in order
 
 
-def _pair(name: str, given: Any, q: Any, k: Any) -> tuple[Array, Array]:
+def _pair(name: str, given: Given, q: Given, k: Given) -> tuple[Array, Array]:
     """Returns ids of the queries [B T] and of the keys [B S] from one array or a pair."""
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
     if not isinstance(given, tuple | list):
@@ -47,7 +47,7 @@ def _pair(name: str, given: Any, q: Any, k: Any) -> tuple[Array, Array]:
     return jnp.asarray(given[0]), jnp.asarray(given[1])
 
 
-def _operands(q: Any, k: Any, v: Any) -> tuple[Array, Array, Array]:
+def _operands(q: Given, k: Given, v: Given) -> tuple[Array, Array, Array]:
     """Returns q, k and v as arrays; raises ValueError unless their shapes and dtypes fit each other."""
     for name, x, axes in (("q", q, "B T H D"), ("k", k, "B S K D"), ("v", v, "B S K V")):
         shapes.check_rank(name, x, axes)
@@ -63,7 +63,7 @@ def _operands(q: Any, k: Any, v: Any) -> tuple[Array, Array, Array]:
     return q, k, v
 
 
-def _visibility(q: Array, k: Array, mask: Any, segment_ids: Any, positions: Any) -> Visibility:
+def _visibility(q: Array, k: Array, mask: Given, segment_ids: Given, positions: Given) -> Visibility:
     """Returns who sees whom; raises ValueError unless the mask is one and its arrays fit q and k."""
     if not isinstance(mask, Mask):
         remedy = "Full() attends to every key" if mask is None else "BlockSparse takes a pattern, `bias` an array"
@@ -79,17 +79,17 @@ def _visibility(q: Array, k: Array, mask: Any, segment_ids: Any, positions: Any)
 
 
 def validate(
-    q: Any,
-    k: Any,
-    v: Any,
+    q: Given,
+    k: Given,
+    v: Given,
     *,
     mask: Mask,
-    segment_ids: Any,
-    positions: Any,
+    segment_ids: Given,
+    positions: Given,
     scale: float | None,
     softcap: float | None,
-    sinks: Any,
-    bias: Any,
+    sinks: Given,
+    bias: Given,
     implementation: str | Sequence[str] | None,
     tuning: Any,
     rounded: bool,

@@ -7,7 +7,7 @@ o_t = scale * S_t^T q_t
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from longattn.ops import dispatch
 from longattn.ops.linear import pallas_tpu, reference, xla
 from longattn.ops.linear.contract import Arrays, Beta, Decay, Ids, Key, Options, Out, Query, State, Value
 from longattn.ops.linear.validation import check_step, check_tokens
+from longattn.shapes import Given
 
 BACK_ENDS = {"pallas_tpu": pallas_tpu, "xla": xla, "reference": reference}  # best first
 DEFAULT = tuple(name for name in BACK_ENDS if name != "reference")  # never a serial loop over tokens unasked
@@ -31,14 +32,14 @@ def state_bytes(B: int, H: int, D: int, V: int) -> int:
 
 
 def validate(
-    q: Any,
-    k: Any,
-    v: Any,
+    q: Given,
+    k: Given,
+    v: Given,
     *,
-    log_decay: Any,
-    beta: Any,
-    initial_state: Any,
-    segment_ids: Any,
+    log_decay: Given,
+    beta: Given,
+    initial_state: Given,
+    segment_ids: Given,
     scale: float,
     implementation: str | Sequence[str] | None,
     tuning: Any,
@@ -47,7 +48,7 @@ def validate(
     x = check_tokens(q, k, v, log_decay, beta, initial_state, segment_ids)
     names = dispatch.candidates(implementation, tuple(BACK_ENDS), DEFAULT)
     dispatch.check_tuning(tuning, implementation, names, BACK_ENDS)
-    return x, Options(shapes.check_positive("scale", scale), x.q.dtype.name, tuning), names
+    return x, Options(shapes.check_positive("scale", scale), x.k.dtype.name, tuning), names
 
 
 def prepare(x: Arrays) -> Arrays:
@@ -55,32 +56,33 @@ def prepare(x: Arrays) -> Arrays:
     x = dispatch.vary_together(x)
     if x.log_decay is None or x.log_decay.ndim > 1:
         return x
-    return x._replace(log_decay=jnp.broadcast_to(x.log_decay[None, None], (*x.q.shape[:2], *x.log_decay.shape)))
+    return x._replace(log_decay=jnp.broadcast_to(x.log_decay[None, None], (*x.k.shape[:2], *x.log_decay.shape)))
 
 
-def check_fold(back_end: Any, x: Arrays, X: int, options: Options) -> Any:
+def check_fold(back_end: dispatch.BackEnd, x: Arrays, X: int, options: Options) -> Any:
     """Returns the back end's plan to fold a state [B H D X], or raises NotImplementedError with the reason.
 
     Args:
       x: shapes and dtypes of prepared arrays, with an initial state.
     """
+    assert x.initial_state is not None  # the callers give one
     S = jax.ShapeDtypeStruct((*x.initial_state.shape[:3], X), x.initial_state.dtype)
     return back_end.check(x._replace(q=None, initial_state=S), options)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "name", "plan"))
-def _linear_attention(x, *, options, name, plan):
+def _linear_attention(x: Arrays, *, options: Options, name: str, plan: Hashable) -> tuple[Out, State]:
     with jax.named_scope("linear_attention"), jax.named_scope(name):
         return BACK_ENDS[name].attend(prepare(x), options, plan)
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def _no_tokens(x, *, options):
+def _no_tokens(x: Arrays, *, options: Options) -> tuple[Out, State]:
     x = dispatch.vary_together(x)
-    (B, T, _, D), V = x.q.shape, x.v.shape[3]
+    (B, T, _, D), V = x.k.shape, x.v.shape[3]
     out = jnp.zeros((B, T, x.H, V), options.out_dtype)
-    S = jnp.zeros((B, x.H, D, V), shapes.statistics_dtype(x.q.dtype))
-    out, S = (jax.lax.pcast(y, tuple(jax.typeof(x.q).manual_axis_type.varying), to="varying") for y in (out, S))
+    S = jnp.zeros((B, x.H, D, V), shapes.statistics_dtype(x.k.dtype))
+    out, S = (jax.lax.pcast(y, tuple(jax.typeof(x.k).manual_axis_type.varying), to="varying") for y in (out, S))
     return out, S if x.initial_state is None else x.initial_state
 
 
@@ -132,14 +134,16 @@ def linear_attention(
         q, k, v, log_decay=log_decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids, scale=scale,
         implementation=implementation, tuning=tuning,
     )  # fmt: skip
-    if 0 in x.q.shape[:2]:
+    if 0 in x.k.shape[:2]:
         return tuple(_no_tokens(x, options=options))
     name, plan = dispatch.choose(names, BACK_ENDS, lambda back_end: back_end.check(jax.eval_shape(prepare, x), options))
     return tuple(_linear_attention(x, options=options, name=name, plan=plan))
 
 
 @functools.partial(jax.jit, static_argnames="scale")
-def _linear_step(q, k, v, S, log_decay, beta, *, scale):
+def _linear_step(
+    q: Array, k: Array, v: Array, S: Array, log_decay: Array | None, beta: Array | None, *, scale: float
+) -> tuple[Array, Array]:
     q, k, v, S, log_decay, beta = dispatch.vary_together((q, k, v, S, log_decay, beta))
     dot = functools.partial(jnp.einsum, "BHD,BHDV->BHV", precision=Precision.HIGHEST)
     with jax.named_scope("linear_step"):

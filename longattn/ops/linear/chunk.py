@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 _product = functools.partial(jnp.matmul, precision=Precision.HIGHEST)
@@ -41,7 +42,7 @@ class Sizes(NamedTuple):
     G: int
     C: int  # tokens, a power of two
     scale: float
-    dtype: Any  # of states and accumulators
+    dtype: DTypeLike  # of states and accumulators
     precision: Precision  # of products; half-precision operands are widened, and a device may round them back
 
 

@@ -48,6 +48,7 @@ class Arrays(NamedTuple):
     def H(self) -> int:
         """The number of heads, which without q only the initial state has."""
         if self.q is None:
+            assert self.initial_state is not None  # only `fold` has no q, and it is given a state
             return self.initial_state.shape[1]
         return max(x.shape[2] for x in (self.q, self.k, self.v))
 

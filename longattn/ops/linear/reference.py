@@ -13,8 +13,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from longattn.ops.linear.contract import Arrays, Options, Out, State
+
+# q, k, v, log_decay, beta of one token, and whether it starts a segment
+_Token = tuple[Array, Array, Array, Array | None, Array | None, Array | None]
 
 
 def check(x: Arrays, options: Options) -> None:
@@ -24,15 +28,16 @@ def check(x: Arrays, options: Options) -> None:
 def attend(x: Arrays, options: Options, plan: None = None) -> tuple[Out, State]:
     """Returns out [B T H V] and the state after the last token [B H D V]."""
     dot = lambda y, S: jnp.einsum("BHD,BHDV->BHV", y, S, precision=lax.Precision.HIGHEST)
+    assert x.q is not None  # only `fold` is called without
     dtype = jnp.float64 if x.k.dtype == jnp.float64 else jnp.float32
-    q, k, v = (jnp.repeat(y.astype(dtype), x.H // y.shape[2], axis=2) for y in x[:3])
+    q, k, v = (jnp.repeat(y.astype(dtype), x.H // y.shape[2], axis=2) for y in (x.q, x.k, x.v))
     starts = None if (ids := x.segment_ids) is None else jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
     S = x.initial_state
     if S is None:
         S = jnp.zeros((q.shape[0], x.H, q.shape[3], v.shape[3]), dtype)
         S = lax.pcast(S, tuple(jax.typeof(q).manual_axis_type.varying), to="varying")
 
-    def step(S, token):
+    def step(S: Array, token: _Token) -> tuple[Array, Array]:
         q, k, v, log_decay, beta, starts = token
         if starts is not None:
             S = jnp.where(starts[:, None, None, None], 0.0, S)
@@ -49,6 +54,7 @@ def attend(x: Arrays, options: Options, plan: None = None) -> tuple[Out, State]:
 
 def fold(x: Arrays, options: Options, plan: None = None) -> State:
     """Returns the state after the last token; zeros are written into its columns after V."""
+    assert x.initial_state is not None  # the contract of `fold`
     v = jnp.pad(x.v, [(0, 0)] * 3 + [(0, x.initial_state.shape[3] - x.v.shape[3])])
     q = jnp.repeat(x.k, x.H // x.k.shape[2], axis=2)  # its values do not matter
     return attend(x._replace(q=q, v=v), options)[1]

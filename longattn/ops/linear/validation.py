@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from longattn import shapes
 from longattn.ops.linear.contract import Arrays
+from longattn.shapes import Given
 
 
-def _heads(q: Any, k: Any, v: Any, axes: tuple[str, str, str]) -> tuple[Array, Array, Array, int]:
+def _heads(q: Given, k: Given, v: Given, axes: tuple[str, str, str]) -> tuple[Array, Array, Array, int]:
     """Returns q, k, v as arrays, and H. Raises ValueError unless their shapes and dtypes go together."""
     for name, x, letters in zip("qkv", (q, k, v), axes):
         shapes.check_rank(name, x, letters)
@@ -30,7 +30,7 @@ def _heads(q: Any, k: Any, v: Any, axes: tuple[str, str, str]) -> tuple[Array, A
     return q, k, v, H
 
 
-def _statistic(name: str, x: Any, expected: dict[str, tuple[int, ...]], dtype: Any) -> Array | None:
+def _statistic(name: str, x: Given, expected: dict[str, tuple[int, ...]], dtype: DTypeLike) -> Array | None:
     """Returns `x` in `dtype`. Raises ValueError unless it is None or has one of the shapes {axes: sizes}."""
     if x is None:
         return None
@@ -41,7 +41,9 @@ def _statistic(name: str, x: Any, expected: dict[str, tuple[int, ...]], dtype: A
     return jnp.asarray(x).astype(dtype)
 
 
-def check_tokens(q: Any, k: Any, v: Any, log_decay: Any, beta: Any, initial_state: Any, segment_ids: Any) -> Arrays:
+def check_tokens(
+    q: Given, k: Given, v: Given, log_decay: Given, beta: Given, initial_state: Given, segment_ids: Given
+) -> Arrays:
     """Returns the arrays of a call of `linear_attention`."""
     q, k, v, H = _heads(q, k, v, ("B T Hq D", "B T Hk D", "B T Hv V"))
     (B, T), D, V = q.shape[:2], q.shape[3], v.shape[3]
@@ -57,7 +59,7 @@ def check_tokens(q: Any, k: Any, v: Any, log_decay: Any, beta: Any, initial_stat
     return Arrays(q, k, v, log_decay, beta, initial_state, segment_ids)
 
 
-def check_step(q: Any, k: Any, v: Any, state: Any, log_decay: Any, beta: Any) -> tuple[Array | None, ...]:
+def check_step(q: Given, k: Given, v: Given, state: Given, log_decay: Given, beta: Given) -> tuple[Array | None, ...]:
     """Returns the arrays of a call of `linear_step`."""
     q, k, v, H = _heads(q, k, v, ("B Hq D", "B Hk D", "B Hv V"))
     B, D, V, dtype = q.shape[0], q.shape[2], v.shape[2], shapes.statistics_dtype(q.dtype)

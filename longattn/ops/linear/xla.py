@@ -93,7 +93,8 @@ def _tokens(x: Arrays, n: Plan) -> Tokens:
     if x.segment_ids is not None:
         starts = (jnp.diff(x.segment_ids, axis=1, prepend=x.segment_ids[:, :1]) != 0).astype(jnp.int32)
         starts = jnp.cumsum(_cut(starts, n), axis=3)
-    return Tokens(*(_cut(y, n) for y in (x.q, x.k, x.v, x.log_decay, x.beta)), starts)
+    q, k, v, log_decay, beta = (_cut(y, n) for y in (x.q, x.k, x.v, x.log_decay, x.beta))
+    return Tokens(q, k, v, log_decay, beta, starts)
 
 
 def _grouped(S: Array, n: Plan) -> Array:
@@ -103,6 +104,7 @@ def _grouped(S: Array, n: Plan) -> Array:
 
 def _forward(x: Arrays, n: Plan) -> tuple[Array, Array, Array]:
     """Returns out, the state after the last token, and those before the spans [J B K G D V]."""
+    assert x.q is not None  # only `fold` is called without
     S = x.initial_state
     if S is None:
         S = jnp.zeros((x.q.shape[0], x.H, x.q.shape[3], x.v.shape[3]), n.sizes.dtype)
@@ -110,6 +112,7 @@ def _forward(x: Arrays, n: Plan) -> tuple[Array, Array, Array]:
 
     def one(S: Array, t: Tokens) -> tuple[Array, Array]:
         S, out = chunk(S, t, n.sizes)
+        assert out is not None  # the tokens have queries
         return S, out.astype(n.out_dtype)
 
     def span(S: Array, t: Tokens) -> tuple[Array, tuple[Array, Array]]:
@@ -137,7 +140,8 @@ def _backward(x: Arrays, states: Array, do: Array, dS: Array, n: Plan) -> Arrays
 
     given = states, _tokens(x, n), _cut(do, n)
     before, gradients = lax.scan(span, _grouped(dS, n), given, reverse=True)
-    return Arrays(*(_join(y, n) for y in gradients[:5]), before.reshape(dS.shape))
+    dq, dk, dv, dlog_decay, dbeta = (_join(y, n) for y in gradients[:5])
+    return Arrays(dq, dk, dv, dlog_decay, dbeta, before.reshape(dS.shape))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -168,6 +172,7 @@ def attend(x: Arrays, options: Options, plan: Plan) -> tuple[Out, State]:
 def fold(x: Arrays, options: Options, plan: Plan) -> State:
     """Returns the state after the last token; zeros are written into its columns after V."""
     S, n = x.initial_state, plan
+    assert S is not None  # the contract of `fold`
 
     def one(S: Array, t: Tokens) -> tuple[Array, None]:
         v = jnp.pad(t.v, [(0, 0)] * 3 + [(0, S.shape[-1] - t.v.shape[-1])])

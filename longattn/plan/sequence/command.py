@@ -12,7 +12,7 @@ from rich.console import Console
 
 from longattn import mask as masks
 from longattn.aot import compilers
-from longattn.aot import messages as measured
+from longattn.aot.messages import measured
 from longattn.config.mesh import LayoutName
 from longattn.cost import topology
 from longattn.cost.sequence.load import load
@@ -158,7 +158,7 @@ def count(request: Mapping[str, Any]) -> dict[str, Any]:
     way = Way(**{**request["way"], "sizes": tuple(request["way"]["sizes"])})
     jax.config.update("jax_num_cpu_devices", way.P)
     problem = Problem(**{**request["problem"], "mask": masks.parse(request["problem"]["mask"])})
-    passes = measured.measured(problem, way)
+    passes = measured(problem, way)
     return {
         name: {scope: np.asarray(bytes).tolist() for scope, bytes in found.items()}
         for name, found in zip(("forward", "backward"), passes, strict=True)

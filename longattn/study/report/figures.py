@@ -195,11 +195,11 @@ def _lines(
             markerfacecolor="none" if dashed else c,
             alpha=0.6 if dashed else 1,
         )
-        spread = [n for n in mine if n.low is not None]
+        spread = [(n.at[x], n.low, n.high) for n in mine if n.low is not None and n.high is not None]
         ax.fill_between(
-            [n.at[x] for n in spread],
-            [n.low * scale for n in spread],
-            [n.high * scale for n in spread],
+            [at for at, _, _ in spread],
+            [low * scale for _, low, _ in spread],
+            [high * scale for _, _, high in spread],
             color=c,
             alpha=0.18,
             linewidth=0,
@@ -339,9 +339,16 @@ def context(store: Store, titles: dict[str, str]) -> str | None:
             mine = [n for n in excess if n.way == way]
             c, m = colour(way, ways_of(at))
             xs = [max(n.at["k"], 2) for n in mine]  # k = 0 does not exist on a logarithmic axis
-            bars = [[n.value - n.low for n in mine], [n.high - n.value for n in mine]]
+            below = [0.0 if n.low is None else n.value - n.low for n in mine]
+            above = [0.0 if n.high is None else n.high - n.value for n in mine]
             control.errorbar(
-                xs, [n.value for n in mine], yerr=bars, marker=m, color=c, capsize=3, label=titles.get(way, way)
+                xs,
+                [n.value for n in mine],
+                yerr=[below, above],
+                marker=m,
+                color=c,
+                capsize=3,
+                label=titles.get(way, way),
             )
         control.axhline(0, color=INK, linestyle=":", linewidth=1)
         control.set_xscale("log", base=2)

@@ -224,7 +224,7 @@ def _pod(study: Study) -> Table:
     for needs in study.store.select("pod", "needs"):
         number = lambda quantity, at=needs.at: study.store.one("pod", quantity, "", **at)
         has = number("has")
-        fits = "yes" if needs.value <= has.value else "no"
+        fits = None if has is None else "yes" if needs.value <= has.value else "no"
         name = f"{needs.at['model']}, T = {needs.at['T']:,}, B = {needs.at['B']:,} on {needs.at['machine']}"
         rows.append((name, needs, has, fits, number("step_bound"), number("mfu_bound")))
     head = ("model and machine", "needs, per device", "has", "fits", "step, at least", "MFU, at most")

@@ -17,7 +17,6 @@ import pytest
 from rich.console import Console
 
 from longattn import cli
-from longattn import numerics as agreement
 from longattn.aot import train_step
 from longattn.bench import compare
 from longattn.bench.bringup import BringupOptions, memory, numerics, report, run, show, timing
@@ -178,7 +177,7 @@ def test_a_part_that_raises_is_in_the_report(monkeypatch, tmp_path) -> None:
     def broken(*_):
         raise RuntimeError("the device\nis gone")
 
-    monkeypatch.setattr(agreement, "plain", broken)
+    monkeypatch.setattr("longattn.numerics.plain", broken)
     monkeypatch.setattr(memory, "_measured", lambda config: {"measured_bytes": None})
     document = run(BringupOptions(parts=("numerics", "memory"), out=str(tmp_path / "o"), **SMALL), quiet())
     assert document["numerics"]["status"] == "failed"

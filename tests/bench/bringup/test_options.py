@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from longattn import numerics
-from longattn.bench.bringup import BringupOptions, cases
+from longattn.bench.bringup import BringupOptions
 from longattn.mask import Causal, Full, Window
-from longattn.numerics import LinearProblem, PartsProblem, StateProblem
+from longattn.numerics import LinearProblem, PartsProblem, StateProblem, cases
 from longattn.train.kernel_check import CHECKOUT
 
 

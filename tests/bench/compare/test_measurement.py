@@ -12,8 +12,8 @@ import pytest
 from longattn.aot.kernels import cases, tpu
 from longattn.bench import attention, compare, trace
 from longattn.bench.compare import admission, measurement, roofline
-from longattn.cost import flops as cost
 from longattn.cost import hardware
+from longattn.cost.flops import attention_flops, linear_flops
 from longattn.cost.pairs import visible_pairs
 from longattn.mask import Causal
 from tests.bench.compare.tiny import SHARED, TINY, quiet
@@ -92,8 +92,8 @@ def test_linear_attention_and_its_yardstick(tmp_path) -> None:
     xla, exact, refused = document["rows"]
     assert set(xla) == set(exact) == RAN
     assert "the kernels are for TPUs" in refused["reason"]
-    assert xla["flops"] == 3 * cost.linear_flops(300, 4 * 8 * 8)
-    assert exact["flops"] == 3 * cost.attention_flops(visible_pairs(Causal(), 300), 4, 8).forward
+    assert xla["flops"] == 3 * linear_flops(300, 4 * 8 * 8)
+    assert exact["flops"] == 3 * attention_flops(visible_pairs(Causal(), 300), 4, 8).forward
     found = {(p["name"], p["phase"]) for p in xla["scopes"]}
     assert {("pairs", "forward"), ("states/write", "backward"), ("out", "backward")} <= found
     assert any(d["contestant"] == "attention" and d["scope"] == "values" for d in document["differences"])
@@ -152,7 +152,7 @@ def test_a_row_on_a_chip(monkeypatch) -> None:
         "attention_forward_backward", contestants=("splash",), T=2048, H=8, D=128, dtype="bfloat16"
     )
     row = measurement._row("splash", options, executions(1e-3, 2e-3, 3e-3), device)
-    flops = 3 * cost.attention_flops(visible_pairs(Causal(), 2048), 8, 128).forward
+    flops = 3 * attention_flops(visible_pairs(Causal(), 2048), 8, 128).forward
     assert row["device_seconds"] == {"median": 2e-3, "low": 1.5e-3, "high": 2.5e-3}
     assert row["idle"] == pytest.approx(0.5)
     assert row["flops_per_second"] == pytest.approx(flops / 2e-3)

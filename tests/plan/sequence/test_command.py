@@ -111,9 +111,9 @@ def test_a_plan_compiles_every_strategy_on_a_mesh_that_it_takes(monkeypatch):
         return {"fits": True, "hbm_bytes": 10, "hbm_limit": 20, "by_kind": {}, "collectives": [], "mfu_bound": 0.4,
                 "seconds": {"bound": 1.0 + len(meshes), "exposed": 0.5}}  # fmt: skip
 
-    monkeypatch.setattr(topology.Topology, "environment", lambda self: {})
+    monkeypatch.setattr(plan.command.compilers, "environment_of", lambda where: {})
     monkeypatch.setattr(plan.command, "_compilers", lambda where: {})
-    monkeypatch.setattr(plan.command.program, "facts", facts)
+    monkeypatch.setattr(plan.command.train_step, "facts", facts)
     options = plan.PlanOptions(
         topology="h100:8", model=Model(N=2, E=512, H=8, K=4), data=ByteLM(T=1024, B=2), strategies="all",
         mesh=Mesh(fsdp=2, seq=4, layout="zigzag"),
@@ -157,5 +157,5 @@ def test_the_studys_part_and_its_picture(tmp_path):
     ring, balanced = idle["ring", "contiguous"], idle["balanced", "contiguous"]
     assert len(ring.samples) == 64 and len(balanced.samples) == 40
     assert sum(ring.samples) == sum(balanced.samples) == 1024 * 1025 / 2
-    assert "Who computes what when" in text and f"ring, contiguous: {ring.value:.1%} idle" in text
+    assert "What each device computes at each step" in text and f"ring, contiguous: {ring.value:.1%} idle" in text
     assert (tmp_path / "s" / FILE).is_file() and "all on h100:8" in text

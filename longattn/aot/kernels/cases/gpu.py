@@ -81,8 +81,9 @@ _TILED = (plgpu.TilingTransform((8, _SUMMED)), plgpu.SwizzleTransform(128))
 
 
 def _matmul(
-    shape: Shape, blocks: Blocks, dtype: Any, arch: str
+    shape: Shape, blocks: Blocks | None, dtype: Any, arch: str
 ) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
+    assert blocks is not None  # the case has blocks
     for name in ("bT", "bS"):
         if shape.T % getattr(blocks, name):
             raise ValueError(f"{name}={getattr(blocks, name)} must divide T={shape.T}")
@@ -231,11 +232,12 @@ def _gradients(attend: Callable[..., Any]) -> Callable[..., Any]:
     return lambda q, k, v, do: jax.vjp(attend, q, k, v)[1](do)
 
 
-def _jax_mgpu(shape: Shape, blocks: Blocks) -> Callable[..., Any]:
+def _jax_mgpu(shape: Shape, blocks: Blocks | None) -> Callable[..., Any]:
     from jax.experimental.pallas.ops.gpu import attention_mgpu as mgpu
 
     if shape.mask not in (Causal(), Full()):
         raise NotImplementedError(f"jax_mgpu knows Causal() and Full() only, mask is {shape.mask}")
+    assert blocks is not None  # both cases have blocks
     config = mgpu.TuningConfig(
         block_q=blocks.bT, block_kv=blocks.bS, max_concurrent_steps=blocks.stages, causal=shape.mask == Causal(),
         block_q_dq=blocks.bT, block_kv_dq=blocks.bS, block_q_dkv=blocks.bT, block_kv_dkv=blocks.bS,

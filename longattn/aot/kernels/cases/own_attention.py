@@ -27,12 +27,12 @@ _TILES = {"forward": (512, 256), "backward": (256, 256)}  # queries and keys of 
 _BOUNDED, _UNBOUNDED, _ONLINE = "of_bounded", "of_unbounded", "of_others"
 
 
-def _tuning(shape: Shape, kernel: str) -> Tuning:
-    """Returns the shape's block sizes for one of the kernels."""
+def _tuning(shape: Shape, kernel: str) -> tuple[Tuning, Blocks]:
+    """Returns the shape's block sizes for one of the kernels, as `attention` takes them and alone."""
     queries, keys = _TILES[kernel]
     try:
         sizes = Blocks(shape.bT, shape.bS, shape.bR or min(queries, shape.bT), shape.bC or min(keys, shape.bS))
-        return Tuning(**{kernel: sizes})
+        return Tuning(**{kernel: sizes}), sizes
     except ValueError as error:
         raise NotImplementedError(str(error)) from error
 
@@ -42,7 +42,7 @@ def _ids(shape: Shape) -> jax.Array | None:
 
 
 def _attend(shape: Shape, kernel: str) -> Callable[..., Any]:
-    tuning = _tuning(shape, kernel)
+    tuning, _ = _tuning(shape, kernel)
     return lambda q, k, v: attention(
         q, k, v, mask=shape.mask, segment_ids=_ids(shape), implementation="pallas_tpu", tuning=tuning
     )
@@ -129,10 +129,10 @@ def _lists(shape: Shape, tuning: Blocks, by_key: bool) -> _Lists:
 # ---- declarations
 
 
-def _groups(found: _Lists, tiles: int, heads: int) -> list[tuple[str, int]]:
+def _groups(counts: np.ndarray, tiles: int, heads: int) -> list[tuple[str, int]]:
     """Returns the bodies of a block's listed tiles in source order, and how often each runs."""
     bodies = []
-    for kind, count in zip(("cut", "whole"), found.tiles.T):
+    for kind, count in zip(("cut", "whole"), counts.T):
         runs = {n: (count % blocks.GROUP == n).sum() for n in range(1, min(blocks.GROUP, tiles + 1))}
         if tiles >= blocks.GROUP:
             runs = {blocks.GROUP: (count // blocks.GROUP).sum(), **runs}
@@ -141,7 +141,7 @@ def _groups(found: _Lists, tiles: int, heads: int) -> list[tuple[str, int]]:
 
 
 def _forward(shape: Shape) -> tuple[Kernel, ...]:
-    tuning = _tuning(shape, "forward").forward
+    _, tuning = _tuning(shape, "forward")
     found = _lists(shape, tuning, by_key=False)
     *cut, whole = (shape.H * found.visits.sum(0)).tolist()
     *cut_sent, whole_sent = [shape.H * sent for sent in found.events(1)["sent"]]
@@ -154,7 +154,7 @@ def _forward(shape: Shape) -> tuple[Kernel, ...]:
     def of_cut(data: str) -> list[Branch]:
         if found.tiles is None:
             return [body(data, f"cut block {i}", *counts) for i, counts in enumerate(zip(cut, cut_sent))]
-        tiles = [body(data, what, runs, 0) for what, runs in _groups(found, tuning.tiles, shape.H)]
+        tiles = [body(data, what, runs, 0) for what, runs in _groups(found.tiles, tuning.tiles, shape.H)]
         tiles = [replace(branch, loop=sum(cut)) for branch in tiles]
         last = body(data, "last cut tile's product", shape.H * int((found.visits[:, 0] > 0).sum()), 0)
         return tiles if data == _ONLINE else [*tiles, last]
@@ -179,7 +179,7 @@ def _forward(shape: Shape) -> tuple[Kernel, ...]:
 
 
 def _backward(shape: Shape) -> tuple[Kernel, ...]:
-    tuning = _tuning(shape, "backward").backward
+    _, tuning = _tuning(shape, "backward")
     found = _lists(shape, tuning, by_key=True)
     events = found.events(shape.H // shape.key_heads)
     bodies = []
@@ -189,7 +189,7 @@ def _backward(shape: Shape) -> tuple[Kernel, ...]:
         bodies.append(Branch(f"cut block {len(bodies)}", runs, asides=copies))
     *cut, whole = *bodies[:-1], replace(bodies[-1], what="whole block")
     if found.tiles is not None:
-        cut = [Branch(what, n, loop=cut[0].runs) for what, n in _groups(found, tuning.tiles, shape.H)]
+        cut = [Branch(what, n, loop=cut[0].runs) for what, n in _groups(found.tiles, tuning.tiles, shape.H)]
     number = INT32 * bool(shape.documents)
     query = row(shape.D) + row(shape.values) + 2 * F32 + number  # q, do, lse, delta, segment id
     key = 2 * (row(shape.D) + row(shape.values)) + number  # k, v, dk, dv

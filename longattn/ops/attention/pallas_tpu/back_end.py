@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool
 
 from longattn.ops import dispatch
@@ -29,13 +30,13 @@ from longattn.ops.attention.pallas_tpu.backward import NO_KEY, backward
 from longattn.ops.attention.pallas_tpu.call import LOG2E, Call, unit
 from longattn.ops.attention.pallas_tpu.forward import forward
 from longattn.ops.attention.pallas_tpu.plan import Plan, bias_dtype, make_plan
-from longattn.shapes import Key, Out, Query, Statistic, Value
+from longattn.shapes import Key, Out, Query, Shaped, Statistic, Value
 
 BOUND = 80.0  # 2^80 times a sum of values, and 2^-80 times a value, stay far from float32's limits
 _ROWS = 16  # rows of bfloat16 in a register: copies begin and end at multiples of it
 
 
-def check(q: Any, k: Any, v: Any, bias: Any, visibility: Visibility, options: Options) -> Plan | None:
+def check(q: Shaped, k: Shaped, v: Shaped, bias: Shaped, visibility: Visibility, options: Options) -> Plan | None:
     """Returns the plan of the call. Raises NotImplementedError with the reason where the kernels cannot serve it."""
     return make_plan(q, k, v, bias, visibility, options)
 
@@ -62,7 +63,7 @@ def _numbers(n: Call, B: int, visibility: Visibility, side: str, length: int | N
 
 def _whole_blocks(n: Call, bias: Array | None) -> Array | None:
     """Returns the bias that a kernel adds to the logits, padded to whole blocks, if there is one."""
-    if not n.bias:
+    if bias is None or not n.bias:
         return None
     x = bias.astype(bias_dtype(bias))
     rows = n.rows_q * n.block_q - x.shape[2] if x.shape[2] > 1 else 0
@@ -132,7 +133,7 @@ def _forward(
 
 def _backward(
     q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, out: Array, lse: Array, do: Array,
-    dlse: Array, options: Options, n: Call | None, out_dtype: Any,
+    dlse: Array, options: Options, n: Call | None, out_dtype: DTypeLike,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     if n is None:
         return tuple(jnp.zeros_like(x, out_dtype) for x in (q, k, v))
@@ -165,7 +166,7 @@ def _attend(
 def _attend_forward(
     q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, options: Options, plan: Plan | None
 ) -> Any:
-    kernel = functools.partial(_forward, options=options, n=plan and plan.forward)
+    kernel = functools.partial(_forward, options=options, n=None if plan is None else plan.forward)
     out, lse = dispatch.fold_vmap(kernel, q, k, v, bias, visibility, shared=(3, 4))
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse * unit(options.scale, options.softcap)), (q, k, v, bias, visibility, out, lse)
@@ -176,7 +177,9 @@ def _attend_backward(options: Options, plan: Plan | None, residuals: Any, cotang
         q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, out: Array, lse: Array, do: Array,
         dlse: Array,
     ) -> Any:  # fmt: skip
-        kernel = functools.partial(_backward, options=options, n=plan and plan.backward, out_dtype=q.dtype)
+        kernel = functools.partial(
+            _backward, options=options, n=None if plan is None else plan.backward, out_dtype=q.dtype
+        )
         found = dispatch.fold_vmap(kernel, q, k, v, bias, visibility, out, lse, do, dlse, shared=(3, 4))
         if bias is None:
             return *found, None
@@ -202,6 +205,8 @@ def backward_partial(
     dlse: Statistic, options: Options, plan: Plan | None,
 ) -> tuple[Query, Key, Value]:  # fmt: skip
     """Returns dq, dk, dv from these keys in float32, given the global out and lse."""
-    kernel = functools.partial(_backward, options=options, n=plan and plan.backward, out_dtype=jnp.float32)
+    kernel = functools.partial(
+        _backward, options=options, n=None if plan is None else plan.backward, out_dtype=jnp.float32
+    )
     lse = lse / unit(options.scale, options.softcap)
     return dispatch.fold_vmap(kernel, q, k, v, bias, visibility, out, lse, do, dlse, shared=(3, 4))

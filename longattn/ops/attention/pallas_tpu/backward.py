@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from longattn.mask import EMPTY, PARTIAL
@@ -36,14 +37,17 @@ NO_KEY = 1e30  # stands for the lse of a query that sees no key: P is 0
 _SLOT, _FETCHED, _READING, _LAST, _WRITING = range(5)  # words of `_Refs.state`; from _WRITING on one flag per buffer
 
 
+Ref = Any  # a Pallas reference to memory: jax has no public type
+
+
 @dataclass(frozen=True)
 class _Sums:
     """The copies of blocks of dq: at most one into, and one out of, each buffer of the ring."""
 
-    hbm: Any  # [B H D T] float32
-    ring: Any  # [RING D block]
-    state: Any
-    semaphores: Any  # DMA [2 RING]: reads, writes
+    hbm: Ref  # [B H D T] float32
+    ring: Ref  # [RING D block]
+    state: Ref
+    semaphores: Ref  # DMA [2 RING]: reads, writes
 
     def _at(self, place: tuple[Array, Array, Array]) -> Any:
         b, h, i = place
@@ -71,39 +75,39 @@ class _Sums:
 class _Refs:
     """The kernel's references, by name."""
 
-    walk: Any  # SMEM [1|group W]: this row's list, one for all heads of the group or one for each
-    k: Any  # [block_k D]
-    v: Any  # [block_k V]
-    q: Any  # in device memory [B H T D]
-    do: Any
-    stats: Any  # lse and delta
-    dq: Any  # in device memory [B H D T] float32: sums
-    dk: Any  # [block_k D]
-    dv: Any
-    q_ring: Any  # [RING block_q D]: blocks of queries
-    do_ring: Any
-    stats_ring: Any
-    number_ring: Any  # their positions and segments
-    bias_ring: Any
-    dq_ring: Any
-    dk_acc: Any  # [D block_k]
-    dv_acc: Any
-    state: Any  # SMEM int32: what outlives a visit
-    semaphores: Any
-    dq_semaphores: Any
-    k_numbers: Any = None  # positions and segments of the keys
-    q_numbers: Any = None
-    bias: Any = None
+    walk: Ref  # SMEM [1|group W]: this row's list, one for all heads of the group or one for each
+    k: Ref  # [block_k D]
+    v: Ref  # [block_k V]
+    q: Ref  # in device memory [B H T D]
+    do: Ref
+    stats: Ref  # lse and delta
+    dq: Ref  # in device memory [B H D T] float32: sums
+    dk: Ref  # [block_k D]
+    dv: Ref
+    q_ring: Ref  # [RING block_q D]: blocks of queries
+    do_ring: Ref
+    stats_ring: Ref
+    number_ring: Ref  # their positions and segments
+    bias_ring: Ref
+    dq_ring: Ref
+    dk_acc: Ref  # [D block_k]
+    dv_acc: Ref
+    state: Ref  # SMEM int32: what outlives a visit
+    semaphores: Ref
+    dq_semaphores: Ref
+    k_numbers: Ref = None  # positions and segments of the keys
+    q_numbers: Ref = None
+    bias: Ref = None
 
 
 class _Tile(NamedTuple):
     """The place of a tile in its block."""
 
-    strip: Any
+    strip: Array | int
     queries: Any  # pl.Slice
     keys: Any
     masked: bool
-    sparse: Any  # whether a BlockSparse shows it
+    sparse: Array | None  # whether a BlockSparse shows it
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class _Row:
         return self.n.block_k // self.n.tile_k
 
     @property
-    def precision(self) -> Any:
+    def precision(self) -> lax.Precision | None:
         return lax.Precision.HIGHEST if self.refs.k.dtype == jnp.float32 else None
 
     def head(self, h: Array) -> Array:
@@ -158,7 +162,7 @@ class _Row:
         return Fetch(refs.q.shape[2], n.block_q, rows, lanes, refs.semaphores, others)
 
 
-def _list(n: Call, walk: Any, h: Array | int, bodies: list[blocks.Pattern | None]) -> blocks.Row:
+def _list(n: Call, walk: Ref, h: Array | int, bodies: list[blocks.Pattern | None]) -> blocks.Row:
     tiles_of_block = n.block_q // n.tile_q * (n.block_k // n.tile_k)
     return blocks.Row(lambda i: walk[h, i], len(bodies), n.mask_numbers, n.rows_q, tiles_of_block)
 
@@ -173,10 +177,10 @@ class _Block:
     x: _Row
     slot: Array
     i: Array  # index of the block
-    q: Any
-    do: Any
-    stats: Any
-    dq: Any
+    q: Ref
+    do: Ref
+    stats: Ref
+    dq: Ref
 
     def products(self, tile: _Tile) -> tuple[Array, Array]:
         """Returns S^T and dP^T [tile_k tile_q]."""
@@ -227,12 +231,14 @@ class _Block:
 
     def several(self, used: list[_Tile]) -> None:
         """Computes tiles, with one tile's products between the outputs of the tile before and its own softmax."""
-        now, last = self.products(used[0]), None
+        ahead, last = self.products(used[0]), None
         for t, tile in enumerate(used):
-            following = self.products(used[t + 1]) if t + 1 < len(used) else None
+            now = ahead
+            if t + 1 < len(used):
+                ahead = self.products(used[t + 1])
             if last is not None:
                 self.outputs(used[t - 1], *last)
-            last, now = self.softmax(tile, *now), following
+            last = self.softmax(tile, *now)
         self.outputs(used[-1], *last)
 
     def tile(self, strip: Array | int, part: Array | int, masked: bool, sparse: Array | None = None) -> _Tile:
@@ -322,7 +328,7 @@ def _arrive(x: _Row, h: Array, here: tuple[Array, Array, Array], slot: Array, fi
     return ahead
 
 
-def _visit(x: _Row, pattern: blocks.Pattern | None, h: Array, step: Array, _: Any) -> None:
+def _visit(x: _Row, pattern: blocks.Pattern | None, h: Array, step: Array, _: object) -> None:
     refs, state = x.refs, x.refs.state
     slot, listed = state[_SLOT], x.list_of(h)
     entry = listed.block(step)
@@ -355,7 +361,7 @@ def _kernel(n: Call, refs: _Refs) -> None:
     refs.dk_acc[...] = jnp.zeros_like(refs.dk_acc)
     refs.dv_acc[...] = jnp.zeros_like(refs.dv_acc)
 
-    def of_head(h: Array, _: Any) -> None:
+    def of_head(h: Array, _: object) -> None:
         for i, pattern in enumerate(bodies):
             lax.fori_loop(*x.list_of(h).steps(i), functools.partial(_visit, x, pattern, h), None)
 
@@ -369,7 +375,7 @@ def _kernel(n: Call, refs: _Refs) -> None:
             sums.settle(jnp.int32(slot))
 
 
-def _scratch(n: Call, dtype: Any, bias: Array | None) -> dict[str, Any]:
+def _scratch(n: Call, dtype: DTypeLike, bias: Array | None) -> dict[str, Any]:
     """Returns the kernel's own memory, for operands of this dtype."""
     return {
         "q_ring": pltpu.VMEM((RING, n.block_q, n.D), dtype),
@@ -387,7 +393,7 @@ def _scratch(n: Call, dtype: Any, bias: Array | None) -> dict[str, Any]:
 
 
 def backward(
-    n: Call, out_dtype: Any, walk: Array, q: Array, k: Array, v: Array, do: Array, stats: Array,
+    n: Call, out_dtype: DTypeLike, walk: Array, q: Array, k: Array, v: Array, do: Array, stats: Array,
     k_numbers: Array | None, q_numbers: Array | None, bias: Array | None,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Returns dq / scale [B H D rows*block_q] in float32, dk [B K S D] and dv [B K S V] in out_dtype.

@@ -226,9 +226,14 @@ def block_sparse(mask: Mask) -> BlockSparse | None:
     return next(filter(is_sparse, jax.tree.leaves(mask, is_leaf=is_sparse)), None)
 
 
+def whole(strips: int, parts: int) -> Pattern:
+    """Returns the pattern of a block that needs no mask."""
+    return ((FULL,) * parts,) * strips
+
+
 def bodies(cut: tuple[Pattern, ...] | None, strips: int, parts: int) -> list[Pattern | None]:
     """Returns the pattern of each class of blocks, the whole one last; None stands for cut blocks with listed tiles."""
-    return [*((None,) if cut is None else cut), ((FULL,) * parts,) * strips]
+    return [*((None,) if cut is None else cut), whole(strips, parts)]
 
 
 class Row:

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+Ref = Any  # a Pallas reference to memory: jax has no public type
 RING = 3  # buffers: one is computed, one is being filled, and one of the block before is still read
 
 
@@ -34,10 +35,10 @@ class Fetch:
 
     length: int  # tokens of the sequence; if it ends within a block, a multiple of the rows of a register
     block: int  # tokens of a block
-    rows: Sequence[tuple[Any, Any]]  # (an array's ref [length size], its ring [RING block size])
-    lanes: Sequence[tuple[Any, Any]]  # (an array's ref [n blocks*block], its ring [RING n block])
-    semaphores: Any  # DMA [arrays RING]
-    others: Sequence[tuple[Callable[[Array], Any], Any]] = ()  # (block j -> the part of an array to copy, its ring)
+    rows: Sequence[tuple[Ref, Ref]]  # (an array's ref [length size], its ring [RING block size])
+    lanes: Sequence[tuple[Ref, Ref]]  # (an array's ref [n blocks*block], its ring [RING n block])
+    semaphores: Ref  # DMA [arrays RING]
+    others: Sequence[tuple[Callable[[Array], Ref], Ref]] = ()  # (block j -> the part of an array to copy, its ring)
 
     def _each(self, j: Array, slot: Array, do: Callable[[Any], None]) -> None:
         def copy(tokens: int) -> None:

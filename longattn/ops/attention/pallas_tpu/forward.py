@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from longattn.mask import EMPTY, PARTIAL
@@ -303,7 +304,7 @@ def _finish(x: Row) -> None:
 def _kernel(n: Call, refs: Refs) -> None:
     head, row = pl.program_id(0), pl.program_id(1)
     strips, parts, state = n.block_q // n.tile_q, n.block_k // n.tile_k, refs.state
-    bodies = blocks.bodies(n.patterns, strips, parts)
+    bodies, whole = blocks.bodies(n.patterns, strips, parts), blocks.whole(strips, parts)
     b, h = head // n.H, head % n.H
     kv = h // (n.H // n.K)
     listed = blocks.Row(lambda i: refs.walk[0, i], len(bodies), 1 + n.mask_numbers, n.rows_k, strips * parts)
@@ -320,11 +321,11 @@ def _kernel(n: Call, refs: Refs) -> None:
 
     @pl.when(x.bounded == 1)
     def of_bounded() -> None:
-        _bounded(x, bodies[-1], start)
+        _bounded(x, whole, start)
 
     @pl.when((x.bounded == 0) & (listed.seen > 0))
     def of_unbounded() -> None:
-        _unbounded(x, bodies[-1], start)
+        _unbounded(x, whole, start)
 
     @pl.when(state[BAD] == 1)
     def of_others() -> None:
@@ -333,7 +334,7 @@ def _kernel(n: Call, refs: Refs) -> None:
     _finish(x)
 
 
-def _scratch(n: Call, dtype: Any, bias: Array | None) -> dict[str, Any]:
+def _scratch(n: Call, dtype: DTypeLike, bias: Array | None) -> dict[str, Any]:
     """Returns the kernel's own memory, for operands of this dtype."""
     strips = n.block_q // n.tile_q
     statistics = pltpu.VMEM((strips, SUBLANES, n.tile_q), jnp.float32)
@@ -354,7 +355,7 @@ def _scratch(n: Call, dtype: Any, bias: Array | None) -> dict[str, Any]:
 
 
 def forward(
-    n: Call, out_dtype: Any, walk: Array, q: Array, k: Array, v: Array, q_numbers: Array | None,
+    n: Call, out_dtype: DTypeLike, walk: Array, q: Array, k: Array, v: Array, q_numbers: Array | None,
     k_numbers: Array | None, bias: Array | None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Returns out [B H T V] and lse float32 [B H T] in n.unit.

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from longattn.ops import dispatch
 from longattn.ops.attention.contract import Options, Visibility
 from longattn.ops.attention.pallas_tpu import blocks
 from longattn.ops.attention.pallas_tpu.call import LANES, Call
 from longattn.ops.attention.pallas_tpu.tuning import Blocks, Pass, Tuning, choose, limit
+from longattn.shapes import Shaped
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Plan:
     backward: Call
 
 
-def bias_dtype(bias: Any) -> Any:
+def bias_dtype(bias: Shaped) -> np.dtype:
     """Returns the dtype in which the kernels read a bias: float32 for one row of it, which is small."""
     return jnp.dtype(jnp.bfloat16 if bias.dtype == jnp.bfloat16 and bias.shape[2] > 1 else jnp.float32)
 
 
-def make_plan(q: Any, k: Any, v: Any, bias: Any, visibility: Visibility, options: Options) -> Plan | None:
+def make_plan(q: Shaped, k: Shaped, v: Shaped, bias: Shaped, visibility: Visibility, options: Options) -> Plan | None:
     """Returns the plan of a call, or None where an array is empty and no kernel runs.
 
     Raises:
@@ -52,7 +53,7 @@ def make_plan(q: Any, k: Any, v: Any, bias: Any, visibility: Visibility, options
     return Plan(_call("forward", *arguments), _call("backward", *arguments))
 
 
-def _call(which: Pass, q: Any, k: Any, v: Any, bias: Any, visibility: Visibility, options: Options) -> Call:
+def _call(which: Pass, q: Shaped, k: Shaped, v: Shaped, bias: Shaped, visibility: Visibility, options: Options) -> Call:
     (T, H, D), (S, K), V = q.shape[1:], k.shape[1:3], v.shape[3]
     mask, leaves = visibility.mask, jax.tree.leaves(visibility.mask)
     numbers = (() if options.in_order else ("positions",)) + (() if visibility.q_segments is None else ("segments",))

@@ -8,12 +8,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.lax import Precision
 from jaxtyping import Array
 
 from longattn.ops.attention.pallas_tpu import blocks, tiles
 from longattn.ops.attention.pallas_tpu.call import Call
 from longattn.ops.attention.pallas_tpu.fetch import Fetch, after
 
+Ref = Any  # a Pallas reference to memory: jax has no public type
 SLOT, FETCHED, LATE_SLOT, LATE, BAD = range(5)  # words of `Refs.state`
 SENT, HERE = 1, 2  # values of FETCHED: the next step's block is being fetched, has arrived; 0: neither
 CHUNKS = 2  # chunks of keys in a block: P of one is stored while P of the other is multiplied
@@ -23,27 +25,27 @@ CHUNKS = 2  # chunks of keys in a block: P of one is stored while P of the other
 class Refs:
     """The kernel's references, by name."""
 
-    walk: Any  # SMEM: this row's list
-    q: Any  # [block_q D]
-    k: Any  # in device memory [B K S D]
-    v: Any
-    out: Any  # [block_q V]
-    lse: Any  # [1 block_q]
-    k_ring: Any  # [RING block_k D]: blocks of keys
-    v_ring: Any
-    number_ring: Any  # their positions and segments
-    bias_ring: Any
-    p: Any  # [CHUNKS strips chunk tile_q]: P of two chunks
-    late: Any  # [tile_k tile_q]: P of the last tile of a group, not yet multiplied by v
-    acc: Any  # [strips V tile_q]: O^T
-    m: Any  # [strips SUBLANES tile_q]
-    l: Any  # sums of P, one per sublane
-    rest: Any  # sums of what rounding added to P
-    state: Any  # SMEM int32 [5]: what outlives a row
-    semaphores: Any
-    q_numbers: Any = None  # positions and segments of the queries
-    k_numbers: Any = None
-    bias: Any = None
+    walk: Ref  # SMEM: this row's list
+    q: Ref  # [block_q D]
+    k: Ref  # in device memory [B K S D]
+    v: Ref
+    out: Ref  # [block_q V]
+    lse: Ref  # [1 block_q]
+    k_ring: Ref  # [RING block_k D]: blocks of keys
+    v_ring: Ref
+    number_ring: Ref  # their positions and segments
+    bias_ring: Ref
+    p: Ref  # [CHUNKS strips chunk tile_q]: P of two chunks
+    late: Ref  # [tile_k tile_q]: P of the last tile of a group, not yet multiplied by v
+    acc: Ref  # [strips V tile_q]: O^T
+    m: Ref  # [strips SUBLANES tile_q]
+    l: Ref  # sums of P, one per sublane
+    rest: Ref  # sums of what rounding added to P
+    state: Ref  # SMEM int32 [5]: what outlives a row
+    semaphores: Ref
+    q_numbers: Ref = None  # positions and segments of the queries
+    k_numbers: Ref = None
+    bias: Ref = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Row:
     row: Array
     listed: blocks.Row
     c: float  # P = 2^(c (S - m))
-    precision: Any  # of the products
+    precision: Precision | None  # of the products
 
     @property
     def strips(self) -> int:

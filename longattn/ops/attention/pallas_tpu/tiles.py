@@ -14,10 +14,11 @@ from longattn.mask import Mask
 from longattn.ops.attention.pallas_tpu.blocks import GROUP
 from longattn.ops.attention.pallas_tpu.call import LANES, Call
 
+Ref = Any  # a Pallas reference to memory: jax has no public type
 _FORMS = {"NT": ((1,), (1,)), "TN": ((0,), (0,)), "TT": ((0,), (1,))}
 
 
-def dot(a: Array, b: Array, form: str, precision: Any) -> Array:
+def dot(a: Array, b: Array, form: str, precision: lax.Precision | None) -> Array:
     """Returns the matrix product a b in float32; `form` says for each operand whether it is transposed ("T") or not."""
     return lax.dot_general(a, b, (_FORMS[form], ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
@@ -52,7 +53,7 @@ def _column(row: Array, queries: int) -> Array:
     return jnp.tile(jnp.concatenate(parts), (1, queries // LANES))
 
 
-def bias(n: Call, ring: Any, slot: Array, strip: Array | int, first: Array | int) -> Array:
+def bias(n: Call, ring: Ref, slot: Array, strip: Array | int, first: Array | int) -> Array:
     """Returns the bias of a tile, float32 [keys queries] in n.unit, from the ring's block [queries|1 keys]."""
     keys = pl.ds(first, n.tile_k)
     if ring.shape[1] == 1:
@@ -62,7 +63,7 @@ def bias(n: Call, ring: Any, slot: Array, strip: Array | int, first: Array | int
     return added * (1 / n.unit)
 
 
-def bias_block(n: Call, hbm: Any, b: Array, h: Array, i: Array, j: Array) -> Any:
+def bias_block(n: Call, hbm: Ref, b: Array, h: Array, i: Array, j: Array) -> Ref:
     """Returns the block of head h's bias for block i of queries and block j of keys."""
     B, H, T, _ = hbm.shape
     queries = pl.ds(0, 1) if T == 1 else pl.ds(multiple(i, n.block_q), n.block_q)
@@ -70,7 +71,7 @@ def bias_block(n: Call, hbm: Any, b: Array, h: Array, i: Array, j: Array) -> Any
 
 
 def visible(
-    mask: Mask, numbers: tuple[str, ...], q_numbers: Any, k_numbers: Any, q_index: Any, k_index: Any,
+    mask: Mask, numbers: tuple[str, ...], q_numbers: Ref, k_numbers: Ref, q_index: Any, k_index: Any,
     q_offset: Array | int, k_offset: Array | int, queries: int, keys: int, S: int | None,
 ) -> Array:  # fmt: skip
     """Returns the visible pairs of a tile, bool [keys queries].

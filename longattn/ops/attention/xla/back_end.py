@@ -17,10 +17,10 @@ from longattn.ops.attention.contract import Bias, Options, Visibility
 from longattn.ops.attention.xla.backward import backward
 from longattn.ops.attention.xla.forward import forward
 from longattn.ops.attention.xla.tiling import Layout, make_layout
-from longattn.shapes import Key, Out, Query, Statistic, Value
+from longattn.shapes import Key, Out, Query, Shaped, Statistic, Value
 
 
-def check(q: Any, k: Any, v: Any, bias: Any, visibility: Visibility, options: Options) -> Layout:
+def check(q: Shaped, k: Shaped, v: Shaped, bias: Shaped, visibility: Visibility, options: Options) -> Layout:
     """Returns the layout of tiles; accepts every valid call."""
     return make_layout(q, k, v, options)
 

@@ -7,7 +7,8 @@ Algorithm 2 of arXiv:2307.08691. Queries are the outer loop, so dk and dv are ca
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ from longattn.ops.attention.xla.tiling import (
 
 _NO_KEY = 1e30  # stands for the lse of a row that sees no key: P = exp(S - 1e30) = 0
 
+_Sums = tuple[Array, Array, Array | None]  # dk, dv, dbias
+_Carry = tuple[Array, Array, Array, Array | None]  # dq, dk, dv, dbias
+
 
 class _Tiles(NamedTuple):
     queries: Array  # [groups Jq B K R D]
@@ -53,13 +57,13 @@ def _add_to_bias(dbias: Array, ds: Array, side: Side, g: Array, i: Array, j: Arr
     return lax.dynamic_update_slice(dbias, lax.dynamic_slice(dbias, starts, sizes) + x, starts)
 
 
-def _row(x: _Tiles, sums: Any, g: Array, i: Array, n: Layout, options: Options) -> tuple[Any, Array]:
+def _row(x: _Tiles, sums: _Sums, g: Array, i: Array, n: Layout, options: Options) -> tuple[_Sums, Array]:
     """Returns (dk, dv, dbias) with tile i of queries in group g added, and this tile's dq [B K R D]."""
     q, do = at(x.queries, g, i), at(x.cotangents, g, i)
     delta, lse = at(x.delta, g, i)[:, :, None], at(x.lse, g, i)[:, :, None]
 
-    def tile(masked: bool) -> Any:
-        def step(j: Array, carry: Any) -> Any:
+    def tile(masked: bool) -> Callable[[Array, _Carry], _Carry]:
+        def step(j: Array, carry: _Carry) -> _Carry:
             dq, dk, dv, dbias = carry
             k = at(x.keys, g, j)
             with jax.named_scope("logits"):
@@ -89,8 +93,8 @@ def _row(x: _Tiles, sums: Any, g: Array, i: Array, n: Layout, options: Options) 
     dq = filled((n.B, n.K, n.D, n.G * n.block_q), n.dtype, q)
     with jax.named_scope("order"):
         order = ordered_tiles(x.side, g, i, n)
-    dq, *sums = over_tiles(order, tile, (dq, *sums))
-    return tuple(sums), dq.swapaxes(2, 3)
+    dq, dk, dv, dbias = over_tiles(order, tile, (dq, *sums))
+    return (dk, dv, dbias), dq.swapaxes(2, 3)
 
 
 def backward(
@@ -99,8 +103,8 @@ def backward(
 ) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
     """Returns dq, dk, dv and dbias in the statistics' dtype, given the global out and lse."""
     if 0 in (*q.shape[:3], n.S):
-        zeros = [None if x is None else filled(x.shape, n.dtype, q) for x in (q, k, v, bias)]
-        return tuple(zeros)
+        dq, dk, dv = (filled(x.shape, n.dtype, q) for x in (q, k, v))
+        return dq, dk, dv, None if bias is None else filled(bias.shape, n.dtype, q)
     side = make_side(bias, visibility, n)
     empty = lse == -jnp.inf
     delta = jnp.where(empty, 0.0, (do.astype(n.dtype) * out.astype(n.dtype)).sum(-1) - dlse)
@@ -116,13 +120,13 @@ def backward(
     sums = (
         filled(tiles.keys.shape, n.dtype, q),
         filled(tiles.values.shape, n.dtype, q),
-        None if bias is None else filled(side.bias.shape, n.dtype, q),
+        None if side.bias is None else filled(side.bias.shape, n.dtype, q),
     )
-    row = lambda sums, index: _row(tiles, sums, *index, n, options)
+    row = lambda sums, index: _row(tiles, sums, index[0], index[1], n, options)
     (dk, dv, dbias), dq = lax.scan(row, sums, loop_index(n))
     dq = queries_of(unstacked(dq, n), n) * options.scale
     if n.operand != n.dtype:
         dk = dk * options.scale  # otherwise q held it
-    if dbias is not None:
+    if bias is not None:
         dbias = lax.slice(dbias, (0,) * 4, bias.shape)
     return dq, keys_of(dk, n), keys_of(dv, n), dbias

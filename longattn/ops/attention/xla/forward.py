@@ -13,7 +13,8 @@ passes over the tile. v^T has a row of ones below it, so the last row of O is th
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def _sums(x: _Tiles, g: Array, i: Array, n: Layout, options: Options) -> tuple[A
         with jax.named_scope("values"):
             return acc + dot("BKVS,BKSR->BKVR", at(x.values, g, j), p, n)
 
-    def bounded(masked: bool) -> Any:
+    def bounded(masked: bool) -> Callable[[Array, Array], Array]:
         def step(j: Array, acc: Array) -> Array:
             s = logits(j, masked)
             with jax.named_scope("softmax"):
@@ -80,7 +81,7 @@ def _sums(x: _Tiles, g: Array, i: Array, n: Layout, options: Options) -> tuple[A
 
         return step
 
-    def online(masked: bool) -> Any:
+    def online(masked: bool) -> Callable[[Array, tuple[Array, Array]], tuple[Array, Array]]:
         def step(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             acc, m = carry
             s = logits(j, masked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
@@ -88,7 +88,9 @@ def ordered_tiles(side: Side, g: Array, i: Array, n: Layout) -> tuple[Array, Arr
     return order, (rank == 0).sum(dtype=jnp.int32), (rank < 2).sum(dtype=jnp.int32)
 
 
-def over_tiles(order: tuple[Array, Array, Array], step: Any, carry: Any) -> Any:
+def over_tiles[Carry](
+    order: tuple[Array, Array, Array], step: Callable[[bool], Callable[[Array, Carry], Carry]], carry: Carry
+) -> Carry:
     """Runs `step(masked)(j, carry)` over the full tiles of `ordered_tiles`, then over the partial ones."""
     tiles, full, seen = order
     carry = lax.fori_loop(0, full, lambda t, c: step(False)(tiles[t], c), carry)

@@ -11,17 +11,19 @@ contiguous, and every product has one of the two forms (NN, NT) that CPU librari
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from longattn import shapes
 from longattn.mask import Mask
 from longattn.ops import dispatch
 from longattn.ops.attention.contract import Options, Visibility
+from longattn.shapes import Shaped
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Layout(NamedTuple):
     Jk: int  # tiles along the keys
     block_q: int
     block_k: int
-    operand: Any  # dtype of the products' operands
-    dtype: Any  # dtype of statistics and accumulators
+    operand: DTypeLike  # dtype of the products' operands
+    dtype: DTypeLike  # dtype of statistics and accumulators
 
     @property
     def tile(self) -> tuple[int, ...]:
@@ -74,7 +76,7 @@ class Layout(NamedTuple):
         return self.B, self.K, self.block_k, self.G, self.block_q
 
 
-def make_layout(q: Any, k: Any, v: Any, options: Options) -> Layout:
+def make_layout(q: Shaped, k: Shaped, v: Shaped, options: Options) -> Layout:
     """Returns the layout of a call, from shapes and dtypes alone."""
     (B, T, H, D), (S, K), V = q.shape, k.shape[1:3], v.shape[3]
     # Short sequences share a tile, so that no step of the loop is too small. Long ones do not: each visits only the
@@ -157,7 +159,7 @@ def add_at(x: Array, tile: Array, g: Array, j: Array) -> Array:
     return lax.dynamic_update_slice(x, (at(x, g, j) + tile)[None, None], starts)
 
 
-def filled(shape: tuple[int, ...], dtype: Any, like: Array, value: float = 0.0) -> Array:
+def filled(shape: tuple[int, ...], dtype: DTypeLike, like: Array, value: float = 0.0) -> Array:
     """Returns the first value of a loop carry, varying over the mesh axes that `like` varies over."""
     x = jnp.full(shape, value, dtype)
     axes = tuple(jax.typeof(like).manual_axis_type.varying)
@@ -191,6 +193,7 @@ class Side(NamedTuple):
 
     def bias_slice(self, g: Array, i: Array, j: Array, n: Layout) -> tuple[tuple[Array, ...], tuple[int, ...]]:
         """Returns starts and sizes of tile (i, j) in the bias."""
+        assert self.bias is not None  # callers slice only a bias that is there
         firsts = (g // n.head_groups * n.B, g % n.head_groups * (n.K * n.G), i * n.block_q, j * n.block_k)
         sizes = (n.B, n.K * n.G, n.block_q, n.block_k)
         many = [size > 1 for size in self.bias.shape]

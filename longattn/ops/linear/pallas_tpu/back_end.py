@@ -34,6 +34,7 @@ def check(x: Arrays, options: Options) -> Call:
     (B, T, Hk, D), (Hv, V) = x.k.shape, x.v.shape[2:]
     Hq = x.H if x.q is None else x.q.shape[2]
     if x.q is None:
+        assert x.initial_state is not None  # the contract of `fold`
         V = x.initial_state.shape[3]
     decay = "none" if x.log_decay is None else "scalar" if x.log_decay.ndim == 3 else "vector"
     problem = Problem(B, x.H, Hq, Hk, Hv, T, D, V, decay, x.beta is not None, x.k.dtype)
@@ -119,6 +120,7 @@ def _backward(x: Arrays, states: Array, do: Array, dfinal_state: Array, n: Call)
 
 
 def _fold(x: Arrays, n: Call) -> Array:
+    assert x.initial_state is not None  # the contract of `fold`
     v = jnp.pad(x.v, [(0, 0)] * 3 + [(0, x.initial_state.shape[3] - x.v.shape[3])])
     return _forward(x._replace(v=v), n).final_state
 

@@ -10,7 +10,7 @@ its state.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,34 +32,34 @@ from longattn.ops.linear.pallas_tpu.call import (
 )
 from longattn.ops.linear.pallas_tpu.chunk import chunk
 from longattn.ops.linear.pallas_tpu.cost import Pass
-from longattn.ops.linear.pallas_tpu.statics import Tokens
+from longattn.ops.linear.pallas_tpu.statics import Leaf, Tokens
 
 
 class Inputs(NamedTuple):
     """Arrays, operands or refs that the backward kernels read."""
 
     tokens: Tokens  # see `Specs.arrays`; v is None for `pull`
-    starts: Any  # [B JM 1 C], or None
-    states: Any  # [B H J D V], the states before the spans; None for `pull`
-    do: Any  # [B H T V]
-    dfinal_state: Any  # [B H D V]
+    starts: Leaf  # [B JM 1 C], or None
+    states: Leaf  # [B H J D V], the states before the spans; None for `pull`
+    do: Leaf  # [B H T V]
+    dfinal_state: Leaf  # [B H D V]
 
 
 class Gradients(NamedTuple):
     """Arrays, operands or refs that the backward kernel writes."""
 
     tokens: Tokens  # as the inputs, but where programs share a head: then per program, float32 [B groups T size]
-    initial_state: Any  # [B H D V]
+    initial_state: Leaf  # [B H D V]
 
 
 class Scratch(NamedTuple):
     """Memory that a span of the backward kernel keeps."""
 
-    S: Any  # [M+1 H D V], the states before its chunks, and after the last
-    inverses: Any  # [M H C C] for the delta rule, else None
+    S: Leaf  # [M+1 H D V], the states before its chunks, and after the last
+    inverses: Leaf  # [M H C C] for the delta rule, else None
 
 
-def _start(dS: Any, inputs: Inputs) -> None:
+def _start(dS: Leaf, inputs: Inputs) -> None:
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
         dS[...] = inputs.dfinal_state[...]
@@ -127,7 +127,7 @@ def backward(n: Call, x: Inputs) -> Gradients:
     return run(n, "longattn_linear_backward", _kernel, inputs, outputs, passes, scratch)
 
 
-def _pull_kernel(n: Call, inputs: Inputs, dS: Any, scratch: tuple[()]) -> None:
+def _pull_kernel(n: Call, inputs: Inputs, dS: Leaf, scratch: tuple[()]) -> None:
     t = n.J - 1 - pl.program_id(1)
     tokens = inputs.tokens._replace(v=inputs.do)  # the gradient of S depends neither on v nor on S: any values do
     _start(dS, inputs)

@@ -128,6 +128,8 @@ def float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+Ref = Any  # a Pallas reference to memory: jax has no public type
+
 # ---- inside a kernel: c is a chunk of the program's span, t the span
 
 
@@ -136,7 +138,7 @@ def rows(n: Call, c: Array) -> Any:
     return pl.ds(pl.multiple_of(c * n.C, n.C), n.C)
 
 
-def read_rows(n: Call, ref: Any, c: Array, t: Array) -> Array:
+def read_rows(n: Call, ref: Ref, c: Array, t: Array) -> Array:
     """Reads a chunk of [heads T size] as float32. After the last token it gives zeros, whatever memory holds."""
     x = ref[:, rows(n, c)].astype(jnp.float32)
     if n.T % n.span == 0:
@@ -155,7 +157,7 @@ def read_tokens(n: Call, refs: Tokens, c: Array, t: Array) -> Tokens:
     return Tokens(q, k, v, g, None if refs.beta is None else refs.beta[:, c])
 
 
-def read_starts(ref: Any, c: Array) -> Array | None:
+def read_starts(ref: Ref, c: Array) -> Array | None:
     """Reads the number of segments started within a chunk, up to each token: float32 [1 1 C]."""
     return None if ref is None else ref[pl.ds(c, 1)]
 

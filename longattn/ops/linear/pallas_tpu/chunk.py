@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from longattn.ops.linear.pallas_tpu import vector_decay
@@ -34,20 +35,20 @@ from longattn.ops.linear.pallas_tpu.statics import Statics, Tokens
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _between(g: Array, dtype: Any) -> Array:
+def _between(g: Array, dtype: DTypeLike) -> Array:
     """The sums g(j, i] of a row [H 1 C], as [H C C]; 0 where j >= i."""
     i, j = indices(g.shape[-1])
     return _sum_below(jnp.where(i >= j, g, 0.0), "NN", dtype)
 
 
-def _sum_below(x: Array, form: str, dtype: Any) -> Array:
+def _sum_below(x: Array, form: str, dtype: DTypeLike) -> Array:
     """x [H C C] times the matrix of ones strictly below the diagonal, or times its transpose for "NT"."""
     i, j = indices(x.shape[-1])
     ones = jnp.broadcast_to((i > j).astype(jnp.bfloat16), x.shape)
     return product(x, ones, form, dtype, (2, 1))
 
 
-def _between_backward(dtype: Any, _: Any, ct: Array) -> tuple[Array]:
+def _between_backward(dtype: DTypeLike, _: Any, ct: Array) -> tuple[Array]:
     i, j = indices(ct.shape[-1])
     return (jnp.sum(jnp.where(i >= j, _sum_below(ct, "NT", dtype), 0.0), axis=1, keepdims=True),)
 

@@ -6,7 +6,7 @@ written too: one per 512 tokens. Without q only states are computed.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,23 +26,23 @@ from longattn.ops.linear.pallas_tpu.call import (
 )
 from longattn.ops.linear.pallas_tpu.chunk import chunk
 from longattn.ops.linear.pallas_tpu.cost import Pass
-from longattn.ops.linear.pallas_tpu.statics import Tokens
+from longattn.ops.linear.pallas_tpu.statics import Leaf, Tokens
 
 
 class Inputs(NamedTuple):
     """Arrays, operands or refs that the forward kernel reads."""
 
     tokens: Tokens  # see `Specs.arrays`
-    starts: Any  # [B JM 1 C], or None
-    initial_state: Any  # [B H D V], or None
+    starts: Leaf  # [B JM 1 C], or None
+    initial_state: Leaf  # [B H D V], or None
 
 
 class Outputs(NamedTuple):
     """Arrays, operands or refs that the forward kernel writes."""
 
-    final_state: Any  # [B H D V]
-    out: Any  # [B H T V]; None without q
-    states: Any  # [B H J D V], the states before the spans; None unless they are asked for
+    final_state: Leaf  # [B H D V]
+    out: Leaf  # [B H T V]; None without q
+    states: Leaf  # [B H J D V], the states before the spans; None unless they are asked for
 
 
 def _kernel(n: Call, inputs: Inputs, outputs: Outputs, scratch: tuple[()]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 SUBLANES = 8
@@ -26,7 +27,7 @@ def _split(x: Array, pieces: int) -> list[Array]:
     return found
 
 
-def product(a: Array, b: Array, form: str, dtype: Any, pieces: tuple[int, ...] = (1, 1)) -> Array:
+def product(a: Array, b: Array, form: str, dtype: DTypeLike, pieces: tuple[int, ...] = (1, 1)) -> Array:
     """Returns the product per head, float32. It has no gradient of its own: see `dot`.
 
     Args:
@@ -45,7 +46,7 @@ def product(a: Array, b: Array, form: str, dtype: Any, pieces: tuple[int, ...] =
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def dot(a: Array, b: Array, form: str, dtype: Any, pieces: tuple[int, ...] = (1, 1)) -> Array:
+def dot(a: Array, b: Array, form: str, dtype: DTypeLike, pieces: tuple[int, ...] = (1, 1)) -> Array:
     """Returns `product`, with gradients.
 
     Args:
@@ -55,11 +56,13 @@ def dot(a: Array, b: Array, form: str, dtype: Any, pieces: tuple[int, ...] = (1,
     return product(a, b, form, dtype, pieces)
 
 
-def _dot_forward(a: Array, b: Array, form: str, dtype: Any, pieces: tuple[int, ...]) -> Any:
+def _dot_forward(a: Array, b: Array, form: str, dtype: DTypeLike, pieces: tuple[int, ...]) -> Any:
     return product(a, b, form, dtype, pieces), (a, b)
 
 
-def _dot_backward(form: str, dtype: Any, pieces: tuple[int, ...], residuals: Any, ct: Array) -> tuple[Array, Array]:
+def _dot_backward(
+    form: str, dtype: DTypeLike, pieces: tuple[int, ...], residuals: Any, ct: Array
+) -> tuple[Array, Array]:
     (a, b), of_a, of_ct = residuals, pieces[0], (*pieces, 1)[2]
     if form == "NN":
         return product(ct, b, "NT", dtype), product(a, ct, "TN", dtype, (of_a, of_ct))
@@ -90,7 +93,7 @@ def blocks(x: Array, h: int) -> list[Array]:
     return [x[:, r : r + h] for r in range(0, x.shape[1], h)]
 
 
-def _inverse(a: Array, dtype: Any) -> Array:
+def _inverse(a: Array, dtype: DTypeLike) -> Array:
     """(I + a)^-1 for a strictly lower triangular.
 
     A diagonal block d of 16 rows has the inverse (I - d)(I + d^2)(I + d^4)(I + d^8), since d^16 = 0. Then the size is
@@ -122,12 +125,12 @@ def _inverse(a: Array, dtype: Any) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def inverse(a: Array, known: Array | None, dtype: Any) -> Array:
+def inverse(a: Array, known: Array | None, dtype: DTypeLike) -> Array:
     """Returns (I + a)^-1 [H C C], or `known` where it was computed before."""
     return _inverse(a, dtype) if known is None else known
 
 
-def _inverse_backward(dtype: Any, x: Array, ct: Array) -> Any:
+def _inverse_backward(dtype: DTypeLike, x: Array, ct: Array) -> Any:
     multiply = functools.partial(product, dtype=dtype)
     return -multiply(multiply(x, ct, "TN"), x, "NT"), None
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jax.typing import DTypeLike
+
+Leaf = Any  # an array, a Pallas reference to one, or an `Operand`
+
 
 @dataclass(frozen=True)
 class Statics:
@@ -13,7 +17,7 @@ class Statics:
     C: int
     decay: str  # "none", "scalar", "vector"
     delta: bool
-    dtype: Any  # of the factors of products
+    dtype: DTypeLike  # of the factors of products
     scale: float
 
 
@@ -23,8 +27,8 @@ class Tokens(NamedTuple):
     The shapes are those of a chunk's arrays, float32. Where q, k or v has fewer heads, neighbouring heads share one.
     """
 
-    q: Any  # [Hq C D]; None where no output is wanted
-    k: Any  # [Hk C D]
-    v: Any  # [Hv C V]
-    log_decay: Any  # [H 1 C], [H C D] or None
-    beta: Any  # [H 1 C] or None
+    q: Leaf  # [Hq C D]; None where no output is wanted
+    k: Leaf  # [Hk C D]
+    v: Leaf  # [Hv C V]
+    log_decay: Leaf  # [H 1 C], [H C D] or None
+    beta: Leaf  # [H 1 C] or None

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from longattn.ops import dispatch
 from longattn.ops.linear.pallas_tpu.products import SUBLANES
@@ -63,7 +64,7 @@ class Problem:
     V: int
     decay: str  # "none", "scalar", "vector"
     delta: bool
-    dtype: Any  # of q, k, v and their gradients
+    dtype: DTypeLike  # of q, k, v and their gradients
 
 
 class Blocks(NamedTuple):

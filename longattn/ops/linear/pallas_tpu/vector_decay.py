@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from longattn.ops.linear.pallas_tpu.products import SUBLANES, blocks, dot, highest_bit, indices, product
@@ -55,7 +56,7 @@ def _sums_of_eight(C: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _within_eight(g: Array, dtype: Any) -> list[Array]:
+def _within_eight(g: Array, dtype: DTypeLike) -> list[Array]:
     """Sums g [H C D] within blocks of 8 tokens: for levels 1, 2 and 4, up to each token, and after it; [H C D] each.
 
     Eight tokens are the sublanes of one register, so rotations and selections do it without a product.
@@ -78,7 +79,7 @@ def _within_eight(g: Array, dtype: Any) -> list[Array]:
     return [x.reshape(g.shape) for x in (*levels, before, after)]
 
 
-def _within_eight_backward(dtype: Any, _: Any, cts: list[Array]) -> tuple[Array]:
+def _within_eight_backward(dtype: DTypeLike, _: Any, cts: list[Array]) -> tuple[Array]:
     """One product for all heads side by side: in the backward pass the matrix units have time for it."""
     H, C, D = cts[0].shape
     side_by_side = jnp.concatenate(list(jnp.concatenate(cts, axis=1)), axis=1)[None]
@@ -89,7 +90,7 @@ def _within_eight_backward(dtype: Any, _: Any, cts: list[Array]) -> tuple[Array]
 _within_eight.defvjp(lambda g, dtype: (_within_eight(g, dtype), None), _within_eight_backward)
 
 
-def exponents(g: Array, dtype: Any) -> tuple[list[Array], Array, Array]:
+def exponents(g: Array, dtype: DTypeLike) -> tuple[list[Array], Array, Array]:
     """Sums log_decay [H C D] per level, up to each token of the chunk, and after it.
 
     At level h a token of a right half has the sum from the half's start to itself, g(m, i], and a token of a left half
@@ -194,6 +195,7 @@ def _pairs_backward(n: Statics, residuals: Any, cts: tuple[Array | None, Array |
         bit = jnp.where(i > j, bit, 0)
         level_backward = functools.partial(_delta_level_backward, n, q, k, cts, bit)
     else:  # one product with the pairs and their transpose gives a level's gradients of queries and of keys
+        assert cts[0] is not None  # without the delta rule only queries make pairs
         both = (cts[0] + cts[0].swapaxes(1, 2)).astype(n.dtype)
         level_backward = functools.partial(_level_backward, n, q, k, both, bit)
     for level, decay in enumerate(decays):
