@@ -141,8 +141,11 @@ def test_control_replaces_only_what_is_further_back() -> None:
     assert len({bytes(r[1:].astype(np.uint8)) for r in found}) == 3
 
 
-def test_smoke(tmp_path: Path) -> None:
-    """The recall part and the page, as the command runs them; a second start only writes the page again."""
+def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recall part (MQAR alone) and the page, as the command runs them; a second start only rewrites the page."""
+    monkeypatch.setitem(
+        PRESETS, "smoke", dataclasses.replace(SMOKE, recall=dataclasses.replace(SMOKE.recall, needle=()))
+    )
     options = StudyOptions(preset="smoke", name="s", dir=str(tmp_path), parts=("recall",), recorded="")
     page = run(options)
     lines = (tmp_path / "s" / FILE).read_text().splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 
 import jax
@@ -21,14 +22,16 @@ MESHES = {strategy: {"strategy": strategy, "seq": 4} for strategy in parallel.ST
 }
 
 
+@functools.cache
 def gradient(config: Config):
-    """Returns the jitted loss and gradient over the config's mesh, and the shapes of parameters and batch."""
+    """Compiles the loss and gradient over the config's mesh; returns the program and the shapes of its arguments."""
     context = context_of(config, jax.devices()[: config.mesh.size])
-    lies, shape = batch_sharding(config, context), (config.data.B, config.data.T)
-    ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=lies)
-    batch = Batch(ids, ids, ids, jax.ShapeDtypeStruct(shape, np.float32, sharding=lies))
+    sharding, shape = batch_sharding(config, context), (config.data.B, config.data.T)
+    ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+    batch = Batch(ids, ids, ids, jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding))
     f = jax.jit(jax.value_and_grad(lambda params, batch: _sum_loss(params, batch, config, context)[0]))
-    return f, state_shapes(config, context).params, batch
+    params = state_shapes(config, context).params
+    return f.lower(params, batch).compile(), params, batch
 
 
 @pytest.mark.parametrize(
@@ -39,8 +42,8 @@ def test_what_a_layer_s_recomputation_sends_and_runs(strategy):
 
     As the policy says, the rest of the layer gathers its matrices and runs its projections again.
     """
-    f, params, batch = gradient(Config(model=MODEL, data=ByteLM(T=32, B=1), mesh=Mesh(**MESHES[strategy])))
-    program = hlo.parse(f.trace(params, batch).lower().compile().as_text())
+    compiled, _, _ = gradient(Config(model=MODEL, data=ByteLM(T=32, B=1), mesh=Mesh(**MESHES[strategy])))
+    program = hlo.parse(compiled.as_text())
     again, once = Counter(), Counter()
     for computation in program.computations.values():
         for i in computation.instructions:
@@ -61,10 +64,11 @@ def test_offload_changes_nothing_over_a_mesh():
     ids = Batch(tokens, np.arange(32, dtype=np.int32)[None], np.ones_like(tokens), np.ones((1, 32), np.float32))
     for remat in ("attention", "offload"):
         model = dataclasses.replace(MODEL, remat=remat)
-        f, params, batch = gradient(Config(model=model, data=ByteLM(T=32, B=1), mesh=Mesh(seq=4, layout="zigzag")))
+        compiled, params, batch = gradient(Config(model=model, data=ByteLM(T=32, B=1), mesh=Mesh(**MESHES["ring"])))
         if values is None:
             draw = lambda x: jax.device_put(rng.standard_normal(x.shape).astype(np.float32) / 4, x.sharding)
             values = jax.tree.map(draw, params)
-        found.append(jax.device_get(f(values, Batch(*(jax.device_put(x, b.sharding) for x, b in zip(ids, batch))))))
+        shards = Batch(*(jax.device_put(x, b.sharding) for x, b in zip(ids, batch)))
+        found.append(jax.device_get(compiled(values, shards)))
     assert found[0][0] > 0
     jax.tree.map(np.testing.assert_array_equal, *found)
