@@ -99,10 +99,10 @@ def test_a_mixer(monkeypatch, module):
     model = config.Model(N=2, E=16, F=32, H=2, K=2, D=8, W=7, dtype="float32", mixers=(made(), config.Softmax()))
     params = models.init_params(model, jax.random.key(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (2, 24)), jnp.int32)
-    forward = lambda params: models.Transformer(model).apply({"params": params}, tokens)
+    forward = lambda params: models.Transformer(model).apply({"params": params}, tokens)[0]
     value, gradients = jax.value_and_grad(lambda params: jnp.sum(jnp.sin(forward(params))))(params)
     assert np.isfinite(value) and all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
-    changed = forward(params) - models.Transformer(model).apply({"params": params}, tokens.at[:, 12].add(1))
+    changed = forward(params) - models.Transformer(model).apply({"params": params}, tokens.at[:, 12].add(1))[0]
     assert np.abs(changed[:, :12]).max() < 1e-5 < np.abs(changed[:, 12:]).max()
     assert models.state_elements(made(), model, 24) == 2 * 8**2
     assert models.bytes_read_per_token(made(), model, 24) == 4 * 2 * 8**2
