@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+import sys
 import types
 
 import jax
@@ -23,11 +24,17 @@ BLOCKS = dict(re.findall(r"^```python\n# (\S+)\n(.*?)^```", TEXT, re.DOTALL | re
 DIFFS = re.findall(r"^```diff\n# (\S+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
-def module(path: str) -> types.ModuleType:
-    """The module that a recipe puts at this path."""
-    made = types.ModuleType(path.removesuffix(".py").replace("/", "."))
-    exec(compile(BLOCKS[path], path, "exec"), vars(made))
-    return made
+@pytest.fixture
+def module(monkeypatch):
+    """Makes the module that a recipe puts at a path; it is imported by its name until the test ends."""
+
+    def make(path: str) -> types.ModuleType:
+        made = types.ModuleType(path.removesuffix(".py").replace("/", "."))
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+        exec(compile(BLOCKS[path], path, "exec"), vars(made))
+        return made
+
+    return make
 
 
 def arrays(T: int, H: int = 4, K: int = 2) -> list[np.ndarray]:
@@ -54,7 +61,7 @@ def test_every_recipe_has_a_diff_and_code():
     assert len(DIFFS) >= 3 and len(BLOCKS) >= 3
 
 
-def test_a_back_end(monkeypatch):
+def test_a_back_end(monkeypatch, module):
     monkeypatch.setitem(api.BACK_ENDS, "short", module("longattn/ops/attention/short.py"))
     back_end = test_attention.BackEnd("short", names_residuals=False)
     for case in test_attention.some(test_attention.BackEnd("reference", names_residuals=False))[:3]:
@@ -67,7 +74,7 @@ def test_a_back_end(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
-def test_a_strategy(monkeypatch, layout):
+def test_a_strategy(monkeypatch, module, layout):
     strategy = module("longattn/parallel/gathered.py").GATHERED
     monkeypatch.setitem(parallel.STRATEGIES, strategy.name, strategy)
     mesh, layout = parallel.make_mesh(seq=4, devices=jax.devices()[:4]), parallel.SequenceLayout(layout)
@@ -86,7 +93,7 @@ def test_a_strategy(monkeypatch, layout):
     assert_close(*(value_and_gradients(f)(*arrays(32)) for f in (over_the_mesh, here)))
 
 
-def test_a_mixer(monkeypatch):
+def test_a_mixer(monkeypatch, module):
     made = module("longattn/config/lightning.py").Lightning
     monkeypatch.setitem(models.MIXERS, "Lightning", module("longattn/models/lightning.py").Lightning)
     model = config.Model(N=2, E=16, F=32, H=2, K=2, D=8, W=7, dtype="float32", mixers=(made(), config.Softmax()))

@@ -176,8 +176,8 @@ def hbm_bytes(program: Program, computation: Computation, instruction: Instructi
     if opcode in _MOVES_NOTHING or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
         return 0
     if opcode == "async-start":
-        inner = program.inside(instruction)
-        return sum(hbm_bytes(program, inner, i) for i in inner.instructions)
+        wrapped = program.inside(instruction)
+        return sum(hbm_bytes(program, wrapped, i) for i in wrapped.instructions)
     if moved := host_bytes(computation, instruction):
         return moved
     operands = computation.operands(instruction)

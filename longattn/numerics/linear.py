@@ -78,10 +78,10 @@ class LinearProblem:
         p, dtype = self, jnp.float32
         product, decayed = _rounding(p.dtype)
         q, k, v = (jnp.repeat(x, p.H // x.shape[2], axis=2).astype(dtype) for x in (arrays[name] for name in "qkv"))
-        a, ids = arrays.get("log_decay"), ids.get("segment_ids")
+        a, segments = arrays.get("log_decay"), ids.get("segment_ids")
         if a is not None:
             a = jnp.broadcast_to(a if p.decay == "vector" else a[..., None], k.shape)
-        starts = None if ids is None else jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
+        starts = None if segments is None else jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
         S = arrays.get("initial_state", jnp.zeros((p.B, p.H, p.D, v.shape[3]), dtype))
 
         def step(S: Array, token: Any) -> tuple[Array, Array]:

@@ -23,6 +23,7 @@ from longattn.mask import Causal, Mask
 from longattn.ops import dispatch
 from longattn.ops import partial as partials
 from longattn.ops.attention.arguments import Ids, validate
+from longattn.ops.attention.back_ends import Tuning
 from longattn.ops.attention.contract import Visibility
 from longattn.ops.partial import Partial
 from longattn.parallel.all_gather import ALL_GATHER
@@ -185,7 +186,7 @@ def attention_with_lse(
     sinks: Float[Array, "H"] | None = None,
     bias: Float[Array, "..."] | None = None,
     implementation: str | Sequence[str] | None = None,
-    tuning: Any = None,
+    tuning: Tuning | None = None,
 ) -> tuple[Out, Statistic]:
     """`attention`, and its log-sum-exp: natural logarithm, float32 (float64 for float64 inputs), differentiable."""
     chosen = strategy_of(strategy, axis)
@@ -245,7 +246,7 @@ def attention(
     sinks: Float[Array, "H"] | None = None,
     bias: Float[Array, "..."] | None = None,
     implementation: str | Sequence[str] | None = None,
-    tuning: Any = None,
+    tuning: Tuning | None = None,
 ) -> Out:
     """Exact softmax attention of global arrays over a mesh, equal to `longattn.attention` up to rounding.
 

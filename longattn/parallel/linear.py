@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from longattn.ops.linear.api import Tuning, validate
 from longattn.ops.linear.api import linear_attention as local_linear_attention
-from longattn.ops.linear.api import validate
 from longattn.ops.linear.contract import Arrays, Beta, Decay, Ids, Key, Options, Out, Query, State, Value
 from longattn.parallel import linear_state
 from longattn.parallel.layout import Axis, devices_on
@@ -66,7 +65,7 @@ def linear_attention(
     segment_ids: Ids | None = None,
     scale: float = 1.0,
     implementation: str | Sequence[str] | None = None,
-    tuning: Any = None,
+    tuning: Tuning | None = None,
 ) -> tuple[Out, State]:
     """`longattn.linear_attention` of global arrays: B sharded along `batch_axes`, T along `axis`, H along `head_axis`.
 

@@ -26,6 +26,7 @@ from jaxtyping import Array
 from longattn.config.mesh import LayoutName
 from longattn.mask import Mask
 from longattn.ops.attention import attend_partial, attention_with_lse
+from longattn.ops.attention.back_ends import Tuning
 from longattn.parallel.layout import Axis, SequenceLayout
 
 Pair = tuple[Array, Array]  # one array of the queries' side, one of the keys'
@@ -46,7 +47,7 @@ class Call:
     scale: float
     softcap: float | None
     implementation: str | tuple[str, ...] | None
-    tuning: Any
+    tuning: Tuning | None
     K: int  # key/value heads on each device
 
     @property

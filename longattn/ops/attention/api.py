@@ -20,7 +20,7 @@ from longattn.mask import Causal, Mask
 from longattn.ops import dispatch
 from longattn.ops import partial as partials
 from longattn.ops.attention.arguments import Arguments, Ids, validate
-from longattn.ops.attention.back_ends import BACK_ENDS, DEFAULT
+from longattn.ops.attention.back_ends import BACK_ENDS, DEFAULT, Tuning
 from longattn.ops.attention.contract import Bias, Options, Visibility
 from longattn.ops.partial import Partial
 from longattn.shapes import Key, Out, Query, Statistic, Value
@@ -70,7 +70,7 @@ def attention_with_lse(
     sinks: Float[Array, "H"] | None = None,
     bias: Float[Array, "..."] | None = None,
     implementation: str | Sequence[str] | None = None,
-    tuning: Any = None,
+    tuning: Tuning | None = None,
 ) -> tuple[Out, Statistic]:
     """Returns `attention` and its log-sum-exp: natural logarithm, in float32 (float64 for float64 inputs).
 
@@ -98,7 +98,7 @@ def attention(
     sinks: Float[Array, "H"] | None = None,
     bias: Float[Array, "..."] | None = None,
     implementation: str | Sequence[str] | None = None,
-    tuning: Any = None,
+    tuning: Tuning | None = None,
 ) -> Out:
     """Exact softmax attention.
 
@@ -143,7 +143,7 @@ def attend_partial(
     softcap: float | None = None,
     bias: Float[Array, "..."] | None = None,
     implementation: str | Sequence[str] | None = None,
-    tuning: Any = None,
+    tuning: Tuning | None = None,
 ) -> Partial:
     """Returns attention over these keys only, to be merged with that over others.
 
@@ -172,7 +172,7 @@ def backward_partial(
     softcap: float | None = None,
     bias: Float[Array, "..."] | None = None,
     implementation: str | Sequence[str] | None = None,
-    tuning: Any = None,
+    tuning: Tuning | None = None,
 ) -> tuple[Query, Key, Value]:
     """Returns these keys' share of the gradients, given the result over all keys.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def validate(
     sinks: Given,
     bias: Given,
     implementation: str | Sequence[str] | None,
-    tuning: Any,
+    tuning: Given,
     rounded: bool,
 ) -> Arguments:
     """Returns the arguments of a call in their final form. Raises every ValueError of a call.

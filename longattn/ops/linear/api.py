@@ -23,6 +23,7 @@ from longattn.ops.linear.validation import check_step, check_tokens
 from longattn.shapes import Given
 
 BACK_ENDS = {"pallas_tpu": pallas_tpu, "xla": xla, "reference": reference}  # best first
+Tuning = pallas_tpu.Tuning | xla.Tuning  # block sizes of one of them
 DEFAULT = tuple(name for name in BACK_ENDS if name != "reference")  # never a serial loop over tokens unasked
 
 
@@ -42,7 +43,7 @@ def validate(
     segment_ids: Given,
     scale: float,
     implementation: str | Sequence[str] | None,
-    tuning: Any,
+    tuning: Given,
 ) -> tuple[Arrays, Options, tuple[str, ...]]:
     """Raises every ValueError of a call, and returns its arrays, its options and the names of candidate back ends."""
     x = check_tokens(q, k, v, log_decay, beta, initial_state, segment_ids)
@@ -97,7 +98,7 @@ def linear_attention(
     segment_ids: Ids | None = None,
     scale: float = 1.0,
     implementation: str | Sequence[str] | None = None,
-    tuning: Any = None,
+    tuning: Tuning | None = None,
 ) -> tuple[Out, State]:
     """Causal attention through a state of fixed size, in time O(T). The arguments choose the model.
 
