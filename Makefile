@@ -124,7 +124,6 @@ clean:  ## remove .venv and caches; runs/ stays
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@touch $@
 
-# numpy 2.0 has no wheels for Python >= 3.13, so this needs a .venv of Python 3.12.
 .venv/oldest-%/installed: .venv/created pyproject.toml .ci/oldest/%.txt
 	@echo "Installing the oldest versions ($*) into .venv/oldest-$*, once ..."
 	@$(PY) -m venv --clear .venv/oldest-$*

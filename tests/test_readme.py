@@ -145,6 +145,5 @@ def test_citation_has_the_version_of_the_package():
 
 
 def test_the_workflow_runs_what_ci_runs():
-    everything = re.findall(r"^make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
-    (newer,) = re.findall(r"run: make (.*)\}", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
-    assert newer.split() == [target for target in everything if target != "test-oldest"]
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.findall(r"^ *- run: (.*)$", workflow, re.MULTILINE) == [".ci/run"]
