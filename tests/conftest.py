@@ -1,6 +1,7 @@
 """The suite's JAX: eight CPU devices, no silent rank promotion, and shape checking of every internal function."""
 
 import os
+import pathlib
 
 # Before jax loads. The platform stays what the caller set: `JAX_PLATFORMS=cuda make test` tries a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,6 +10,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax
 import jaxtyping
+import pytest
 
 import tests.runtime_types  # noqa: F401  (the hook below finds it as an attribute of `tests`)
 
@@ -16,3 +18,18 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 jaxtyping.install_import_hook("longattn", "tests.runtime_types.checked")
+
+# These folders ask whether numbers are right, and compiling is most of their time. XLA's passes over its own graph run
+# as ever; LLVM optimises less, which takes a quarter off. What is timed or compared bitwise with another process is
+# elsewhere, and compiled as users compile it.
+QUICKLY = {"ops", "parallel", "models", "numerics"}
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly(request):
+    if request.path.relative_to(pathlib.Path(__file__).parent).parts[0] not in QUICKLY:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
