@@ -102,9 +102,9 @@ def test_the_command_line_lists_it(capsys):
         cli.main(["eval", "--help"])
     said = "".join(capsys.readouterr().out.replace("│", " ").split())
     assert "{ring,balanced,all_gather,ulysses,usp,new}" in said  # of --mesh.strategy
-    assert cli.main(["profile", "--sequence", "new", "--topology", "v5e:2x2", "--T", "64"]) == 2
+    assert cli.main(["profile", "sequence", "new", "--topology", "v5e:2x2", "--T", "64"]) == 2
     assert "no formula is known for the load of strategy='new'" in capsys.readouterr().err
-    assert cli.main(["profile", "--sequence", "--topology", "v5e:2x2", "--T", "64", "--json"]) == 0
+    assert cli.main(["profile", "sequence", "--topology", "v5e:2x2", "--T", "64", "--json"]) == 0
     reasons = {row["strategy"]: row.get("reason") for row in json.loads(capsys.readouterr().out)["rows"]}
     assert "strategy='new'" in reasons["new"] and reasons["ring"] is None
 
