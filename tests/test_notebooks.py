@@ -1,6 +1,7 @@
 """The notebooks: clean, thin, and run in an environment where only their first cell has installed anything."""
 
 import ast
+import builtins
 import os
 import pathlib
 import re
@@ -46,6 +47,20 @@ def test_defines_nothing(path):
             if isinstance(node, ast.FunctionDef):
                 assert any("interact" in ast.unparse(d) for d in node.decorator_list), node.name
                 assert node.end_lineno - node.lineno <= 12, f"{node.name} is long enough to belong in the package"
+
+
+@BY_NAME
+def test_every_name_is_bound(path):
+    tree = ast.parse("\n".join(sources(path)))
+    bound = set(dir(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            bound.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.arg):
+            bound.add(node.name if isinstance(node, ast.FunctionDef) else node.arg)
+    assert {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} <= bound
 
 
 @BY_NAME
