@@ -1,4 +1,4 @@
-"""What stdout and stderr do with characters that their encoding lacks."""
+"""Lets stdout and stderr print characters that their encoding lacks."""
 
 from __future__ import annotations
 

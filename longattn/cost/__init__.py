@@ -1,1 +1,1 @@
-"""What formulas say: work, bytes, collectives and bounds on time, with no compiler and no clock."""
+"""Formulas of work, bytes, collectives and bounds on time: no compiler and no clock."""

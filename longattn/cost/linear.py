@@ -134,7 +134,7 @@ def _widths(r: Recurrence, model: Model, F: float) -> Widths:
 
 
 def _buffers(mixer: Mixer, model: Model, r: Recurrence, F: float) -> Buffers | None:
-    """What the mixer's module states of one layer on a device, where the MLP has width F."""
+    """Returns the buffers that the mixer's module states for one layer on a device, with an MLP of width F."""
     return module_of(mixer).buffers(mixer, model, r.call, _widths(r, model, F))
 
 

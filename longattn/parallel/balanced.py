@@ -96,7 +96,7 @@ class _Roles:
 
 
 class _Work(NamedTuple):
-    """What a pass does at each step: the forward and the backward pass walk the same schedule."""
+    """The work of each step of a pass: the forward and the backward pass walk the same schedule."""
 
     compute: Callable[..., Any]  # (roles, queries, keys) -> found
     keep: Callable[..., Any]  # (sums, roles, found) -> sums, with the results of this device's own queries or keys

@@ -37,7 +37,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 class State(NamedTuple):
-    """What training carries from step to step, and what a checkpoint holds."""
+    """The values that training carries from step to step and that a checkpoint holds."""
 
     params: Params  # float32 arrays
     opt_state: optax.OptState

@@ -1,4 +1,4 @@
-"""What the options of both targets of `longattn profile kernel` must satisfy."""
+"""Checks of the options that both targets of `longattn profile kernel` share."""
 
 from __future__ import annotations
 

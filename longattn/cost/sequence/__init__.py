@@ -1,1 +1,1 @@
-"""What each strategy of sequence parallelism sends, computes and waits for, by formula."""
+"""Formulas of the traffic, load and time line of each strategy of sequence parallelism."""

@@ -38,7 +38,7 @@ LATENCY = 1e-6  # seconds: the order of one hop between chips; vendors publish n
 
 @dataclass(frozen=True)
 class Machine:
-    """What devices along the sequence can do."""
+    """The rates of devices along the sequence."""
 
     flops: float  # FLOP/s of one device in attention
     link: float  # bytes/s of one link, in one direction; behind a switch of all of a device's links
@@ -65,7 +65,7 @@ def machine(where: Topology, efficiency: float = 1.0, latency: float = LATENCY) 
 
 
 def seconds(messages: Sequence[Message], sizes: tuple[int, ...], machine: Machine) -> float:
-    """Of messages that are sent at once, between devices that stand along axes of these sizes."""
+    """Messages that are sent at once, between devices that stand along axes of these sizes."""
     messages = [m for m in messages if m.edges]
     if not messages:
         return 0.0
@@ -125,7 +125,7 @@ class Pass:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """What a time line needs: seconds of every pair, and of every message."""
+    """The inputs of a time line: seconds of every pair, and of every message."""
 
     computed: np.ndarray  # [steps P]
     sent: Traffic

@@ -1,4 +1,4 @@
-"""What devices along the sequence send each other in one layer's attention: bytes by formula.
+"""Formulas of the bytes that devices along the sequence send each other in one layer's attention.
 
 Per device with B rows, t = T / P tokens, c bytes of q's dtype, f = 4 of the statistics'. A shard of keys and values is
 B t K (D + V) elements, kv below.
@@ -92,7 +92,7 @@ def traffic(problem: Problem, way: Way) -> tuple[Traffic, Traffic]:
 
 
 def again(forward: Traffic, remat: str) -> Traffic:
-    """What the backward pass sends once more where a layer is rematerialised under a policy of `config.Model`.
+    """Returns the bytes that the backward pass sends once more where a policy of `config.Model` rematerialises a layer.
 
     All of the forward pass under "full". The other policies that recompute keep out and lse, but not q, k and v as they
     were exchanged.

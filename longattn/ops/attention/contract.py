@@ -1,4 +1,4 @@
-"""What an attention back end exports, and what it is given after validation.
+"""The functions that an attention back end exports, and the arguments it is given after validation.
 
 A back end is a module with
 

@@ -1,4 +1,4 @@
-"""What sequence parallelism costs, counted: who computes what when, what is sent, how long it takes by formula."""
+"""The cost of sequence parallelism by formula: load, traffic and time line of each strategy."""
 
 from longattn.plan.sequence.command import SequenceOptions, run
 

@@ -35,7 +35,7 @@ _HELP = "all: compare the strategies; one of them: its schedule. " + "; ".join(
 
 @dataclass(frozen=True)
 class SequenceOptions:
-    """What it costs to spread one layer's attention over all devices of a machine along the sequence: by formula."""
+    """Costs, by formula, one layer's attention sharded along the sequence over all devices of a machine."""
 
     strategy: str = field(default="all", metadata={"help": _HELP})
     layout: LayoutName = "contiguous"  # of the schedule that is shown

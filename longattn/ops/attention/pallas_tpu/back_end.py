@@ -1,4 +1,4 @@
-"""What the back end exports: arrays in the kernels' layout, and the rule of the gradient.
+"""The functions of the back end: they lay arrays out as the kernels need them, and define the gradient.
 
 XLA moves heads before tokens (it may fuse that into the operation before), computes delta, and makes the lists of
 blocks. All of that is linear in the sequence length, except for the lists: they hold one number per pair of blocks.

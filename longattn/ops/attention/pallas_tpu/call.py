@@ -1,4 +1,4 @@
-"""What a kernel is compiled for."""
+"""The static description that a kernel is compiled for."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from longattn.ops.linear.pallas_tpu.tuning import Problem, Tuning, choose
 
 @dataclass(frozen=True)
 class Call(Problem):
-    """What a kernel is compiled for: the plan of a call."""
+    """The static description that a kernel is compiled for: the plan of a call."""
 
     scale: float
     C: int  # tokens of a chunk

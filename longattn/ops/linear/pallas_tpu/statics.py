@@ -1,4 +1,4 @@
-"""What a chunk is compiled for, and the arrays of its tokens."""
+"""The static description that a chunk is compiled for, and the arrays of its tokens."""
 
 from __future__ import annotations
 
