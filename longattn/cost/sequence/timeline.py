@@ -65,7 +65,7 @@ def machine(where: Topology, efficiency: float = 1.0, latency: float = LATENCY) 
 
 
 def seconds(messages: Sequence[Message], sizes: tuple[int, ...], machine: Machine) -> float:
-    """Messages that are sent at once, between devices that stand along axes of these sizes."""
+    """Returns the seconds of messages sent at once between devices that stand along axes of these sizes."""
     messages = [m for m in messages if m.edges]
     if not messages:
         return 0.0
