@@ -53,13 +53,13 @@ study: .venv/study-$(EXTRA)  ## what each way to attend costs and remembers, mea
 	@$(DEVICE)
 	@$(if $(wildcard .venv/compilers),$(STATIC)) $(PY) -m longattn study $(ARGS)
 
-plan: .venv/study-$(EXTRA) .venv/compilers  ## does a training step fit a machine that is not there: ARGS="llama3_8b --topology v5e:16x16"
+plan: .venv/study-$(EXTRA) .venv/compilers  ## does a training step fit hardware you do not have: ARGS="llama3_8b --topology v5e:16x16"
 	@$(STATIC) $(PY) -m longattn plan $(ARGS)
 
-profile: .venv/study-$(EXTRA) .venv/compilers  ## static cycles on TPUs that are not there: ARGS="jax_flash --chips v6e"
+profile: .venv/study-$(EXTRA) .venv/compilers  ## static cycles of kernels on TPUs you do not have: ARGS="jax_flash --chips v6e"
 	@$(STATIC) $(PY) -m longattn profile kernel --target tpu $(ARGS)
 
-profile-gpu: .venv/study-$(EXTRA) .venv/compilers  ## registers, spills, instructions on GPUs that are not there: ARGS="jax_mgpu"
+profile-gpu: .venv/study-$(EXTRA) .venv/compilers  ## registers, spills and instructions on GPUs you do not have: ARGS="jax_mgpu"
 	@$(STATIC) $(PY) -m longattn profile kernel --target gpu $(ARGS)
 
 test: .venv/test-$(EXTRA) .venv/compilers  ## the default tests
