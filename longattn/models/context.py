@@ -21,7 +21,7 @@ from longattn.parallel.mesh import fit, place
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Where and how the ops run, as a static, hashable value. None stands for one device and the best back end."""
+    """A static, hashable value that says where and how the ops run; None is one device and the best back end."""
 
     implementation: str | tuple[str, ...] | None = None  # as in `longattn.attention` and `longattn.linear_attention`
     mesh: Mesh | AbstractMesh | None = None  # None: one device
