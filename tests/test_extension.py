@@ -93,7 +93,9 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 MODEL = Model(N=2, E=16, F=24, H=2, K=1, D=8, dtype="float32", mixers=(LeakySum(width=8),))
 HYBRID = dataclasses.replace(MODEL, N=4, mixers=(Softmax(mask=Causal() & Window(7)), LeakySum(width=8)))
 OTHERS = tuple(name for name in MIXERS if name not in ("LeakySum", "Softmax"))
-models = pytest.mark.parametrize("model", [MODEL, HYBRID], ids=["alone", "hybrid"])
+models = pytest.mark.parametrize(
+    "model", [pytest.param(MODEL, id="alone"), pytest.param(HYBRID, id="hybrid", marks=pytest.mark.slow)]
+)
 
 
 def config(model: Model, folder: Path, steps: int) -> Config:
@@ -156,6 +158,7 @@ def test_it_has_no_kernel_to_check(model: Model, tmp_path: Path) -> None:
     assert list(found) == ([] if model is MODEL else ["Causal() & Window(7, 0), T 32"])
 
 
+@pytest.mark.slow
 def test_it_joins_the_study(tmp_path: Path) -> None:
     store = Store(tmp_path / FILE)
     assert "leakysum" in [way.name for way in ways.ways((16,))]
@@ -191,6 +194,7 @@ def compile_step(request: dict[str, Any]) -> dict[str, Any]:
     return train_step.compile_step(request)
 
 
+@pytest.mark.slow
 @needs_libtpu
 @models
 def test_it_is_planned(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,10 @@ def test_readme_names_a_command_and_a_page_for_each_question():
 # ---- every page
 
 
-@BY_PAGE
+@pytest.mark.parametrize(
+    "page",
+    [page if page in ("README.md", "docs/index.md") else pytest.param(page, marks=pytest.mark.slow) for page in PAGES],
+)
 def test_python_blocks_run(page):
     namespace: dict[str, object] = {}
     for block in blocks(PAGES[page].read_text(), "python"):

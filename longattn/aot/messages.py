@@ -45,7 +45,8 @@ def measured(problem: Problem, way: Way) -> tuple[dict[str, np.ndarray], dict[st
     q, k, v, do = (
         shape(heads, size)
         for heads, size in (
-            (problem.H, problem.D), (problem.K, problem.D), (problem.K, problem.value), (problem.H, problem.value)
+            (problem.H, problem.D), (problem.heads, problem.D), (problem.heads, problem.values),
+            (problem.H, problem.values),
         )
     )  # fmt: skip
     ids = {name: shape(dtype="int32") for name in ("segment_ids", "positions") if problem.ids}

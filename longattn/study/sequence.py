@@ -24,7 +24,7 @@ def units(plan: SequencePlan, store: Store) -> list[Unit]:
 
 
 def _numbers(plan: SequencePlan, clock: Clock) -> Iterable[Number]:
-    problem = Problem(plan.T, plan.H, plan.K, plan.D)
+    problem = Problem(T=plan.T, H=plan.H, K=plan.K, D=plan.D)
     note = f"by formula: T = {plan.T:,}, {plan.H} heads, {plan.K} of keys, D = {plan.D}, bfloat16, causal"
     for i, name in enumerate(plan.machines):
         where = topology.parse(name)

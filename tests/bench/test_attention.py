@@ -94,6 +94,7 @@ def run(capsys, **options):
     return document, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rows_hold_every_candidate_with_errors_ratios_and_memory(capsys):
     document, out = run(capsys, against=("jax", "reference"), what=("forward_backward",), K=1)
     assert [(r["T"], r["what"]) for r in document["rows"]] == [(T, "forward_backward") for T in (16, 32)]
@@ -112,6 +113,7 @@ def test_rows_hold_every_candidate_with_errors_ratios_and_memory(capsys):
     assert "window 4" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_agrees_within_its_roundings(capsys, dtype):
     document, _ = run(capsys, against=("reference",), T=(32,), what=("forward_backward",), window=0, dtype=dtype)
@@ -217,6 +219,7 @@ def fake(monkeypatch, tmp_path):
 cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="PyTorch is compared on the CPU only")
 
 
+@pytest.mark.slow
 @cpu_only
 @pytest.mark.parametrize("mask", [Causal(), Causal() & Chunked(8)], ids=str)
 def test_a_worker_times_itself_and_its_results_are_checked(capsys, fake, mask):

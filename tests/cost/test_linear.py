@@ -48,6 +48,7 @@ def exchanged(row: dict) -> float:
     return sum(c["bytes"] for c in found)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_recurrent_model_on_a_tpu():
     config, row = accounts(TINY, Mesh(fsdp=2, seq=2))
@@ -67,6 +68,7 @@ def test_a_recurrent_model_on_a_tpu():
     assert row["model_flops"] == flops.step_flops(config) / 4
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_hybrid_on_a_tpu():
     """Linear attention is counted in the program, softmax attention by formula: neither in the other's place."""

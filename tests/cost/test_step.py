@@ -13,6 +13,7 @@ from longattn.plan import calibration
 from tests.compilers import needs_cuda, needs_libtpu
 
 
+@pytest.mark.slow
 def test_memory_is_within_fifteen_percent_of_what_compilers_need():
     errors = {row["case"]: row["error"] for row in calibration.errors()}
     assert len(errors) == len(calibration.CASES) >= 20
@@ -30,6 +31,7 @@ def test_compilers_peaks_are_named_almost_whole():
     assert {name: share for name, share in shares.items() if not 0.9 < share <= 1} == {}
 
 
+@pytest.mark.slow
 def test_products_are_those_of_the_program():
     """What is left out are the few products that XLA merges or adds: a hundredth."""
     compiled = [row for row in calibration.errors() if "flops" in row]
@@ -79,6 +81,7 @@ def test_linear_attentions_products_and_messages_are_those_of_the_program():
         assert states <= sum(handed_on) <= states + 8 * 4 * case.config.model.N, case.name
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_recorded_figures_are_the_compilers():
     """A case that is refused, which takes seconds; another version of libtpu may differ by a little."""

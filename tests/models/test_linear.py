@@ -26,6 +26,7 @@ from longattn.study.learn import learn, score
 from longattn.study.units import Clock
 from longattn.train.loss import cross_entropy, labels_and_weights
 from longattn.train.step import decays
+from tests.slow import but_few
 
 MODEL = c.Model(N=2, E=12, F=20, H=6, K=2, D=4, W=17, dtype="float32")
 LAYERS = [
@@ -39,6 +40,9 @@ LAYERS = [
     c.KimiDeltaAttention(V=5, rank=3),
 ]
 every_layer = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+gradients_of_every_layer = pytest.mark.parametrize(
+    "layer", but_few(sorted(LAYERS, key=lambda x: not isinstance(x, c.GatedDeltaNet))), ids=lambda x: type(x).__name__
+)
 LENGTHS = (6, 3, 6)
 T = sum(LENGTHS)
 X = jax.random.normal(jax.random.key(0), (2, T, MODEL.E))
@@ -173,7 +177,7 @@ def test_is_its_paper(layer, paper):
         np.testing.assert_allclose(got, np.einsum("THV,HVE->TE", y, p["out"]), rtol=1e-4, atol=1e-5)
 
 
-@every_layer
+@gradients_of_every_layer
 def test_packed_documents_are_as_if_alone(layer):
     """Also where an id comes back: the third document has the first one's."""
     params = parameters(layer)
@@ -197,7 +201,7 @@ def test_causal_to_the_bit(layer):
         assert not np.allclose(after[0, t], before[0, t])
 
 
-@every_layer
+@gradients_of_every_layer
 def test_gradients_reach_every_parameter(layer):
     params, dy = parameters(layer), jax.random.normal(jax.random.key(3), X.shape)
     dparams, dx = jax.jit(jax.grad(lambda p, x: jnp.sum(mixed(p, x, POSITIONS, IDS, layer=layer) * dy), (0, 1)))(
@@ -209,7 +213,7 @@ def test_gradients_reach_every_parameter(layer):
         assert np.max(np.abs(gradient)) > 0
 
 
-@every_layer
+@gradients_of_every_layer
 def test_bfloat16_is_as_close_as_the_recurrence(layer):
     params = parameters(layer)
     exact = mixed(params, X, layer=layer)
@@ -310,6 +314,7 @@ def loss(params, model, context=None):
     return cross_entropy(x, head(params, model), labels, weights, chunk=16)[0] / jnp.sum(weights)
 
 
+@pytest.mark.slow
 def test_hybrid_scans_and_starts_from_the_loss_of_chance():
     params = init_params(HYBRID, jax.random.key(0))
     assert set(params["layers"]) == {"layer_0", "layer_1"}
@@ -317,6 +322,7 @@ def test_hybrid_scans_and_starts_from_the_loss_of_chance():
     assert abs(float(loss(params, HYBRID)) - np.log(17) - 0.5) < 0.4
 
 
+@pytest.mark.slow
 def test_remat_runs_no_scan_again():
     """Counted as loops of the compiled gradient, as for attention; and it is the same gradient."""
     plain = dataclasses.replace(MODEL, N=1, mixers=(c.RetNet(),))

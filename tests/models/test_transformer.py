@@ -14,6 +14,7 @@ from longattn.mask import Causal, Window
 from longattn.models import REMAT, Context, Transformer, head, init_params
 from longattn.models.transformer import period
 from longattn.train.loss import cross_entropy, labels_and_weights
+from tests.slow import but_few
 
 LOCAL = Softmax(mask=Causal() & Window(5), rope=RoPE(base=100.0))
 GLOBAL = Softmax(qk_norm=True, sinks=True, softcap=20.0, rope=None)
@@ -45,7 +46,7 @@ def packed(lengths, rows=2):
     return tuple(jnp.asarray(np.tile(a, (rows, 1)), jnp.int32) for a in (positions, ids))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", but_few(MODELS))
 def test_causal_to_the_bit(name):
     """Another token t leaves all logits before t bitwise as they were, and changes those at t."""
     model = MODELS[name]
@@ -60,7 +61,7 @@ def test_causal_to_the_bit(name):
         assert not np.allclose(after[0, t], before[0, t])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", but_few(MODELS))
 def test_packed_documents_do_not_see_each_other(name):
     model = MODELS[name]
     params = parameters(model)
@@ -157,7 +158,7 @@ def unstack(params, model):
     return {k: v for k, v in params.items() if k != "layers"} | loop
 
 
-@pytest.mark.parametrize("name", ["softmax", "hybrid"])
+@pytest.mark.parametrize("name", but_few(["softmax", "hybrid"]))
 def test_scan_equals_loop(name):
     model = MODELS[name]
     params = parameters(model)
@@ -169,7 +170,10 @@ def test_scan_equals_loop(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), unstack(grads, model), loop_grads)
 
 
-@pytest.mark.parametrize(("name", "policy"), [*(("softmax", policy) for policy in REMAT), ("loop", "attention")])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    but_few([("softmax", "attention"), *(("softmax", x) for x in REMAT if x != "attention"), ("loop", "attention")]),
+)
 def test_remat_changes_nothing(name, policy):
     model = MODELS[name]
     params = parameters(model)
@@ -194,6 +198,7 @@ def primitives(jaxpr, found=None):
     return found
 
 
+@pytest.mark.slow
 def test_remat_of_attention_runs_no_attention_forward_again():
     """Counted in the traced gradient, and as loops in the compiled program: the model has no other loops."""
     model = dataclasses.replace(BASE, N=1)  # one layer, no scan over layers
@@ -242,6 +247,7 @@ def test_remat_keeps_less():
     assert sizes[2] - sizes[3] == model.N * 4 * B * T * H * (D + 1)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_bfloat16_and_stays_close():
     narrow = dataclasses.replace(BASE, dtype="bfloat16")
     params = parameters(BASE)

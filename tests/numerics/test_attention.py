@@ -74,6 +74,7 @@ def test_logits_can_rise() -> None:
 PARTS = PartsProblem(T=45, H=4, K=2, D=8, V=6, B=2, mask=Causal() & Window(20), documents=4)
 
 
+@pytest.mark.slow
 def test_keys_in_parts_are_attention_to_all() -> None:
     """The truth attends to all keys at once, and the merged shards agree with it."""
     whole = Problem(**{f.name: getattr(PARTS, f.name) for f in dataclasses.fields(PARTS)})
@@ -84,10 +85,12 @@ def test_keys_in_parts_are_attention_to_all() -> None:
     assert set(row["results"]) == {"out", "lse", "dq", "dk", "dv"}
 
 
+@pytest.mark.slow
 def test_queries_and_keys_in_parts_may_be_of_two_lengths() -> None:
     assert tried(PartsProblem(T=40, S=60, H=2, D=8, prefix=30, dtype="bfloat16"), "xla")["outcome"] == "passed"
 
 
+@pytest.mark.slow
 def test_wrong_partials_fail(monkeypatch) -> None:
     def light(q, k, v, bias, visibility, *rest):
         out, lse = xla.attend(q, k, v, bias, visibility, *rest)

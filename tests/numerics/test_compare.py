@@ -47,6 +47,7 @@ def test_one_wrong_gradient_fails(monkeypatch) -> None:
     assert row["reason"].startswith("dk: relative error 1.0e-03 of ")
 
 
+@pytest.mark.slow
 def test_empty_rows_must_be_minus_infinity(monkeypatch) -> None:
     def clamped(*call):
         out, lse = xla.attend(*call)
@@ -80,6 +81,7 @@ def test_refusals_and_crashes_are_told_apart(monkeypatch) -> None:
     assert (row["outcome"], row["reason"]) == ("failed", "RuntimeError: Mosaic failed to compile")
 
 
+@pytest.mark.slow
 def test_results_must_be_reproducible(monkeypatch) -> None:
     """A race on a device would look like this."""
     calls = iter(range(100))

@@ -6,6 +6,7 @@ precision does: its error is the yardstick for a back end's (tolerances are deri
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -109,6 +110,15 @@ def pairwise(domains: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
                 best = row
         open_pairs -= {(x, best[x], y, best[y]) for x, y in itertools.combinations(names, 2)}
         yield {name: domains[name][best[name]] for name in names}
+
+
+def covering(cases: Sequence[Any]) -> list[Any]:
+    """The cases (dataclasses), in order, that hold a value of some field that none before them holds."""
+    found, seen = [], set()
+    for case in cases:
+        if new := set(enumerate(dataclasses.astuple(case))) - seen:
+            found, seen = [*found, case], seen | new
+    return found
 
 
 def _covered(row: Mapping[str, int], pairs: set) -> int:

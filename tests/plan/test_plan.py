@@ -88,6 +88,7 @@ def check(document: dict, devices: int) -> None:
     assert least / 2 < row["hbm_traffic"] < 20 * least
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_small_model_on_a_tpu(on_tpu):
     document, page = on_tpu
@@ -99,6 +100,7 @@ def test_a_small_model_on_a_tpu(on_tpu):
     assert "Fits:" in page and "Largest buffers" in page and "<svg" not in page
 
 
+@pytest.mark.slow
 @needs_cuda
 def test_a_small_model_on_gpus(on_gpu):
     document, page = on_gpu
@@ -112,6 +114,7 @@ def test_a_small_model_on_gpus(on_gpu):
     assert "h100:8" in page
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_what_does_not_fit_says_by_how_much(capsys):
     code = cli.main(["plan", "llama3_8b", "--topology", "v5e:2x2", "--T", "8192", "--B", "4", "--json"])

@@ -141,6 +141,7 @@ def test_control_replaces_only_what_is_further_back() -> None:
     assert len({bytes(r[1:].astype(np.uint8)) for r in found}) == 3
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recall part (MQAR alone) and the page, as the command runs them; a second start only rewrites the page."""
     monkeypatch.setitem(

@@ -37,6 +37,7 @@ from longattn.ops.attention import api, xla
 from longattn.ops.linear import api as linear_api
 from longattn.ops.linear import xla as linear_xla
 from longattn.train import data, kernel_check, train
+from tests.slow import but_few
 
 SOURCES = str(Path(__file__).parents[2] / "longattn" / "train" / "*.py")
 MIXERS = (Softmax(), Softmax(mask=Causal() & Window(9), softcap=2.0, sinks=True, rope=RoPE(scaling="yarn", factor=4.0)))
@@ -151,7 +152,7 @@ def test_generations(kind, name) -> None:
 # ---- the comparison
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", but_few(["bfloat16", "float32"]))
 def test_the_reference_agrees_with_xla(tmp_path, dtype) -> None:
     problems = kernel_check.problems(config(tmp_path, dtype=dtype))
     assert len(problems) == 2  # kinds of layers
@@ -220,6 +221,7 @@ def test_heads_are_those_of_one_device(tmp_path) -> None:
     assert [p.heads for p in kernel_check.problems(c).values()] == [(1, 1, 1), (1, 1, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mixers", "compared"), [((GatedDeltaNet(),), True), ((Softmax(),), False)], ids=["linear", "not"]
 )

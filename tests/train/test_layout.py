@@ -116,8 +116,6 @@ SPREAD = {
     "hybrid": dataclasses.replace(
         CONFIG, model=HYBRID, mesh=Mesh(seq=4, fsdp=2, layout="zigzag", strategy="all_gather")
     ),
-}
-SLOW = {
     "contiguous balanced": dataclasses.replace(CONFIG, mesh=Mesh(seq=4, data=2, strategy="balanced")),
     "zigzag all_gather": dataclasses.replace(
         CONFIG, mesh=Mesh(seq=4, tensor=2, layout="zigzag", strategy="all_gather"), optimiser=ACCUMULATED
@@ -134,11 +132,13 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("name", [*SPREAD, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPREAD)
 def test_a_step_in_a_layout_is_that_of_one_device(name: str) -> None:
-    agree({**SPREAD, **SLOW}[name])
+    agree(SPREAD[name])
 
 
+@pytest.mark.slow
 def test_an_evaluation_in_a_layout_is_that_of_one_device() -> None:
     """Scores by position agree too, also with micro-batches, which have rows of their own on all devices."""
     mesh = Mesh(seq=4, data=2, layout="striped", strategy="all_gather")

@@ -124,11 +124,13 @@ def assert_batches(c: Config, seen: list[dict[str, Any]], rows: dict[str, list[l
         assert [process[sizes]["rows"] for process in seen] == rows[sizes]
 
 
+@pytest.mark.slow
 def test_batches_are_those_of_one_process_and_only_their_rows_are_read(two) -> None:
     whole = [0, 1, 2, 3]
     assert_batches(*two, {str(MESHES[0]): [whole, whole], str(MESHES[1]): [[0, 1], [2, 3]]})
 
 
+@pytest.mark.slow
 def test_all_refuse_where_one_does_and_where_they_disagree(two) -> None:
     refused = [process["refused"] for process in two[1]]
     assert refused == ["process 1 refused: no files here", "no files here"]
@@ -136,6 +138,7 @@ def test_all_refuse_where_one_does_and_where_they_disagree(two) -> None:
         assert "corpus.hash is 0 on process 0 and 1 on process 1" in process["differs"]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_after_the_same_step_and_they_go_on(two) -> None:
     (mine, steps), theirs = (process["stopped"] for process in two[1])
     assert theirs == [mine, steps] == ["stopped", steps]
@@ -143,6 +146,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_they_go_on(two) -> No
     assert [r["step"] for r in two[1][0]["history"]] == list(range(1, 81))
 
 
+@pytest.mark.slow
 def test_losses_and_gradients_are_those_of_one_device(two) -> None:
     c, seen = two
     alone = dataclasses.replace(c, mesh=Mesh())
@@ -165,6 +169,7 @@ def test_losses_and_gradients_are_those_of_one_device(two) -> None:
     assert (env["device"]["count"], env["device"]["processes"]) == (4, 2)
 
 
+@pytest.mark.slow
 def test_checkpoints_return_to_any_mesh_and_evaluations_agree(two) -> None:
     c, seen = two
     folder = Path(c.run.dir, c.run.name)
@@ -214,6 +219,7 @@ def assert_lost(code: int, out: str, err: str, c: Config) -> None:
     assert "Traceback" not in err and "stack trace" not in err and "coordination_service" not in err, err
 
 
+@pytest.mark.slow
 def test_killed_one_of_two_and_finished_by_one(two, tmp_path: Path) -> None:
     c, programs = config(tmp_path), cache(Path(two[0].run.dir))
     with started(command(c, tmp_path), 2, 2, **programs) as running:

@@ -34,6 +34,7 @@ def gradient(config: Config):
     return f.lower(params, batch).compile(), params, batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy", [pytest.param(name, marks=[] if name == "ring" else pytest.mark.slow) for name in parallel.STRATEGIES]
 )
@@ -57,6 +58,7 @@ def test_what_a_layer_s_recomputation_sends_and_runs(strategy):
     assert sum(again.values()) == exchanged
 
 
+@pytest.mark.slow
 def test_offload_changes_nothing_over_a_mesh():
     """On a CPU, whose memory is the host's, nothing moves: the program is the same."""
     rng, found, values = np.random.default_rng(0), [], None

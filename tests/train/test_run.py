@@ -165,6 +165,7 @@ def test_a_signal_at_any_time_ends_in_a_checkpoint(finished: Config, tmp_path: P
     assert losses(folder(c)).items() <= losses(folder(finished)).items()
 
 
+@pytest.mark.slow
 def test_evaluation_takes_a_micro_batch_at_a_time(finished: Config, tmp_path: Path) -> None:
     """Evaluation sees the same rows as without accumulation."""
     c = config(tmp_path)
@@ -175,6 +176,7 @@ def test_evaluation_takes_a_micro_batch_at_a_time(finished: Config, tmp_path: Pa
     np.testing.assert_allclose(mine["nll"], theirs["nll"], rtol=1e-4)  # twelve steps of gradients in another order
 
 
+@pytest.mark.slow
 def test_on_a_mesh_stopped_and_continued_bitwise(finished: Config, tmp_path: Path, monkeypatch) -> None:
     """Eight devices see the losses of one; a checkpoint returns to the mesh, and to one device for an evaluation."""
     whole = dataclasses.replace(config(tmp_path, name="whole"), mesh=Mesh(data=2, seq=4, layout="zigzag"))
@@ -193,6 +195,7 @@ def test_on_a_mesh_stopped_and_continued_bitwise(finished: Config, tmp_path: Pat
     assert result["nll"] == pytest.approx(record.history(folder(c))[-1]["valid"]["nll"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_continued_on_other_meshes(finished: Config, tmp_path: Path, monkeypatch) -> None:
     """A run moves from one device, after power cuts, to eight, and then to another mesh of eight."""
     alone = config(tmp_path, log_every=1, save_every=1)
@@ -229,6 +232,7 @@ def wait_for_step(c: Config, step: int) -> None:
     raise AssertionError(f"step {step} was not reached")
 
 
+@pytest.mark.slow
 def test_killed_and_terminated_runs_continue_bitwise(compiled_once: str, tmp_path: Path) -> None:
     long = {"steps": 400, "log_every": 1, "eval_every": 0, "save_every": 20}
     c = config(tmp_path, **long)
@@ -337,6 +341,7 @@ def test_bad_data_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_init_from_another_length_and_scaling(finished: Config, tmp_path: Path) -> None:
     c = config(tmp_path, init_from=str(folder(finished)), steps=2, log_every=1)
     c = of_model(c, mixers=(Softmax(rope=RoPE(scaling="linear", factor=2.0)),))
@@ -368,6 +373,7 @@ def test_evaluate_reads_every_byte_once(finished: Config) -> None:
         evaluate(folder(finished).parent)
 
 
+@pytest.mark.slow
 def test_corpus_that_changed_is_refused(tmp_path: Path) -> None:
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text(f"some words {i} " * 30)

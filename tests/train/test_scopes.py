@@ -66,8 +66,10 @@ def flops(text: str) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("config", "attention"),
-    [(CONFIG, f"{LAYER}/mixer/attention/xla"), (ON_MESH, f"{LAYER}/mixer/all_gather/attention/xla")],
-    ids=["one", "mesh"],
+    [
+        pytest.param(CONFIG, f"{LAYER}/mixer/attention/xla", id="one"),
+        pytest.param(ON_MESH, f"{LAYER}/mixer/all_gather/attention/xla", id="mesh", marks=pytest.mark.slow),
+    ],
 )
 def test_a_compiled_step_bears_every_scope(config: Config, attention: str) -> None:
     program = compiled(config)
@@ -86,6 +88,7 @@ def test_a_compiled_step_bears_every_scope(config: Config, attention: str) -> No
     assert 2 * config.optimiser.loss_chunk * config.model.E * config.model.W in head
 
 
+@pytest.mark.slow
 def test_exchange_over_the_mesh_bears_its_scopes() -> None:
     text = compiled(ON_MESH).as_text()
     collectives = re.findall(r"(all-gather|reduce-scatter|all-reduce)[\w-]*\(.*?op_name=\"([^\"]*)\"", text)

@@ -15,13 +15,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from longattn.bench.trace.program import Op
+from longattn.bench.trace.program import Op, Stored
 from longattn.bench.trace.protobuf import Event
 from longattn.bench.trace.scope import scope_of
 from longattn.bench.trace.timeline import Execution, Kernel
 
 CONTROL = frozenset({"while", "conditional", "call"})  # the ops inside them are events of their own
-Programs = Mapping[int, tuple[str, dict[str, Op]]]  # program number -> name and instructions
+Programs = Mapping[int, Stored]  # by their number
 
 
 class _Raw(NamedTuple):
@@ -67,7 +67,8 @@ def _opcode(name: str) -> str:
 
 def _known(programs: Programs, number: int, name: str) -> Callable[[_Raw], Op]:
     """Returns a look-up of a program's ops. A program that was compiled twice may have another number in the trace."""
-    tables = [programs[number][1]] if number in programs else [ops for other, ops in programs.values() if other == name]
+    same = [programs[number]] if number in programs else [stored for stored in programs.values() if stored.name == name]
+    tables = [stored.ops for stored in same]
 
     def known(raw: _Raw) -> Op:
         found = next((ops[raw.op] for ops in tables if raw.op in ops), None)

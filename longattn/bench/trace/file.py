@@ -8,7 +8,7 @@ from pathlib import Path
 from jax.profiler import ProfileData
 
 from longattn.bench.trace import devices
-from longattn.bench.trace.program import Op, program_ops
+from longattn.bench.trace.program import Stored
 from longattn.bench.trace.protobuf import event_metadata, fields
 from longattn.bench.trace.timeline import Execution, Trace
 
@@ -33,11 +33,11 @@ def read(data: bytes) -> Trace:
         metadata, profile = event_metadata(data), ProfileData.from_serialized_xspace(data)
     except (IndexError, KeyError, RuntimeError) as error:
         raise ValueError("the trace is cut off or no protocol buffer; record it again") from error
-    programs: dict[int, tuple[str, dict[str, Op]]] = {}
+    programs: dict[int, Stored] = {}
     for name, event in metadata.get("/host:metadata", {}).items():
         if proto := event.stats.get("Hlo Proto"):
             name, number = devices.numbered(name)
-            programs[number] = name, program_ops(fields(proto)[1][-1])  # HloProto.hlo_module = 1
+            programs[number] = Stored(name, fields(memoryview(proto))[1][-1])  # HloProto.hlo_module = 1
 
     executions: list[Execution] = []
     unknown = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,19 @@ class Op(NamedTuple):
 
     opcode: str
     scope: Scope
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A program as a trace stores it. A trace holds every program of its process, most of which it never ran."""
+
+    name: str
+    module: memoryview  # a serialised HloModuleProto
+
+    @functools.cached_property
+    def ops(self) -> dict[str, Op]:
+        """Instructions by name, read on first use."""
+        return program_ops(self.module)
 
 
 @dataclass(eq=False)

@@ -144,7 +144,7 @@ def _usp(problem: Problem, call: Call, seen: np.ndarray) -> Load:
 
 def _share(problem: Problem, call: Call) -> float:
     """The share of the heads, those filled in too, that a device on the axis of the all-to-all has."""
-    return heads(problem.H, problem.K, call.sizes[-1]).each / problem.H
+    return heads(problem.H, problem.heads, call.sizes[-1]).each / problem.H
 
 
 _SCHEDULES = {"ring": _ring, "balanced": _balanced, "all_gather": _all_gather, "ulysses": _ulysses, "usp": _usp}

@@ -12,7 +12,6 @@ import numpy as np
 
 from longattn.config import Mesh, Model
 from longattn.config.mesh import LayoutName
-from longattn.mask import Causal, Mask
 from longattn.models.mixers import calls
 from longattn.ops.calls import AttentionCall
 from longattn.parallel.attention import STRATEGIES, strategy_on
@@ -22,31 +21,21 @@ from longattn.shapes import suggest
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Attention of the B rows and H heads that each of P devices along the sequence has a part of."""
+class Problem(AttentionCall):
+    """Attention of the B rows and H heads that each of P devices along the sequence has a part of: S is T."""
 
-    T: int  # queries, and as many keys
-    H: int  # query heads
-    K: int  # key/value heads
-    D: int  # size of a query/key head
-    V: int | None = None  # size of a value head; None: D
-    B: int = 1  # rows
     dtype: str = "bfloat16"  # of q, k, v and out
-    mask: Mask = Causal()
     block: int = 1  # tokens along both edges of the squares in which pairs are computed, whole where one is visible
     ids: bool = False  # segment ids and positions are given
 
     def __post_init__(self) -> None:
-        for name in ("T", "H", "K", "D", "B", "block"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.H % self.K:
+        for name, size in vars(self).items():
+            if name in ("T", "H", "K", "D", "B", "block") and size is not None and size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        if self.keys != self.T:
+            raise ValueError(f"S={self.S} must be T={self.T}: strategies are counted for as many keys as queries")
+        if self.H % self.heads:
             raise ValueError(f"K={self.K} must divide H={self.H}")
-
-    @property
-    def value(self) -> int:
-        """V."""
-        return self.D if self.V is None else self.V
 
     @property
     def itemsize(self) -> int:
@@ -117,7 +106,7 @@ def call(problem: Problem, way: Way) -> Call:
     axis = "seq" if len(way.sizes) == 1 else ("ring", "seq")
     return Call(
         axis=axis, sizes=way.sizes, layout=SequenceLayout(way.layout), in_order=not problem.ids,
-        out_dtype=problem.dtype, scale=1.0, softcap=None, implementation=None, tuning=None, K=problem.K,
+        out_dtype=problem.dtype, scale=1.0, softcap=None, implementation=None, tuning=None, K=problem.heads,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def compare(layers: Mapping[Problem, int], P: int, machine: Machine, *, remat: s
       average, both of all its rows; `idle_slots` and `idle` are `Load.idle_slots` and the share of time in which
       devices wait for slower ones.
     """
-    K = min(problem.K for problem in layers)
+    K = min(problem.heads for problem in layers)
     return [_row(layers, way, machine, remat) for way in ways(P, K)]
 
 

@@ -169,7 +169,7 @@ def simulate(problem: Problem, way: Way, machine: Machine, *, overlap: bool = Tr
     """
     pairs = load(problem, way).pairs * problem.B
     line = entry(_LINES, way, "time line")
-    flops = attention_flops(1, problem.H, problem.D, problem.value)
+    flops = attention_flops(1, problem.H, problem.D, problem.values)
     found = []
     for backward, sent in enumerate(traffic(problem, way)):
         work = flops.backward + flops.recompute if backward else flops.forward

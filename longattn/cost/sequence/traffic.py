@@ -133,7 +133,7 @@ def _permute(scope: str, edges: Edges, bytes: float, step: int) -> Message:
 
 def _shard(problem: Problem, call: Call) -> float:
     """Elements of a device's keys and values."""
-    return problem.B * problem.T / call.P * problem.K * (problem.D + problem.value)
+    return problem.B * problem.T / call.P * problem.heads * (problem.D + problem.values)
 
 
 def _ring(problem: Problem, call: Call) -> tuple[list[Message], list[Message]]:
@@ -142,7 +142,7 @@ def _ring(problem: Problem, call: Call) -> tuple[list[Message], list[Message]]:
 
 def _balanced(problem: Problem, call: Call) -> tuple[list[Message], list[Message]]:
     c, f, kv = problem.itemsize, STATISTICS, _shard(problem, call)
-    rows, D, V = problem.B * problem.T / call.P * problem.H, problem.D, problem.value
+    rows, D, V = problem.B * problem.T / call.P * problem.H, problem.D, problem.values
     forward, backward = [], []
     back = lambda edges: [(b, a) for a, b in edges]
     for n, step in enumerate(balanced.steps(pairs(problem.mask, call, problem.T, problem.T).needed)):
@@ -168,14 +168,14 @@ def _all_gather(problem: Problem, call: Call) -> tuple[list[Message], list[Messa
 
 
 def _heads(problem: Problem, call: Call) -> tuple[list[Message], list[Message]]:
-    c, f, D, V = problem.itemsize, STATISTICS, problem.D, problem.value
+    c, f, D, V = problem.itemsize, STATISTICS, problem.D, problem.values
     P, outer = call.sizes[-1], call.outer
-    which = heads(problem.H, problem.K, P)
+    which = heads(problem.H, problem.heads, P)
     rings = call.P // P
     edges = everyone([range(r * P, r * P + P) for r in range(rings)])
     tokens = problem.B * problem.T / call.P / P  # what one device has for another
     queries, keys = which.each * P, len(which.keys)
-    gradient = c if which.keys == tuple(range(problem.K)) else f
+    gradient = c if which.keys == tuple(range(problem.heads)) else f
     exchange = lambda bytes, step: Message("exchange", "all-to-all", edges, tokens * bytes, step)
     forward = [
         exchange(c * (queries * D + keys * (D + V)), 0),  # q, k, v

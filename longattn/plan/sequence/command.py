@@ -69,7 +69,10 @@ class SequenceOptions:
 
     @property
     def problem(self) -> Problem:
-        return Problem(self.T, self.H, self.K, self.D, self.V, self.B, self.dtype, self.mask, self.block)
+        return Problem(
+            T=self.T, H=self.H, K=self.K, D=self.D, V=self.V, B=self.B, dtype=self.dtype, mask=self.mask,
+            block=self.block,
+        )  # fmt: skip
 
 
 def run(options: SequenceOptions, console: Console | None = None) -> dict[str, Any]:

@@ -272,6 +272,7 @@ def spills(row: dict) -> tuple[int, int, int]:
 # What an independent tool found (shared memory without barriers, which are less than 128 bytes).
 
 
+@pytest.mark.slow
 @needs_cuda
 def test_attention_of_jax_is_what_an_independent_tool_found():
     (row,) = compiled("jax_mgpu").values()

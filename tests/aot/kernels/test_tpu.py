@@ -225,6 +225,7 @@ def test_causal_flash_executes_the_steps_that_it_sees():
     assert row["floor_cycles"] == pytest.approx(0.262e6, rel=0.01)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_our_forward_kernel_takes_one_version_of_its_bodies_per_row():
     row = compiled("longattn", "v6e", T=2048, H=2, bT=512, bS=512, bC=256, bR=256)

@@ -56,6 +56,7 @@ def whole(tmp_path_factory) -> tuple[dict, Path]:
     return run(BringupOptions(cases=FEW, out=str(folder), **SMALL), quiet()), folder
 
 
+@pytest.mark.slow
 def test_every_part_on_a_cpu(whole) -> None:
     document, folder = whole
     assert document == one_report(folder)
@@ -84,6 +85,7 @@ def test_every_part_on_a_cpu(whole) -> None:
                                    **SMALL}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else(whole) -> None:
     document, folder = whole
     (page,) = folder.glob("*.html")
@@ -94,6 +96,7 @@ def test_the_page_needs_nothing_else(whole) -> None:
     assert document["environment"]["versions"]["jaxlib"] in text
 
 
+@pytest.mark.slow
 def test_the_tables_say_all(whole) -> None:
     console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     show.tables(console, whole[0], whole[1] / "x.json")
@@ -107,6 +110,7 @@ def test_a_reason_of_many_cases_is_short() -> None:
     assert show.notes({"numerics": {"rows": rows}}, "numerics") == ["a: it refuses (case 0; case 1; case 2; 17 more)"]
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_reported_and_the_rest_goes_on(monkeypatch, tmp_path, capsys) -> None:
     def wrong(*call):
         out, lse = xla.attend(*call)
@@ -147,6 +151,7 @@ with pltpu.force_tpu_interpret_mode():
 """
 
 
+@pytest.mark.slow
 def test_kernels_that_accept_the_device_are_tried(tmp_path) -> None:
     """In interpret mode a CPU is a TPU to them. A process of its own, as a user's is."""
     done = subprocess.run([sys.executable, "-c", INTERPRETED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
@@ -221,6 +226,7 @@ def stuck(folder: Path, **settings) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_what_it_has(tmp_path) -> None:
     child = stuck(tmp_path)
     try:
@@ -242,6 +248,7 @@ def test_a_killed_run_leaves_what_it_has(tmp_path) -> None:
     assert list(tmp_path.glob("*.html"))
 
 
+@pytest.mark.slow
 def test_a_kernel_that_never_returns_ends_the_run_and_is_named(tmp_path) -> None:
     child = stuck(tmp_path, short=0, seconds=12, grace=0.5)
     _, said = child.communicate(timeout=120)
@@ -302,6 +309,7 @@ def test_cycles_on_a_chip(monkeypatch) -> None:
     assert show.timing(rows)[0][-3:] == ("1.503 M", "3.006 M", "2.00")
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_step(monkeypatch) -> None:
     peaks = iter([{"peak_bytes_in_use": 10, "bytes_in_use": 5}, {"peak_bytes_in_use": 300, "bytes_in_use": 5}])
     monkeypatch.setattr(memory, "_stats", lambda: next(peaks))
@@ -322,6 +330,7 @@ def test_plan_is_asked_for_one_device_of_this_chip(monkeypatch, kind) -> None:
         assert asked == ["v5e:2x2" if "TPU" in kind else "h100:1"]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_is_a_failure(monkeypatch) -> None:
     step = memory.steps.train_step(memory._SMALL)
 

@@ -46,6 +46,7 @@ def test_where_a_report_goes(monkeypatch, tmp_path) -> None:
     assert BringupOptions().folder == Path("experiments/bringup")
 
 
+@pytest.mark.slow
 def test_the_cases_cover_the_contract() -> None:
     """Each thing in both precisions where a kernel would have two paths, and every case is a valid call."""
     problems = cases.problems(64)

@@ -14,8 +14,10 @@ from longattn.bench.compare import admission
 from longattn.mask import Full
 from longattn.ops.linear import linear_attention
 from tests.bench.compare.tiny import TINY, quiet
+from tests.slow import but_few
 
 
+@pytest.mark.slow
 def test_who_disagrees_is_not_timed(monkeypatch, tmp_path) -> None:
     wrong = compare.Contestant("wrong", lambda o: attention.jax_nn(Full()))
     monkeypatch.setitem(compare.CONTESTANTS, "wrong", wrong)
@@ -32,7 +34,7 @@ def test_what_cannot_be_checked_is_refused(monkeypatch) -> None:
         admission.admit(compare.CompareOptions("attention_forward", dtype="float32", **TINY))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", but_few(KINDS))
 def test_linear_attention_of_every_kind_is_admitted(kind) -> None:
     """And the yardstick, whose problem is another."""
     options = compare.CompareOptions("linear_forward", ("xla", "attention"), kind=kind, T=40, H=2, K=1, D=8)
@@ -41,6 +43,7 @@ def test_linear_attention_of_every_kind_is_admitted(kind) -> None:
     assert all(x["error"] < attention.AGREE["float32"] for x in known.values())
 
 
+@pytest.mark.slow
 def test_gradients_of_linear_attention_are_checked(monkeypatch) -> None:
     @jax.custom_vjp
     def heavier(x):
@@ -67,6 +70,7 @@ def test_linear_kernels_for_tpus_take_part() -> None:
     assert list(fns) == ["pallas_tpu"], known
 
 
+@pytest.mark.slow
 def test_a_rival_that_fails_is_a_row_and_ours_is_an_error(monkeypatch, tmp_path) -> None:
     def fails(_: attention.AttentionOptions) -> attention.Attend:
         raise TypeError("no such argument\nsecond line")

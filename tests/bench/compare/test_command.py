@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+import pytest
 from rich.console import Console
 
 from longattn.bench import compare
@@ -12,6 +13,7 @@ from longattn.bench.compare import command
 from tests.bench.compare.tiny import SHARED, TINY
 
 
+@pytest.mark.slow
 def test_json_is_one_document(capsys, tmp_path) -> None:
     options = compare.CompareOptions("attention_forward", contestants=("xla",), json=True, out=str(tmp_path), **TINY)
     document = compare.run(options)
@@ -20,6 +22,7 @@ def test_json_is_one_document(capsys, tmp_path) -> None:
     assert (document["version"], document["kind"], document["differences"]) == (1, "compare", [])
 
 
+@pytest.mark.slow
 def test_the_tables_say_all(document) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     command._print(console, document)

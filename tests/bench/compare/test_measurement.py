@@ -55,6 +55,7 @@ def test_scopes_of_both_passes_are_known(document) -> None:
         assert {(name, "backward") for name in backward} <= found
 
 
+@pytest.mark.slow
 def test_what_is_left_behind(document) -> None:
     folder = pathlib.Path(document["trace"])
     assert trace.read(trace.find(folder.parents[2]).read_bytes()).of("jit_compare_xla")
@@ -69,6 +70,7 @@ def test_what_is_left_behind(document) -> None:
     assert compare.opening(document["trace"]).endswith(f"xprof --port 8791 {folder.parents[2]}")
 
 
+@pytest.mark.slow
 def test_the_trace_is_its_own_and_the_load_that_of_before(monkeypatch, tmp_path) -> None:
     another = tmp_path / "plugins" / "profile" / "another" / "host.xplane.pb"
     another.parent.mkdir(parents=True)
@@ -83,6 +85,7 @@ def test_the_trace_is_its_own_and_the_load_that_of_before(monkeypatch, tmp_path)
     assert document["load"] == 1.0
 
 
+@pytest.mark.slow
 def test_linear_attention_and_its_yardstick(tmp_path) -> None:
     options = compare.CompareOptions(
         "linear_forward_backward", ("xla", "attention", "pallas_tpu"), kind="none", out=str(tmp_path), **TINY

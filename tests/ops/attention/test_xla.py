@@ -15,6 +15,7 @@ from longattn.ops.attention import xla
 from longattn.ops.attention.contract import Options
 from longattn.ops.attention.xla import forward, logits, tiling
 from tests.ops import oracle
+from tests.slow import but_few
 
 H, D = 2, 16
 
@@ -30,7 +31,7 @@ def temporary_bytes(T, mask):
     return f.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("mask", [m.Causal(), m.Window(64)], ids=str)
+@pytest.mark.parametrize("mask", but_few([m.Causal(), m.Window(64)]), ids=str)
 def test_memory_is_linear_in_length(mask):
     """Forward and backward. From 4096 on the tiles have their full size."""
     small, large = temporary_bytes(4096, mask), temporary_bytes(8192, mask)
@@ -40,7 +41,7 @@ def test_memory_is_linear_in_length(mask):
 
 @pytest.mark.parametrize(
     ("mask", "reach"),
-    [(m.Window(31), 32), (m.Causal() & m.Chunked(64), 64), (m.Causal() & ~m.Prefix(64), 0)],
+    but_few([(m.Window(31), 32), (m.Causal() & m.Chunked(64), 64), (m.Causal() & ~m.Prefix(64), 0)]),
     ids=str,
 )
 def test_empty_tiles_are_never_computed(mask, reach):
@@ -71,6 +72,7 @@ def test_segments_skip_tiles_too():
     np.testing.assert_allclose(out[:, 64:], 1.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_tuning_changes_the_result_by_rounding_only():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 100, H, D)), jnp.float32) for _ in range(3))
@@ -86,7 +88,8 @@ def test_tuning_errors():
         xla.Tuning(0, 16)
 
 
-@pytest.mark.parametrize("mask", [m.Causal(), m.Causal() & m.Window(40), m.Causal() & ~m.Window(40)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", but_few([m.Causal(), m.Causal() & m.Window(40), m.Causal() & ~m.Window(40)]), ids=str)
 def test_tiles_with_and_without_a_maximum_meet_in_one_call(mask):
     """Queries of every second tile are long, so that logits reach 500 there and stay below SAFE elsewhere."""
     T, tuning = 160, xla.Tuning(16, 32)

@@ -22,6 +22,8 @@ class BackEnd:
     device: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # where it is accepted
     refuses: tuple[tuple[str, str, str], ...] = ()  # (a value of a case, the reason, what to ask for instead)
 
+    interpreted: bool = False  # a case takes tens of seconds, so few are compared by default
+
     def __str__(self) -> str:
         return self.name
 

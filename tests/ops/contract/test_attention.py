@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from longattn.ops.attention import pallas_tpu, xla
 from tests.ops import oracle
 from tests.ops.contract import back_ends
 from tests.ops.interpreter import as_on_tpu
+from tests.slow import but_few
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ BACK_ENDS = [
     BackEnd("reference", names_residuals=False),
     BackEnd(
         "pallas_tpu", tuning=pallas_tpu.Tuning(_PAIR, _TILE), device=as_on_tpu,
+        interpreted=True,
         refuses=(
             *back_ends.NO_TPU_DTYPE,
             ("blocks", "BlockSparse.block_size=8 is no multiple of 128", "prefix"),
@@ -44,6 +45,7 @@ BACK_ENDS = [
     ),
 ]  # fmt: skip
 every_back_end = pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+gradients_of_every_back_end = pytest.mark.parametrize("back_end", but_few(BACK_ENDS), ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +59,7 @@ def every_third(q, k):
 
 
 LENGTHS = {"T<S": (37, 53), "T=S": (43, 43), "T>S": (53, 37), "T=1": (1, 53), "even": (40, 53), "long": (301, 417)}
-B, D, V = 4, 5, 7
+B, D, V = 2, 5, 7
 _rng = np.random.default_rng(0)
 PREFIX = _rng.integers(0, 30, B).astype(np.int32)
 BLOCKS = _rng.random((B, 6, 8, 8)) < 0.4
@@ -100,12 +102,13 @@ DOMAINS = {
     "logits": ["plain", "sinks", "bias", "all"],
     "dtype": ["float32", "bfloat16", "float64", "float16"],
 }
-# Every pair of three values per factor, for compiling is what takes the time; then a random part of the whole grid.
+# Compiling is what takes the time. By default each value of each factor comes once; slow tests take every pair.
 FEWER = {"lengths": ["T<S", "T>S", "T=1"], "ids": ["none", "segments", "both"], "logits": ["plain", "bias", "all"]}
-FEWER["dtype"] = ["float32", "bfloat16", "float64"]
-SAMPLE = [Case(**row) for row in oracle.pairwise(DOMAINS | FEWER)] + [Case(dtype="float16")]
-_everything = [Case(*values) for values in itertools.product(*DOMAINS.values())]
-REST = [_everything[i] for i in np.random.default_rng(1).permutation(len(_everything))[:80]]
+PAIRS = [Case(**row) for row in oracle.pairwise(DOMAINS)]
+FEWER_PAIRS = [Case(**row) for row in oracle.pairwise(DOMAINS | FEWER | {"dtype": ["float32", "bfloat16", "float64"]})]
+
+FEWEST = {"mask": ["causal", "window", "prefix", "function", "distant"], "heads": [(6, 3), (6, 1)]}
+FEWEST_PAIRS = [Case(**row) for row in oracle.pairwise(DOMAINS | FEWER | FEWEST | {"dtype": ["float32", "bfloat16"]})]
 
 
 @functools.cache
@@ -206,33 +209,25 @@ def check(back_end: BackEnd, case: Case) -> None:
     oracle.assert_accurate(results, *expected(case), work(case))
 
 
-# The reference is slow to compile and is compared again wherever another back end fails: a third of the sample will do.
-# Kernels are slow to interpret: of the cases that they serve every value of every factor, not every pair.
-def some(back_end: BackEnd) -> list[Case]:
-    if back_end.name == "reference":
-        return SAMPLE[::3]
-    if not back_end.refuses:
-        return SAMPLE
-    found: list[Case] = []
-    seen: set[Any] = set()
-    for case in map(back_end.nearest, SAMPLE):
-        if new := set(zip(DOMAINS, dataclasses.astuple(case))) - seen:
-            found, seen = [*found, case], seen | new
-    return found + [case for case in SAMPLE if back_end.refusal(case)]
-
-
-CHECKS = [(b, c) for b in BACK_ENDS for c in some(b)]
-
-
-@pytest.mark.parametrize(("back_end", "case"), CHECKS, ids=str)
-def test_forward_and_gradients(back_end, case):
-    check(back_end, case)
+def sample(back_end: BackEnd) -> list[Case]:
+    """Returns cases that hold each value, or a few of them: the reference is compared again wherever another fails."""
+    cases = list(dict.fromkeys(map(back_end.nearest, FEWER_PAIRS)))
+    if back_end.interpreted:
+        return oracle.covering(cases)[:1] + [case for case in FEWER_PAIRS if back_end.refusal(case)]
+    return oracle.covering([*cases, Case(dtype="float16")])[:: 3 if back_end.name == "reference" else 1]
 
 
 def rest(back_end: BackEnd) -> list[Case]:
-    """Returns the slow cases: the whole sample and a random part of the grid, a third of it where xla does the rest."""
-    more = SAMPLE + (REST if back_end.name == "xla" else REST[::3])
-    return [case for case in more if (back_end, case) not in CHECKS and not back_end.refusal(case)]
+    """Returns cases that hold every pair of values; for the interpreter, of fewer values; a third for the reference."""
+    pairs = PAIRS[:: 3 if back_end.name == "reference" else 1]
+    if back_end.interpreted:
+        pairs = list(map(back_end.nearest, FEWEST_PAIRS)) + oracle.covering(list(map(back_end.nearest, FEWER_PAIRS)))
+    return [case for case in dict.fromkeys(pairs) if case not in sample(back_end)]
+
+
+@pytest.mark.parametrize(("back_end", "case"), [(b, c) for b in BACK_ENDS for c in sample(b)], ids=str)
+def test_forward_and_gradients(back_end, case):
+    check(back_end, case)
 
 
 @pytest.mark.slow
@@ -241,7 +236,7 @@ def test_forward_and_gradients_of_the_rest(back_end, case):
     check(back_end, case)
 
 
-@every_back_end
+@gradients_of_every_back_end
 def test_own_tuning_at_longer_lengths(back_end):
     check(dataclasses.replace(back_end, tuning=None), Case(lengths="long", ids="segments"))
 
@@ -249,7 +244,7 @@ def test_own_tuning_at_longer_lengths(back_end):
 PACKED = Case(lengths="T=S", ids="segments", logits="all")
 
 
-@every_back_end
+@gradients_of_every_back_end
 def test_determinism(back_end):
     f, arguments = function(back_end, back_end.nearest(PACKED))
     f = jax.jit(f)
@@ -257,7 +252,7 @@ def test_determinism(back_end):
         np.testing.assert_array_equal(a, b)
 
 
-@every_back_end
+@gradients_of_every_back_end
 def test_large_logits(back_end):
     """Softmax weights close to 0 and 1, logits far beyond exp's range."""
     case = Case(mask="window")
@@ -271,7 +266,7 @@ def test_large_logits(back_end):
     oracle.assert_accurate(jax.jit(f)(arrays, cotangents, traced), *results, np.float32)
 
 
-@every_back_end
+@gradients_of_every_back_end
 def test_empty_rows_send_no_gradient_whatever_their_cotangent(back_end):
     """The gradient of lse**2 at lse = -inf is infinite: it must not spread."""
     case = Case(mask="distant")
@@ -301,7 +296,7 @@ def test_no_queries_or_no_keys(back_end, T, S):
         np.testing.assert_array_equal(dx, jnp.zeros_like(x))
 
 
-@every_back_end
+@gradients_of_every_back_end
 def test_bias_of_minus_infinity_hides(back_end):
     case = Case(mask="full", logits="bias")
     if back_end.refusal(case):
@@ -320,7 +315,7 @@ def test_bias_of_minus_infinity_hides(back_end):
     oracle.assert_accurate(jax.jit(f)(arrays, cotangents, traced), *results, np.float32)
 
 
-@every_back_end
+@gradients_of_every_back_end
 def test_vmap(back_end):
     """Over q, k, v and segment ids, with sinks and bias shared."""
     case = back_end.nearest(PACKED)
@@ -338,7 +333,7 @@ def test_vmap(back_end):
         oracle.assert_accurate(got, truth, plain, np.float32)
 
 
-@every_back_end
+@gradients_of_every_back_end
 @pytest.mark.parametrize(
     ("case", "shape", "q_spec", "kv_spec"),
     [
@@ -392,7 +387,7 @@ def halves(case: Case) -> Any:
 SPLIT = [Case(mask="prefix", ids="segments", logits="sinks"), Case(mask="distant", ids="positions")]
 
 
-@every_back_end
+@gradients_of_every_back_end
 @pytest.mark.parametrize("case", SPLIT, ids=str)
 def test_halves_of_the_keys_merge_to_the_whole(back_end, case):
     arrays, _, cotangents, _ = inputs(case)
@@ -411,7 +406,7 @@ def test_halves_of_the_keys_merge_to_the_whole(back_end, case):
     oracle.assert_accurate(results, *expected(case), np.float32)
 
 
-@every_back_end
+@gradients_of_every_back_end
 @pytest.mark.parametrize("case", [dataclasses.replace(SPLIT[0], dtype="bfloat16"), SPLIT[1]], ids=str)
 def test_backward_partials_sum_to_the_whole(back_end, case):
     arrays, _, cotangents, _ = inputs(case)

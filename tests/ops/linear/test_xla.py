@@ -10,6 +10,7 @@ import longattn
 from longattn.ops.linear import xla
 from longattn.ops.linear.contract import Arrays, Options
 from tests.ops.contract.test_linear import equations
+from tests.slow import but_few
 
 H, D = 2, 16
 
@@ -25,7 +26,7 @@ def loss(given):
     return jnp.sum(out**2) + jnp.sum(S)
 
 
-@pytest.mark.parametrize("kind", ["scalar", "vector"])
+@pytest.mark.parametrize("kind", but_few(["scalar", "vector"]))
 def test_memory_is_linear_in_length(kind):
     """Memory of forward and backward pass."""
 

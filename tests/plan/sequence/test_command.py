@@ -83,6 +83,7 @@ def test_wrong_arguments_are_one_line_with_the_remedy(arguments, message, capsys
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_plan_by_formula_compares_and_recommends(capsys, tmp_path):
     page = tmp_path / "plan.html"
     arguments = ["plan", "llama3_8b", "--topology", "v5e:4x4", "--T", "131072", "--B", "4", "--strategies", "all"]

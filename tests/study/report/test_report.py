@@ -137,24 +137,32 @@ def study(tmp_path: Path) -> report.Study:
     return report.load(make(tmp_path / "a"))
 
 
-def test_numbers_equal_the_jsonl(study: report.Study, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in (tmp_path / "a" / FILE).read_text().splitlines()]
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A study's folder, and its page."""
+    folder = make(tmp_path_factory.mktemp("study") / "a")
+    return folder, report.page(report.load(folder))
+
+
+def test_numbers_equal_the_jsonl(page: tuple[Path, str]) -> None:
+    folder, text = page
+    lines = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
     stored = {line["key"]: line["value"] for line in lines if line["kind"] == "number"}
-    shown = Page(report.page(study)).numbers
+    shown = Page(text).numbers
     assert {key for key, _ in shown} == set(stored)  # every one stands in the list of all numbers
     assert all(stored[key] == value for key, value in shown)
     assert len(shown) > len(stored)
 
 
-def test_page_is_whole_and_fetches_nothing(study: report.Study) -> None:
-    text = report.page(study)
-    page = Page(text)
-    assert page.open == []
-    assert len(page.ids) == len(set(page.ids))
-    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+def test_page_is_whole_and_fetches_nothing(page: tuple[Path, str]) -> None:
+    _, text = page
+    shown = Page(text)
+    assert shown.open == []
+    assert len(shown.ids) == len(set(shown.ids))
+    assert all(link.startswith("#") and link[1:] in shown.ids for link in shown.links)
     assert "url(http" not in text
     assert "<script" not in text
-    assert page.badges >= len(page.numbers)
+    assert shown.badges >= len(shown.numbers)
     assert "cost/T=8192" in text  # what the budget left out is named
 
 
@@ -210,6 +218,7 @@ def test_recorded_studies_stand_beside(tmp_path: Path) -> None:
     assert '<abbr class="b measured"' in text
 
 
+@pytest.mark.slow
 def test_compare_page(tmp_path: Path) -> None:
     a, b = make(tmp_path / "a"), make(tmp_path / "b", shift=0.1)
     path = compare(str(a), str(b), dir=str(tmp_path))

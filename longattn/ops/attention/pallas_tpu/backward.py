@@ -129,16 +129,6 @@ class _Row:
         return self.n.H // self.n.K
 
     @property
-    def strips(self) -> int:
-        """Tiles of queries in a block."""
-        return self.n.block_q // self.n.tile_q
-
-    @property
-    def parts(self) -> int:
-        """Tiles of keys in a block."""
-        return self.n.block_k // self.n.tile_k
-
-    @property
     def precision(self) -> lax.Precision | None:
         return lax.Precision.HIGHEST if self.refs.k.dtype == jnp.float32 else None
 
@@ -163,7 +153,7 @@ class _Row:
 
 
 def _list(n: Call, walk: Ref, h: Array | int, bodies: list[blocks.Pattern | None]) -> blocks.Row:
-    tiles_of_block = n.block_q // n.tile_q * (n.block_k // n.tile_k)
+    tiles_of_block = n.strips * n.parts
     return blocks.Row(lambda i: walk[h, i], len(bodies), n.mask_numbers, n.rows_q, tiles_of_block)
 
 
@@ -247,7 +237,7 @@ class _Block:
 
     def compute(self, pattern: blocks.Pattern | None, groups: Any) -> None:
         """Computes the tiles that show a pair, as the pattern or, without one, the list's groups of tiles say."""
-        strips, parts = self.x.strips, self.x.parts
+        strips, parts = self.x.n.strips, self.x.n.parts
         if pattern is None:
             group = lambda found, masked: self.several(
                 [self.tile(t % strips, t // strips, masked, sparse) for t, sparse in found]
@@ -348,7 +338,7 @@ def _visit(x: _Row, pattern: blocks.Pattern | None, h: Array, step: Array, _: ob
 
 def _kernel(n: Call, refs: _Refs) -> None:
     head, row = pl.program_id(0), pl.program_id(1)
-    bodies = blocks.bodies(n.patterns, n.block_q // n.tile_q, n.block_k // n.tile_k)
+    bodies = blocks.bodies(n.patterns, n.strips, n.parts)
     sums = _Sums(refs.dq, refs.dq_ring, refs.state, refs.dq_semaphores)
     x = _Row(n, refs, head // n.K, head % n.K, row, bodies, _list(n, refs.walk, 0, bodies), sums)
 

@@ -53,6 +53,16 @@ class Call:
     vmem_bytes: int  # limit on the kernel's fast memory
 
     @property
+    def strips(self) -> int:
+        """Tiles of queries in a block."""
+        return self.block_q // self.tile_q
+
+    @property
+    def parts(self) -> int:
+        """Tiles of keys in a block."""
+        return self.block_k // self.tile_k
+
+    @property
     def mask_numbers(self) -> int:
         """How many numbers per sequence the mask reads."""
         return self.mask.num_leaves - (self.sparse is not None)

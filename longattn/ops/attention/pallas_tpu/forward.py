@@ -120,14 +120,14 @@ def _block(
             x.add_values(slot, chunk * x.chunk + keys.start, strip, refs.p[chunk % 2, strip, keys])
 
     for chunk in range(CHUNKS):
-        for strip in range(x.strips):
+        for strip in range(x.n.strips):
             probabilities(chunk, strip)
             if chunk:
                 multiply(chunk - 1, strip)
             elif before is not None:
                 _multiply_last_chunk(x, before, strip)
     if flush:
-        for strip in range(x.strips):
+        for strip in range(x.n.strips):
             multiply(CHUNKS - 1, strip)
 
 
@@ -162,7 +162,7 @@ def _block_of_tiles(x: Row, shifted: bool, step: Array, slot: Array) -> Array:
                 refs.late[...] = p
         refs.state[LATE_SLOT], refs.state[LATE] = slot, found[-1][0]
 
-    tiles.by_groups(x.listed.groups(step), x.strips * x.parts, group)
+    tiles.by_groups(x.listed.groups(step), x.n.strips * x.n.parts, group)
     return after(slot)
 
 
@@ -202,7 +202,7 @@ def _bounded(x: Row, whole: blocks.Pattern, start: Array) -> None:
         x.arrive(x.cut, slot)
         _block(x, False, whole, slot, x.listed.block(x.cut), None, False)
         state[SLOT], before = lax.fori_loop(x.cut + 1, x.listed.seen, following, (after(slot), slot))
-        for strip in range(x.strips):
+        for strip in range(x.n.strips):
             _multiply_last_chunk(x, before, strip)
 
     @pl.when(x.cut == x.listed.seen)
@@ -216,7 +216,7 @@ def _unbounded(x: Row, whole: blocks.Pattern, start: Array) -> None:
     pl.when(state[FETCHED] == 0)(lambda: x.fetch(x.row).start(x.listed.block(0), start))
     x.fetch(x.row).wait(x.listed.block(0), start)
     state[FETCHED] = HERE
-    for strip in range(x.strips):
+    for strip in range(x.n.strips):
         m = _groups(x.logits(start, 0, strip)).max(0).max(0, keepdims=True)
         refs.m[strip] = jnp.broadcast_to(m, refs.m.shape[1:])
     slot = _cut_blocks(x, True, start)
@@ -224,7 +224,7 @@ def _unbounded(x: Row, whole: blocks.Pattern, start: Array) -> None:
     state[SLOT] = slot
     index = x.row * n.block_q + lax.broadcasted_iota(jnp.int32, (1, n.tile_q), 1)
     good = jnp.ones((1, n.tile_q), jnp.bool_)
-    for strip in range(x.strips):
+    for strip in range(x.n.strips):
         total = refs.l[strip].sum(0, keepdims=True)
         good &= (index + strip * n.tile_q >= n.T) | ((total > 2.0**-SAFE) & (total < 2.0**SAFE))
     state[BAD] = 1 - jnp.min(good.astype(jnp.int32))
@@ -258,9 +258,9 @@ def _online_block(x: Row, pattern: blocks.Pattern | None, step: Array, slot: Arr
     j = x.listed.block
     if pattern is None:
         group = lambda found, masked: _online_tiles(x, slot, j(step), [(*x.place(t), masked, s) for t, s in found])
-        tiles.by_groups(x.listed.groups(step), x.strips * x.parts, group)
+        tiles.by_groups(x.listed.groups(step), x.n.strips * x.n.parts, group)
     else:
-        places = itertools.product(range(x.parts), range(x.strips))  # neighbours do not depend on each other
+        places = itertools.product(range(x.n.parts), range(x.n.strips))  # neighbours do not depend on each other
         kinds = [(strip, part * x.n.tile_k, pattern[strip][part]) for part, strip in places]
         found = [(strip, first, kind == PARTIAL, None) for strip, first, kind in kinds if kind != EMPTY]
         _online_tiles(x, slot, j(step), found)
@@ -291,7 +291,7 @@ def _begin(refs: Refs, m: float) -> None:
 def _finish(x: Row) -> None:
     """Writes out and lse."""
     refs, size = x.refs, x.n.tile_q
-    for strip in range(x.strips):
+    for strip in range(x.n.strips):
         total, rest = (ref[strip].sum(0, keepdims=True) for ref in (refs.l, refs.rest))
         m = refs.m[strip, :1]
         empty = (total == 0.0) | (m == NEVER)
@@ -303,7 +303,7 @@ def _finish(x: Row) -> None:
 
 def _kernel(n: Call, refs: Refs) -> None:
     head, row = pl.program_id(0), pl.program_id(1)
-    strips, parts, state = n.block_q // n.tile_q, n.block_k // n.tile_k, refs.state
+    strips, parts, state = n.strips, n.parts, refs.state
     bodies, whole = blocks.bodies(n.patterns, strips, parts), blocks.whole(strips, parts)
     b, h = head // n.H, head % n.H
     kv = h // (n.H // n.K)
@@ -336,16 +336,15 @@ def _kernel(n: Call, refs: Refs) -> None:
 
 def _scratch(n: Call, dtype: DTypeLike, bias: Array | None) -> dict[str, Any]:
     """Returns the kernel's own memory, for operands of this dtype."""
-    strips = n.block_q // n.tile_q
-    statistics = pltpu.VMEM((strips, SUBLANES, n.tile_q), jnp.float32)
+    statistics = pltpu.VMEM((n.strips, SUBLANES, n.tile_q), jnp.float32)
     return {
         "k_ring": pltpu.VMEM((RING, n.block_k, n.D), dtype),
         "v_ring": pltpu.VMEM((RING, n.block_k, n.V), dtype),
         "number_ring": pltpu.VMEM((RING, max(len(n.numbers), 1), n.block_k), jnp.int32),
         "bias_ring": pltpu.VMEM(*n.bias_ring(RING, bias)),
-        "p": pltpu.VMEM((CHUNKS, strips, n.block_k // CHUNKS, n.tile_q), dtype),
+        "p": pltpu.VMEM((CHUNKS, n.strips, n.block_k // CHUNKS, n.tile_q), dtype),
         "late": pltpu.VMEM((n.tile_k, n.tile_q), dtype),
-        "acc": pltpu.VMEM((strips, n.V, n.tile_q), jnp.float32),
+        "acc": pltpu.VMEM((n.strips, n.V, n.tile_q), jnp.float32),
         "m": statistics,
         "l": statistics,
         "rest": statistics,

@@ -63,16 +63,6 @@ class Row:
     precision: Precision | None  # of the products
 
     @property
-    def strips(self) -> int:
-        """Tiles of queries in a block."""
-        return self.n.block_q // self.n.tile_q
-
-    @property
-    def parts(self) -> int:
-        """Tiles of keys in a block."""
-        return self.n.block_k // self.n.tile_k
-
-    @property
     def chunk(self) -> int:
         """Keys in a chunk."""
         return self.n.block_k // CHUNKS
@@ -144,4 +134,4 @@ class Row:
 
     def place(self, tile: Array) -> tuple[Array, Array]:
         """Returns strip and first key of a listed tile."""
-        return tile // self.parts, tiles.multiple(tile % self.parts, self.n.tile_k)
+        return tile // self.n.parts, tiles.multiple(tile % self.n.parts, self.n.tile_k)

@@ -117,22 +117,26 @@ def forward_over(machine: Machine, kinds: np.ndarray, group: int, size: float = 
 
 
 SHAPES = [(3, 2), (2, 3), (5, 1), (1, 5), (4, 4), (7, 3)]  # rows of lists, blocks in them
+by_shape = pytest.mark.parametrize(
+    "shape", [*SHAPES[:2], *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[2:])], ids=str
+)
 HEADS = [(1, 1, 0), (2, 2, 1), (1, 3, 0)]  # key heads, query heads of each, queries that the last block lacks
 
 
 @pytest.mark.parametrize(("heads", "group", "short"), HEADS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@by_shape
 def test_backward(shape, heads, group, short):
     backward_over(Machine(), sample(*shape), heads, group, short)
 
 
 @pytest.mark.parametrize("size", [1.0, 200.0])
 @pytest.mark.parametrize("group", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@by_shape
 def test_forward(shape, group, size):
     forward_over(Machine(), sample(*shape), group, size)
 
 
+@pytest.mark.slow
 def test_every_walk_of_three_rows_over_two_blocks():
     backward_over(Machine(), every(3, 2), 1, 1, 0)
 

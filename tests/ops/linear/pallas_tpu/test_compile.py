@@ -26,13 +26,16 @@ CHIPS = ["v5e", "v5p", "v6e", "tpu7x"]
 DOMAINS: dict[str, list[Any]] = {
     "chip": CHIPS,
     "kind": ["none", "scalar", "vector", "none_delta", "scalar_delta", "vector_delta"],
-    "sizes": [(64, 64), (128, 128), (64, 128), (192, 128), (256, 256), (5, 7)],  # D, V
+    "sizes": [(64, 64), (128, 128), (192, 128), (5, 7)],  # D, V
     "dtype": ["bfloat16", "float32"],
     "heads": [(4, 4, 4), (1, 1, 4), (8, 8, 4), (3, 3, 6)],  # of q, k, v
     "length": [2048, 1000, 1],
     "beside": ["nothing", "segments", "state", "both"],
 }
 GRID = list(oracle.pairwise(DOMAINS))
+GRID += [
+    next(case for case in GRID if case["dtype"] == "bfloat16") | {"sizes": size} for size in ((64, 128), (256, 256))
+]
 
 
 def lowered(request: dict[str, Any], implementation: str | None = "pallas_tpu") -> jax.stages.Lowered:
@@ -79,25 +82,21 @@ def _name(case: dict[str, Any]) -> str:
     return "-".join(map(str, case.values())).replace(" ", "")
 
 
-FEW = [next(case for case in GRID if case["chip"] == chip and case["dtype"] == "bfloat16") for chip in CHIPS]
-
-
-@pytest.mark.parametrize("case", FEW, ids=_name)
+@pytest.mark.parametrize("case", GRID[:1], ids=_name)
 def test_compiles(case):
     compiles(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in GRID if case not in FEW], ids=_name)
+@pytest.mark.parametrize("case", GRID[1:], ids=_name)
 def test_the_rest_compiles(case):
     compiles(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
-def test_a_million_tokens_of_packed_documents_compile(chip):
+def test_a_million_tokens_of_packed_documents_compile():
     compiles(
-        {"chip": chip, "kind": "vector_delta", "sizes": (128, 128), "dtype": "bfloat16", "heads": (2, 2, 2), "B": 1}
+        {"chip": "v6e", "kind": "vector_delta", "sizes": (128, 128), "dtype": "bfloat16", "heads": (2, 2, 2), "B": 1}
         | {"length": 2**20, "beside": "both"}
     )
 
@@ -143,6 +142,7 @@ def over_mesh_here(_: dict[str, Any]) -> dict[str, Any]:
     return {"kernels": "longattn_linear_backward" in text, "collectives": "all-gather" in text}
 
 
+@pytest.mark.slow
 def test_shard_map_over_batch_and_heads_compiles():
     answer = compilers.call(f"{__name__}:over_mesh_here", {}, compilers.tpu_environment(), 300)
     assert answer == {"kernels": True, "collectives": False}
