@@ -72,7 +72,7 @@ test-all: .venv/test-$(EXTRA) .venv/compilers  ## the rest of the tests: the lar
 
 # A file of tests is pytest's arguments, one a line.
 OLDEST = PYTHONPATH=. .venv/oldest-$(1)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile \
-	-p no:cacheprovider -m "not slow" @.ci/oldest/$(1).tests $(ARGS)
+	-p no:cacheprovider -W ignore::DeprecationWarning -m "not slow" @.ci/oldest/$(1).tests $(ARGS)
 test-oldest: .venv/oldest-core/installed .venv/oldest-train/installed  ## a sample of the tests on the oldest jax, flax, optax, orbax and grain that are supported
 	@$(call OLDEST,core)
 	@$(call OLDEST,train)

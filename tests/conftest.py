@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import jax
 import jaxtyping
+import pytest
 
 import tests.runtime_types  # noqa: F401  (the hook below finds it as an attribute of `tests`)
 
@@ -19,3 +20,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 jaxtyping.install_import_hook("longattn", "tests.runtime_types.checked")
+
+
+@pytest.fixture
+def optimised():
+    """LLVM optimises as for users: for results that are compared to the last place."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

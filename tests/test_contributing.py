@@ -65,7 +65,7 @@ def test_every_recipe_has_a_diff_and_code():
 def test_a_back_end(monkeypatch, module):
     monkeypatch.setitem(api.BACK_ENDS, "short", module("longattn/ops/attention/short.py"))
     back_end = test_attention.BackEnd("short", names_residuals=False)
-    for case in test_attention.some(test_attention.BackEnd("reference", names_residuals=False))[:3]:
+    for case in test_attention.sample(test_attention.BackEnd("reference", names_residuals=False))[:3]:
         test_attention.check(back_end, case)
     q, k, v = arrays(1025)
     with pytest.raises(NotImplementedError, match=r"short serves T S up to 1,048,576, not 1,025 x 1,025"):

@@ -249,7 +249,7 @@ def _train_step(config: Config, context: Context | None, state: State, batch: Ba
         metrics = {
             "loss": totals[0],  # nats per weighted token, z-loss included
             "nll": totals[1],  # nats per weighted token
-            "grad_norm": optax.global_norm(grads),  # before clipping
+            "grad_norm": optax.tree.norm(grads),  # before clipping
             "weight_sum": weight_sum,
             "lr": learning_rate(config.optimiser, config.run.steps)(state.step),
         }

@@ -54,6 +54,7 @@ def test_keys_values_and_their_gradients_are_sent_as_the_formula_says(case):
     assert summed == by_formula.get("their gradients", 0)
 
 
+@pytest.mark.slow
 def test_messages_between_all_devices_are_those_of_the_program_but_for_its_rings():
     """Matrices that are passed around a ring of P devices are sent P / (P - 1) times as often as others."""
     meshes = {case.name: case.config.mesh for case in calibration.CASES}

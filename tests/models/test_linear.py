@@ -166,7 +166,7 @@ def kimi_delta_attention(layer, p, x, h):
 PAPERS = (linear_attention, performer, based, retnet, gla, mamba2, gated_delta_net, kimi_delta_attention)
 
 
-@pytest.mark.parametrize(("layer", "paper"), zip(LAYERS, PAPERS), ids=[paper.__name__ for paper in PAPERS])
+@pytest.mark.parametrize(("layer", "paper"), list(zip(LAYERS, PAPERS)), ids=[paper.__name__ for paper in PAPERS])
 def test_is_its_paper(layer, paper):
     params = parameters(layer)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)

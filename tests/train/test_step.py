@@ -52,9 +52,6 @@ def batch(seed: int = 0) -> Batch:
     return Batch(rng.integers(0, 257, (B, T)).astype(np.int32), positions, segments, weights)
 
 
-compiled_step = functools.cache(train_step)  # several tests take a step of CONFIG
-
-
 @functools.cache
 def fresh() -> State:
     return init_state(CONFIG, 0)
@@ -70,7 +67,7 @@ def test_loss_is_the_global_token_mean() -> None:
     logits, _ = Transformer(CONFIG.model).apply({"params": fresh().params}, b.tokens, b.positions, b.segment_ids)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)[..., 0]
     expected = float((nll * weights).sum() / weights.sum())
-    _, metrics = compiled_step(CONFIG)(copy(fresh()), b)
+    _, metrics = train_step(CONFIG)(copy(fresh()), b)
     assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
     assert float(metrics["weight_sum"]) == pytest.approx(float(weights.sum()), rel=1e-6)
 
@@ -87,7 +84,7 @@ def test_loss_is_the_global_token_mean() -> None:
 @pytest.mark.parametrize("pieces", but_few([2, 4]))
 def test_accumulation_changes_nothing_but_rounding(pieces: int) -> None:
     # A mean of the micro-batches' means would differ: their weights do.
-    whole, m = compiled_step(CONFIG)(copy(fresh()), batch())
+    whole, m = train_step(CONFIG)(copy(fresh()), batch())
     split, n = train_step(with_(CONFIG, accumulate=pieces))(copy(fresh()), batch())
     for key in m:
         np.testing.assert_allclose(m[key], n[key], rtol=1e-5)
@@ -104,7 +101,7 @@ def test_a_batch_without_weight_changes_no_parameter_by_gradient() -> None:
 
 
 def test_clipping_bounds_the_first_moment() -> None:
-    _, metrics = compiled_step(CONFIG)(copy(fresh()), batch())
+    _, metrics = train_step(CONFIG)(copy(fresh()), batch())
     assert float(metrics["grad_norm"]) > CONFIG.optimiser.clip  # else this tests nothing
     state, _ = train_step(with_(CONFIG, clip=0.01))(copy(fresh()), batch())
     adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))

@@ -164,6 +164,7 @@ def test_kernels_that_accept_the_device_are_tried(tmp_path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_report_that_passed_is_kept_where_training_looks(monkeypatch, tmp_path) -> None:
     everything = {name: p for name, p in numerics.problems(64).items() if name in FEW}
     monkeypatch.setattr(numerics, "problems", lambda T: everything)

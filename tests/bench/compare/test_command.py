@@ -38,6 +38,7 @@ def test_the_tables_say_all(document) -> None:
         assert piece in text, piece
 
 
+@pytest.mark.slow
 def test_names_with_brackets_are_printed_as_they_are(document) -> None:
     row = next(row for row in document["rows"] if "samples" in row)
     named = {**row, "kernels": [{**row["kernels"][0], "name": "kernel[bold]"}]}

@@ -49,7 +49,7 @@ def test_formulas_are_the_bytes_of_the_programs(way, problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "problem"), grid(), ids=lambda x: str(x) if isinstance(x, Way) else f"K{x.K}")
+@pytest.mark.parametrize(("way", "problem"), list(grid()), ids=lambda x: str(x) if isinstance(x, Way) else f"K{x.K}")
 def test_formulas_are_the_bytes_of_the_programs_on_2_3_4_and_8_devices(way, problem):
     check(way, problem)
 

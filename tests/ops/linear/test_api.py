@@ -145,7 +145,7 @@ def _step(q, k, v):
 
 @pytest.mark.parametrize("shape", [(H,), (B, H), (B, H, D)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_is_one_token_with_its_gradients(shape, dtype):
+def test_a_step_is_one_token_with_its_gradients(shape, dtype, optimised):
     """A step equals one token of the reference, whose sums have the same order."""
     rng = np.random.default_rng(0)
     q, k, v, S, beta = (jnp.asarray(rng.random(x.shape, np.float32)) for x in (Q, KEY, VALUE, STATE, BETA))

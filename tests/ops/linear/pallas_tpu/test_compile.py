@@ -116,6 +116,7 @@ def default_here(request: dict[str, Any]) -> dict[str, Any]:
     return {"tpu": "tpu_custom_call" in for_tpu, "cpu": "tpu_custom_call" in here}
 
 
+@pytest.mark.slow
 def test_the_default_is_chosen_for_the_target_and_not_for_this_host():
     assert compilers.call(f"{__name__}:default_here", CASE, compilers.tpu_environment(), 300) == {
         "tpu": True,
