@@ -10,7 +10,7 @@ import typing
 from typing import Any, Literal
 
 
-def typed(owner: object) -> None:
+def typed(owner: Any) -> None:
     """Raises ValueError unless each field of the dataclass `owner` has its annotated type; numbers must be finite."""
     for name, hint in _hints(type(owner)).items():
         value = getattr(owner, name)
