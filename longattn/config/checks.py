@@ -19,7 +19,7 @@ def typed(owner: Any) -> None:
 
 
 @functools.lru_cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
