@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 def typed(owner: Any) -> None:
     """Raises ValueError unless each field of the dataclass `owner` has its annotated type; numbers must be finite."""
-    for name, hint in _hints(type(owner)).items():
+    for name, hint in _hints(type(owner)).items():  # type: ignore[arg-type]
         value = getattr(owner, name)
         if rule := _broken(value, hint):
             raise ValueError(f"{type(owner).__name__}.{name}={value!r} must be {rule}")
