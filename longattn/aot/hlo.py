@@ -19,6 +19,7 @@ _SPACE = re.compile(r"S\((\d+)\)")
 _HEAD = re.compile(r"^(ENTRY )?%?(\S+) \(.*-> .*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = ")
 _OPERAND = re.compile(r"%([^\s,()#]+)(?:#(\d+))?")
+_END = re.compile(r"^\}(, execution_thread=\"[^\"]*\")?$")  # attributes over several lines may begin a line with } too
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
@@ -145,7 +146,7 @@ def parse(text: str) -> Program:
             if head := _HEAD.match(line):
                 name, lines = head[2], []
                 entry = name if head[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             computations[name] = Computation(name, tuple(lines))
             name = None
         elif found := _NAME.match(line):
@@ -159,7 +160,11 @@ def _joined(text: str) -> Iterator[str]:
     """Yields lines, with instructions joined whose attributes contain line breaks."""
     line = ""
     for part in text.splitlines():
-        if line and not (_NAME.match(part) or part.startswith(("}", "%", "ENTRY"))):
+        if (
+            line
+            and not any(map(_END.match, (line, part)))
+            and not (_NAME.match(part) or part.startswith(("%", "ENTRY")))
+        ):
             line += " " + part
             continue
         if line:

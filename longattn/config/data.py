@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longattn.config.checks import fraction, positive
+from longattn.config.checks import fraction, positive, typed
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class ByteLM:
     balance: bool = False  # share out a step's rows so that all devices have equally many visible pairs
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "T", "B", "overlap", "max_bytes")
         fraction(self, "valid")
         if self.overlap >= self.T:
@@ -37,6 +38,7 @@ class MQAR:
     alpha: float = 0.01  # exponent of the power law of the gaps
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "T", "B", "pairs")
         if 4 * self.pairs > self.T:
             raise ValueError(
@@ -59,6 +61,7 @@ class Needle:
     depth: float | None = None  # where the needle stands: 0 start, 1 end, None uniform
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "T", "B", "digits")
         if self.depth is not None:
             fraction(self, "depth")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from longattn.config.checks import positive
+from longattn.config.checks import positive, typed
 
 LayoutName = Literal["contiguous", "zigzag", "striped"]  # the orders of a sequence over its devices: parallel/layout.py
 
@@ -47,6 +47,7 @@ class Mesh:
     layout: LayoutName = "contiguous"  # which tokens a device has; see parallel/layout.py
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "data", "fsdp", "tensor", "seq", "ring")
 
     @property

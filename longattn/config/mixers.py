@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from longattn import mask as masks
-from longattn.config.checks import above_zero, increasing, positive
+from longattn.config.checks import above_zero, increasing, positive, typed
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class RoPE:
     original_T: int = 2048  # the context length of the original training (yarn)
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "original_T")
         if self.base <= 1:
             raise ValueError(f"RoPE.base={self.base} must exceed 1")
@@ -35,6 +36,9 @@ class Mixer:
     A subclass is a frozen dataclass whose name is that of the module class which computes it, in `models.MIXERS`.
     """
 
+    def __post_init__(self) -> None:
+        typed(self)
+
 
 @dataclass(frozen=True)
 class Softmax(Mixer):
@@ -47,6 +51,7 @@ class Softmax(Mixer):
     sinks: bool = False  # one learned extra logit per head in the denominator
 
     def __post_init__(self) -> None:
+        typed(self)
         try:
             whole = masks.parse(str(self.mask)) == self.mask
         except ValueError:
@@ -65,6 +70,7 @@ class LinearAttention(Mixer):
     eps: float = 1e-6  # added to the sum of weights that divides the output
 
     def __post_init__(self) -> None:
+        typed(self)
         above_zero(self, "eps")
 
 
@@ -77,6 +83,7 @@ class Performer(Mixer):
     eps: float = 1e-6  # added to the sum of weights that divides the output
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "features")
         above_zero(self, "eps")
 
@@ -89,6 +96,7 @@ class Based(Mixer):
     eps: float = 1e-6  # added to the sum of weights that divides the output
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "features")
         above_zero(self, "eps")
 
@@ -103,6 +111,7 @@ class RetNet(Mixer):
     rope: RoPE | None = RoPE()  # None: no position encoding but the decay
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "V")
         if not 0 < self.slowest <= self.fastest < 1:
             raise ValueError(
@@ -119,6 +128,7 @@ class GLA(Mixer):
     temperature: float = 16.0  # decays are sigmoid(.) ** (1 / temperature)
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "D", "rank")
         above_zero(self, "temperature")
 
@@ -135,6 +145,7 @@ class Mamba2(Mixer):
     rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "expand", "state", "groups", "taps")
         increasing(self, "steps", "rates")
 
@@ -149,6 +160,7 @@ class GatedDeltaNet(Mixer):
     rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "V", "taps")
         increasing(self, "steps", "rates")
 
@@ -164,6 +176,7 @@ class KimiDeltaAttention(Mixer):
     rates: tuple[float, float] = (1.0, 16.0)  # range of the decay rate at initialisation, uniform
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "V", "rank", "taps")
         increasing(self, "steps", "rates")
 

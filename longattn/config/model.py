@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from longattn.config.checks import positive
+from longattn.config.checks import positive, typed
 from longattn.config.mixers import Mixer, Softmax
 
 
@@ -31,6 +31,7 @@ class Model:
     )
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "N", "E", "F", "H", "K", "D", "W", "mlp_chunk")
         if not self.mixers:
             raise ValueError("Model.mixers=() must name at least one mixer")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from longattn.config.checks import fraction, positive
+from longattn.config.checks import fraction, positive, typed
 from longattn.config.data import MQAR, ByteLM, Data
 from longattn.config.mesh import Mesh
 from longattn.config.model import Model
@@ -27,6 +27,7 @@ class Optimiser:
     loss_chunk: int = 512  # number of tokens whose logits exist at once
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "accumulate", "loss_chunk")
         fraction(self, "final", "b1", "b2")
         if self.lr <= 0:
@@ -54,6 +55,7 @@ class Run:
     init_from: str = ""  # start from the parameters of this run's best checkpoint
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "steps", "log_every", "save_every", "keep")
         for name in ("eval_every", "eval_batches"):
             if getattr(self, name) < 0:
@@ -75,23 +77,45 @@ class Config:
     run: Run = field(default_factory=Run)
 
     def __post_init__(self) -> None:
+        typed(self)
         if self.data.B % self.optimiser.accumulate:
-            raise ValueError(f"{self.optimiser.accumulate=} must divide {self.data.B=}")
+            raise ValueError(
+                f"optimiser.accumulate={self.optimiser.accumulate} must divide data.B={self.data.B}: "
+                f"set B to a multiple of {self.optimiser.accumulate}"
+            )
         rows = self.data.B // self.optimiser.accumulate
         if rows % (self.mesh.data * self.mesh.fsdp):
-            raise ValueError(f"{self.mesh.data=} * {self.mesh.fsdp=} must divide {rows}, the rows of a micro-batch")
-        along = f"{self.mesh.ring=} * {self.mesh.seq=}" if self.mesh.ring > 1 else f"{self.mesh.seq=}"
-        if short := -self.data.T % self.mesh.unit:
-            unit = f"{self.mesh.unit} for {self.mesh.layout=}" if self.mesh.unit > self.mesh.P else "it"
             raise ValueError(
-                f"{along} must divide {self.data.T=}: set T to a multiple of {unit}, next {self.data.T + short}"
+                f"mesh.data={self.mesh.data} * mesh.fsdp={self.mesh.fsdp} must divide {rows}, the rows of a micro-batch"
+                f": set data.B to a multiple of {self.mesh.data * self.mesh.fsdp * self.optimiser.accumulate}, or put "
+                "devices along mesh.seq or mesh.tensor instead"
+            )
+        along = (
+            f"mesh.ring={self.mesh.ring} * mesh.seq={self.mesh.seq}"
+            if self.mesh.ring > 1
+            else f"mesh.seq={self.mesh.seq}"
+        )
+        if short := -self.data.T % self.mesh.unit:
+            unit = f"{self.mesh.unit} for mesh.layout={self.mesh.layout!r}" if self.mesh.unit > self.mesh.P else "it"
+            raise ValueError(
+                f"{along} must divide data.T={self.data.T}: set T to a multiple of {unit}, next {self.data.T + short}"
             )
         if self.mesh.size > 1 and self.model.E % (self.mesh.fsdp * self.mesh.P):
-            raise ValueError(f"{self.mesh.fsdp=} * {along} must divide {self.model.E=}: they slice matrices")
+            raise ValueError(
+                f"mesh.fsdp={self.mesh.fsdp} * {along} must divide model.E={self.model.E}: they slice matrices"
+            )
         if self.model.K % self.mesh.tensor or self.model.F % self.mesh.tensor:
-            raise ValueError(f"{self.mesh.tensor=} must divide {self.model.K=} and {self.model.F=}")
+            raise ValueError(
+                f"mesh.tensor={self.mesh.tensor} must divide model.K={self.model.K} and model.F={self.model.F}"
+            )
+        if self.run.profile is not None and sum(self.run.profile) - 1 > self.run.steps:
+            first, count = self.run.profile
+            raise ValueError(
+                f"run.profile={self.run.profile} ends with step {first + count - 1}, after run.steps={self.run.steps}: "
+                "trace earlier steps"
+            )
         vocabulary = self.data.vocabulary if isinstance(self.data, MQAR) else 257
         if vocabulary > self.model.W:
             raise ValueError(
-                f"{self.model.W=} must be at least {vocabulary}, the vocabulary of {type(self.data).__name__}"
+                f"model.W={self.model.W} must be at least {vocabulary}, the vocabulary of {type(self.data).__name__}"
             )

@@ -118,6 +118,12 @@ class Topology:
         return [Topology(self.chip, d) for d in reversed(ladder)]
 
 
+def one(chip: str) -> Topology:
+    """One device of a chip that can be compiled for."""
+    rank = 2 if chip in hardware.GPUS else len(parse(hardware.TENSOR_CORES[chip].topology).dims)
+    return Topology(hardware.CHIPS[chip], (1,) * rank)
+
+
 def parse(name: str) -> Topology:
     """The topology that a name such as "v5e:4x4" describes.
 

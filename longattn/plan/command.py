@@ -24,9 +24,7 @@ from longattn.parallel.attention import STRATEGIES, strategy_on
 from longattn.plan import search, show
 
 VERSION = 1
-_LONGEST = 2**27  # tokens; the search stops here
 _WIDTH = 116  # width of the tables: a narrower terminal wraps them
-_TILE = 128  # the search tries multiples of this length on each device
 
 
 @dataclass(frozen=True)
@@ -278,7 +276,7 @@ def _largest(
     key, data, mesh = "T" if options.search == "max-length" else "B", options.data, options.mesh
     pieces = options.optimiser.accumulate
     if mesh.size == 1 and where.size > 1:  # the mesh stays while T or B grows
-        T = where.size * _TILE if key == "T" else data.T
+        T = where.size * search.TILE if key == "T" else data.T
         mesh = _choose_mesh(options.model, T, data.B // pieces, where, mesh)
         compiler.options = dataclasses.replace(options, mesh=mesh)
 
@@ -286,15 +284,13 @@ def _largest(
         rows[n] = compiler(where, **{key: n})
         return _fits(rows[n], f"{key} = {n:,} on {where.name}")
 
-    def expected(n: int) -> bool:  # by formula
-        return step.memory(compiler.options.config(where, **{key: n}), where)["total"] <= where.hbm_bytes
-
-    unit = mesh.P * _TILE if key == "T" else mesh.data * mesh.fsdp * pieces
-    limit = max(unit, _LONGEST if key == "T" else _LONGEST // data.T * where.size)
+    unit = mesh.P * search.TILE if key == "T" else mesh.data * mesh.fsdp * pieces
+    limit = max(unit, search.LONGEST if key == "T" else search.LONGEST // data.T * where.size)
     guess: int | None = getattr(data, key)
     with contextlib.suppress(NotImplementedError):  # without a formula the search starts from the requested number
-        guess, _ = search.largest(expected, getattr(data, key), unit, limit)
-    return search.largest(fits, guess or unit, unit, limit)
+        config = lambda n: compiler.options.config(where, **{key: n})
+        guess = search.by_formula(config, where, getattr(data, key), unit, limit)
+    return search.largest(fits, guess or unit, unit, limit, exact=options.analytic)
 
 
 def _recommended(rows: list[dict[str, Any]]) -> str:

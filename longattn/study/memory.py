@@ -1,33 +1,30 @@
 """Part 2, memory: bytes of a training step against T, and the longest T and largest batch that fit each chip.
 
-Nothing runs. The training step is compiled from shapes at three lengths, a polynomial in T is fitted to its bytes, and
-the fit is checked at a fourth length. The bytes are those of this machine's compiler: on a CPU, bfloat16 products are
-computed, and partly kept, in float32.
+Nothing runs. What fits a chip is `longattn plan --analytic`'s answer: formulas that were checked against its compiler.
+Ways that no formula knows have none; `longattn plan` compiles them. The bytes here are those of steps compiled for this
+machine: on a CPU, bfloat16 products are computed, and partly kept, in float32.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
 from longattn import config
-from longattn.cost import hardware
+from longattn.cost import hardware, step, topology
 from longattn.models import module_of
+from longattn.plan import search
 from longattn.study.presets import MemoryPlan
 from longattn.study.store import Number, Store
 from longattn.study.units import Clock, Unit
 from longattn.study.ways import FIRST, Way, ways
 from longattn.train.step import batch_shapes, state_shapes, train_step
-
-USABLE = 0.9  # share of a chip's memory; the runtime, the programs and fragmentation take the rest
-LONGEST = 2**30  # tokens; a fit is not extrapolated further
 
 
 def units(plan: MemoryPlan, store: Store) -> list[Unit]:
@@ -70,90 +67,41 @@ def step_bytes(cfg: config.Config, way: Way) -> int:
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Bytes of a step with one sequence: a + b T + c T**2, where c = 0 if a line is accurate to a percent."""
-
-    a: float
-    b: float
-    c: float
-
-    def __call__(self, T: float, B: int = 1) -> float:
-        """Returns the bytes of B sequences: all but the constant grows with the batch."""
-        return self.a + B * (self.b * T + self.c * T**2)
-
-    def longest(self, limit: float) -> int:
-        """Returns the longest T, a multiple of 128, within `limit` bytes; 0 if there is none."""
-        low, high = 0, LONGEST // 128
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self(middle * 128) <= limit else (low, middle - 1)
-        return low * 128
-
-    def largest_batch(self, T: int, limit: float) -> int:
-        return max(0, math.floor((limit - self.a) / max(self(T) - self.a, 1)))
-
-
-def fit(lengths: Iterable[int], values: Iterable[float]) -> Fit:
-    """Fits a line if it is within 1% of every value, else a parabola that rises."""
-    T, y = np.array(list(lengths), float), np.array(list(values), float)
-    b, a = np.polyfit(T, y, 1)
-    if (np.abs(a + b * T - y) <= 0.01 * y).all():
-        return Fit(float(a), float(b), 0.0)
-    if len(T) > 2 and (parabola := np.polyfit(T, y, 2))[0] > 0:  # a negative c would turn down somewhere
-        c, b, a = parabola
-        return Fit(float(a), float(b), float(c))
-    return Fit(float(a), float(b), 0.0)
-
-
 def _policy(plan: MemoryPlan, way: Way, remat: str, clock: Clock) -> Iterable[Number]:
-    at = {"remat": remat}
     number = lambda quantity, value, unit, badge, more, **rest: Number(
-        "memory", quantity, way.name, float(value), unit, badge, {**at, **more}, **rest
+        "memory", quantity, way.name, float(value), unit, badge, {"remat": remat, **more}, **rest
     )
-    lengths = (*plan.lengths, plan.check)
+    if way.implementation is None:  # the formulas are those of the default back ends
+        with contextlib.suppress(NotImplementedError):  # a way whose memory no formula knows
+            yield from _fitting(plan, way, remat, number)
     held = {}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # XLA compiles outside the interpreter's lock
-        sizes = pool.map(lambda T: step_bytes(_config(plan, way, remat, T), way), lengths)
-        for T, size in zip(lengths, sizes, strict=True):
+        sizes = pool.map(lambda T: step_bytes(_config(plan, way, remat, T), way), plan.lengths)
+        for T, size in zip(plan.lengths, sizes, strict=True):
             held[T] = size
-            clock.report(len(held) / (len(lengths) + 1))
-            note = "checks the fit" if plan.check == T else ""
-            yield number("step_bytes", size, "B", "compiled", {"T": T}, note=note)
-    line = fit(plan.lengths, [held[T] for T in plan.lengths])
-    yield number(
-        "fit_error",
-        line(plan.check) / held[plan.check] - 1,
-        "share",
-        "predicted",
-        {"T": plan.check},
-        note="fitted over compiled, minus 1",
-    )
-    for T in (plan.lengths[0] * 2**i for i in range(12)):
-        yield number("fitted_bytes", line(T), "B", "predicted", {"T": T})
-    for name, chip in hardware.CHIPS.items():
-        limit = USABLE * chip.hbm_bytes / chip.devices
-        yield number(
-            "longest_T",
-            line.longest(limit),
-            "tokens",
-            "predicted",
-            {"chip": name},
-            note=f"within {USABLE:.0%} of one device's memory",
-        )
-        yield number(
-            "largest_batch",
-            line.largest_batch(plan.batch_at, limit),
-            "sequences",
-            "predicted",
-            {"chip": name, "T": plan.batch_at},
-        )
-    yield from _parts(plan, way, remat, held[plan.check], number)
+            clock.report(len(held) / (len(plan.lengths) + 1))
+            yield number("step_bytes", size, "B", "compiled", {"T": T})
+    yield from _parts(plan, way, remat, held[plan.lengths[-1]], number)
+
+
+def _fitting(plan: MemoryPlan, way: Way, remat: str, number: Callable[..., Number]) -> Iterable[Number]:
+    """Yields the longest T, the largest batch and the bytes on each chip, by formula."""
+    note = "longattn plan --analytic: within one device's memory"
+    for name in (*hardware.TENSOR_CORES, *hardware.GPUS):
+        where = topology.one(name)
+        T = search.by_formula(lambda T: _config(plan, way, remat, T), where, plan.batch_at, search.TILE, search.LONGEST)
+        yield number("longest_T", T or 0, "tokens", "predicted", {"chip": name}, note=note)
+        most = search.LONGEST // plan.batch_at
+        B = search.by_formula(lambda B: _config(plan, way, remat, plan.batch_at, B), where, 1, 1, most)
+        yield number("largest_batch", B or 0, "sequences", "predicted", {"chip": name, "T": plan.batch_at}, note=note)
+        for T in (plan.lengths[0] * 2**i for i in range(8)):
+            size = step.memory(_config(plan, way, remat, T), where)["total"]
+            yield number("chip_step_bytes", size, "B", "predicted", {"chip": name, "T": T})
 
 
 def _parts(plan: MemoryPlan, way: Way, remat: str, total: int, number: Callable[..., Number]) -> Iterable[Number]:
-    """Yields the bytes of the step at the checked length, by part."""
-    cfg = _config(plan, way, remat, plan.check)
+    """Yields the bytes of the step at the longest length, by part."""
+    cfg = _config(plan, way, remat, plan.lengths[-1])
     state = state_shapes(cfg)
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     attention = _layer_scratch(cfg, way)
@@ -168,7 +116,7 @@ def _parts(plan: MemoryPlan, way: Way, remat: str, total: int, number: Callable[
         note = {"attention": "scratch of one layer, compiled alone", "activations": "the rest of the step"}.get(
             name, ""
         )
-        yield number(f"held_{name}", value, "B", "compiled", {"T": plan.check}, note=note)
+        yield number(f"held_{name}", value, "B", "compiled", {"T": plan.lengths[-1]}, note=note)
 
 
 def _layer_scratch(cfg: config.Config, way: Way) -> int:

@@ -31,13 +31,12 @@ class CostPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Part 2. Training steps compiled from shapes alone at `lengths`, checked at `check`."""
+    """Part 2. What fits by formula, and training steps compiled from shapes alone at `lengths`."""
 
     seconds: float = 80
     model: config.Model = config.Model(N=12, E=768, F=2048, H=12, K=12, D=64, W=257)  # 85 million parameters
     windows: tuple[int, ...] = (1024,)
     lengths: tuple[int, ...] = (2048, 4096, 8192)
-    check: int = 16384
     remats: tuple[str, ...] = ("attention", "none")
     batch_at: int = 8192  # the T of the largest batch
     every: bool = False
@@ -149,7 +148,6 @@ FULL = Preset(
         seconds=_HOUR,
         windows=(1024, 4096),
         lengths=(4096, 8192, 16384),
-        check=32768,
         remats=("attention", "none", "full", "dots"),
         every=True,
     ),
@@ -200,7 +198,6 @@ SMOKE = Preset(  # takes seconds: tests that every part runs; its numbers mean n
         model=_TINY,
         windows=(),
         lengths=(4096, 8192, 16384),
-        check=32768,
         remats=("attention",),
         batch_at=512,
         without=_FAMILY,

@@ -171,6 +171,8 @@ class Recorder:
             self.board = scalar_writer()(str(folder / "tensorboard")) if config.run.tensorboard else None
         self.seconds: list[float] = []  # wall-clock of each step since the last record
         self.waits: list[float] = []
+        self.steps = 0  # steps taken since this start
+        self.paused = 0.0  # seconds of saves and evaluations since this start
 
     def _write_environment(self, folder: Path, start: int, info: dict[str, Any], notes: dict[str, Any]) -> None:
         path = folder / "env.json"
@@ -190,9 +192,14 @@ class Recorder:
             self.board.close()
 
     def time(self, seconds: float, wait: float) -> None:
-        """Notes the wall-clock of a step, and how much of it was spent waiting for data."""
+        """Notes the wall-clock of a step, and how much of it was spent waiting for its batch."""
         self.seconds.append(seconds)
         self.waits.append(wait)
+        self.steps += 1
+
+    def pause(self, seconds: float) -> None:
+        """Notes the time that a save or an evaluation took: no step's, but it counts for when the run will end."""
+        self.paused += seconds
 
     def write(self, step: int, metrics: dict[str, float], valid: dict[str, Any] | None = None) -> None:
         """Writes a line of metrics.jsonl, which is on disk when this returns, and prints one on the terminal."""
@@ -207,7 +214,7 @@ class Recorder:
                 "step_spread": float(high - low) / middle,  # 10th to 90th percentile, as a share of the median
                 "data_wait": sum(self.waits) / total,
                 "mfu": None if self.ideal_seconds is None else self.ideal_seconds / middle,
-                "eta_seconds": (self.config.run.steps - step) * total / len(self.seconds),
+                "eta_seconds": (self.config.run.steps - step) * (total / len(self.seconds) + self.paused / self.steps),
             }
         record["peak_memory_bytes"] = peak_memory()
         if valid is not None:
@@ -216,7 +223,7 @@ class Recorder:
         self.seconds, self.waits = [], []
         if self.file is None:
             return
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
         self.file.flush()
         self.console.print(line(record, self.config), soft_wrap=True, highlight=False)
         if self.board:

@@ -24,6 +24,7 @@ from longattn.train.compilation import compile_program, compile_step
 from longattn.train.evaluate import evaluation_config, initial_params, run_evaluation
 from longattn.train.step import (
     State,
+    all_finite,
     batch_shapes,
     context_of,
     eval_step,
@@ -57,8 +58,8 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
         step does not fit in memory.
 
     Raises while training:
-      FloatingPointError: the loss is no longer finite. `kernel_check.Disagreement`, a subclass: a kernel that never ran
-        on this kind of chip is wrong.
+      FloatingPointError: the loss, its validation, the parameters or the moments are no longer finite.
+        `kernel_check.Disagreement`, a subclass: a kernel that never ran on this kind of chip is wrong.
       OSError: the disk is full.
       distributed.Lost: another process is gone.
     """
@@ -172,17 +173,19 @@ def _loop(
     profiler = record.Profiler(Path(run.dir, run.name, "profile"), run.profile if distributed.first() else None)
     batches = iter(data.loader(job.sources["train"], start))
     pending: Any = None  # (step, its metrics on the device, seconds waited for its batch)
-    clock = time.perf_counter()
+    clock, waited = time.perf_counter(), 0.0  # when the step before was done; seconds waited for batches since
 
     def settle() -> dict[str, float]:
         """Waits for the metrics of the pending step and returns them. Refuses to go on unless they are finite."""
-        nonlocal clock
+        nonlocal clock, waited
         step, metrics, wait = pending
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
         now = time.perf_counter()
-        recorder.time(now - clock, wait)
-        clock = now
-        _insist_finite(config, step, metrics, checkpoints)
+        # Since the step before, the host waited for the next step's batch; this one's wait came earlier.
+        recorder.time(max(now - clock - waited, 0.0) + wait, wait)
+        clock, waited = now, 0.0
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            raise _diverged(config, step, f"loss={metrics['loss']}, grad_norm={metrics['grad_norm']}", checkpoints)
         return metrics
 
     stopping = False
@@ -191,6 +194,7 @@ def _loop(
         asked = time.perf_counter()
         _, batch = next(batches)
         wait = time.perf_counter() - asked
+        waited += wait
         with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
             state, metrics = job.step_fn(state, batch)
         # Fetched one step late, with the next step already dispatched, so that the device never waits for the host.
@@ -205,14 +209,19 @@ def _loop(
         last, stopping = step == run.steps, stop.poll()
         evaluate_now = last or (run.eval_every and step % run.eval_every == 0)
         if evaluate_now or step % run.save_every == 0 or stopping:
-            # A state is saved only once its loss is known to be finite and its line is on disk (see record.py).
+            # A state is saved only once it and its loss are known to be finite and its line is on disk (see record.py).
             settled, pending, valid = settle(), None, None
+            if not all_finite(state):
+                raise _diverged(config, step, "the update left parameters or moments not finite", checkpoints)
             if evaluate_now:
                 count = run.eval_batches * config.optimiser.accumulate  # evaluation batches are micro-batches
                 valid = run_evaluation(config, job.eval_fn, state.params, job.sources["valid"], count)
+                if not math.isfinite(valid["nll"]):
+                    raise _diverged(config, step, f"nll={valid['nll']} on the validation data", checkpoints)
             if evaluate_now or step % run.log_every == 0:
                 recorder.write(step, settled, valid)
             checkpoints.save(step, state, valid["nll"] if valid else None)
+            recorder.pause(time.perf_counter() - clock)
             clock = time.perf_counter()
         elif step % run.log_every == 0:
             checkpoints.poll()
@@ -220,14 +229,13 @@ def _loop(
     return step
 
 
-def _insist_finite(config: Config, step: int, metrics: dict[str, float], checkpoints: Checkpoints) -> None:
-    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-        good = checkpoints.latest()
-        raise FloatingPointError(
-            f"step {step}: loss={metrics['loss']}, grad_norm={metrics['grad_norm']}; stopped; "
-            + (f"the last good checkpoint is step {good}" if good else "no checkpoint was saved yet")
-            + f"; lower --optimiser.lr={config.optimiser.lr} or raise --optimiser.warmup={config.optimiser.warmup}"
-        )
+def _diverged(config: Config, step: int, what: str, checkpoints: Checkpoints) -> FloatingPointError:
+    c, good = config.optimiser, checkpoints.latest()
+    remedy = f"lower --optimiser.lr={c.lr} or raise --optimiser.warmup={c.warmup}"
+    if c.eps == 0:
+        remedy = "raise --optimiser.eps=0.0: a parameter that no gradient reached is divided by its root mean square, 0"
+    saved = f"the last good checkpoint is step {good}" if good else "no checkpoint was saved yet"
+    return FloatingPointError(f"step {step}: {what}; stopped; {saved}; {remedy}")
 
 
 def ideal_seconds(config: Config, documents: Mapping[int, float]) -> float | None:

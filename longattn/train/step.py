@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from longattn.config import Config, Model, Optimiser
 from longattn.models.context import Context
@@ -254,6 +254,13 @@ def _train_step(config: Config, context: Context | None, state: State, batch: Ba
             "lr": learning_rate(config.optimiser, config.run.steps)(state.step),
         }
     return State(params, opt_state, state.step + 1), metrics
+
+
+@jax.jit
+def all_finite(state: State) -> Bool[Array, ""]:
+    """Whether every parameter and every moment of the optimiser is finite."""
+    floats = [x for x in jax.tree.leaves((state.params, state.opt_state)) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
 @functools.lru_cache

@@ -232,9 +232,12 @@ def test_bytes_of_slices_and_updates_are_those_of_the_part():
     assert moved["stack.1"] == 0
 
 
-def test_instructions_over_several_lines_are_one():
-    text = re.sub(r"\), channel_id=1", '), backend_config={"note":"a\n b"}, channel_id=1', program_text())
-    assert hlo.parse(text).entry.root.attribute("channel_id") == "1"
+@pytest.mark.parametrize("note", ['{{"note":"a\n b"}}', '{"x":{"note":"a"\n}}'])
+def test_instructions_over_several_lines_are_one(note):
+    text = re.sub(r"\), channel_id=1", f"), backend_config={note}, channel_id=1", program_text())
+    program = hlo.parse(text)
+    assert program.entry.root.attribute("channel_id") == "1"
+    assert program.computations.keys() == hlo.parse(program_text()).computations.keys()
 
 
 def program_text() -> str:

@@ -288,6 +288,43 @@ def test_nan_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path: Path, m
     assert all(np.isfinite(list(losses(folder(c)).values())))
 
 
+def test_rates_beside_saves_and_evaluations_are_those_of_slow_data(tmp_path: Path, monkeypatch) -> None:
+    """64 tokens every 0.05 s are at most 1,280 tokens a second, also beside saves; no wait is longer than its step."""
+    c, loader = config(tmp_path, log_every=1, save_every=3, eval_every=4), data.loader
+
+    def slow(source, start):
+        for step, batch in loader(source, start):
+            time.sleep(0.05)
+            yield step, batch
+
+    monkeypatch.setattr(data, "loader", slow)
+    quiet(c)
+    for r in record.history(folder(c)):
+        assert r["tokens_per_second_per_device"] <= 64 / 0.05
+        assert r["step_seconds"] >= 0.05
+        assert 0 < r["data_wait"] <= 1
+        assert r["eta_seconds"] >= 0.05 * (12 - r["step"])
+
+
+def test_an_update_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    """Without eps, rows of an embedding that no token has are 0 / 0 after a step whose loss is finite."""
+    c = of_model(config(tmp_path, save_every=1), tie=False)
+    c = dataclasses.replace(c, optimiser=dataclasses.replace(c.optimiser, eps=0.0))
+    with pytest.raises(
+        FloatingPointError, match=r"step 1: the update left .* no checkpoint was saved yet; raise .*eps"
+    ):
+        quiet(c)
+    assert steps_saved(folder(c)) == []
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("longattn.train.run.run_evaluation", lambda *_: {"nll": float("nan"), "accuracy": 0.0})
+    c = config(tmp_path)
+    with pytest.raises(FloatingPointError, match=r"step 6: nll=nan on the validation data; .* checkpoint is step 4"):
+        quiet(c)
+    assert "NaN" not in (folder(c) / "metrics.jsonl").read_text()
+
+
 def test_full_disk_is_an_error_and_the_last_good_checkpoint_stays(
     finished: Config, tmp_path: Path, monkeypatch
 ) -> None:

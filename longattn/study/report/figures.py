@@ -260,50 +260,38 @@ def share(store: Store, titles: dict[str, str]) -> str | None:
 
 
 def memory(store: Store, titles: dict[str, str]) -> str | None:
-    """Draws the bytes of a training step against T: compiled dots, fitted lines, the chips' memory.
+    """Draws the bytes of a training step on a chip against T, by formula, and the chip's memory.
 
     There is a panel per remat policy.
     """
-    numbers = store.select("memory", "step_bytes")
+    chip = "v5e"
+    numbers = store.select("memory", "chip_step_bytes", chip=chip)
     if not numbers:
         return None
     remats = list(dict.fromkeys(n.at["remat"] for n in numbers))
-    chips = {n.at["chip"]: n.value for n in store.select("memory", "chip_bytes")}
+    held = {n.at["chip"]: n.value / 2**30 for n in store.select("memory", "chip_bytes")}
 
     def draw(*axes: Any) -> None:
-        lengths = [n for n in numbers if n.at["remat"] == remats[0]] + store.select(
-            "memory", "fitted_bytes", remat=remats[0]
-        )
-        top = max(n.value for n in store.select("memory", "fitted_bytes") + numbers)
         for ax, remat in zip(axes, remats, strict=True):
             for way in ways_of(numbers):
                 c, m = colour(way, ways_of(numbers))
-                compiled = store.select("memory", "step_bytes", way, remat=remat)
-                fitted = [n for n in store.select("memory", "fitted_bytes", way, remat=remat) if n.at["T"] <= 2**20]
-                if compiled:
-                    ax.plot(
-                        [n.at["T"] for n in compiled],
-                        [n.value / 2**30 for n in compiled],
-                        m,
-                        color=c,
-                        label=titles.get(way, way),
-                    )
-                    ax.plot([n.at["T"] for n in fitted], [n.value / 2**30 for n in fitted], "-", color=c, linewidth=1.2)
+                mine = [n for n in numbers if (n.way, n.at["remat"]) == (way, remat)]
+                if mine:
+                    label = titles.get(way, way)
+                    ax.plot([n.at["T"] for n in mine], [n.value / 2**30 for n in mine], m + "-", color=c, label=label)
             ax.set_yscale("log")
-            ax.set_ylim(None, min(top / 2**30, 2000) * 1.5)
             ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{float(v):g}"))
             ax.yaxis.set_minor_formatter(NullFormatter())
-            for chip in ("v5e", "h100"):
-                if chip in chips and chips[chip] / 2**30 < ax.get_ylim()[1]:
-                    ax.axhline(chips[chip] / 2**30, color=INK, linestyle=":", linewidth=1)
-                    ax.annotate(chip, (0, chips[chip] / 2**30), (3, 3), **_IN_AXES)
-            _lengths(ax, lengths, "GiB", f"remat: {remat}")
+            if chip in held:
+                ax.axhline(held[chip], color=INK, linestyle=":", linewidth=1)
+                ax.annotate(chip, (0, held[chip]), (3, 3), **_IN_AXES)
+            _lengths(ax, [n for n in numbers if n.at["remat"] == remat], "GiB", f"remat: {remat}")
         axes[0].legend(fontsize=9)
 
     facts = "; ".join(
         f"{titles.get(n.way, n.way)}, remat {n.at['remat']}, T {n.at['T']}: {n.value / 2**30:.2f} GiB" for n in numbers
     )
-    return figure("memory", "Memory of a training step against length", facts + ".", draw, len(remats))
+    return figure("memory", f"Memory of a training step on a {chip} against length", facts + ".", draw, len(remats))
 
 
 def context(store: Store, titles: dict[str, str]) -> str | None:

@@ -139,7 +139,7 @@ def _memory(study: Study) -> list[Table]:
     chips = list(dict.fromkeys(n.at["chip"] for n in study.store.select("memory", "chip_bytes")))
     held = [(name, f"held_{name}", {}) for name in ("parameters", "optimiser", "gradients", "attention", "activations")]
     policies = _rows(study, "memory", "longest_T", ["remat"])
-    fit_checks = {n.at["T"] for n in study.store.select("memory", "fit_error")}
+    held_at = {n.at["T"] for n in study.store.select("memory", "held_parameters")}
     batch = {n.at["T"] for n in study.store.select("memory", "largest_batch")}
     return [
         _matrix(
@@ -148,7 +148,7 @@ def _memory(study: Study) -> list[Table]:
             "memory",
             [(c, "longest_T", {"chip": c}) for c in chips],
             policies,
-            "Tokens that fit in 90% of one device's memory.",
+            "Tokens that fit in one device's memory, by the formulas of `longattn plan --analytic`.",
         ),
         _matrix(
             study,
@@ -160,10 +160,10 @@ def _memory(study: Study) -> list[Table]:
         ),
         _matrix(
             study,
-            f"Bytes of a training step at T = {_listed(fit_checks)}",
+            f"Bytes of a training step at T = {_listed(held_at)}",
             "memory",
-            [*held, ("error of the fit there", "fit_error", {})],
-            policies,
+            held,
+            _rows(study, "memory", "held_parameters", ["remat"]),
             "Attention: scratch of one layer, compiled alone.",
         ),
     ]

@@ -62,8 +62,7 @@ def make(folder: Path, *, width: float = 0.02, shift: float = 0.0) -> Path:
         for remat in ("attention", "none"):
             for T in (2048, 4096, 8192, 16384):
                 add("memory", "step_bytes", way, 1e6 * T, "B", "compiled", False, remat=remat, T=T)
-                add("memory", "fitted_bytes", way, 1e6 * T, "B", "predicted", False, remat=remat, T=T)
-            add("memory", "fit_error", way, 0.004, "share", "predicted", False, remat=remat, T=16384)
+                add("memory", "chip_step_bytes", way, 1e6 * T, "B", "predicted", False, remat=remat, T=T, chip="v5e")
             for part in ("parameters", "optimiser", "gradients", "attention", "activations"):
                 add("memory", f"held_{part}", way, 3e8, "B", "compiled", False, remat=remat, T=16384)
     for task, at in (("mqar", {"T": 128, "pairs": 8}), ("needle", {"T": 192, "digits": 4})):
