@@ -109,7 +109,7 @@ def test_what_a_run_leaves(finished: Config) -> None:
 
 def test_finished_again_says_so_and_changes_nothing(finished: Config) -> None:
     before = (folder(finished) / "metrics.jsonl").read_bytes()
-    console = Console(record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, file=io.StringIO())
     summary = train(finished, console=console)
     assert (summary.status, summary.steps) == ("already finished", 12)
     assert summary.nll == record.history(folder(finished))[-1]["valid"]["nll"]
