@@ -110,6 +110,10 @@ def test_what_is_no_config_at_all(text, message):
             lambda: c.Config(optimiser=c.Optimiser(accumulate=3)),
             r"accumulate=3 must divide data.B=\d+: set B to a multiple",
         ),
+        *(
+            (lambda name=name: c.Run(name=name), r"Run\.name=.* must name a folder")
+            for name in ("", ".", "..", "a/b", "x" * 300)
+        ),
         (lambda: c.RoPE(scaling="ntk"), r"RoPE\.scaling='ntk' must be one of 'none', 'linear', 'yarn'"),
         (lambda: c.Model(remat="ful"), r"Model\.remat='ful' must be one of 'none', 'full'"),
         (lambda: c.Model(dtype="bf16"), r"Model\.dtype='bf16' must be one of 'float32', 'bfloat16'"),

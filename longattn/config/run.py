@@ -57,6 +57,11 @@ class Run:
     def __post_init__(self) -> None:
         typed(self)
         positive(self, "steps", "log_every", "save_every", "keep")
+        if not self.name.strip(".") or set(self.name) & set("/\0\n") or len(self.name.encode()) > 200:
+            raise ValueError(
+                f"Run.name={self.name!r} must name a folder: 1 to 200 bytes, without a slash or a line break, not only "
+                "full stops"
+            )
         for name in ("eval_every", "eval_batches"):
             if getattr(self, name) < 0:
                 raise ValueError(f"Run.{name}={getattr(self, name)} must not be negative")

@@ -157,13 +157,13 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
             document["rows"] = [compiler(where)]
     if [("reason" in row) for row in document["rows"]] == [True]:
         raise ValueError(document["rows"][0]["reason"])
+    if options.html:  # first, for whoever reads the output may stop reading
+        write_whole(Path(options.html), show.page(document))
+        print(f"wrote {options.html}", file=sys.stderr)
     if options.json:
         print(json.dumps(document))
     else:
         show.tables(console or Console(width=max(_WIDTH, Console().width)), document)
-    if options.html:
-        write_whole(Path(options.html), show.page(document))
-        print(f"wrote {options.html}", file=sys.stderr)
     return document
 
 

@@ -215,8 +215,16 @@ def _one(console: Console, document: Mapping[str, Any], row: Mapping[str, Any]) 
 
 
 def _searched(console: Console, document: Mapping[str, Any]) -> None:
-    table = _grid("Programs compiled", ("machine", "devices", "T", "B", "needs", "fits"))
-    for row in sorted(document["rows"], key=lambda row: (row["devices"], row["T"], row["B"])):
+    rows, title = document["rows"], "Programs compiled"
+    if document["options"]["analytic"]:
+        rows, title = (
+            [row for row in (document["found"], document["beyond"]) if row],
+            "The largest that fits, and the next",
+        )
+        if document["options"]["search"] == "min-devices":
+            title = "The smallest that fits, and the next"
+    table = _grid(title, ("machine", "devices", "T", "B", "needs", "fits"))
+    for row in sorted(rows, key=lambda row: (row["devices"], row["T"], row["B"])):
         need = gib(row["hbm_bytes"]) if "hbm_bytes" in row else "-"
         answer = escape(row.get("reason", "")) or ("yes" if row["fits"] else "no")
         table.add_row(row["topology"], str(row["devices"]), f"{row['T']:,}", f"{row['B']:,}", need, answer)

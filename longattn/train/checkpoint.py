@@ -25,7 +25,17 @@ for _name in ("absl", "concurrent.futures"):
 
 def whole_steps(folder: Path) -> list[int]:
     """Returns the steps of the whole checkpoints under a folder, ascending."""
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    return sorted(int(p.name) for p in _numbered(folder) if _whole(p))
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Returns the folders that have a step's name."""
+    return [p for p in folder.iterdir() if p.name.isascii() and p.name.isdecimal()] if folder.is_dir() else []
+
+
+def _whole(path: Path) -> bool:
+    """Returns whether orbax wrote a folder: it adds the metadata last."""
+    return any(path.glob("_*METADATA*"))
 
 
 def goes_on(folder: Path) -> str:
@@ -46,6 +56,8 @@ class Checkpoints:
         if read_only and not folder.is_dir():
             raise ValueError(f"{folder} has no checkpoints: it must be the folder of a run that saved at least once")
         self.folder = folder.absolute()
+        if foreign := [p.name for p in _numbered(folder) if not _whole(p)]:
+            raise ValueError(f"{folder / foreign[0]} is no checkpoint, but has the name of one: move it away")
         kept = ocp.training.preservation_policies
         newest = kept.LatestN(keep)
         best = kept.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)

@@ -107,6 +107,8 @@ def evaluate(
       ValueError: an option does not apply, the run has no checkpoint, or the mesh has another number of devices.
       distributed.Lost: another process is gone.
     """
+    if batches < 0:
+        raise ValueError(f"{batches=} must not be negative; 0 is the whole held-out set")
     given = {"T": T, "B": B, "glob": glob, "overlap": overlap}
     with distributed.detect_loss(lambda: "start again with the same command"):
         with distributed.consensus() as facts:

@@ -11,6 +11,7 @@ import datetime
 import fcntl
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,9 +44,12 @@ def read_config(folder: Path) -> Config:
 
 def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
     """Returns whether `folder` already holds this run; writes nothing. Raises ValueError if it holds anything else."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    if not there.is_dir():
+        raise ValueError(f"{there} is no folder; choose another --run.{'name' if there == folder else 'dir'}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{there} cannot be written to; choose another --run.dir")
     if not (folder / "config.json").exists():
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file; choose another --run.name")
         if any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
             raise ValueError(f"{folder} holds a run without its config.json; choose another --run.name")
         return False
@@ -96,14 +100,19 @@ def claim(folder: Path, config: Config) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    try:  # not through a link, and whatever it holds stays
+        lock = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+    except OSError as error:
+        raise ValueError(f"{folder / '.lock'} cannot be opened ({error.strerror}): delete it") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
                 f"another process is training in {folder}; stop it or choose another --run.name"
             ) from error
-        if not (folder / "config.json").exists():
+        # Another process may have begun a run here since `check_folder`, and ended.
+        if not check_folder(folder, config, resume=True):
             write_whole(folder / "config.json", to_json(config) + "\n")
         yield
 

@@ -136,6 +136,9 @@ def _prepare(config: Config, folder: Path, console: Console, started: bool, fact
     record.check_data(folder, info)
     shapes = state_shapes(config, context)
     loaded = initial_params(config, context) if config.run.init_from and not started else None
+    warmup, steps = config.optimiser.warmup, config.run.steps
+    if warmup >= steps:
+        console.print(f"the learning rate never reaches its peak: warmup={warmup} of {steps} steps", highlight=False)
     size = sum(a.size for a in jax.tree.leaves(shapes.params))
     where = "" if context is None else f" on {context.described()}"
     console.print(f"compiling {size:,} parameters at B={config.data.B}, T={config.data.T}{where}", highlight=False)

@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,8 +264,6 @@ def test_killed_and_terminated_runs_continue_bitwise(compiled_once: str, tmp_pat
 
 
 def test_half_written_checkpoints_are_not_picked_up(finished: Config, tmp_path: Path) -> None:
-    import shutil
-
     c = config(tmp_path)
     shutil.copytree(folder(finished), folder(c))
     newest = folder(c) / "checkpoints" / "12"
@@ -342,6 +341,43 @@ def test_full_disk_is_an_error_and_the_last_good_checkpoint_stays(
     assert steps_saved(folder(c)) == [4]
     assert quiet(c).status == "finished"
     assert losses(folder(c)) == losses(folder(finished))
+
+
+@pytest.mark.parametrize("name", ["7", "13"])
+def test_what_is_no_checkpoint_is_never_gone_on_from(finished: Config, tmp_path: Path, name: str) -> None:
+    c = config(tmp_path)
+    shutil.copytree(folder(finished), folder(c))
+    shutil.rmtree(folder(c) / "checkpoints" / "12")
+    (folder(c) / "checkpoints" / "²").mkdir()
+    (folder(c) / "checkpoints" / name).mkdir()
+    with pytest.raises(ValueError, match=f"/{name} is no checkpoint, but has the name of one: move it away"):
+        quiet(c)
+    (folder(c) / "checkpoints" / name).rmdir()
+    assert quiet(c).status == "finished"
+
+
+def test_the_lock_is_not_followed_and_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    c = config(tmp_path)
+    folder(c).mkdir()
+    (folder(c) / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"\.lock cannot be opened .*: delete it"), record.claim(folder(c), c):
+        pass
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_run_that_began_between_the_check_and_the_claim_is_refused(finished: Config) -> None:
+    with (
+        pytest.raises(ValueError, match=r"model\.F=24, now 28"),
+        record.claim(folder(finished), of_model(finished, F=28)),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_compiling(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("longattn.train.record.os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be written to; choose another --run.dir"):
+        record.check_folder(tmp_path / "runs" / "a", config(tmp_path), resume=True)
 
 
 def test_a_folder_of_another_run_is_refused(finished: Config) -> None:

@@ -58,8 +58,10 @@ def _operands(q: Given, k: Given, v: Given) -> tuple[Array, Array, Array]:
     (B, _, H, D), (S, K) = q.shape, k.shape[1:3]
     shapes.check_shape("k", k, (B, S, K, D), "B S K D")
     shapes.check_shape("v", v, (B, S, K, v.shape[3]), "B S K V")
-    if K == 0 or H % K or D == 0:
-        raise ValueError(f"{H=} query heads must be a multiple of {K=} key/value heads, and {D=} positive")
+    if K == 0 or H % K or D == 0 or v.shape[3] == 0:
+        raise ValueError(
+            f"{H=} query heads must be a multiple of {K=} key/value heads, and {D=} and V={v.shape[3]} positive"
+        )
     return q, k, v
 
 

@@ -52,12 +52,27 @@ def validate(
     return x, Options(shapes.check_positive("scale", scale), x.k.dtype.name, tuning), names
 
 
+@jax.custom_jvp
+def _finite(log_decay: Array) -> Array:
+    """Returns -inf as a number whose exp is 0 too, and whose sums are finite: differences of them are no NaN."""
+    return jnp.maximum(log_decay, -1e30)
+
+
+@_finite.defjvp
+def _finite_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # The identity: a back end's gradient there is 0 already, and nothing needs to be kept for it.
+    return _finite(*primals), tangents[0]
+
+
 def prepare(x: Arrays) -> Arrays:
-    """Returns the arrays as a back end takes them: a decay [H] is repeated for every token."""
+    """Returns the arrays as a back end takes them: a decay is finite, and one of [H] is repeated for every token."""
     x = dispatch.vary_together(x)
-    if x.log_decay is None or x.log_decay.ndim > 1:
+    if x.log_decay is None:
         return x
-    return x._replace(log_decay=jnp.broadcast_to(x.log_decay[None, None], (*x.k.shape[:2], *x.log_decay.shape)))
+    log_decay = _finite(x.log_decay)
+    if log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay[None, None], (*x.k.shape[:2], *log_decay.shape))
+    return x._replace(log_decay=log_decay)
 
 
 def check_fold(back_end: dispatch.BackEnd, x: Arrays, X: int, options: Options) -> Any:
@@ -114,8 +129,8 @@ def linear_attention(
         h // (H // Hq), likewise k and v, without a copy per head. Mamba-2 has Hq = Hk = 1.
       k: keys, of q's dtype: bfloat16, float16, float32 or float64. The delta rule is stable where beta |k|^2 <= 2.
       v: values, of q's dtype.
-      log_decay: float32, finite and <= 0. The state's channels are multiplied by exp(log_decay) before a token is
-        written. Above 0 the state grows without bound and results overflow: nothing checks or clips it.
+      log_decay: float32, <= 0. The state's channels are multiplied by exp(log_decay) before a token is written; -inf
+        empties them. Above 0 the state grows without bound and results overflow: nothing checks or clips it.
       beta: float32. A token erases the share beta of what its key reads from the state, then writes beta v.
       initial_state: float32, the state before the first token; None is zero.
       segment_ids: int32. A token whose id differs from the one before starts from a zero state.

@@ -32,6 +32,7 @@ IDS = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
         ({"v": VALUE[:, :6]}, r"v.shape=\(2, 6, 2, 9\) must be \(2, 7, 2, 9\)"),
         ({"v": VALUE[:, :, :1]}, r"v.shape=\(2, 7, 1, 9\) must be"),
         ({"q": jnp.ones((B, T, 3, D))}, "H=3 query heads must be a multiple of K=2"),
+        ({"v": jnp.ones((B, S, 2, 0))}, "D=.* and V=0 positive"),
         ({"mask": None}, r"mask=None must be a longattn.mask.Mask; Full\(\) attends to every key"),
         ({"mask": np.ones((T, S), bool)}, "must be a longattn.mask.Mask; BlockSparse takes a pattern"),
         ({"mask": "causal"}, "must be a longattn.mask.Mask"),

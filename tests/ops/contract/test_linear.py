@@ -115,7 +115,7 @@ def inputs(case: Case, draw: int = 0) -> tuple[dict[str, Any], dict[str, Any], d
         shape = [{"B": B, "T": T, "H": H, "D": D}[axis] for axis in decay]
         a = -0.1 * rng.exponential(size=shape)
         if case.decays != "usual":
-            lowest = {"from e^-30 to 1": -30.0, "beyond exp": -1e30}[case.decays]
+            lowest = {"from e^-30 to 1": -30.0, "beyond exp": rng.choice([-1e30, -np.inf], shape)}[case.decays]
             kind = rng.choice(4, shape)
             a = np.where(kind == 0, 0.0, np.where(kind == 1, lowest, np.where(kind == 2, 30 * a, a)))
         arrays["log_decay"] = a.astype(np.float32)
