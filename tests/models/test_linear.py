@@ -357,7 +357,7 @@ def test_weight_decay_is_of_matrices_alone(layer):
 
 
 @pytest.mark.slow
-def test_gated_delta_net_learns_to_recall():
+def test_gated_delta_net_learns_to_recall(optimised):
     """Two layers and nothing else: with four pairs, who knows the row's values but not their keys gets a quarter."""
     model = c.Model(N=2, E=32, F=64, H=2, K=2, D=16, W=32, mixers=(c.GatedDeltaNet(V=16),), tie=False, dtype="float32")
     config = c.Config(

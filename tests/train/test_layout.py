@@ -117,12 +117,7 @@ SPREAD = {
         CONFIG, model=HYBRID, mesh=Mesh(seq=4, fsdp=2, layout="zigzag", strategy="all_gather")
     ),
     "contiguous balanced": dataclasses.replace(CONFIG, mesh=Mesh(seq=4, data=2, strategy="balanced")),
-    "zigzag all_gather": dataclasses.replace(
-        CONFIG, mesh=Mesh(seq=4, tensor=2, layout="zigzag", strategy="all_gather"), optimiser=ACCUMULATED
-    ),
-    "striped ring": dataclasses.replace(CONFIG, mesh=Mesh(seq=4, fsdp=2, layout="striped")),
     "striped ulysses": dataclasses.replace(CONFIG, mesh=Mesh(seq=8, layout="striped", strategy="ulysses")),
-    "striped usp": dataclasses.replace(CONFIG, mesh=Mesh(seq=2, ring=4, strategy="usp", layout="striped")),
     "hybrid striped": dataclasses.replace(
         CONFIG, model=CONVOLVED, mesh=Mesh(seq=2, tensor=2, fsdp=2, layout="striped"), optimiser=ACCUMULATED
     ),

@@ -16,7 +16,7 @@ CONFIG = cli.load_config(str(Path(__file__).parents[2] / "configs" / "needle_rin
 
 
 @pytest.mark.slow
-def test_fifty_losses_differ_as_by_another_order_of_sums(tmp_path):
+def test_fifty_losses_differ_as_by_another_order_of_sums(tmp_path, optimised):
     run = dataclasses.replace(CONFIG.run, dir=str(tmp_path), log_every=1, eval_every=0, eval_batches=1, save_every=50)
 
     def losses(name: str, mesh: Mesh, **optimiser: int) -> np.ndarray:

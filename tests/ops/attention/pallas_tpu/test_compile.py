@@ -32,8 +32,7 @@ MASKS = {
 CHIPS = ["v5e", "v5p", "v6e", "tpu7x"]
 SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128), (64, 128), (5, 7)]  # D, V
 DOMAINS: dict[str, list[Any]] = {
-    "mask": ["causal", "window", "dilated", "prefixes", "global"],
-    "chip": CHIPS,
+    "mask": ["causal", "dilated", "prefixes", "global"],
     "dtype": ["bfloat16", "float32"],
     "ids": ["none", "segments", "positions", "both"],
     "heads": [(2, 2), (4, 2), (4, 1)],
@@ -43,7 +42,10 @@ DOMAINS: dict[str, list[Any]] = {
 }
 # Every pair, in blocks of few tiles, for a compiler's time grows with the tiles; then every size in the blocks chosen
 # for it, which are what fast memory has to hold.
-GRID = [row | {"sizes": SIZES[i % len(SIZES)], "small": True} for i, row in enumerate(oracle.pairwise(DOMAINS))]
+GRID = [
+    row | {"chip": CHIPS[i % len(CHIPS)], "sizes": SIZES[i % len(SIZES)], "small": True}
+    for i, row in enumerate(oracle.pairwise(DOMAINS))
+]
 SMALL = Tuning(Blocks(128, 256, 128, 128), Blocks(128, 128, 128, 128))
 OWN = [
     {"chip": CHIPS[i % 4], "sizes": sizes, "dtype": "bfloat16", "mask": list(MASKS)[i], "ids": "segments"}

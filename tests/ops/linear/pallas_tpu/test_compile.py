@@ -24,15 +24,14 @@ pytestmark = needs_libtpu
 
 CHIPS = ["v5e", "v5p", "v6e", "tpu7x"]
 DOMAINS: dict[str, list[Any]] = {
-    "chip": CHIPS,
     "kind": ["none", "scalar", "vector", "none_delta", "scalar_delta", "vector_delta"],
     "sizes": [(64, 64), (128, 128), (192, 128), (5, 7)],  # D, V
     "dtype": ["bfloat16", "float32"],
-    "heads": [(4, 4, 4), (1, 1, 4), (8, 8, 4), (3, 3, 6)],  # of q, k, v
+    "heads": [(4, 4, 4), (1, 1, 4), (3, 3, 6)],  # of q, k, v
     "length": [2048, 1000, 1],
     "beside": ["nothing", "segments", "state", "both"],
 }
-GRID = list(oracle.pairwise(DOMAINS))
+GRID = [row | {"chip": CHIPS[i % len(CHIPS)]} for i, row in enumerate(oracle.pairwise(DOMAINS))]
 GRID += [
     next(case for case in GRID if case["dtype"] == "bfloat16") | {"sizes": size} for size in ((64, 128), (256, 256))
 ]
