@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,22 @@ def one(chip: str) -> Topology:
     return Topology(hardware.CHIPS[chip], (1,) * rank)
 
 
+def _cloud_name(name: str) -> str | None:
+    """The topology that a cloud's name such as "v5p-128" or "v5litepod-16" means, the most compact of its size."""
+    found = re.fullmatch(r"(v5p|v5e|v5litepod|v6e)-(\d+)", name)
+    if found is None:
+        return None
+    chip = found[1].replace("v5litepod", "v5e")
+    n = int(found[2]) // (2 if chip == "v5p" else 1)  # v5p is named by its cores, of which a chip has two
+    shapes = [(a, n // a) for a in range(1, n + 1) if n % a == 0]
+    if chip == "v5p":
+        shapes = [(a, b, ab // b) for a, ab in shapes for b in range(1, ab + 1) if ab % b == 0]  # type: ignore[misc]
+    if not shapes:
+        return None
+    dims = sorted(min(shapes, key=max), key=lambda d: (d == 1, d))  # clouds write 2x2x1 and 4x8
+    return f"{chip}:{'x'.join(map(str, dims))}"
+
+
 def parse(name: str) -> Topology:
     """The topology that a name such as "v5e:4x4" describes.
 
@@ -132,6 +149,8 @@ def parse(name: str) -> Topology:
     """
     chip, _, dims = name.partition(":")
     known = [*hardware.TENSOR_CORES, *hardware.GPUS]
+    if meant := _cloud_name(name):
+        raise ValueError(f"topology={name!r} must be a chip and its dimensions: this one is {meant}")
     if chip not in known:
         raise ValueError(f"topology={name!r} must begin with a chip that can be compiled for; {suggest(chip, known)}")
     try:

@@ -58,9 +58,12 @@ def initialize(found: launch.Launch) -> None:
         if found.process == 0:
             print(f"longattn: {found}", file=sys.stderr)
             _insist_on_port(found.coordinator)
+        # Process 0 listens where the others were told to ask; left out, JAX would listen on every interface.
+        bind = found.coordinator if found.process == 0 else None
         jax.distributed.initialize(
-            found.coordinator, found.processes, found.process, cluster_detection_method="deactivate", **waits
-        )
+            found.coordinator, found.processes, found.process, coordinator_bind_address=bind,
+            cluster_detection_method="deactivate", **waits,
+        )  # fmt: skip
     if found.coordinator is None and first():
         print(f"longattn: {found}: {jax.process_count()} processes", file=sys.stderr)
 

@@ -73,3 +73,18 @@ def described(request):
     except jax.errors.JaxRuntimeError as error:
         return {"devices": len(devices), "usable": float(re.search(r"available HBM \(([\d.]+)G\)", str(error))[1])}
     raise AssertionError("a terabyte fits")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v6e-256", "v6e:16x16"),
+        ("v6e-32", "v6e:4x8"),
+    ],
+)
+def test_a_clouds_name_is_said_as_a_topology(name, meant):
+    with pytest.raises(ValueError, match=f"this one is {meant}"):
+        parse(name)

@@ -121,9 +121,6 @@ SPREAD = {
     "hybrid striped": dataclasses.replace(
         CONFIG, model=CONVOLVED, mesh=Mesh(seq=2, tensor=2, fsdp=2, layout="striped"), optimiser=ACCUMULATED
     ),
-    "hybrid usp": dataclasses.replace(
-        CONFIG, model=CONVOLVED, mesh=Mesh(seq=2, ring=2, strategy="usp", layout="zigzag", data=2)
-    ),
 }
 
 
