@@ -151,7 +151,7 @@ def test_control_replaces_only_what_is_further_back() -> None:
 
 
 @pytest.mark.slow
-def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimised: None) -> None:
     """The recall part (MQAR alone) and the page, as the command runs them; a second start only rewrites the page."""
     monkeypatch.setitem(
         PRESETS, "smoke", dataclasses.replace(SMOKE, recall=dataclasses.replace(SMOKE.recall, needle=()))
@@ -193,7 +193,7 @@ def test_quick_counts_all_mixers_and_times_some(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smoke_of_every_part(tmp_path: Path) -> None:
+def test_smoke_of_every_part(tmp_path: Path, optimised: None) -> None:
     run(StudyOptions(preset="smoke", name="s", dir=str(tmp_path), recorded=""))
     store = Store(tmp_path / "s" / FILE)
     assert set(store.parts) == {"cost", "memory", "recall", "context", "sequence", "pod"}
