@@ -160,11 +160,8 @@ def _joined(text: str) -> Iterator[str]:
     """Yields lines, with instructions joined whose attributes contain line breaks."""
     line = ""
     for part in text.splitlines():
-        if (
-            line
-            and not any(map(_END.match, (line, part)))
-            and not (_NAME.match(part) or part.startswith(("%", "ENTRY")))
-        ):
+        begins = _NAME.match(part) or _END.match(part) or part.startswith(("%", "ENTRY"))
+        if line and not begins and not _END.match(line):
             line += " " + part
             continue
         if line:

@@ -121,8 +121,12 @@ class Topology:
 
 def one(chip: str) -> Topology:
     """One device of a chip that can be compiled for."""
-    rank = 2 if chip in hardware.GPUS else len(parse(hardware.TENSOR_CORES[chip].topology).dims)
-    return Topology(hardware.CHIPS[chip], (1,) * rank)
+    return Topology(hardware.CHIPS[chip], (1,) * _rank(chip))
+
+
+def _rank(chip: str) -> int:
+    """The number of dimensions: of a TPU's torus, or hosts and the GPUs of each."""
+    return 2 if chip in hardware.GPUS else hardware.TENSOR_CORES[chip].topology.partition(":")[2].count("x") + 1
 
 
 def _cloud_name(name: str) -> str | None:
@@ -158,7 +162,7 @@ def parse(name: str) -> Topology:
     except ValueError:
         sizes = ()
     is_gpu = chip in hardware.GPUS
-    rank = 2 if is_gpu else hardware.TENSOR_CORES[chip].topology.partition(":")[2].count("x") + 1
+    rank = _rank(chip)
     if is_gpu and len(sizes) == 1:
         sizes = (1, *sizes)
     if len(sizes) != rank or min(sizes, default=0) < 1:

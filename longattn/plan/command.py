@@ -287,9 +287,10 @@ def _largest(
     unit = mesh.P * search.TILE if key == "T" else mesh.data * mesh.fsdp * pieces
     limit = max(unit, search.LONGEST if key == "T" else search.LONGEST // data.T * where.size)
     guess: int | None = getattr(data, key)
-    with contextlib.suppress(NotImplementedError):  # without a formula the search starts from the requested number
-        config = lambda n: compiler.options.config(where, **{key: n})
-        guess = search.by_formula(config, where, getattr(data, key), unit, limit)
+    if not options.analytic:
+        with contextlib.suppress(NotImplementedError):  # without a formula the search starts from the requested number
+            config = lambda n: compiler.options.config(where, **{key: n})
+            guess = search.by_formula(config, where, getattr(data, key), unit, limit)
     return search.largest(fits, guess or unit, unit, limit, exact=options.analytic)
 
 

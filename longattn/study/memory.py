@@ -26,6 +26,8 @@ from longattn.study.units import Clock, Unit
 from longattn.study.ways import FIRST, Way, ways
 from longattn.train.step import batch_shapes, state_shapes, train_step
 
+DRAWN = "v5e"  # the chip of the figure
+
 
 def units(plan: MemoryPlan, store: Store) -> list[Unit]:
     """Returns a unit per way and remat policy. Every way gets the first policy; ways after FIRST get no other."""
@@ -85,7 +87,7 @@ def _policy(plan: MemoryPlan, way: Way, remat: str, clock: Clock) -> Iterable[Nu
 
 
 def _fitting(plan: MemoryPlan, way: Way, remat: str, number: Callable[..., Number]) -> Iterable[Number]:
-    """Yields the longest T, the largest batch and the bytes on each chip, by formula."""
+    """Yields the longest T and the largest batch of each chip, and the bytes on the one that is drawn, by formula."""
     note = "longattn plan --analytic: within one device's memory"
     for name in (*hardware.TENSOR_CORES, *hardware.GPUS):
         where = topology.one(name)
@@ -94,7 +96,7 @@ def _fitting(plan: MemoryPlan, way: Way, remat: str, number: Callable[..., Numbe
         most = search.LONGEST // plan.batch_at
         B = search.by_formula(lambda B: _config(plan, way, remat, plan.batch_at, B), where, 1, 1, most)
         yield number("largest_batch", B or 0, "sequences", "predicted", {"chip": name, "T": plan.batch_at}, note=note)
-        for T in (plan.lengths[0] * 2**i for i in range(8)):
+        for T in (plan.lengths[0] * 2**i for i in range(8) if name == DRAWN):
             size = step.memory(_config(plan, way, remat, T), where)["total"]
             yield number("chip_step_bytes", size, "B", "predicted", {"chip": name, "T": T})
 

@@ -179,13 +179,8 @@ def on_one_device() -> tuple[State, list[dict[str, float]], dict[str, np.ndarray
     return trained(SPREAD)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "accumulate"),
-    [
-        pytest.param(Mesh(data=2, seq=4), 1, marks=pytest.mark.slow),
-        pytest.param(Mesh(fsdp=2, tensor=2, seq=2), 2, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "accumulate"), [(Mesh(data=2, seq=4), 1), (Mesh(fsdp=2, tensor=2, seq=2), 2)])
 def test_training_on_a_mesh_is_that_on_one_device(mesh: Mesh, accumulate: int) -> None:
     """Sums have other orders, with sqrt(n) roundings for n terms: B T in a gradient's products, E in a logit's."""
     config = with_(dataclasses.replace(SPREAD, mesh=mesh), accumulate=accumulate)

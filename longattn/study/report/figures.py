@@ -264,10 +264,10 @@ def memory(store: Store, titles: dict[str, str]) -> str | None:
 
     There is a panel per remat policy.
     """
-    chip = "v5e"
-    numbers = store.select("memory", "chip_step_bytes", chip=chip)
+    numbers = store.select("memory", "chip_step_bytes")
     if not numbers:
         return None
+    chip = numbers[0].at["chip"]
     remats = list(dict.fromkeys(n.at["remat"] for n in numbers))
     held = {n.at["chip"]: n.value / 2**30 for n in store.select("memory", "chip_bytes")}
 

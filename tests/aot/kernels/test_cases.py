@@ -135,15 +135,13 @@ def test_lists_lead_to_the_blocks_that_hold_a_visible_pair(case, change):
         assert kernel.after_bytes == 2 * 1024 * 128 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "rows"),
     [
         # Rows that are computed again were unbounded before: that is counted too.
-        *(
-            pytest.param(CHANGES[0], rows, marks=pytest.mark.slow)
-            for rows in ("bounded", "unbounded", "computed again")
-        ),
-        *(pytest.param(CHANGES[3], rows, marks=pytest.mark.slow) for rows in ("bounded", "computed again")),
+        *((CHANGES[0], rows) for rows in ("bounded", "unbounded", "computed again")),
+        *((CHANGES[3], rows) for rows in ("bounded", "computed again")),
     ],
     ids=str,
 )
@@ -176,7 +174,8 @@ def test_the_bodies_of_our_forward_kernel_run_as_declared(change, rows, monkeypa
         assert [c.runs for c in counts if c.name == "_fetch" and c.asked] == sent
 
 
-@pytest.mark.parametrize("change", [pytest.param(c, marks=pytest.mark.slow) for c in CHANGES[1:3]], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES[1:3], ids=str)
 def test_the_bodies_of_our_backward_kernel_run_as_declared(change):
     shape = replace(OWN, **change)
     (kernel,) = CASES["longattn_backward"].kernels(shape)

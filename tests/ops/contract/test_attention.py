@@ -218,10 +218,13 @@ def sample(back_end: BackEnd) -> list[Case]:
 
 
 def rest(back_end: BackEnd) -> list[Case]:
-    """Returns cases that hold every pair of values; for the interpreter, of fewer values; a third for the reference."""
+    """Returns cases that hold every pair; a third of them for the reference.
+
+    For the interpreter: every value, and every pair of fewer values.
+    """
     pairs = PAIRS[:: 3 if back_end.name == "reference" else 1]
     if back_end.interpreted:
-        pairs = list(map(back_end.nearest, FEWEST_PAIRS)) + oracle.covering(list(map(back_end.nearest, FEWER_PAIRS)))
+        pairs = list(map(back_end.nearest, FEWEST_PAIRS)) + oracle.covering(list(map(back_end.nearest, PAIRS)))
     return [case for case in dict.fromkeys(pairs) if case not in sample(back_end)]
 
 
