@@ -81,7 +81,7 @@ def _run(name: str, rest: list[str]) -> int:
     try:
         return COMMANDS[name](rest)
     except KeyboardInterrupt:
-        print(f"longattn: {name} was interrupted; what was saved stays", file=sys.stderr)
+        terminal.say(f"longattn: {name} was interrupted; what was saved stays")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports the pipe again as it exits
@@ -112,7 +112,7 @@ def _on_every_process(command: list[str], goes_on: Callable[[], str], work: Call
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"longattn: {' '.join(message.split())}", file=sys.stderr)
+    terminal.say(f"longattn: {' '.join(message.split())}")
     return code
 
 
@@ -181,9 +181,7 @@ def _train_here(config: Config, as_json: bool) -> int:
         return _fail(str(error), 1)
     if summary.status == "stopped":
         if distributed.first():
-            print(
-                f"longattn: stopped by SIGTERM after saving step {summary.steps} of {summary.run_dir}", file=sys.stderr
-            )
+            terminal.say(f"longattn: stopped by SIGTERM after saving step {summary.steps} of {summary.run_dir}")
         return launch.STOPPED
     if not distributed.first():
         return 0

@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longattn import terminal
+
 LOST = 75  # exit code if another process is lost: EX_TEMPFAIL of sysexits.h, "try again"
 STOPPED = 128 + signal.SIGTERM  # exit code after SIGTERM and saving
 # Environment of the child: the supervisor's process id, and the file descriptor for its exit code.
@@ -250,15 +252,15 @@ def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) ->
     if code >= 0:
         return code
     if code == -signal.SIGTERM:
-        print("longattn: stopped by SIGTERM before the first step; nothing was to be saved", file=sys.stderr)
+        terminal.say("longattn: stopped by SIGTERM before the first step; nothing was to be saved")
         return STOPPED
     if report and code == -signal.SIGABRT:
         what = meaning(report, launch)
         remedy = f"; {goes_on()}" if what.startswith("lost") else ""
-        print(f"longattn: {launch}: {what}{remedy}", file=sys.stderr)
+        terminal.say(f"longattn: {launch}: {what}{remedy}")
         return LOST
     name = signal.Signals(-code).name
-    print(f"longattn: {launch}: ended by {name}: {goes_on()}", file=sys.stderr)
+    terminal.say(f"longattn: {launch}: ended by {name}: {goes_on()}")
     return 128 - code
 
 

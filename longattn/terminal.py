@@ -1,4 +1,4 @@
-"""Lets stdout and stderr print characters that their encoding lacks."""
+"""Lines on stderr, and characters that the encodings of stdout and stderr lack."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ _ASCII = str.maketrans(
      "…": "...", "→": "->", "←": "<-", "µ": "u", "μ": "u", "±": "+-", "’": "'", "‘": "'", "“": '"', "”": '"',
      **{chr(frame): "*" for frame in range(0x2800, 0x2900)}}
 )  # fmt: skip
+
+
+def say(message: str) -> None:
+    """Writes a line to stderr at once: what other threads and processes write there cannot end up within it."""
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
 
 
 def write_in_any_encoding() -> None:

@@ -13,7 +13,8 @@ FILES = sorted((ROOT / "longattn").rglob("*.py"))
 
 # From the ground up. A room may import itself and rooms on lower floors; rooms on one floor do not know each other.
 FLOORS = (
-    ("shapes", "compat", "environment", "display", "cache", "launch", "terminal", "recorded"),
+    ("terminal",),
+    ("shapes", "compat", "environment", "display", "cache", "launch", "recorded"),
     ("mask",),
     ("config",),
     ("ops",),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import jax
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from longattn import terminal
 from longattn.aot import compilers, train_step
 from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, to_json
 from longattn.cost import flops, step, topology
@@ -98,7 +98,7 @@ def with_mesh(options: PlanOptions, mesh: Mesh) -> PlanOptions:
         return options
     where = topology.parse(options.topology)
     if mesh.size != where.size:
-        print(f"longattn: the config's mesh of {mesh.size} devices is not used for {where.size}", file=sys.stderr)
+        terminal.say(f"longattn: the config's mesh of {mesh.size} devices is not used for {where.size}")
         return options
     return dataclasses.replace(options, mesh=mesh)
 
@@ -159,7 +159,7 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
         raise ValueError(document["rows"][0]["reason"])
     if options.html:  # first, for whoever reads the output may stop reading
         write_whole(Path(options.html), show.page(document))
-        print(f"wrote {options.html}", file=sys.stderr)
+        terminal.say(f"wrote {options.html}")
     if options.json:
         print(json.dumps(document))
     else:

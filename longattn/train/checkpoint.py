@@ -1,18 +1,22 @@
 """Checkpoints of a run: written in the background by orbax (its v1 API), the newest N and the best kept.
 
 orbax writes into a temporary folder and renames it when complete, so a checkpoint is either whole or absent. Old
-checkpoints are deleted only after the new one is in place.
+checkpoints are deleted only after the new one is in place. Beside each array stands its checksum: what a disk changed
+later is found when it is read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array, lax
 from orbax.checkpoint import v1 as ocp
 
 from longattn.train.distributed import Lost
@@ -21,6 +25,7 @@ from longattn.train.step import Params, State
 # orbax logs every save, and a traceback beside each exception that it raises. This file makes one line of them.
 for _name in ("absl", "concurrent.futures"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", r"coroutine '(PyTreeHandler|Store)\._.*' was never awaited", RuntimeWarning)
 
 
 def whole_steps(folder: Path) -> list[int]:
@@ -103,6 +108,7 @@ class Checkpoints:
             # orbax reads CPU buffers without copying, while the next step, to which they are donated, overwrites them.
             state = jax.tree.map(lambda a: a.copy(), state)
         items = {"params": state.params, "rest": state._asdict() | {"params": None}}
+        items |= {_sums(name): checksums(item) for name, item in items.items()}
         metrics = None if nll is None else {"nll": nll}
         with self._disk_errors():
             self._finish()  # else orbax would put this save's handlers under the save in progress
@@ -141,12 +147,40 @@ class Checkpoints:
 
     def params(self, like: Params, step: int) -> Params:
         """Returns the parameters of one step. Raises ValueError naming the first one that differs from `like`."""
-        saved = self._checkpointer.checkpointables_metadata(step).metadata
-        check_same(saved["params"], like, f"the checkpoint {self.folder}/{step}")
+        saved = self._items(step).get("params")
+        if not jax.tree.leaves(saved):
+            raise self._damaged(step, "its parameters cannot be read")
+        check_same(saved, like, f"the checkpoint {self.folder}/{step}")
         return self._load(step, "params", like)
 
+    def _items(self, step: int) -> dict[str, Any]:
+        """Returns the shapes of what a checkpoint holds."""
+        try:
+            return self._checkpointer.checkpointables_metadata(step).metadata
+        except Exception as error:
+            raise self._damaged(step, "its metadata cannot be read") from error
+
     def _load(self, step: int, name: str, like: Any) -> Any:
-        return self._checkpointer.load_checkpointables(step, {name: _placed(like)})[name]
+        """Returns an item of a checkpoint, compared with its checksums; those of earlier versions have none."""
+        wanted = {name: like}
+        if _sums(name) in self._items(step):
+            wanted[_sums(name)] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.uint32), like)
+        try:
+            found = self._checkpointer.load_checkpointables(step, _placed(wanted))
+        except (ValueError, OSError, LookupError) as error:  # whatever orbax raises for files that are gone or short
+            what = {"params": "parameters", "rest": "optimiser state"}[name]
+            raise self._damaged(step, f"its {what} cannot be read") from error
+        if _sums(name) in found:
+            is_same = jax.tree.map(lambda a, b: bool(a == b), checksums(found[name]), found[_sums(name)])
+            for path, same in jax.tree_util.tree_flatten_with_path(is_same)[0]:
+                if not same:
+                    raise self._damaged(step, f"{name}/{_path(path)} is not what was saved")
+        return found[name]
+
+    def _damaged(self, step: int, what: str) -> ValueError:
+        others = [other for other in whole_steps(self.folder) if other != step]
+        then = f"go on from step {others[-1]}" if others else "begin anew, for there is no other"
+        return ValueError(f"the checkpoint {self.folder}/{step} is damaged: {what}; delete it to {then}")
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -162,13 +196,45 @@ class Checkpoints:
                 if whole
                 else "no checkpoint is complete yet"
             )
-            reason = (
-                "no space left on device" if "No space left" in str(error) else str(error).strip().split("\n")[0][:300]
-            )
+            reason = "no space left on device" if "No space left" in str(error) else _first_line(error)
             raise OSError(
                 f"cannot write a checkpoint under {self.folder}: {reason}; {good}; "
                 "make room and start again with the same command"
             ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300]
+
+
+def _sums(name: str) -> str:
+    """Returns the name of the checksums of an item."""
+    return f"{name}_checksums"
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@jax.jit
+def checksums(tree: Any) -> Any:
+    """Returns the checksum of each array of a tree, uint32: the same however the array is spread over devices.
+
+    It is a sum of one number per word of 32 bits or fewer. A word that changes changes its number, by its place too, so
+    one that changed alone is always found, and more of them in all but one of some 2**32 cases.
+    """
+
+    def checksum(x: Array) -> Array:
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        words = lax.bitcast_convert_type(x, f"uint{8 * min(4, x.dtype.itemsize)}").astype(jnp.uint32)
+        place = jnp.zeros((), jnp.uint32)
+        for axis, size in enumerate(words.shape):
+            place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        mixed = words * (2 * place + 1)
+        return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+    return jax.tree.map(checksum, tree)
 
 
 def _placed(tree: Any) -> Any:
@@ -182,7 +248,7 @@ def check_same(saved: Any, wanted: Any, source: str) -> None:
 
     def leaves(tree: Any) -> dict[str, tuple[int, ...]]:
         flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in flat}
+        return {_path(path): tuple(leaf.shape) for path, leaf in flat}
 
     have, want = leaves(saved), leaves(wanted)
     for path in sorted(have.keys() | want.keys()):

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from longattn import launch
+from longattn import launch, terminal
 from longattn.compat import coordination_client
 from longattn.train import record
 
@@ -56,7 +56,7 @@ def initialize(found: launch.Launch) -> None:
         jax.distributed.initialize(**waits)
     else:
         if found.process == 0:
-            print(f"longattn: {found}", file=sys.stderr)
+            terminal.say(f"longattn: {found}")
             _insist_on_port(found.coordinator)
         # Process 0 listens where the others were told to ask; left out, JAX would listen on every interface.
         bind = found.coordinator if found.process == 0 else None
@@ -65,7 +65,7 @@ def initialize(found: launch.Launch) -> None:
             cluster_detection_method="deactivate", **waits,
         )  # fmt: skip
     if found.coordinator is None and first():
-        print(f"longattn: {found}: {jax.process_count()} processes", file=sys.stderr)
+        terminal.say(f"longattn: {found}: {jax.process_count()} processes")
 
 
 def _insist_on_port(coordinator: str) -> None:

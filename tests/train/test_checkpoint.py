@@ -3,6 +3,9 @@
 import dataclasses
 import errno
 import functools
+import os
+import re
+import shutil
 import time
 from pathlib import Path
 
@@ -10,9 +13,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as orbax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from longattn.config import ByteLM, Config, Model, Optimiser, Run
-from longattn.train.checkpoint import Checkpoints, whole_steps
+from longattn.train.checkpoint import Checkpoints, checksums, whole_steps
 from longattn.train.step import State, init_state
 
 CONFIG = Config(
@@ -90,3 +95,82 @@ def test_a_failure_in_the_background_is_found_without_waiting(tmp_path: Path, mo
             checkpoints.save(2, state(), None)
             with pytest.raises(OSError, match="no space left on device"):
                 _poll_for_a_minute(checkpoints)
+
+
+# ---- damage
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_any_word_that_changes_alone_changes_the_checksum(dtype: str) -> None:
+    x = np.asarray(jax.random.bits(jax.random.key(0), (3, 5, 7), "uint32") % 2**20).astype(dtype)
+    kept = checksums(x)
+    size, rng = x.dtype.itemsize, np.random.default_rng(0)
+    for _ in range(30):
+        changed = bytearray(x.tobytes())
+        place, bit = rng.integers(x.size), 0 if dtype == "bool" else rng.integers(8 * size)
+        changed[place * size + bit // 8] ^= 1 << (bit % 8)
+        assert checksums(np.frombuffer(changed, x.dtype).reshape(x.shape)) != kept
+    assert checksums(np.roll(x, 1, axis=2)) != kept or dtype == "bool"  # also by place
+
+
+def test_a_checksum_is_of_the_array_and_not_of_its_pieces() -> None:
+    x = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    for spec in (P("a", "b"), P("b"), P(None, "b"), P()):
+        assert checksums(jax.device_put(x, NamedSharding(mesh, spec))) == checksums(x)
+
+
+def _largest(folder: Path, item: str) -> Path:
+    return max((p for p in (folder / item).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a bit": lambda folder: _flip(_largest(folder, "params/ocdbt.process_0")),
+    "half a file": lambda folder: os.truncate(_largest(folder, "params/ocdbt.process_0"), 5000),
+    "no file": lambda folder: _largest(folder, "params/d").unlink(),
+    "no metadata": lambda folder: (folder / "params" / "_METADATA").unlink(),
+    "half of the metadata": lambda folder: os.truncate(folder / "rest" / "_METADATA", 900),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_one_line_that_says_how_to_go_on(kind: str, tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(28, state(), None)
+        checkpoints.save(30, state(), None)
+    DAMAGE[kind](tmp_path / "30")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError) as found:
+        checkpoints.restore(shapes())
+    said = re.fullmatch(
+        rf"the checkpoint {tmp_path}/30 is damaged: (.*); delete it to go on from step 28", str(found.value)
+    )
+    assert said, found.value
+    assert re.fullmatch(r"params/\S+ is not what was saved|its (parameters|optimiser state) cannot be read", said[1])
+    shutil.rmtree(tmp_path / "30")
+    with Checkpoints(tmp_path) as checkpoints:
+        same(checkpoints.restore(shapes()), state())
+
+
+def test_a_changed_value_is_named_with_its_array(tmp_path: Path, monkeypatch) -> None:
+    """A disk that changes what compression does not notice."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(30, state(), None)
+    with Checkpoints(tmp_path) as checkpoints:
+        load = checkpoints._checkpointer.load_checkpointables
+
+        def changed(step, wanted):
+            found = load(step, wanted)
+            if "params" in found:
+                found["params"]["layer_0"]["mlp"]["up"] = found["params"]["layer_0"]["mlp"]["up"].at[3, 5].add(1e-6)
+            return found
+
+        monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", changed)
+        remedy = "delete it to begin anew, for there is no other"
+        with pytest.raises(ValueError, match=f"params/layer_0/mlp/up is not what was saved; {remedy}"):
+            checkpoints.restore(shapes())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from longattn import terminal
 from longattn.models import MIXERS
 from longattn.study.store import FILE, Number, Store
 
@@ -78,7 +78,7 @@ def load(folder: Path, recorded: str = "") -> Study:
         try:
             old = load(path.parent)
         except ValueError as error:  # a broken recorded study must not cost this one its page
-            print(f"longattn: left out a recorded study: {error}", file=sys.stderr)
+            terminal.say(f"longattn: left out a recorded study: {error}")
             continue
         studies.append(dataclasses.replace(old, store=_as_recorded(old.store)))
     return Study(folder.name, json.loads(about.read_text())["preset"], Store(folder / FILE), tuple(studies))
