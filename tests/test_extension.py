@@ -201,7 +201,7 @@ def test_it_is_planned(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     call = compilers.call
     monkeypatch.setattr(compilers, "call", lambda _, *rest: call("tests.test_extension:compile_step", *rest))
     model = dataclasses.replace(model, E=128, F=256, D=64, dtype="bfloat16", remat="attention")
-    options = plan.PlanOptions(topology="v5e:2x2", model=model, data=ByteLM(T=1024, B=2), cache=False)
+    options = plan.PlanOptions(topology="v5e:2x2", model=model, data=ByteLM(T=256, B=2), cache=False)
     (row,) = plan.run(options, "leaky", Console(file=io.StringIO()))["rows"]
     assert row["fits"] and row["mesh"]["seq"] == 2 and 0 < row["mfu_bound"] < 1
     assert (row["attention_flops_by_formula"] > 0) == (model.N == HYBRID.N)

@@ -224,7 +224,7 @@ cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="PyTorch is
 @pytest.mark.parametrize("mask", [Causal(), Causal() & Chunked(8)], ids=str)
 def test_a_worker_times_itself_and_its_results_are_checked(capsys, fake, mask):
     fake()
-    document, out = run(capsys, against=("torch",), what=("forward",), mask=mask)
+    document, out = run(capsys, against=("torch",), what=("forward",), mask=mask, T=(16,), window=0)
     for row in document["rows"]:
         assert row["seconds"]["torch"] == [0.5] * 3
         assert row["error"]["torch"] < 1e-6

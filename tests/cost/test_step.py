@@ -13,9 +13,15 @@ from longattn.plan import calibration
 from tests.compilers import needs_cuda, needs_libtpu
 
 
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """The formulas' figures beside the compilers', a row per case."""
+    return calibration.errors()
+
+
 @pytest.mark.slow
-def test_memory_is_within_fifteen_percent_of_what_compilers_need():
-    errors = {row["case"]: row["error"] for row in calibration.errors()}
+def test_memory_is_within_fifteen_percent_of_what_compilers_need(rows):
+    errors = {row["case"]: row["error"] for row in rows}
     assert len(errors) == len(calibration.CASES) >= 20
     exceptions = {  # out is kept tokens minor: see `step.kept`
         case.name
@@ -32,9 +38,9 @@ def test_compilers_peaks_are_named_almost_whole():
 
 
 @pytest.mark.slow
-def test_products_are_those_of_the_program():
+def test_products_are_those_of_the_program(rows):
     """What is left out are the few products that XLA merges or adds: a hundredth."""
-    compiled = [row for row in calibration.errors() if "flops" in row]
+    compiled = [row for row in rows if "flops" in row]
     assert len(compiled) >= 5
     for row in compiled:
         assert row["flops_by_formula"] == pytest.approx(row["flops"], rel=0.01), row["case"]
@@ -55,10 +61,10 @@ def test_keys_values_and_their_gradients_are_sent_as_the_formula_says(case):
 
 
 @pytest.mark.slow
-def test_messages_between_all_devices_are_those_of_the_program_but_for_its_rings():
+def test_messages_between_all_devices_are_those_of_the_program_but_for_its_rings(rows):
     """Matrices that are passed around a ring of P devices are sent P / (P - 1) times as often as others."""
     meshes = {case.name: case.config.mesh for case in calibration.CASES}
-    for row in calibration.errors():
+    for row in rows:
         if row.get("received"):
             P = meshes[row["case"]].fsdp * meshes[row["case"]].P
             least = min(0.85, (P - 1) / P if P > 1 else 1)

@@ -23,6 +23,7 @@ MODELS = {
     "softmax": BASE,
     "hybrid": dataclasses.replace(BASE, mixers=(LOCAL, GLOBAL), tie=False),
     "loop": dataclasses.replace(BASE, N=2, mixers=(LOCAL, GLOBAL), mlp_chunk=8),
+    "layer": dataclasses.replace(BASE, N=1, mixers=(GLOBAL,), mlp_chunk=8),
     "yarn": dataclasses.replace(BASE, mixers=(Softmax(rope=RoPE(scaling="yarn", factor=4.0, original_T=16)),)),
 }
 T = 23
@@ -46,7 +47,7 @@ def packed(lengths, rows=2):
     return tuple(jnp.asarray(np.tile(a, (rows, 1)), jnp.int32) for a in (positions, ids))
 
 
-@pytest.mark.parametrize("name", but_few(MODELS))
+@pytest.mark.parametrize("name", but_few(["softmax", "loop", "yarn"]))
 def test_causal_to_the_bit(name):
     """Another token t leaves all logits before t bitwise as they were, and changes those at t."""
     model = MODELS[name]
@@ -61,16 +62,16 @@ def test_causal_to_the_bit(name):
         assert not np.allclose(after[0, t], before[0, t])
 
 
-@pytest.mark.parametrize("name", but_few(MODELS))
+@pytest.mark.parametrize("name", but_few(["softmax", "loop"]))
 def test_packed_documents_do_not_see_each_other(name):
     model = MODELS[name]
     params = parameters(model)
-    positions, ids = packed([6, 10, 7])
+    positions, ids = packed([6, 11, 6])
     whole = logits(model, params, TOKENS, positions, ids)
-    other = logits(model, params, TOKENS.at[:, 6:16].add(1) % 17, positions, ids)
+    other = logits(model, params, TOKENS.at[:, 6:17].add(1) % 17, positions, ids)
     np.testing.assert_array_equal(other[:, :6], whole[:, :6])
-    np.testing.assert_array_equal(other[:, 16:], whole[:, 16:])  # later, and still bitwise the same
-    for start, stop in ((0, 6), (6, 16), (16, 23)):
+    np.testing.assert_array_equal(other[:, 17:], whole[:, 17:])  # later, and still bitwise the same
+    for start, stop in ((0, 6), (6, 17), (17, 23)):
         alone = logits(model, params, TOKENS[:, start:stop])
         np.testing.assert_allclose(whole[:, start:stop], alone, rtol=1e-4, atol=1e-5)
 
@@ -172,7 +173,7 @@ def test_scan_equals_loop(name):
 
 @pytest.mark.parametrize(
     ("name", "policy"),
-    but_few([("softmax", "attention"), *(("softmax", x) for x in REMAT if x != "attention"), ("loop", "attention")]),
+    but_few([("softmax", "attention"), *(("softmax", x) for x in REMAT if x != "attention"), ("layer", "attention")]),
 )
 def test_remat_changes_nothing(name, policy):
     model = MODELS[name]
@@ -251,7 +252,7 @@ def test_remat_keeps_less():
 def test_bfloat16_computes_in_bfloat16_and_stays_close():
     narrow = dataclasses.replace(BASE, dtype="bfloat16")
     params = parameters(BASE)
-    x, _ = Transformer(narrow).apply({"params": params}, TOKENS, method="hidden")
+    x, _ = jax.eval_shape(lambda p: Transformer(narrow).apply({"params": p}, TOKENS, method="hidden"), params)
     assert x.dtype == jnp.bfloat16
     exact, rounded = logits(BASE, params, TOKENS), logits(narrow, params, TOKENS)
     assert rounded.dtype == jnp.float32

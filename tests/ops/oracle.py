@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,12 +112,24 @@ def pairwise(domains: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
         yield {name: domains[name][best[name]] for name in names}
 
 
-def covering(cases: Sequence[Any]) -> list[Any]:
-    """The cases (dataclasses), in order, that hold a value of some field that none before them holds."""
+def covering(cases: Iterable[Any]) -> list[Any]:
+    """The cases (dataclasses or dicts), in order, that hold a value of some field that none before them holds."""
     found, seen = [], set()
     for case in cases:
-        if new := set(enumerate(dataclasses.astuple(case))) - seen:
+        values = case.values() if isinstance(case, dict) else (getattr(case, f.name) for f in dataclasses.fields(case))
+        if new := set(enumerate(map(str, values))) - seen:
             found, seen = [*found, case], seen | new
+    return found
+
+
+def fewest(cases: Sequence[Any], holds: Callable[[Any], Iterable[Any]]) -> list[Any]:
+    """Few of the cases that hold between them all that any of them holds (greedy)."""
+    held = {case: set(holds(case)) for case in cases}
+    found, left = [], set().union(*held.values())
+    while left:
+        best = max(cases, key=lambda case: len(held[case] & left))
+        found.append(best)
+        left -= held[best]
     return found
 
 

@@ -20,6 +20,7 @@ from longattn import parallel
 from longattn.models import Context, Transformer, init_params
 from longattn.models.sharding import shardings
 from longattn.train.step import context_of, state_shapes
+from tests.slow import but_few
 
 B, T, D, V = 4, 9, 5, 7
 IDS = np.tile(np.repeat([1, 2], (4, 5)), (B, 1)).astype(np.int32)
@@ -54,13 +55,16 @@ def results(f, call, cotangents):
 
 @pytest.mark.parametrize(
     ("mesh", "heads", "decay", "beta"),
-    [
-        ((2, 1, 2, 1), (4, 2, 4), None, False),
-        ((1, 2, 2, 1), (6, 6, 6), "fixed", False),
-        ((2, 2, 2, 1), (1, 1, 4), "scalar", False),  # one query and key head, on all devices
-        ((1, 1, 3, 1), (3, 3, 6), "scalar", True),
-        ((4, 1, 1, 1), (3, 3, 3), "vector", True),
-    ],
+    but_few(
+        [
+            ((1, 1, 3, 1), (3, 3, 6), "scalar", True),
+            ((2, 2, 2, 1), (1, 1, 4), "scalar", False),  # one query and key head, on all devices
+            ((2, 1, 2, 1), (4, 2, 4), None, False),
+            ((1, 2, 2, 1), (6, 6, 6), "fixed", False),
+            ((4, 1, 1, 1), (3, 3, 3), "vector", True),
+        ],
+        2,
+    ),
 )
 def test_equals_one_device(mesh, heads, decay, beta):
     mesh = mesh_of(*mesh)
@@ -101,17 +105,16 @@ def test_models_on_a_mesh_equal_those_on_one_device():
     np.testing.assert_allclose(f(context)(spread, tokens), f(None)(params, tokens), rtol=1e-4, atol=1e-5)
 
 
-FAMILY = (
-    c.LinearAttention(), c.Performer(), c.Based(features=3), c.RetNet(), c.GLA(), c.Mamba2(state=8), c.GatedDeltaNet(),
-    c.KimiDeltaAttention(),
-)  # fmt: skip
+# A mixer of each decay; the others have the same calls but for a token's own features, and Gated DeltaNet is in the
+# hybrid.
+FAMILY = (c.LinearAttention(), c.RetNet(), c.Mamba2(state=8), c.KimiDeltaAttention())
 
 
 @pytest.mark.parametrize(
     ("mixers", "mesh"),
     [
         ((c.GatedDeltaNet(), c.Softmax()), c.Mesh(data=2, tensor=2, seq=2)),
-        pytest.param((*FAMILY, c.Softmax()), c.Mesh(data=2, seq=2), marks=pytest.mark.slow),
+        pytest.param(FAMILY, c.Mesh(data=2, seq=2), marks=pytest.mark.slow),
     ],
     ids=["hybrid", "all"],
 )

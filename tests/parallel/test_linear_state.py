@@ -91,7 +91,7 @@ DOMAINS = {
     "dtype": ["float32", "bfloat16", "float64"],
     "mesh": [(1, 1, 1, 2), (2, 1, 1, 3), (1, 2, 1, 4), (1, 1, 1, 8)],
 }
-REST = [Parts(row.pop("mesh"), Case(**row, length="T=24")) for row in oracle.pairwise(DOMAINS)] + [
+REST = [Parts(row.pop("mesh"), Case(**row, length="T=24")) for row in oracle.covering(oracle.pairwise(DOMAINS))] + [
     Parts((2, 1, 1, 4), whole("constant decay", "all equal", "T=36")), *CASES[2:],
 ]  # fmt: skip
 

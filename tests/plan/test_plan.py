@@ -15,7 +15,7 @@ from longattn.plan import command, show
 from tests.compilers import needs_cuda, needs_libtpu
 
 TINY = Model(N=2, E=512, F=1024, H=4, K=2, D=64, W=512, remat="attention")
-DATA = ByteLM(T=1024, B=4)
+DATA = ByteLM(T=256, B=4)
 ROW = {
     "topology", "T", "B", "strategy", "layout", "devices", "mesh", "fits", "refused", "hbm_bytes", "hbm_limit",
     "by_kind", "buffers", "argument_bytes", "output_bytes", "aliased_bytes", "temporary_bytes", "code_bytes", "flops",
@@ -210,11 +210,12 @@ def test_meshes_are_chosen_by_rows_and_then_positions():
 def test_what_is_offloaded_lies_on_the_host():
     """Each layer offloads its input, attention's output (bfloat16) and lse of each token, once there and once back."""
     model = dataclasses.replace(TINY, N=4, H=8, D=128, remat="offload")  # heads that need no padding on TPUs
+    data = dataclasses.replace(DATA, T=512)  # tokens of each device, too
     mesh = Mesh(seq=4, strategy="all_gather")  # it has the fewest kernels to compile
-    options = plan.PlanOptions(topology="v5e:2x2", model=model, data=DATA, mesh=mesh, cache=False)
+    options = plan.PlanOptions(topology="v5e:2x2", model=model, data=data, mesh=mesh, cache=False)
     console = Console(width=200, file=io.StringIO())
     (row,) = plan.run(options, "tiny", console)["rows"]
-    layers = model.N * DATA.B * DATA.T / 4 * (2 * (model.E + model.H * model.D) + 4 * model.H)
+    layers = model.N * data.B * data.T / 4 * (2 * (model.E + model.H * model.D) + 4 * model.H)
     assert row["host_traffic"] == 2 * layers
     assert layers <= row["host_bytes"] <= 2 * layers  # some layers' data are there twice
     assert row["seconds"]["host"] == pytest.approx(row["host_traffic"] / 16e9)

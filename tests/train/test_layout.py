@@ -59,8 +59,7 @@ def packed(B: int, T: int, seed: int = 0) -> data.Batch:
     return data.Batch(rng.integers(0, 257, (B, T)).astype(np.int32), positions, ids, weights)
 
 
-HYBRID = dataclasses.replace(CONFIG.model, N=4, remat="attention", mixers=(RetNet(V=6), *CONFIG.model.mixers))
-CONVOLVED = dataclasses.replace(HYBRID, N=2, mixers=(*CONFIG.model.mixers, GatedDeltaNet(V=6)))
+HYBRID = dataclasses.replace(CONFIG.model, N=2, mixers=(*CONFIG.model.mixers, GatedDeltaNet(V=6)))
 
 
 @functools.cache
@@ -114,12 +113,7 @@ SPREAD = {
     "zigzag ring": dataclasses.replace(CONFIG, mesh=Mesh(seq=4, data=2, layout="zigzag")),
     "zigzag usp": dataclasses.replace(CONFIG, mesh=Mesh(seq=2, ring=2, data=2, strategy="usp", layout="zigzag")),
     "hybrid": dataclasses.replace(
-        CONFIG, model=HYBRID, mesh=Mesh(seq=4, fsdp=2, layout="zigzag", strategy="all_gather")
-    ),
-    "contiguous balanced": dataclasses.replace(CONFIG, mesh=Mesh(seq=4, data=2, strategy="balanced")),
-    "striped ulysses": dataclasses.replace(CONFIG, mesh=Mesh(seq=8, layout="striped", strategy="ulysses")),
-    "hybrid striped": dataclasses.replace(
-        CONFIG, model=CONVOLVED, mesh=Mesh(seq=2, tensor=2, fsdp=2, layout="striped"), optimiser=ACCUMULATED
+        CONFIG, model=HYBRID, mesh=Mesh(seq=2, tensor=2, fsdp=2, layout="zigzag", strategy="all_gather")
     ),
 }
 
@@ -133,7 +127,7 @@ def test_a_step_in_a_layout_is_that_of_one_device(name: str) -> None:
 @pytest.mark.slow
 def test_an_evaluation_in_a_layout_is_that_of_one_device() -> None:
     """Scores by position agree too, also with micro-batches, which have rows of their own on all devices."""
-    mesh = Mesh(seq=4, data=2, layout="striped", strategy="all_gather")
+    mesh = Mesh(seq=4, data=2, layout="striped", strategy="ulysses")
     agree(dataclasses.replace(CONFIG, mesh=mesh, optimiser=ACCUMULATED), evaluation=True)
 
 

@@ -25,7 +25,7 @@ def inputs(B, T, E, W, dtype=jnp.float32, seed=0):
     return x, w, jax.random.randint(k[2], (B, T), 0, W, jnp.int32), weights
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("z_loss", but_few([1e-2, 0.0]))
 @pytest.mark.parametrize("chunk", but_few([14, 1, 1000, 22, 3, 6], 3))  # remainders, below B, all at once, a divisor
 def test_equals_dense_with_every_gradient(chunk, z_loss):
     x, w, labels, weights = inputs(2, 11, 7, 13)

@@ -35,9 +35,7 @@ def gradient(config: Config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "strategy", [pytest.param(name, marks=[] if name == "ring" else pytest.mark.slow) for name in parallel.STRATEGIES]
-)
+@pytest.mark.parametrize("strategy", parallel.STRATEGIES)
 def test_what_a_layer_s_recomputation_sends_and_runs(strategy):
     """Attention runs and sends nothing twice. Only ulysses exchanges q, k and v again, because it keeps out alone.
 

@@ -450,10 +450,10 @@ def test_evaluate_reads_every_byte_once(finished: Config) -> None:
 def test_corpus_that_changed_is_refused(tmp_path: Path) -> None:
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text(f"some words {i} " * 30)
-    c = config(tmp_path, steps=4, save_every=2)
+    c = config(tmp_path)
     c = dataclasses.replace(c, data=dataclasses.replace(c.data, glob=str(tmp_path / "*.txt")))
     quiet(c)
-    (folder(c) / "checkpoints" / "4").rename(tmp_path / "gone")
+    (folder(c) / "checkpoints" / "12").rename(tmp_path / "gone")
     (tmp_path / "3.txt").write_text("other words")
     with pytest.raises(ValueError, match=r"corpus.*changed"):
         quiet(c)
@@ -461,6 +461,6 @@ def test_corpus_that_changed_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_profile_window(tmp_path: Path) -> None:
-    c = config(tmp_path, steps=6, profile=(3, 2))
+    c = config(tmp_path, profile=(3, 2))
     quiet(c)
     assert list((folder(c) / "profile").rglob("*.xplane.pb"))

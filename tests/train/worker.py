@@ -88,11 +88,12 @@ def main(path: Path) -> None:
     for sizes in job["meshes"]:
         c = dataclasses.replace(config, mesh=Mesh(**sizes))
         seen[str(sizes)] = batches(c, job["steps"])
-    stopped = stopped_by_a_signal_to_one(config)
-    seen["stopped"] = stopped.status, stopped.steps
-    summary = train(config, quiet=True)
-    seen["history"] = summary.history
-    seen["eval"] = evaluate(summary.run_dir, mesh=config.mesh, newest=True)
+    if job["trains"]:
+        stopped = stopped_by_a_signal_to_one(config)
+        seen["stopped"] = stopped.status, stopped.steps
+        summary = train(config, quiet=True)
+        seen["history"] = summary.history
+        seen["eval"] = evaluate(summary.run_dir, mesh=config.mesh, newest=True)
     path.with_name(f"{path.stem}.{me}.json").write_text(json.dumps(seen))
 
 

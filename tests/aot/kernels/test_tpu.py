@@ -10,7 +10,7 @@ from rich.console import Console
 from longattn.aot import compilers, kernels
 from longattn.aot.kernels import command, tpu
 from longattn.aot.kernels.cases import CASES, Shape
-from longattn.mask import Full, Window
+from longattn.mask import Window
 from tests.aot.kernels.peers import peer
 from tests.compilers import needs_libtpu
 
@@ -204,12 +204,12 @@ def test_linear_attention_is_compiled_as_declared():
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5p"])
 def test_the_gradient_of_linear_attention_is_compiled_as_declared(chip):
-    row = compiled("longattn_linear_backward", chip, T=2048, H=16, kind="scalar_delta")
+    row = compiled("longattn_linear_backward", chip, T=1024, H=4, bR=2, kind="scalar_delta")
     (kernel,) = row["kernels"]
     assert row["cores"] == (2 if chip == "v5p" else 1)
     share = 1 / row["cores"]
     assert {r["what"]: r["runs"] for r in kernel["regions"] if r["what"]} == {
-        "grid step": 8 * share, "states": 32 * share, "gradients of a chunk": 32 * share,
+        "grid step": 4 * share, "states": 16 * share, "gradients of a chunk": 16 * share,
     }  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def test_causal_flash_executes_the_steps_that_it_sees():
 @pytest.mark.slow
 @needs_libtpu
 def test_our_forward_kernel_takes_one_version_of_its_bodies_per_row():
-    row = compiled("longattn", "v6e", T=2048, H=2, bT=512, bS=512, bC=256, bR=256)
+    row = compiled("longattn", "v6e", T=1024, H=2, bT=256, bS=256, bC=128, bR=256)
     (kernel,) = row["kernels"]
     assert {r["what"]: (r["runs"], r["most"]) for r in kernel["regions"] if r["what"]} == {
         "grid step": (8, 8),
@@ -253,12 +253,12 @@ def test_our_forward_kernel_takes_one_version_of_its_bodies_per_row():
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5p"])
 def test_our_backward_kernel_is_compiled_as_declared(chip):
-    row = compiled("longattn_backward", chip, T=2048, H=4, K=2, bT=512, bS=512)
+    row = compiled("longattn_backward", chip, T=512, H=4, K=2, bT=256, bS=256)
     (kernel,) = row["kernels"]
     assert row["cores"] == (2 if chip == "v5p" else 1)
     share = 1 / row["cores"]
     assert {r["what"]: r["runs"] for r in kernel["regions"] if r["what"]} == {
-        "grid step": 8 * share, "cut block 0": 16 * share, "whole block": 24 * share,
+        "grid step": 4 * share, "cut block 0": 8 * share, "whole block": 4 * share,
     }  # fmt: skip
     assert row["cycles_worst"] == row["cycles"] > row["floor_cycles"] and row["after_cycles"] > 0
     assert any("longattn_attention_forward" in name for name in row["not_counted"])
@@ -272,11 +272,9 @@ BIG = {"bT": 2048, "bS": 2048}
 @pytest.mark.parametrize(
     ("case", "chip", "shape", "millions"),
     [
-        peer("jax_flash", "v6e", {"mask": Full()}, 1.863),
         peer("jax_flash", "v5p", {}, 0.860),
         peer("jax_splash", "v6e", {**BIG, "bC": 1024}, 1.058),
         peer("jax_flash_backward", "v6e", {}, 3.27),
-        peer("jax_splash_backward", "v6e", {}, 1.84),
         peer("jax_splash_backward", "v5p", {}, 3.40),  # its grid is not marked parallel: one core of two
         peer("tokamax_splash", "v6e", {**BIG, "bC": 512}, 0.874),
         peer("tokamax_splash_backward", "v6e", {}, 1.78),

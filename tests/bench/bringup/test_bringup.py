@@ -27,7 +27,7 @@ from longattn.train import kernel_check as reports
 
 ROOT = Path(__file__).parents[3]
 SMALL = {"T": 64, "timed_T": 128, "rounds": 1}
-FEW = ("causal, float32", "empty rows", "linear, head decay, packed documents", "linear state alone, whole chunks")
+FEW = ("empty rows", "linear, head decay, packed documents", "linear state alone, whole chunks")
 
 
 @pytest.fixture(autouse=True)
@@ -121,12 +121,23 @@ def test_a_wrong_kernel_is_reported_and_the_rest_goes_on(monkeypatch, tmp_path, 
 
     changed("wrong", monkeypatch, attend=wrong)
     changed("choosy", monkeypatch, check=refuse)
-    arguments = ["bringup", "--parts", "numerics", "--cases", *FEW, "--out", str(tmp_path / "o"), "--T", "64", "--json"]
+    arguments = [
+        "bringup",
+        "--parts",
+        "numerics",
+        "--cases",
+        *FEW[:2],
+        "--out",
+        str(tmp_path / "o"),
+        "--T",
+        "64",
+        "--json",
+    ]
     assert cli.main(arguments) == 1
     document = json.loads(capsys.readouterr().out)
     assert document == one_report(tmp_path / "o")
     rows = {(row["case"], row["back_end"]): row for row in document["numerics"]["rows"]}
-    for case in FEW:
+    for case in FEW[:2]:
         assert rows[case, "xla"]["outcome"] == "passed"
         if case.startswith("linear"):  # its back ends are others
             assert {name for of, name in rows if of == case} == {"pallas_tpu", "xla"}
@@ -136,7 +147,7 @@ def test_a_wrong_kernel_is_reported_and_the_rest_goes_on(monkeypatch, tmp_path, 
         assert rows[case, "choosy"]["outcome"] == "refused"
         assert "it is Tuesday" in rows[case, "choosy"]["reason"]
     assert document["verdict"] == "failed"
-    assert any(f.startswith("numerics: wrong, causal, float32: ") for f in document["findings"])
+    assert any(f.startswith("numerics: wrong, empty rows: ") for f in document["findings"])
     assert reports.report("cpu", "xla") is None
 
 
@@ -166,7 +177,7 @@ def test_kernels_that_accept_the_device_are_tried(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_report_that_passed_is_kept_where_training_looks(monkeypatch, tmp_path) -> None:
-    everything = {name: p for name, p in numerics.problems(64).items() if name in FEW}
+    everything = {name: p for name, p in numerics.problems(64).items() if name in FEW[:2]}
     monkeypatch.setattr(numerics, "problems", lambda T: everything)
     document = run(BringupOptions(parts=("numerics",), out=str(tmp_path / "elsewhere"), **SMALL), quiet())
     assert (document["verdict"], document["findings"]) == ("passed", [])
@@ -310,14 +321,6 @@ def test_cycles_on_a_chip(monkeypatch) -> None:
     assert show.timing(rows)[0][-3:] == ("1.503 M", "3.006 M", "2.00")
 
 
-@pytest.mark.slow
-def test_the_peak_of_a_step(monkeypatch) -> None:
-    peaks = iter([{"peak_bytes_in_use": 10, "bytes_in_use": 5}, {"peak_bytes_in_use": 300, "bytes_in_use": 5}])
-    monkeypatch.setattr(memory, "_stats", lambda: next(peaks))
-    made = memory._measured(memory._SMALL)
-    assert (made["measured_bytes"], made["held_before_bytes"], made["measured_reason"]) == (300, 5, None)
-
-
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "NVIDIA H100 80GB HBM3", "Tesla T4"])
 def test_plan_is_asked_for_one_device_of_this_chip(monkeypatch, kind) -> None:
     asked = []
@@ -332,7 +335,9 @@ def test_plan_is_asked_for_one_device_of_this_chip(monkeypatch, kind) -> None:
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_is_a_failure(monkeypatch) -> None:
+def test_the_peak_of_a_step_and_a_loss_that_is_no_number(monkeypatch) -> None:
+    peaks = iter([{"peak_bytes_in_use": 10, "bytes_in_use": 5}, {"peak_bytes_in_use": 300, "bytes_in_use": 5}])
+    monkeypatch.setattr(memory, "_stats", lambda: next(peaks))
     step = memory.steps.train_step(memory._SMALL)
 
     def poisoned(state, batch):
@@ -341,6 +346,7 @@ def test_a_loss_that_is_no_number_is_a_failure(monkeypatch) -> None:
 
     monkeypatch.setattr(memory.steps, "train_step", lambda config: jax.jit(poisoned))
     made = memory._measured(memory._SMALL)
+    assert (made["measured_bytes"], made["held_before_bytes"], made["measured_reason"]) == (300, 5, None)
     assert (made["outcome"], made["reason"]) == ("failed", "the loss of the step is nan")
 
 

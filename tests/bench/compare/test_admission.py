@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import os
 
 import jax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from longattn.aot.kernels.cases.shape import KINDS
 from longattn.bench import attention, compare
-from longattn.bench.compare import admission
+from longattn.bench.compare import admission, measurement
 from longattn.mask import Full
 from longattn.ops.linear import linear_attention
-from tests.bench.compare.tiny import TINY, quiet
+from tests.bench.compare.tiny import SHARED, TINY, quiet
 from tests.slow import but_few
 
 
+def fails(_: attention.AttentionOptions) -> attention.Attend:
+    raise TypeError("no such argument\nsecond line")
+
+
 @pytest.mark.slow
-def test_who_disagrees_is_not_timed(monkeypatch, tmp_path) -> None:
+def test_rivals_that_disagree_or_fail_are_rows_of_one_document_about_a_trace_of_its_own(
+    monkeypatch, capsys, tmp_path
+) -> None:
+    another = tmp_path / "plugins" / "profile" / "another" / "host.xplane.pb"
+    another.parent.mkdir(parents=True)
+    another.touch()
+    os.utime(another, (2**32, 2**32))  # newer than anything that is recorded here
+    load = [1.0]
+    monkeypatch.setattr(measurement.os, "getloadavg", lambda: (load[-1], 0.0, 0.0))
+    monkeypatch.setattr(measurement, "admit", lambda options: (load.append(9.0), admission.admit(options))[1])
     wrong = compare.Contestant("wrong", lambda o: attention.jax_nn(Full()))
     monkeypatch.setitem(compare.CONTESTANTS, "wrong", wrong)
-    options = compare.CompareOptions("attention_forward", contestants=("wrong", "xla"), out=str(tmp_path), **TINY)
-    first, second = compare.run(options, quiet())["rows"]
-    assert first["reason"].startswith("it disagrees with reference in float32: relative error")
-    assert "samples" not in first
-    assert second["ratio"]["value"] == 1  # the first that ran
+    monkeypatch.setitem(compare.CONTESTANTS, "rival", compare.Contestant("rival", fails))
+    names = ("wrong", "rival", "xla")
+    options = compare.CompareOptions("attention_forward", contestants=names, json=True, out=str(tmp_path), **TINY)
+    document = compare.run(options)
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(document))
+    assert set(document) == SHARED | {"rows", "differences", "plot"}
+    assert (document["version"], document["kind"], document["differences"]) == (1, "compare", [])
+    assert document["load"] == 1.0  # of before
+    disagrees, failed, ran = document["rows"]
+    assert disagrees["reason"].startswith("it disagrees with reference in float32: relative error")
+    assert failed["reason"] == "TypeError: no such argument second line"
+    assert "samples" not in disagrees and "samples" not in failed
+    assert len(ran["samples"]) == TINY["rounds"]
+    assert ran["ratio"]["value"] == 1  # the first that ran
 
 
 def test_what_cannot_be_checked_is_refused(monkeypatch) -> None:
@@ -34,7 +56,7 @@ def test_what_cannot_be_checked_is_refused(monkeypatch) -> None:
         admission.admit(compare.CompareOptions("attention_forward", dtype="float32", **TINY))
 
 
-@pytest.mark.parametrize("kind", but_few(KINDS))
+@pytest.mark.parametrize("kind", but_few(["none", "none_delta", "vector_delta"]))
 def test_linear_attention_of_every_kind_is_admitted(kind) -> None:
     """And the yardstick, whose problem is another."""
     options = compare.CompareOptions("linear_forward", ("xla", "attention"), kind=kind, T=40, H=2, K=1, D=8)
@@ -71,15 +93,8 @@ def test_linear_kernels_for_tpus_take_part() -> None:
 
 
 @pytest.mark.slow
-def test_a_rival_that_fails_is_a_row_and_ours_is_an_error(monkeypatch, tmp_path) -> None:
-    def fails(_: attention.AttentionOptions) -> attention.Attend:
-        raise TypeError("no such argument\nsecond line")
-
-    monkeypatch.setitem(compare.CONTESTANTS, "rival", compare.Contestant("rival", fails))
-    options = compare.CompareOptions("attention_forward", contestants=("rival", "xla"), out=str(tmp_path), **TINY)
-    first, second = compare.run(options, quiet())["rows"]
-    assert first["reason"] == "TypeError: no such argument second line"
-    assert "samples" in second
+def test_ours_that_fails_is_an_error(monkeypatch, tmp_path) -> None:
+    options = compare.CompareOptions("attention_forward", contestants=("xla",), out=str(tmp_path), **TINY)
     monkeypatch.setitem(compare.CONTESTANTS, "xla", compare.Contestant("ours", fails))
     with pytest.raises(TypeError, match="no such argument"):
-        compare.run(dataclasses.replace(options, contestants=("xla",)), quiet())
+        compare.run(options, quiet())

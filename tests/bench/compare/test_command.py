@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 
 import pytest
 from rich.console import Console
 
 from longattn.bench import compare
 from longattn.bench.compare import command
-from tests.bench.compare.tiny import SHARED, TINY
-
-
-@pytest.mark.slow
-def test_json_is_one_document(capsys, tmp_path) -> None:
-    options = compare.CompareOptions("attention_forward", contestants=("xla",), json=True, out=str(tmp_path), **TINY)
-    document = compare.run(options)
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(document))
-    assert set(document) == SHARED | {"rows", "differences", "plot"}
-    assert (document["version"], document["kind"], document["differences"]) == (1, "compare", [])
+from tests.bench.compare.tiny import TINY
 
 
 @pytest.mark.slow

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 
 import pytest
 
 from longattn.aot.kernels import cases, tpu
 from longattn.bench import attention, compare, trace
-from longattn.bench.compare import admission, measurement, roofline
+from longattn.bench.compare import measurement, roofline
 from longattn.cost import hardware
 from longattn.cost.flops import attention_flops, linear_flops
 from longattn.cost.pairs import visible_pairs
@@ -68,21 +67,6 @@ def test_what_is_left_behind(document) -> None:
         assert {"jax", "jaxlib", "numpy"} <= set(line["environment"]["versions"])
         assert "commit" in line["environment"]
     assert compare.opening(document["trace"]).endswith(f"xprof --port 8791 {folder.parents[2]}")
-
-
-@pytest.mark.slow
-def test_the_trace_is_its_own_and_the_load_that_of_before(monkeypatch, tmp_path) -> None:
-    another = tmp_path / "plugins" / "profile" / "another" / "host.xplane.pb"
-    another.parent.mkdir(parents=True)
-    another.touch()
-    os.utime(another, (2**32, 2**32))  # newer than anything that is recorded here
-    load = [1.0]
-    monkeypatch.setattr(measurement.os, "getloadavg", lambda: (load[-1], 0.0, 0.0))
-    monkeypatch.setattr(measurement, "admit", lambda options: (load.append(9.0), admission.admit(options))[1])
-    options = compare.CompareOptions("attention_forward", contestants=("xla",), out=str(tmp_path), **TINY)
-    document = compare.measure(options)
-    assert len(document["rows"][0]["samples"]) == TINY["rounds"]
-    assert document["load"] == 1.0
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from longattn.aot.kernels import cases
 from longattn.bench import attention, compare
 from longattn.mask import Causal, Full, Window
 from tests.bench.compare.tiny import problem
+from tests.slow import but_few
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_reasons_of_rivals(name, changes, reason, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["jax_flash", "splash"])
-@pytest.mark.parametrize("mask", [Causal(), Full()], ids=str)
+@pytest.mark.parametrize("mask", but_few([Causal(), Full()]), ids=str)
 def test_tpu_rivals_compute_attention(name, mask) -> None:
     """Under the interpreter of TPU kernels: layouts and scale are right."""
     o = problem(mask=mask)

@@ -40,11 +40,11 @@ DOMAINS: dict[str, list[Any]] = {
     "softcap": [None, 30.0],
     "bias": ["", "BHTS", "1H1S", "B1T1"],  # which of its axes are whole
 }
-# Every pair, in blocks of few tiles, for a compiler's time grows with the tiles; then every size in the blocks chosen
+# Every value, in blocks of few tiles, for a compiler's time grows with the tiles; then every size in the blocks chosen
 # for it, which are what fast memory has to hold.
 GRID = [
     row | {"chip": CHIPS[i % len(CHIPS)], "sizes": SIZES[i % len(SIZES)], "small": True}
-    for i, row in enumerate(oracle.pairwise(DOMAINS))
+    for i, row in enumerate(oracle.covering(oracle.pairwise(DOMAINS)))
 ]
 SMALL = Tuning(Blocks(128, 256, 128, 128), Blocks(128, 128, 128, 128))
 OWN = [

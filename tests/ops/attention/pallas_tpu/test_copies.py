@@ -116,7 +116,7 @@ def forward_over(machine: Machine, kinds: np.ndarray, group: int, size: float = 
         check_forward(machine, kind, walk, n, size)
 
 
-SHAPES = [(3, 2), (2, 3), (5, 1), (1, 5), (4, 4), (7, 3)]  # rows of lists, blocks in them
+SHAPES = [(3, 2), (2, 3), (5, 1), (1, 5), (4, 4)]  # rows of lists, blocks in them
 by_shape = pytest.mark.parametrize(
     "shape", [*SHAPES[:2], *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[2:])], ids=str
 )
@@ -143,7 +143,7 @@ def test_every_walk_of_three_rows_over_two_blocks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("heads", "group", "short"), HEADS)
-@pytest.mark.parametrize("shape", [(3, 2), (2, 3), (6, 1), (1, 6)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3), (6, 1)], ids=str)
 def test_every_walk(shape, heads, group, short):
     backward_over(Machine(), every(*shape), heads, group, short)
     forward_over(Machine(), every(*shape), group)

@@ -31,7 +31,7 @@ DOMAINS: dict[str, list[Any]] = {
     "length": [2048, 1000, 1],
     "beside": ["nothing", "segments", "state", "both"],
 }
-GRID = [row | {"chip": CHIPS[i % len(CHIPS)]} for i, row in enumerate(oracle.pairwise(DOMAINS))]
+GRID = [row | {"chip": CHIPS[i % len(CHIPS)]} for i, row in enumerate(oracle.covering(oracle.pairwise(DOMAINS)))]
 GRID += [
     next(case for case in GRID if case["dtype"] == "bfloat16") | {"sizes": size} for size in ((64, 128), (256, 256))
 ]
