@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -333,6 +334,7 @@ class Fn(Mask):
     """Any rule f(q_pos, k_pos) -> bool, elementwise on broadcasting arrays. Every block counts as PARTIAL.
 
     Equal and hashed by `f` itself: define it once, at module level; a fresh lambda per call compiles anew each time.
+    It may read arrays from outside, traced ones too: `Fn(lambda q, k: table[q] == table[k])`.
     """
 
     f: Callable[[Any, Any], Any]
@@ -349,6 +351,71 @@ class Fn(Mask):
 
     def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
         return _kind(False, False, q_lo, q_hi, k_lo, k_hi)
+
+
+@dataclass(frozen=True, eq=False)
+class _Open:
+    """A function of one pair of positions, without the arrays that it read from outside."""
+
+    jaxpr: Any
+    first: int  # where its arrays begin among those of the whole mask
+    name: str
+
+    def __call__(self, q_pos: Any, k_pos: Any) -> Any:
+        raise AssertionError(f"{self.name} is asked without its arrays")  # `bound` gives them back
+
+    def bound(self, arrays: tuple[Any, ...]) -> Fn:
+        own = arrays[self.first : self.first + len(self.jaxpr.constvars)]
+        f = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(self.jaxpr, own))
+        return Fn(jnp.vectorize(lambda q, k: f(q, k)[0]))
+
+
+def _with_functions(mask: Mask, change: Callable[[Fn], Fn]) -> Mask:
+    """Returns the mask with each of its functions changed."""
+    if isinstance(mask, Fn):
+        return change(mask)
+    parts = {f.name: getattr(mask, f.name) for f in dataclasses.fields(mask)}
+    masks = {name: _with_functions(part, change) for name, part in parts.items() if isinstance(part, Mask)}
+    return mask if all(masks[name] is parts[name] for name in masks) else dataclasses.replace(mask, **masks)
+
+
+def opened(mask: Mask) -> tuple[Mask, tuple[Any, ...]]:
+    """Takes out the traced arrays that functions read from outside: a rule for gradients may not close over them.
+
+    Inside of `shard_map` they stay, and there is no gradient: a program that was made outside does not run there.
+
+    Returns:
+      The mask without them, and the arrays, for `bound`. A mask whose functions read none is returned as it is.
+
+    Raises:
+      NotImplementedError: an array gives a function's answer axes of its own.
+    """
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return mask, ()
+    arrays: list[Any] = []
+
+    def change(fn: Fn) -> Fn:
+        def traced(*shape: int) -> Any:
+            position = jax.ShapeDtypeStruct(shape, np.int32)
+            return jax.make_jaxpr(fn.f)(position, position)
+
+        if not any(isinstance(x, jax.core.Tracer) for x in traced(1, 1, 1, 1).consts):
+            return fn
+        closed = traced()
+        if closed.out_avals[0].shape:
+            raise NotImplementedError(
+                f"{fn} reads a traced array that gives its answer for one pair of positions the shape "
+                f"{list(closed.out_avals[0].shape)}: index it by position, or use Prefix, BlockSparse or segment_ids"
+            )
+        arrays.extend(closed.consts)
+        return Fn(_Open(closed.jaxpr, len(arrays) - len(closed.consts), str(fn)))
+
+    return _with_functions(mask, change), tuple(arrays)
+
+
+def bound(mask: Mask, arrays: tuple[Any, ...]) -> Mask:
+    """Returns the mask with the arrays that `opened` took out."""
+    return _with_functions(mask, lambda fn: fn.f.bound(arrays) if isinstance(fn.f, _Open) else fn) if arrays else mask
 
 
 def _pair(op: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:

@@ -70,6 +70,15 @@ def rope_temperature(rope: config.RoPE | None) -> float:
     return (0.1 * math.log(rope.factor) + 1) ** 2
 
 
+def _high_word(a: Array, b: Array) -> Array:
+    """Returns the upper 32 bits of the products of two uint32."""
+    half = jnp.uint32(0xFFFF)
+    a_high, a_low, b_high, b_low = a >> 16, a & half, b >> 16, b & half
+    first = a_high * b_low + (a_low * b_low >> 16)
+    second = a_low * b_high + (first & half)
+    return a_high * b_high + (first >> 16) + (second >> 16)
+
+
 def rotate(
     x: Float[Array, "B T H D"], positions: Int32[Array, "#B T"] | None, frequencies: np.ndarray
 ) -> Float[Array, "B T H D"]:
@@ -77,12 +86,17 @@ def rotate(
 
     Angles are kept in turns as 32-bit fixed point, where integer overflow is the reduction modulo one turn: q^T k
     depends on the difference of positions only, at any position. (The float32 product of a position near 10**6 and a
-    frequency is off by up to 0.03 radians, differently for q and k.) Frequencies are rounded by at most 2**-33 turns.
+    frequency is off by up to 0.03 radians, differently for q and k.) Frequencies have 64 bits, rounded by 2**-54
+    of themselves or 2**-65 turns: a base of 1e12 turns its last pair by 2**-43 turns a token.
     """
-    steps = jnp.asarray(np.round(frequencies / (2 * math.pi) * 2.0**32).astype(np.uint32))
+    steps = [int(f / (2 * math.pi) * 2.0**64 + 0.5) for f in frequencies]
+    high = jnp.asarray([step >> 32 for step in steps], jnp.uint32)[None, None, None]
+    low = jnp.asarray([step % 2**32 for step in steps], jnp.uint32)[None, None, None]
     if positions is None:
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    turns = positions.astype(jnp.uint32)[:, :, None, None] * steps[None, None, None]  # modulo 2**32
+    position = positions.astype(jnp.uint32)[:, :, None, None]
+    # Modulo 2**32, as which negative positions are 2**32 too large: each adds `low` to the upper word.
+    turns = position * high + _high_word(position, low) - jnp.where(positions[:, :, None, None] < 0, low, 0)
     angle = turns.astype(jnp.int32).astype(jnp.float32) * (math.pi * 2.0**-31)  # in [-pi, pi]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)

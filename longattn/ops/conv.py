@@ -21,6 +21,7 @@ from jaxtyping import Array, Complex, Float, Int32
 
 from longattn import shapes
 from longattn.ops import dispatch
+from longattn.ops.explicit import on_explicit_axes
 from longattn.shapes import Given, statistics_dtype, suggest
 
 ACTIVATIONS = {None: lambda y: y, "silu": jax.nn.silu}
@@ -85,6 +86,10 @@ def validate_short(
     return tail
 
 
+@on_explicit_axes(
+    {"x": "BTE", "weight": "EC", "bias": "E", "segment_ids": "BT", "tail": "BCE"},
+    main=("x",), along="BE", results=("BTE", "BCE"),
+)  # fmt: skip
 def short_convolution(
     x: Float[Array, "B T E"],
     weight: Float[Array, "E C"],
@@ -129,6 +134,7 @@ def _long(u: Array, kernel: Array) -> Array:
     return jnp.swapaxes(jnp.fft.irfft(spectrum, n)[..., :T], 1, 2).astype(u.dtype)
 
 
+@on_explicit_axes({"u": "BTE", "kernel": "EL"}, main=("u",), along="BE", results=("BTE",))
 def long_convolution(
     u: Float[Array, "B T E"], kernel: Float[Array, "E L"], *, segment_ids: Int32[Array, "B T"] | None = None
 ) -> Float[Array, "B T E"]:

@@ -197,6 +197,11 @@ def attention_with_lse(
         q, k, v, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, softcap=softcap, sinks=sinks,
         bias=bias, implementation=implementation, tuning=tuning, rounded=sinks is None,
     )  # fmt: skip
+    if visibility.read:
+        raise NotImplementedError(
+            f"{mask=}: a function that reads a traced array is not served over a mesh; say what it does by "
+            "segment_ids, positions, Prefix or BlockSparse"
+        )
     T, (S, K) = q.shape[1], k.shape[1:3]
     heads = 1 if head is None else mesh.shape[head]
     axis = axis if isinstance(axis, str) else axis[0] if len(axis) == 1 else tuple(axis)

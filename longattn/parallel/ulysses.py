@@ -96,7 +96,7 @@ class Exchange:
 
     def visibility(self, visibility: Visibility) -> Visibility:
         """Ids and positions in the order of the exchanged tokens, and the mask of this device's heads."""
-        restored = {
+        restored: dict[str, Any] = {
             name: None if x is None else self.layout.restore(x, self.heads.P)
             for name, x in visibility._asdict().items()
             if name.endswith(("positions", "segments"))

@@ -53,7 +53,7 @@ def cross_entropy(
     Args:
         x: inputs of the output head; the products take its dtype and accumulate in float32.
         w: the output head. Its gradient is summed over the chunks in float32.
-        labels: int32 in [0, W).
+        labels: int32 in [0, W). Where the weight is 0 it may be any number, such as -100; elsewhere the loss is NaN.
         weights: 0 for tokens that predict nothing.
         chunk: tokens whose logits exist at once. A piece takes `chunk // B` positions (at least one) of all B rows, so
             that rows stay on their devices.
@@ -74,6 +74,9 @@ def cross_entropy(
         raise ValueError(f"{chunk=} must be at least 1")
     piece = max(1, min(chunk // x.shape[0], x.shape[1]))
     weights = weights.astype(jnp.float32)
+    W = w.shape[0]
+    # An index below 0 would be read from the end, and one beyond the end is NaN, even times a weight of 0.
+    labels = jnp.where(weights == 0, jnp.clip(labels, 0, W - 1), jnp.where(labels < 0, W, labels))
     # In a shard_map w may be replicated where x varies: cast to varying here, its gradient is summed over the devices.
     varying = frozenset.union(*(jax.typeof(a).manual_axis_type.varying for a in (x, w, labels, weights)))
     args = []

@@ -69,6 +69,19 @@ def test_logits_depend_on_differences_of_positions_only(shift):
     np.testing.assert_allclose(logits(near), logits(near + shift), atol=5e-6)
 
 
+@pytest.mark.parametrize("base", [1e4, 5e5, 1e9, 1e12])
+def test_angles_are_exact_for_any_base_and_position(base):
+    """Of a base of 1e12 the last pair turns by 2**-43 turns a token: 32 bits for a frequency would stop it."""
+    D, positions = 64, np.array([0, 1, 7, 4095, 1_000_003, 2**31 - 1, -1, -5000, -(2**31)])
+    frequencies = rope_frequencies(RoPE(base=base), D)
+    angles = np.asarray(positions[:, None] * np.asarray(frequencies, np.longdouble) % (2 * np.pi), np.float64)
+    x = jnp.zeros((1, len(positions), 1, D)).at[..., : D // 2].set(1.0)
+    got = rotate(x, jnp.asarray(positions, jnp.int32)[None], frequencies)[0, :, 0]
+    np.testing.assert_allclose(got, np.concatenate([np.cos(angles), np.sin(angles)], -1), atol=5e-7)
+    slow = rotate(x, jnp.full((1, 1), 10**6, jnp.int32), frequencies)[0, 0, 0, -1]
+    np.testing.assert_allclose(slow, np.sin(10**6 * frequencies[-1]), rtol=1e-3)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 6, 12, 13])
 def test_mlp_in_chunks_equals_whole(chunk):
     x = jax.random.normal(jax.random.key(0), (2, 12, 8))

@@ -51,6 +51,19 @@ def test_equals_dense_with_every_gradient(chunk, z_loss):
     np.testing.assert_allclose(aux["nll"], nll, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("label", [-100, -1, 13, 2**31 - 1])
+def test_a_label_that_is_none_counts_only_with_a_weight(label):
+    x, w, labels, weights = inputs(2, 5, 7, 13)
+    weights = jnp.ones_like(weights).at[1, 2].set(0.0)
+    run = jax.jit(
+        jax.value_and_grad(lambda x, w, labels, weights: cross_entropy(x, w, labels, weights, chunk=4)[0], (0, 1))
+    )
+    expected = run(x, w, labels, weights)
+    labels = labels.at[1, 2].set(label)
+    jax.tree.map(np.testing.assert_array_equal, run(x, w, labels, weights), expected)
+    assert np.isnan(run(x, w, labels, weights.at[1, 2].set(0.5))[0])
+
+
 def test_aux_carries_no_gradient():
     x, w, labels, weights = inputs(2, 5, 4, 6)
     grad = jax.grad(lambda x: cross_entropy(x, w, labels, weights, chunk=4)[1]["nll_sum"])(x)

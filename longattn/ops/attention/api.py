@@ -22,6 +22,7 @@ from longattn.ops import partial as partials
 from longattn.ops.attention.arguments import Arguments, Ids, validate
 from longattn.ops.attention.back_ends import BACK_ENDS, DEFAULT, Tuning
 from longattn.ops.attention.contract import Bias, Options, Visibility
+from longattn.ops.explicit import on_explicit_axes
 from longattn.ops.partial import Partial
 from longattn.shapes import Key, Out, Query, Statistic, Value
 
@@ -57,6 +58,13 @@ def _backward_partial(
         return BACK_ENDS[name].backward_partial(*arrays, options, plan)
 
 
+@on_explicit_axes(
+    {
+        "q": "BTHD", "k": "BSHD", "v": "BSHV", "mask": "BH", "segment_ids": "BT", "positions": "BT", "sinks": "H",
+        "bias": "BHTS",
+    },
+    main=("q", "k", "v"), along="BH", results=("BTHV", "BTH"),
+)  # fmt: skip
 def attention_with_lse(
     q: Query,
     k: Key,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from longattn import shapes
-from longattn.mask import Mask
+from longattn.mask import Mask, opened
 from longattn.ops import dispatch
 from longattn.ops.attention.back_ends import BACK_ENDS, DEFAULT
 from longattn.ops.attention.contract import Options, Visibility
@@ -77,7 +77,8 @@ def _visibility(q: Array, k: Array, mask: Given, segment_ids: Given, positions: 
     if jax.tree.leaves(mask):
         visible = jax.eval_shape(mask, q_positions[:, None, :, None], k_positions[:, None, None, :])
         shapes.check_broadcast(f"mask={mask}: its pattern", visible, (B, H, T, S), "B H T S")
-    return Visibility(mask, q_positions, k_positions, q_segments, k_segments)
+    mask, read = opened(mask)
+    return Visibility(mask, q_positions, k_positions, q_segments, k_segments, read)
 
 
 def validate(

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
 
-from longattn.mask import Mask
+from longattn.mask import Mask, bound
 from longattn.shapes import KeyIds, QueryIds
 
 Bias = Float[Array, "#B #H #T #S"]  # of any float dtype; added to the logits after the soft cap
@@ -37,6 +37,12 @@ class Visibility(NamedTuple):
     k_positions: KeyIds  # arange [1 S] if the caller gave none
     q_segments: QueryIds | None = None  # [B T]; both are given, or neither
     k_segments: KeyIds | None = None  # [B S]
+    read: tuple[Array, ...] = ()  # traced arrays of any shape that functions of the mask read from outside
+
+    @property
+    def rule(self) -> Mask:
+        """The mask to ask for pairs. `mask` alone answers for blocks, of which a function knows nothing."""
+        return bound(self.mask, self.read)
 
 
 @dataclass(frozen=True)

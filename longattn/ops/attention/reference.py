@@ -29,7 +29,7 @@ def _logits(q: Array, k: Array, bias: Array | None, visibility: Visibility, opti
         logits = options.softcap * jnp.tanh(logits / options.softcap)
     if bias is not None:
         logits = logits + bias.astype(logits.dtype)
-    visible = visibility.mask(visibility.q_positions[:, None, :, None], visibility.k_positions[:, None, None, :])
+    visible = visibility.rule(visibility.q_positions[:, None, :, None], visibility.k_positions[:, None, None, :])
     if visibility.q_segments is not None:
         assert visibility.k_segments is not None  # both are given, or neither
         visible = visible & (visibility.q_segments[:, None, :, None] == visibility.k_segments[:, None, None, :])

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from longattn import shapes
 from longattn.ops import dispatch
+from longattn.ops.explicit import on_explicit_axes
 from longattn.ops.linear import pallas_tpu, reference, xla
 from longattn.ops.linear.contract import Arrays, Beta, Decay, Ids, Key, Options, Out, Query, State, Value
 from longattn.ops.linear.validation import check_step, check_tokens
@@ -102,6 +103,13 @@ def _no_tokens(x: Arrays, *, options: Options) -> tuple[Out, State]:
     return out, S if x.initial_state is None else x.initial_state
 
 
+@on_explicit_axes(
+    {
+        "q": "BTHD", "k": "BTHD", "v": "BTHV", "log_decay": ("H", "BTH", "BTHD"), "beta": "BTH",
+        "initial_state": "BHDV", "segment_ids": "BT",
+    },
+    main=("q", "k", "v"), along="BH", results=("BTHV", "BHDV"),
+)  # fmt: skip
 def linear_attention(
     q: Query,
     k: Key,
@@ -174,6 +182,10 @@ def _linear_step(
         return (scale * dot(q, S)).astype(dtype), S
 
 
+@on_explicit_axes(
+    {"q": "BHD", "k": "BHD", "v": "BHV", "state": "BHDV", "log_decay": ("H", "BH", "BHD"), "beta": "BH"},
+    main=("q", "k", "v", "state"), along="BH", results=("BHV", "BHDV"),
+)  # fmt: skip
 def linear_step(
     q: Float[Array, "B Hq D"],
     k: Float[Array, "B Hk D"],

@@ -40,6 +40,8 @@ def make_plan(q: Shaped, k: Shaped, v: Shaped, bias: Shaped, visibility: Visibil
     """
     dispatch.require_tpu(q.dtype)
     mask = visibility.mask
+    if visibility.read:
+        raise NotImplementedError("a function of the mask reads a traced array, which a kernel cannot")
     if sum(leaf.ndim == 4 for leaf in jax.tree.leaves(mask)) > 1:
         raise NotImplementedError(f"the mask {mask} has more than one BlockSparse")
     if (sparse := blocks.block_sparse(mask)) is not None:

@@ -212,7 +212,7 @@ def make_side(bias: Array | None, visibility: Visibility, n: Layout) -> Side:
         pads = [(0, 0), (0, 0), (0, T if bias.shape[2] > 1 else 0), (0, S if bias.shape[3] > 1 else 0)]
         bias = jnp.pad(bias, pads)
     return Side(
-        visibility.mask,
+        visibility.rule,
         ids(visibility.q_positions, n.block_q),
         ids(visibility.k_positions, n.block_k),
         ids(visibility.q_segments, n.block_q),
