@@ -27,6 +27,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ from longattn import terminal
 
 LOST = 75  # exit code if another process is lost: EX_TEMPFAIL of sysexits.h, "try again"
 STOPPED = 128 + signal.SIGTERM  # exit code after SIGTERM and saving
+INTERRUPTED = 128 + signal.SIGINT
+_PATIENCE = 10  # seconds from Ctrl-C until the child is killed
 # Environment of the child: the supervisor's process id, and the file descriptor for its exit code.
 _SUPERVISED, _VERDICT = "LONGATTN_SUPERVISED", "LONGATTN_VERDICT"
 _EXPLICIT = ("LONGATTN_COORDINATOR", "LONGATTN_PROCESSES", "LONGATTN_PROCESS")
@@ -230,9 +233,19 @@ def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) ->
         for process in child:
             process.send_signal(signal.SIGTERM)
 
+    interrupted = threading.Event()
+
+    def interrupt(*_: Any) -> None:
+        interrupted.set()
+        for process in child:
+            process.send_signal(signal.SIGINT)
+            kill = threading.Timer(_PATIENCE, process.kill)  # it may wait for a process that is gone
+            kill.daemon = True
+            kill.start()
+
     # A launcher's SIGTERM may reach both processes; the child handles a second one like the first.
     signal.signal(signal.SIGTERM, forward)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
+    signal.signal(signal.SIGINT, interrupt)
     settled, verdict = os.pipe()
     os.set_blocking(settled, False)
     own = {"PYTHONPATH": paths, _SUPERVISED: str(os.getpid()), _VERDICT: str(verdict)}
@@ -242,10 +255,16 @@ def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) ->
             env={**os.environ, **own},
             pass_fds=[verdict],
             stderr=subprocess.PIPE,
+            process_group=0,  # a terminal's Ctrl-C comes here alone, and goes on from here once
         )
     )
-    report = _pass_on(child[0])
+    if interrupted.is_set():
+        interrupt()  # it came before there was a child
+    report = _pass_on(child[0], interrupted)
     code = child[0].wait()
+    if interrupted.is_set():
+        terminal.say(f"longattn: {command[0]} was interrupted; what was saved stays")
+        return INTERRUPTED
     with contextlib.suppress(BlockingIOError):  # nothing was settled
         if code == -signal.SIGABRT:
             return os.read(settled, 1)[0]
@@ -264,10 +283,11 @@ def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) ->
     return 128 - code
 
 
-def _pass_on(child: subprocess.Popen[bytes]) -> str:
+def _pass_on(child: subprocess.Popen[bytes], interrupted: threading.Event) -> str:
     """Forwards the child's stderr, and returns the report of the coordination service.
 
-    The report and Gloo's lines about connections are hidden unless LONGATTN_TRACEBACK is set.
+    The report, Gloo's lines about connections and all that follows an interrupt are hidden unless LONGATTN_TRACEBACK is
+    set.
     """
     everything, report, hidden = bool(os.environ.get("LONGATTN_TRACEBACK")), b"", False
     assert child.stderr is not None  # it was started with a pipe
@@ -278,7 +298,7 @@ def _pass_on(child: subprocess.Popen[bytes]) -> str:
         else:
             # Several threads write Gloo's lines, so two may share a line, and an empty one follows.
             hidden = b"connected peer ranks" in line or (hidden and not line.strip())
-        if everything or not hidden:
+        if everything or not (hidden or interrupted.is_set()):
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
     return report.decode(errors="replace")

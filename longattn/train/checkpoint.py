@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from orbax.checkpoint import v1 as ocp
 
@@ -171,8 +172,8 @@ class Checkpoints:
             what = {"params": "parameters", "rest": "optimiser state"}[name]
             raise self._damaged(step, f"its {what} cannot be read") from error
         if _sums(name) in found:
-            is_same = jax.tree.map(lambda a, b: bool(a == b), checksums(found[name]), found[_sums(name)])
-            for path, same in jax.tree_util.tree_flatten_with_path(is_same)[0]:
+            now, then = jax.device_get((checksums(found[name]), found[_sums(name)]))  # they lie on different devices
+            for path, same in jax.tree_util.tree_flatten_with_path(jax.tree.map(np.equal, now, then))[0]:
                 if not same:
                     raise self._damaged(step, f"{name}/{_path(path)} is not what was saved")
         return found[name]

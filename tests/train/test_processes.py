@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from longattn.config import ByteLM, Config, Mesh, Model, Needle, Optimiser, Run, to_json
-from longattn.launch import LOST, STOPPED
+from longattn.launch import INTERRUPTED, LOST, STOPPED
 from longattn.train import data, distributed, evaluate, record
 from longattn.train.evaluate import restore_params
 from longattn.train.step import context_of, init_state, train_step
@@ -274,13 +274,17 @@ def test_the_loss_of_the_coordinator_and_signals_to_all(two, tmp_path: Path) -> 
         running[0].kill()
         assert_lost(*ended(running)[1], c)
     assert len(list(Path(c.run.dir, c.run.name, "profile").rglob("*.xplane.pb"))) == 1  # the first process's
-    with started(command(c, tmp_path), 2, 2, **programs) as running:
-        wait_for_step(c, record.history(Path(c.run.dir, c.run.name))[-1]["step"] + 1, running)  # one of its own
-        for process in running:  # `two` has a signal to one alone
-            process.send_signal(signal.SIGTERM)
-        (first, out, err), (second, *silent) = ended(running)
-    assert (first, second, out, silent) == (STOPPED, STOPPED, "", ["", ""]), err
-    assert f"longattn: stopped by SIGTERM after saving step {newest(c)}" in err
+    interrupted = "longattn: train was interrupted; what was saved stays"
+    for sent, ending in ((signal.SIGINT, INTERRUPTED), (signal.SIGTERM, STOPPED)):
+        with started(command(c, tmp_path), 2, 2, **programs) as running:
+            wait_for_step(c, record.history(Path(c.run.dir, c.run.name))[-1]["step"] + 1, running)  # one of its own
+            for process in running:  # `two` has a signal to one alone
+                process.send_signal(sent)
+            (first, out, err), (second, *silent) = ended(running)
+        assert (first, second, out, silent[0]) == (ending, ending, "", ""), err
+        said = f"longattn: stopped by SIGTERM after saving step {newest(c)}" if ending == STOPPED else interrupted
+        assert said in err and "Traceback" not in err, err
+        assert silent[1].strip() == ("" if ending == STOPPED else interrupted)
 
 
 @pytest.mark.slow

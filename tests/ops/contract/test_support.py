@@ -11,12 +11,16 @@ from tests.ops.contract.test_linear import BACK_ENDS, DOMAINS, KINDS, BackEnd, C
 
 
 @pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
-def test_every_pair_of_values_is_compared(back_end):
-    """Each back end runs every pair of the values it takes, so every cell that says yes, with each of its kinds."""
-    ran, domains = sample(back_end) + rest(back_end), accepted(back_end)
-    pairs = list(itertools.combinations(domains, 2))
-    found = {(a, getattr(case, a), b, getattr(case, b)) for case in ran if not back_end.refusal(case) for a, b in pairs}
-    assert {(a, v, b, w) for a, b in pairs for v in domains[a] for w in domains[b]} <= found
+def test_every_value_is_compared_and_with_every_other_one_where_that_is_cheap(back_end):
+    """Each back end runs every value it takes, so every cell that says yes; `xla`, the quickest, every pair of them."""
+    domains = accepted(back_end)
+    ran = [case for case in sample(back_end) + rest(back_end) if not back_end.refusal(case)]
+    for name, values in domains.items():
+        assert set(values) <= {getattr(case, name) for case in ran}, name
+    if back_end.name == "xla":
+        pairs = list(itertools.combinations(domains, 2))
+        found = {(a, getattr(case, a), b, getattr(case, b)) for case in ran for a, b in pairs}
+        assert {(a, v, b, w) for a, b in pairs for v in domains[a] for w in domains[b]} <= found
 
 
 @pytest.mark.parametrize("column", support.FEATURES)
