@@ -21,7 +21,7 @@ from longattn.cost.sequence import problem, strategies, timeline
 from longattn.cost.topology import Topology
 from longattn.environment import commit, write_whole
 from longattn.parallel.attention import STRATEGIES, strategy_on
-from longattn.plan import search, show
+from longattn.plan import advice, search, show
 
 VERSION = 1
 _WIDTH = 116  # width of the tables: a narrower terminal wraps them
@@ -155,6 +155,7 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
             document |= _strategies(options, where, compiler)
         else:
             document["rows"] = [compiler(where)]
+            document["advice"] = _advice(options, where, document["rows"][0])
     if [("reason" in row) for row in document["rows"]] == [True]:
         raise ValueError(document["rows"][0]["reason"])
     if options.html:  # first, for whoever reads the output may stop reading
@@ -165,6 +166,15 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
     else:
         show.tables(console or Console(width=max(_WIDTH, Console().width)), document)
     return document
+
+
+def _advice(options: PlanOptions, where: Topology, row: dict[str, Any]) -> str | None:
+    """Returns `advice.advice` of a row; None where there is no program, or no formula for it."""
+    if "fits" not in row:
+        return None
+    with contextlib.suppress(NotImplementedError):
+        return advice.advice(options.config(where), where, row["fits"])
+    return None
 
 
 def _compilers(where: Topology) -> dict[str, str]:

@@ -169,6 +169,8 @@ def tables(console: Console, document: Mapping[str, Any]) -> None:
         chosen = rows[0]
     if chosen is not None:
         _one(console, document, chosen)
+    if document.get("advice"):
+        console.print(document["advice"], style="bold", highlight=False, markup=False, soft_wrap=True)
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     foot = formulas() if document["options"]["analytic"] else FOOT
     console.print(
