@@ -127,7 +127,7 @@ def test_help_of_a_group(capsys) -> None:
         ("profile kernel --help", "CASE..."),
         ("profile sequence --topology v5e:2x2 --T 8192", "Recommended: "),
         ("profile sequence ring --topology v5e:2x2 --T 8192", "whose queries"),
-        ("plan llama3_1b --topology h100:8 --T 8192 --B 8 --strategies all --analytic", "#"),
+        ("plan llama3_1b --topology h100:8 --T 8192 --B 8 --analytic", "#"),
         ("train na\u00efve.py", "longattn: config na"),
         ("train \u8def.py", "longattn: config \\u8def.py does not exist"),
         ("train \udcff.py", "longattn: config"),

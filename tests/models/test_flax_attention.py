@@ -165,6 +165,7 @@ def test_nnx_refusals():
             ours(x[:, :1], decode=True)
 
 
+@pytest.mark.slow
 def test_transformer_bridged_to_nnx():
     """`nnx.bridge.ToNNX(Transformer(...))` has Linen's parameters, logits and gradients."""
     model = Model(N=2, E=12, F=20, H=6, K=2, D=4, W=17, dtype="float32")

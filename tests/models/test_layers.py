@@ -78,7 +78,7 @@ def test_angles_are_exact_for_any_base_and_position(base):
     x = jnp.zeros((1, len(positions), 1, D)).at[..., : D // 2].set(1.0)
     got = rotate(x, jnp.asarray(positions, jnp.int32)[None], frequencies)[0, :, 0]
     np.testing.assert_allclose(got, np.concatenate([np.cos(angles), np.sin(angles)], -1), atol=5e-7)
-    slow = rotate(x, jnp.full((1, 1), 10**6, jnp.int32), frequencies)[0, 0, 0, -1]
+    slow = rotate(x, jnp.full((1, len(positions)), 10**6, jnp.int32), frequencies)[0, 0, 0, -1]
     np.testing.assert_allclose(slow, np.sin(10**6 * frequencies[-1]), rtol=1e-3)
 
 

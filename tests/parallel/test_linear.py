@@ -114,10 +114,11 @@ FAMILY = (c.LinearAttention(), c.RetNet(), c.Mamba2(state=8), c.KimiDeltaAttenti
     ("mixers", "mesh"),
     [
         ((c.GatedDeltaNet(), c.Softmax()), c.Mesh(data=2, tensor=2, seq=2)),
-        pytest.param(FAMILY, c.Mesh(data=2, seq=2), marks=pytest.mark.slow),
+        (FAMILY, c.Mesh(data=2, seq=2)),
     ],
     ids=["hybrid", "all"],
 )
+@pytest.mark.slow
 def test_loss_and_gradients_of_sharded_sequences_are_those_of_one_device(mixers, mesh):
     """Packed documents cross the shards, also in the short convolutions of Gated DeltaNet."""
     model, T = dataclasses.replace(MODEL, N=len(mixers), mixers=mixers, remat="none"), 8

@@ -68,9 +68,10 @@ def flops(text: str) -> dict[str, int]:
     ("config", "attention"),
     [
         pytest.param(CONFIG, f"{LAYER}/mixer/attention/xla", id="one"),
-        pytest.param(ON_MESH, f"{LAYER}/mixer/all_gather/attention/xla", id="mesh", marks=pytest.mark.slow),
+        pytest.param(ON_MESH, f"{LAYER}/mixer/all_gather/attention/xla", id="mesh"),
     ],
 )
+@pytest.mark.slow
 def test_a_compiled_step_bears_every_scope(config: Config, attention: str) -> None:
     program = compiled(config)
     known = ops(program)

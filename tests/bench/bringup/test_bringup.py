@@ -350,6 +350,7 @@ def test_the_peak_of_a_step_and_a_loss_that_is_no_number(monkeypatch) -> None:
     assert (made["outcome"], made["reason"]) == ("failed", "the loss of the step is nan")
 
 
+@pytest.mark.slow
 def test_a_peak_that_is_not_the_steps_own_is_no_reading(monkeypatch) -> None:
     monkeypatch.setattr(memory, "_stats", lambda: {"peak_bytes_in_use": 10, "bytes_in_use": 5})
     made = memory._measured(memory._SMALL)

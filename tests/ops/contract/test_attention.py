@@ -45,6 +45,7 @@ BACK_ENDS = [
     ),
 ]  # fmt: skip
 every_back_end = pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+every_back_end_but_kernels_later = pytest.mark.parametrize("back_end", but_few(BACK_ENDS, 2), ids=str)
 gradients_of_every_back_end = pytest.mark.parametrize("back_end", but_few(BACK_ENDS), ids=str)
 
 
@@ -438,7 +439,7 @@ def test_backward_partials_sum_to_the_whole(back_end, case):
     oracle.assert_accurate(results, truth, plain, np.float32)
 
 
-@every_back_end
+@every_back_end_but_kernels_later
 def test_traces_from_shapes(back_end):
     x = jax.ShapeDtypeStruct((1, 4096, 4, 8), jnp.bfloat16)
     f = functools.partial(longattn.attention_with_lse, implementation=back_end.name)
@@ -455,7 +456,7 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-@every_back_end
+@every_back_end_but_kernels_later
 def test_float32_products_are_full_and_residuals_are_named(back_end):
     f, arguments = function(back_end, back_end.nearest(PACKED))
     with jax.default_matmul_precision("bfloat16"):
@@ -468,7 +469,7 @@ def test_float32_products_are_full_and_residuals_are_named(back_end):
     assert names >= ({"attention_out", "attention_lse"} if back_end.names_residuals else set())
 
 
-@every_back_end
+@every_back_end_but_kernels_later
 def test_forward_mode_works_or_names_the_reference(back_end):
     q = jnp.ones((1, 5, 2, 3))
     f = functools.partial(longattn.attention, implementation=back_end.name)
