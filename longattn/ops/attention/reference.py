@@ -21,14 +21,29 @@ def check(*call: object) -> None:
     """Accepts every valid call; there is nothing to plan."""
 
 
-def _logits(q: Array, k: Array, bias: Array | None, visibility: Visibility, options: Options) -> Logits:
-    """Returns the logits, -inf at hidden keys. Query head h reads key head h // G."""
-    k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
-    logits = options.scale * jnp.einsum("BTHD,BSHD->BHTS", q, k, precision=Precision.HIGHEST)
+def _finite(x: Array) -> Array:
+    """Returns x with 0 for what is not finite: gradients multiply it by the 0 of hidden pairs."""
+    return jnp.where(jnp.isfinite(x), x, 0.0)
+
+
+def _spoilt(x: Array) -> Array:
+    """Returns which tokens hold something that is not finite, [B H T] of [B T H D]."""
+    return ~jnp.isfinite(x).all(-1).transpose(0, 2, 1)
+
+
+def _logits(q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibility, options: Options) -> Logits:
+    """Returns the logits: -inf at hidden keys, NaN where a query, a key or its value is not finite.
+
+    Query head h reads key head h // G.
+    """
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    spoilt = _spoilt(q)[:, :, :, None] | (_spoilt(k) | _spoilt(v))[:, :, None, :]
+    logits = options.scale * jnp.einsum("BTHD,BSHD->BHTS", _finite(q), _finite(k), precision=Precision.HIGHEST)
     if options.softcap is not None:
         logits = options.softcap * jnp.tanh(logits / options.softcap)
     if bias is not None:
         logits = logits + bias.astype(logits.dtype)
+    logits = jnp.where(spoilt, jnp.nan, 0.0) + logits  # added, so that gradients pass
     visible = visibility.rule(visibility.q_positions[:, None, :, None], visibility.k_positions[:, None, None, :])
     if visibility.q_segments is not None:
         assert visibility.k_segments is not None  # both are given, or neither
@@ -42,7 +57,7 @@ def attend(
     """Returns out [B T H V] and lse [B T H]; zeros and -inf where no key is visible."""
     q, k, v = (x.astype(statistics_dtype(x.dtype)) for x in (q, k, v))
     with jax.named_scope("logits"):
-        logits = _logits(q, k, bias, visibility, options)
+        logits = _logits(q, k, v, bias, visibility, options)
     with jax.named_scope("softmax"):
         m = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
         m = jnp.where(m == -jnp.inf, 0.0, m)
@@ -50,11 +65,14 @@ def attend(
         total = jnp.sum(P, axis=-1)
         empty = total == 0
         total = jnp.where(empty, 1.0, total)
-        P = P / total[..., None]
+        P = jnp.where(logits == -jnp.inf, 0.0, P / total[..., None])
         lse = jnp.where(empty, -jnp.inf, m + jnp.log(total)).transpose(0, 2, 1)
     with jax.named_scope("values"):
         v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
-        out = jnp.einsum("BHTS,BSHV->BTHV", P, v, precision=Precision.HIGHEST)
+        out = jnp.einsum("BHTS,BSHV->BTHV", P, _finite(v), precision=Precision.HIGHEST)
+        # Cotangents of rows that are empty, or NaN, stop here: dv would be their product with P, 0 at hidden keys.
+        rest = jnp.where(jnp.isnan(lse), jnp.nan, 0.0)[..., None]
+        out = jnp.where(jnp.isfinite(lse)[..., None], out, rest)
     return out.astype(options.out_dtype), lse
 
 
@@ -67,11 +85,14 @@ def backward_partial(
     P = exp(logits - lse);  dS = P (do v^T - rowsum(do out) + dlse)
     """
     q, k, v, out, do = (x.astype(statistics_dtype(x.dtype)) for x in (q, k, v, out, do))
-    logits, pull = jax.vjp(lambda q, k: _logits(q, k, bias, visibility, options), q, k)
-    repeated, gather = jax.vjp(lambda v: jnp.repeat(v, q.shape[2] // v.shape[2], axis=2), v)
+    whole, empty = jnp.isfinite(lse), lse == -jnp.inf
+    do, out = (jnp.where(whole[..., None], x, 0.0) for x in (do, out))
+    dlse, lse = jnp.where(whole, dlse, 0.0), jnp.where(empty, 0.0, lse)
+    logits, pull = jax.vjp(lambda q, k: _logits(q, k, v, bias, visibility, options), q, k)
+    repeated, gather = jax.vjp(lambda v: jnp.repeat(v, q.shape[2] // v.shape[2], axis=2), _finite(v))
     delta = jnp.sum(do * out, axis=-1)
-    lse, dlse, delta = (jnp.transpose(x, (0, 2, 1))[..., None] for x in (lse, dlse, delta))
-    P = jnp.where(lse == -jnp.inf, 0.0, jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)))
+    lse, dlse, delta, empty = (jnp.transpose(x, (0, 2, 1))[..., None] for x in (lse, dlse, delta, empty))
+    P = jnp.where(empty | (logits == -jnp.inf), 0.0, jnp.exp(logits - lse))
     dP = jnp.einsum("BTHV,BSHV->BHTS", do, repeated, precision=Precision.HIGHEST)
-    dq, dk = pull(P * (dP - delta + jnp.where(lse == -jnp.inf, 0.0, dlse)))
+    dq, dk = pull(P * (dP - delta + dlse))
     return dq, dk, *gather(jnp.einsum("BHTS,BTHV->BSHV", P, do, precision=Precision.HIGHEST))

@@ -269,7 +269,7 @@ def test_large_logits(back_end):
 
 @gradients_of_every_back_end
 def test_empty_rows_send_no_gradient_whatever_their_cotangent(back_end):
-    """The gradient of lse**2 at lse = -inf is infinite: it must not spread."""
+    """The gradient of lse**2 at lse = -inf is infinite, and what follows may divide by a row of zeros."""
     case = Case(mask="distant")
     f, (arrays, cotangents, traced) = function(back_end, case)
     f = jax.jit(f)
@@ -277,8 +277,37 @@ def test_empty_rows_send_no_gradient_whatever_their_cotangent(back_end):
     empty = np.isneginf(truth["lse"])
     assert 0 < empty.mean() < 1
     for lost in (np.inf, -np.inf, np.nan):
-        changed = {"out": cotangents["out"], "lse": np.where(empty, lost, cotangents["lse"])}
+        changed = {
+            "out": np.where(empty[..., None], lost, cotangents["out"]).astype(cotangents["out"].dtype),
+            "lse": np.where(empty, lost, cotangents["lse"]),
+        }
         oracle.assert_accurate(f(arrays, changed, traced), truth, plain, np.float32)
+
+
+@gradients_of_every_back_end
+@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+def test_what_is_not_finite_reaches_those_who_see_it_alone(back_end, bad):
+    """Other documents, earlier tokens of a causal mask and other rows are as before, in every result and gradient."""
+    case = back_end.nearest(Case(mask="prefix", lengths="T=S", ids="segments"))
+    f, (arrays, cotangents, traced) = function(back_end, case)
+    f, token = jax.jit(f), 20
+    visible = inputs(case)[3][0, 0]  # all heads see the same
+    before = f(arrays, cotangents, traced)
+    for name in ("q", "k", "v"):
+        changed = arrays[name].copy()
+        changed[0, token, 0, 1] = bad
+        after = f(arrays | {name: changed}, cotangents, traced)
+        rows = visible[:, token] if name in "kv" else np.arange(len(visible)) == token
+        keys = visible[rows].any(0)
+        assert 0 < rows.sum() < rows.size and 0 < keys.sum() < keys.size
+        reached = {"out": rows, "lse": rows, "dq": rows, "dk": keys, "dv": keys}
+        for result, spoilt in reached.items():
+            was, now = (np.asarray(x[result], np.float32) for x in (before, after))
+            np.testing.assert_allclose(now[1], was[1], rtol=1e-5, atol=1e-5, err_msg=f"{name}: {result}")
+            np.testing.assert_allclose(
+                now[0][~spoilt], was[0][~spoilt], rtol=1e-5, atol=1e-5, err_msg=f"{name}: {result}"
+            )
+            assert np.isnan(now[0][spoilt]).any(axis=tuple(range(1, now[0].ndim))).all(), (name, result)
 
 
 @every_back_end

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool
 
 from longattn.ops import dispatch
-from longattn.ops.attention import xla
+from longattn.ops.attention import finite, xla
 from longattn.ops.attention.contract import Bias, Options, Visibility
 from longattn.ops.attention.pallas_tpu import blocks
 from longattn.ops.attention.pallas_tpu.backward import NO_KEY, backward
@@ -116,7 +116,7 @@ def _forward(
         zero = 0.0 * jnp.sum(q, dtype=jnp.float32)  # varies over the mesh axes that q varies over
         out = jnp.broadcast_to(zero, (B, T, H, V)).astype(options.out_dtype)
         return out, jnp.broadcast_to(zero - jnp.inf, (B, T, H))
-    q, k, v = (_heads_first(x) for x in (q, k, v))
+    q, k, v = (_heads_first(x) for x in (q, *finite.keys_and_values(k, v)))
     added = _whole_blocks(n, bias)
     walk, _ = _walk(n, visibility, options, [_bounded(n, q, k, added)], by_key=False)
     q_numbers, k_numbers = (
@@ -138,10 +138,9 @@ def _backward(
     if n is None:
         return tuple(jnp.zeros_like(x, out_dtype) for x in (q, k, v))
     B, T, length = q.shape[0], n.T, n.rows_q * n.block_q
-    empty = lse == -jnp.inf
-    delta = jnp.where(empty, 0.0, (do.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse)
+    q, k, v, do, delta, lse = finite.factors(q, k, v, out, lse, do, dlse, jnp.float32)
     per_query = _per_query(n, bias)
-    lse = jnp.where(empty, NO_KEY, lse if per_query is None else lse - per_query)
+    lse = jnp.where(lse == -jnp.inf, NO_KEY, lse if per_query is None else lse - per_query)
     fill = lambda x, value: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - T)), constant_values=value)
     stats = jnp.stack([fill(lse, NO_KEY), fill(delta, 0.0)], 2)
     q, k, v, do = (_heads_first(x) for x in (q, k, v, do.astype(q.dtype)))

@@ -294,7 +294,8 @@ def _finish(x: Row) -> None:
     for strip in range(x.n.strips):
         total, rest = (ref[strip].sum(0, keepdims=True) for ref in (refs.l, refs.rest))
         m = refs.m[strip, :1]
-        empty = (total == 0.0) | (m == NEVER)
+        # A maximum may ignore NaN, which the sum does not.
+        empty = (total == 0.0) | ((m == NEVER) & (total == total))
         total = jnp.where(empty, 1.0, total)
         columns = slice(strip * size, (strip + 1) * size)
         refs.out[columns] = jnp.where(empty, 0.0, refs.acc[strip] * (1.0 / (total + rest))).T.astype(refs.out.dtype)

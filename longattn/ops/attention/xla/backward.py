@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from longattn.ops.attention import finite
 from longattn.ops.attention.contract import Options, Visibility
 from longattn.ops.attention.xla.logits import dot, exp, ordered_tiles, over_tiles, scaled, tile_logits
 from longattn.ops.attention.xla.tiling import (
@@ -106,13 +107,12 @@ def backward(
         dq, dk, dv = (filled(x.shape, n.dtype, q) for x in (q, k, v))
         return dq, dk, dv, None if bias is None else filled(bias.shape, n.dtype, q)
     side = make_side(bias, visibility, n)
-    empty = lse == -jnp.inf
-    delta = jnp.where(empty, 0.0, (do.astype(n.dtype) * out.astype(n.dtype)).sum(-1) - dlse)
+    q, k, v, do, delta, lse = finite.factors(q, k, v, out, lse, do, dlse, n.dtype)
     tiles = _Tiles(
         queries=query_tiles(scaled(q, n, options), n),
         cotangents=query_tiles(do.astype(n.operand), n),
         delta=query_tiles(delta, n),
-        lse=query_tiles(jnp.where(empty, _NO_KEY, lse), n, _NO_KEY),
+        lse=query_tiles(jnp.where(lse == -jnp.inf, _NO_KEY, lse), n, _NO_KEY),
         keys=key_tiles(k.astype(n.operand), n),
         values=key_tiles(v.astype(n.operand), n),
         side=side,

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from longattn.ops.attention import finite
 from longattn.ops.attention.contract import Options, Visibility
 from longattn.ops.attention.xla.logits import dot, exp, ordered_tiles, over_tiles, scaled, tile_logits
 from longattn.ops.attention.xla.tiling import (
@@ -113,6 +114,7 @@ def forward(
         out = filled((B, T, H, V), options.out_dtype, q)
         return out, filled((B, T, H), n.dtype, q, -jnp.inf)
     side = make_side(bias, visibility, n)
+    k, v = finite.keys_and_values(k, v)
     queries, keys = query_tiles(scaled(q, n, options), n), key_tiles(k.astype(n.operand), n)
     ones = jnp.ones((*v.shape[:3], 1), n.operand)
     values = key_tiles(jnp.concatenate([v.astype(n.operand), ones], -1), n).swapaxes(-1, -2)
