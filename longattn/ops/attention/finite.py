@@ -42,4 +42,5 @@ def factors(q: Array, k: Array, v: Array, out: Array, lse: Array, do: Array, dls
     do = jnp.where(empty[..., None], jnp.zeros_like(do), do)
     delta = jnp.where(empty, 0.0, (do.astype(dtype) * out.astype(dtype)).sum(-1) - dlse)
     finite = jnp.isfinite(q).all(-1) & jnp.isfinite(do).all(-1) & jnp.isfinite(delta)
-    return Factors(*map(only, (q, k, v, do, delta)), jnp.where(finite | empty, lse, jnp.nan))
+    lse = jnp.where(finite | empty, lse, jnp.nan)
+    return Factors(only(q), only(k), only(v), only(do), only(delta), lse)
