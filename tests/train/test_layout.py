@@ -111,7 +111,6 @@ def agree(config: Config, *, evaluation: bool = False) -> None:
 ACCUMULATED = dataclasses.replace(CONFIG.optimiser, accumulate=2)
 SPREAD = {
     "zigzag ring": dataclasses.replace(CONFIG, mesh=Mesh(seq=4, data=2, layout="zigzag")),
-    "zigzag usp": dataclasses.replace(CONFIG, mesh=Mesh(seq=2, ring=2, data=2, strategy="usp", layout="zigzag")),
     "hybrid": dataclasses.replace(
         CONFIG, model=HYBRID, mesh=Mesh(seq=2, tensor=2, fsdp=2, layout="zigzag", strategy="all_gather")
     ),

@@ -27,13 +27,12 @@ CASES = [
 def grid() -> Iterator[tuple[Way, Problem]]:
     """Every strategy and layout on three and on eight devices.
 
-    Only ulysses and usp, which exchange heads, depend on how P divides them:
-    they take both kinds of heads, the others alternate.
+    The kinds of heads alternate.
     """
     for i, P in enumerate((3, 8)):  # those above have 2, 4 and 5
         for kind, heads in enumerate((GQA8, {"H": P, "K": P, "D": 4})):
             for j, way in enumerate(ways(P, heads["K"])):
-                if way.strategy in ("ulysses", "usp") or (i + j + kind) % 2 == 0:
+                if (i + j + kind) % 2 == 0:
                     yield way, Problem(T=8 * P, B=2, **heads)
 
 

@@ -105,15 +105,6 @@ def several(case: Case) -> None:
 
 
 PREFIX = m.Causal() | m.Prefix(np.array([100, 600], np.int32))
-DOMAINS = {  # which blocks are visited and how often: the contract has the other factors
-    "mask": [m.Causal(), m.Window(20, -5), PREFIX],
-    "lengths": [(601, 1030), (1029, 515), (1, 777)],
-    "heads": [(2, 2), (3, 1)],
-    "sizes": [(32, 32), (64, 128), (5, 7)],
-    "dtype": ["bfloat16", "float32"],
-    "ids": ["none", "packed", "positions"],
-    "softcap": [None, 2.0],
-}
 FEW = [
     Case(m.Window(200, 40), (601, 1030), (2, 1), (5, 7), "float32", "packed"),
     Case(PREFIX, (640, 640), ids="positions", softcap=2.0),
@@ -128,7 +119,7 @@ def test_several_blocks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", FEW + oracle.covering([Case(**row) for row in oracle.pairwise(DOMAINS)]), ids=str)
+@pytest.mark.parametrize("case", FEW, ids=str)
 def test_several_blocks_of_the_rest(case):
     several(case)
 
