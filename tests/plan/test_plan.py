@@ -15,7 +15,7 @@ from longattn.plan import command, show
 from tests.compilers import needs_cuda, needs_libtpu
 
 TINY = Model(N=2, E=512, F=1024, H=4, K=2, D=64, W=512, remat="attention")
-DATA = ByteLM(T=256, B=4)
+DATA = ByteLM(T=1024, B=4)
 ROW = {
     "topology", "T", "B", "strategy", "layout", "devices", "mesh", "fits", "refused", "hbm_bytes", "hbm_limit",
     "by_kind", "buffers", "argument_bytes", "output_bytes", "aliased_bytes", "temporary_bytes", "code_bytes", "flops",
