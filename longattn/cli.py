@@ -81,8 +81,7 @@ def _run(name: str, rest: list[str]) -> int:
     try:
         return COMMANDS[name](rest)
     except KeyboardInterrupt:
-        terminal.say(f"longattn: {name} was interrupted; what was saved stays")
-        return launch.INTERRUPTED
+        return launch.interrupted(name)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports the pipe again as it exits
         return 0

@@ -37,7 +37,7 @@ from longattn import terminal
 
 LOST = 75  # exit code if another process is lost: EX_TEMPFAIL of sysexits.h, "try again"
 STOPPED = 128 + signal.SIGTERM  # exit code after SIGTERM and saving
-INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C
 _PATIENCE = 10  # seconds from Ctrl-C until the child is killed
 # Environment of the child: the supervisor's process id, and the file descriptor for its exit code.
 _SUPERVISED, _VERDICT = "LONGATTN_SUPERVISED", "LONGATTN_VERDICT"
@@ -207,6 +207,12 @@ def _workers_of_cloud_tpu(env: Mapping[str, str]) -> int:
     return workers * (int(slices[1]) if slices else 1)
 
 
+def interrupted(command: str) -> int:
+    """Says that a command was interrupted, and returns its exit code."""
+    terminal.say(f"longattn: {command} was interrupted; what was saved stays")
+    return INTERRUPTED
+
+
 # ---- two processes for one
 
 
@@ -233,10 +239,10 @@ def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) ->
         for process in child:
             process.send_signal(signal.SIGTERM)
 
-    interrupted = threading.Event()
+    stop = threading.Event()
 
     def interrupt(*_: Any) -> None:
-        interrupted.set()
+        stop.set()
         for process in child:
             process.send_signal(signal.SIGINT)
             kill = threading.Timer(_PATIENCE, process.kill)  # it may wait for a process that is gone
@@ -258,13 +264,12 @@ def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) ->
             process_group=0,  # a terminal's Ctrl-C comes here alone, and goes on from here once
         )
     )
-    if interrupted.is_set():
+    if stop.is_set():
         interrupt()  # it came before there was a child
-    report = _pass_on(child[0], interrupted)
+    report = _pass_on(child[0], stop)
     code = child[0].wait()
-    if interrupted.is_set():
-        terminal.say(f"longattn: {command[0]} was interrupted; what was saved stays")
-        return INTERRUPTED
+    if stop.is_set():
+        return interrupted(command[0])
     with contextlib.suppress(BlockingIOError):  # nothing was settled
         if code == -signal.SIGABRT:
             return os.read(settled, 1)[0]
@@ -283,7 +288,7 @@ def supervise(command: list[str], launch: Launch, goes_on: Callable[[], str]) ->
     return 128 - code
 
 
-def _pass_on(child: subprocess.Popen[bytes], interrupted: threading.Event) -> str:
+def _pass_on(child: subprocess.Popen[bytes], stop: threading.Event) -> str:
     """Forwards the child's stderr, and returns the report of the coordination service.
 
     The report, Gloo's lines about connections and all that follows an interrupt are hidden unless LONGATTN_TRACEBACK is
@@ -298,7 +303,7 @@ def _pass_on(child: subprocess.Popen[bytes], interrupted: threading.Event) -> st
         else:
             # Several threads write Gloo's lines, so two may share a line, and an empty one follows.
             hidden = b"connected peer ranks" in line or (hidden and not line.strip())
-        if everything or not (hidden or interrupted.is_set()):
+        if everything or not (hidden or stop.is_set()):
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
     return report.decode(errors="replace")

@@ -134,7 +134,7 @@ def _flatten(mask: Mask) -> tuple[list[tuple[Any, Any]], Any]:
 
 def _unflatten(cls: type[Mask], aux: Any, leaves: Any) -> Mask:
     names, static = aux
-    mask = object.__new__(cls)  # not __init__: JAX also unflattens with placeholders that no check would pass
+    mask = object.__new__(cls)  # not __init__: JAX also unflattens with objects that no check would pass
     for name, value in (*zip(names, leaves, strict=True), *static):
         object.__setattr__(mask, name, value)
     return mask

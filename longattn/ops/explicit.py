@@ -25,10 +25,15 @@ def _letters(x: Any, axes: Axes) -> str:
     return axes[-x.ndim :] if axes == "BHTS" else axes[: x.ndim].ljust(x.ndim, ".")
 
 
+def _has_explicit_axes(x: Any) -> bool:
+    """Returns whether an array lies on a mesh with explicit axes. This is asked of every argument of every call."""
+    return isinstance(x, jax.Array) and AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
 def _found(x: Any) -> P:
     """Returns over which explicit mesh axes an array is sharded, None for each axis that is whole."""
-    if not isinstance(x, jax.Array):
-        return P()
+    if not _has_explicit_axes(x):
+        return P(*[None] * x.ndim)
     sharding = jax.typeof(x).sharding
     kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types))
 
@@ -59,11 +64,11 @@ def on_explicit_axes[R](
 
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> R:
-            given = signature.bind(*args, **options).arguments
-            present = {name: given[name] for name in arrays if given.get(name) is not None}
-            sharded = [x for x in jax.tree.leaves(present) if any(_found(x))]
+            sharded = [x for x in jax.tree.leaves((args, options)) if _has_explicit_axes(x) and any(_found(x))]
             if not sharded:
                 return function(*args, **options)
+            given = signature.bind(*args, **options).arguments
+            present = {name: given[name] for name in arrays if given.get(name) is not None}
 
             of: dict[str, Any] = {}  # the mesh axes of each letter: the first array that is not 1 there says which
             for letter in along:

@@ -1,16 +1,16 @@
-"""What would help a training step most, in one sentence: every change of one kind, by formula."""
+"""Says in one sentence what would help a training step most, by formula: every change of one kind is tried."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import get_args, get_type_hints
+from typing import Any
 
-from longattn.config import Config, Mesh, Model
+from longattn.config import Config, Mesh
 from longattn.cost import step
 from longattn.cost.sequence import problem
 from longattn.cost.topology import Topology
-from longattn.parallel.attention import STRATEGIES
+from longattn.models.transformer import REMAT
 from longattn.plan import search
 
 _WORTH = 0.03  # of the bound: less is not worth a sentence
@@ -24,19 +24,22 @@ def _said(before: Mesh, after: Mesh) -> str:
 
 def _spreads(config: Config) -> Iterator[tuple[str, Config]]:
     """Yields other strategies and layouts for the same devices along the sequence, with the options that say so."""
-    for name, strategy in STRATEGIES.items() if config.mesh.P > 1 else ():
-        for layout in strategy.layouts:
-            try:
-                mesh = replace(problem.with_strategy(config.mesh, name, config.model.K), layout=layout)
-                changed = replace(config, mesh=mesh)
-            except ValueError:
-                continue  # a strategy that this mesh or model does not go with
-            if mesh != config.mesh:
-                yield _said(config.mesh, mesh), changed
+    mesh = config.mesh
+    if mesh.P == 1:
+        return
+    for way in problem.ways(mesh.P, config.model.K // mesh.tensor):
+        spread = problem.with_way(mesh, way)
+        try:
+            changed = replace(config, mesh=spread)
+        except ValueError:
+            continue  # its layout does not divide T
+        if spread != mesh:
+            yield _said(mesh, spread), changed
 
 
 def _remats(config: Config) -> Iterator[tuple[str, Config]]:
-    for remat in get_args(get_type_hints(Model)["remat"]):
+    remat: Any
+    for remat in ("none", *REMAT):
         if remat != config.model.remat:
             yield f"--remat {remat}", replace(config, model=replace(config.model, remat=remat))
 

@@ -142,17 +142,20 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             return None
-        params = self.params(like.params, step)
-        rest = self._load(step, "rest", like._asdict() | {"params": None})
+        saved = self._items(step)
+        params = self._params(like.params, step, saved)
+        rest = self._load(step, "rest", like._asdict() | {"params": None}, saved)
         return State(**{**rest, "params": params})
 
     def params(self, like: Params, step: int) -> Params:
         """Returns the parameters of one step. Raises ValueError naming the first one that differs from `like`."""
-        saved = self._items(step).get("params")
-        if not jax.tree.leaves(saved):
+        return self._params(like, step, self._items(step))
+
+    def _params(self, like: Params, step: int, saved: dict[str, Any]) -> Params:
+        if not jax.tree.leaves(saved.get("params")):
             raise self._damaged(step, "its parameters cannot be read")
-        check_same(saved, like, f"the checkpoint {self.folder}/{step}")
-        return self._load(step, "params", like)
+        check_same(saved["params"], like, f"the checkpoint {self.folder}/{step}")
+        return self._load(step, "params", like, saved)
 
     def _items(self, step: int) -> dict[str, Any]:
         """Returns the shapes of what a checkpoint holds."""
@@ -161,10 +164,13 @@ class Checkpoints:
         except Exception as error:
             raise self._damaged(step, "its metadata cannot be read") from error
 
-    def _load(self, step: int, name: str, like: Any) -> Any:
-        """Returns an item of a checkpoint, compared with its checksums; those of earlier versions have none."""
+    def _load(self, step: int, name: str, like: Any, saved: dict[str, Any]) -> Any:
+        """Returns an item of a checkpoint, compared with its checksums; those of earlier versions have none.
+
+        saved: what `_items` returned.
+        """
         wanted = {name: like}
-        if _sums(name) in self._items(step):
+        if _sums(name) in saved:
             wanted[_sums(name)] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.uint32), like)
         try:
             found = self._checkpointer.load_checkpointables(step, _placed(wanted))

@@ -71,7 +71,7 @@ def test_logits_depend_on_differences_of_positions_only(shift):
 
 @pytest.mark.parametrize("base", [1e4, 5e5, 1e9, 1e12])
 def test_angles_are_exact_for_any_base_and_position(base):
-    """Of a base of 1e12 the last pair turns by 2**-43 turns a token: 32 bits for a frequency would stop it."""
+    """With a base of 1e12 the last pair turns by 2**-43 turns a token: 32 bits for a frequency would stop it."""
     D, positions = 64, np.array([0, 1, 7, 4095, 1_000_003, 2**31 - 1, -1, -5000, -(2**31)])
     frequencies = rope_frequencies(RoPE(base=base), D)
     angles = np.asarray(positions[:, None] * np.asarray(frequencies, np.longdouble) % (2 * np.pi), np.float64)

@@ -165,19 +165,19 @@ REFUSED = [case for case in CASES if case.refusal]
 
 
 def _compared(case: Case) -> Iterator[Any]:
-    """What of a case has to be compared with NumPy: a strategy's exchange and a layout's order, with what they meet."""
+    """Yields what has to be compared with NumPy: a strategy's exchange and a layout's order, with what a case has."""
     strategy, layout = case.row
     yield strategy, layout
     yield from ((strategy, name, getattr(case, name)) for name in (*_FACTORS, "mesh", "bias") if name != "row")
     yield from ((layout, name, getattr(case, name)) for name in ("mask", "ids", "mesh"))
 
 
-SERVED = oracle.fewest([case for case in CASES if not case.refusal], _compared)
+COMPARED = oracle.fewest([case for case in CASES if not case.refusal], _compared)
 
 
 def sample() -> list[Case]:
     """One of each strategy, on a small mesh, with layouts and masks of all kinds between them."""
-    small = [case for case in SERVED if case.mesh in ("2", "2 x 2 x 2", "4")]
+    small = [case for case in COMPARED if case.mesh in ("2", "2 x 2 x 2", "4")]
     strategies = ([case for case in small if case.row[0] == name] for name in parallel.STRATEGIES)
     return [cases[5 * n % len(cases)] for n, cases in enumerate(strategies)]
 

@@ -6,7 +6,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -166,8 +165,12 @@ def with_strategy(mesh: Mesh, strategy: str, K: int) -> Mesh:
             f"{mesh.P} devices along the sequence cannot be divided into a ring and an all-to-all of at least "
             f"two each for strategy={strategy!r}"
         )
+    served = STRATEGIES[strategy].layouts
+    return with_way(mesh, dataclasses.replace(way, layout=mesh.layout if mesh.layout in served else served[0]))
+
+
+def with_way(mesh: Mesh, way: Way) -> Mesh:
+    """Returns the mesh with another way to spread attention over the devices along the sequence."""
     *outer, seq = way.sizes
-    changes: dict[str, Any] = {"strategy": strategy, "ring": outer[0] if outer else 1, "seq": seq}
-    if mesh.layout not in (served := STRATEGIES[strategy].layouts):
-        changes["layout"] = served[0]
-    return dataclasses.replace(mesh, **changes)
+    ring = outer[0] if outer else 1
+    return dataclasses.replace(mesh, strategy=way.strategy, layout=way.layout, ring=ring, seq=seq)

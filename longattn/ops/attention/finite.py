@@ -1,4 +1,4 @@
-"""What is not finite reaches those who see it, and nobody else.
+"""Keeps what is not finite to those who see it.
 
 A hidden logit is replaced, but a hidden value, and in gradients every factor, is multiplied by 0; and 0 times NaN is
 NaN. So the factors that are multiplied are finite, and NaN travels through the logits alone: in the forward pass
@@ -26,7 +26,7 @@ def keys_and_values(k: Array, v: Array) -> tuple[Array, Array]:
 
 
 class Factors(NamedTuple):
-    """What the backward pass multiplies."""
+    """Holds what the backward pass multiplies."""
 
     q: Array  # [B T H D]
     k: Array  # [B S K D]

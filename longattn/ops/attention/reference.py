@@ -13,17 +13,13 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array
 
+from longattn.ops.attention import finite
 from longattn.ops.attention.contract import Bias, Options, Visibility
 from longattn.shapes import Key, Logits, Out, Query, Statistic, Value, statistics_dtype
 
 
 def check(*call: object) -> None:
     """Accepts every valid call; there is nothing to plan."""
-
-
-def _finite(x: Array) -> Array:
-    """Returns x with 0 for what is not finite: gradients multiply it by the 0 of hidden pairs."""
-    return jnp.where(jnp.isfinite(x), x, 0.0)
 
 
 def _spoilt(x: Array) -> Array:
@@ -38,7 +34,7 @@ def _logits(q: Array, k: Array, v: Array, bias: Array | None, visibility: Visibi
     """
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     spoilt = _spoilt(q)[:, :, :, None] | (_spoilt(k) | _spoilt(v))[:, :, None, :]
-    logits = options.scale * jnp.einsum("BTHD,BSHD->BHTS", _finite(q), _finite(k), precision=Precision.HIGHEST)
+    logits = options.scale * jnp.einsum("BTHD,BSHD->BHTS", finite.only(q), finite.only(k), precision=Precision.HIGHEST)
     if options.softcap is not None:
         logits = options.softcap * jnp.tanh(logits / options.softcap)
     if bias is not None:
@@ -69,7 +65,7 @@ def attend(
         lse = jnp.where(empty, -jnp.inf, m + jnp.log(total)).transpose(0, 2, 1)
     with jax.named_scope("values"):
         v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
-        out = jnp.einsum("BHTS,BSHV->BTHV", P, _finite(v), precision=Precision.HIGHEST)
+        out = jnp.einsum("BHTS,BSHV->BTHV", P, finite.only(v), precision=Precision.HIGHEST)
         # Cotangents of rows that are empty, or NaN, stop here: dv would be their product with P, 0 at hidden keys.
         rest = jnp.where(jnp.isnan(lse), jnp.nan, 0.0)[..., None]
         out = jnp.where(jnp.isfinite(lse)[..., None], out, rest)
@@ -89,7 +85,7 @@ def backward_partial(
     do, out = (jnp.where(whole[..., None], x, 0.0) for x in (do, out))
     dlse, lse = jnp.where(whole, dlse, 0.0), jnp.where(empty, 0.0, lse)
     logits, pull = jax.vjp(lambda q, k: _logits(q, k, v, bias, visibility, options), q, k)
-    repeated, gather = jax.vjp(lambda v: jnp.repeat(v, q.shape[2] // v.shape[2], axis=2), _finite(v))
+    repeated, gather = jax.vjp(lambda v: jnp.repeat(v, q.shape[2] // v.shape[2], axis=2), finite.only(v))
     delta = jnp.sum(do * out, axis=-1)
     lse, dlse, delta, empty = (jnp.transpose(x, (0, 2, 1))[..., None] for x in (lse, dlse, delta, empty))
     P = jnp.where(empty | (logits == -jnp.inf), 0.0, jnp.exp(logits - lse))

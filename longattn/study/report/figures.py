@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from longattn.study.store import Number, Store, family
 
-# Placeholders that become CSS variables: text, grid, panel, and one colour per way.
+# Each of these colours becomes a CSS variable: text, grid, panel, and one per way.
 INK, GRID, PANEL = "#010203", "#010204", "#010205"
 SERIES = ("#020301", "#020302", "#020303", "#020304", "#020305", "#020306", "#020307", "#020308")
 _VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", PANEL: "var(--panel)"} | {

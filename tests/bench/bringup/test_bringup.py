@@ -121,19 +121,8 @@ def test_a_wrong_kernel_is_reported_and_the_rest_goes_on(monkeypatch, tmp_path, 
 
     changed("wrong", monkeypatch, attend=wrong)
     changed("choosy", monkeypatch, check=refuse)
-    arguments = [
-        "bringup",
-        "--parts",
-        "numerics",
-        "--cases",
-        *FEW[:2],
-        "--out",
-        str(tmp_path / "o"),
-        "--T",
-        "64",
-        "--json",
-    ]
-    assert cli.main(arguments) == 1
+    arguments = ["--parts", "numerics", "--cases", *FEW[:2], "--out", str(tmp_path / "o"), "--T", "64", "--json"]
+    assert cli.main(["bringup", *arguments]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document == one_report(tmp_path / "o")
     rows = {(row["case"], row["back_end"]): row for row in document["numerics"]["rows"]}

@@ -25,10 +25,7 @@ CASES = [
 
 
 def grid() -> Iterator[tuple[Way, Problem]]:
-    """Every strategy and layout on three and on eight devices.
-
-    The kinds of heads alternate.
-    """
+    """Yields every strategy and layout on three and on eight devices, with alternating kinds of heads."""
     for i, P in enumerate((3, 8)):  # those above have 2, 4 and 5
         for kind, heads in enumerate((GQA8, {"H": P, "K": P, "D": 4})):
             for j, way in enumerate(ways(P, heads["K"])):

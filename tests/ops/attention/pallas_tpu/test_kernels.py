@@ -105,7 +105,8 @@ def several(case: Case) -> None:
 
 
 PREFIX = m.Causal() | m.Prefix(np.array([100, 600], np.int32))
-FEW = [
+SEVERAL_BLOCKS = [
+    Case(lengths=(641, 641), heads=(2, 1)),
     Case(m.Window(200, 40), (601, 1030), (2, 1), (5, 7), "float32", "packed"),
     Case(PREFIX, (640, 640), ids="positions", softcap=2.0),
     *(Case(mask, (641, 641), (2, 1)) for mask in (m.Full(), m.Causal() & m.Chunked(300), m.Dilated(50, 7))),
@@ -114,13 +115,8 @@ FEW = [
 
 
 @pytest.mark.slow
-def test_several_blocks():
-    several(Case(lengths=(641, 641), heads=(2, 1)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_several_blocks_of_the_rest(case):
+@pytest.mark.parametrize("case", SEVERAL_BLOCKS, ids=str)
+def test_several_blocks(case):
     several(case)
 
 
