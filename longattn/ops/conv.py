@@ -123,15 +123,26 @@ def short_convolution(
         return _short(x, weight, bias, segment_ids, tail, activation)
 
 
+def _first(bad: Array, none: int) -> Array:
+    """Returns the index along the last axis of the first True, or `none`."""
+    return jnp.where(bad.any(-1), jnp.argmax(bad, -1), none)
+
+
 @jax.jit
 @functools.partial(jax.checkpoint, prevent_cse=False)  # else the spectra of both are kept
 def _long(u: Array, kernel: Array) -> Array:
     u, kernel = dispatch.vary_together((u, kernel))
     T, wide = u.shape[1], statistics_dtype(u.dtype)
     kernel = kernel[:, :T]
+    # A transform carries NaN everywhere; so it is given none, and what is not finite reaches the tokens after it.
+    bad_u, bad_kernel = ~jnp.isfinite(u), ~jnp.isfinite(kernel)
+    first = jnp.minimum(_first(jnp.swapaxes(bad_u, 1, 2), T), _first(bad_kernel, T)[None])  # [B E]
+    u, kernel = jnp.where(bad_u, 0, u), jnp.where(bad_kernel, 0, kernel)
     n = 1 << max(T + kernel.shape[1] - 2, 0).bit_length()  # long enough that nothing wraps around
     spectrum = jnp.fft.rfft(jnp.swapaxes(u.astype(wide), 1, 2), n) * jnp.fft.rfft(kernel.astype(wide), n)[None]
-    return jnp.swapaxes(jnp.fft.irfft(spectrum, n)[..., :T], 1, 2).astype(u.dtype)
+    y = jnp.swapaxes(jnp.fft.irfft(spectrum, n)[..., :T], 1, 2).astype(u.dtype)
+    reached = jnp.arange(T)[None, :, None] >= first[:, None]
+    return y + jnp.where(reached, jnp.nan, 0).astype(u.dtype)  # a sum, so that gradients of NaN are not lost
 
 
 @on_explicit_axes({"u": "BTE", "kernel": "EL"}, main=("u",), along="BE", results=("BTE",))

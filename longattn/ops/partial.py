@@ -84,10 +84,15 @@ class Affine(NamedTuple):
 
 
 def _times(transition: Array, x: Array) -> Array:
-    """Returns the transition times a state, or times a transition of its own kind, in full precision."""
+    """Returns the transition times a state, or times a transition of its own kind, in full precision.
+
+    Where the transition is zero, nothing is left of what was there, of NaN neither.
+    """
     if transition.ndim == 4:
+        x = jnp.where((transition != 0).any((-1, -2), keepdims=True), x, 0)
         return jnp.einsum("BHCD,BHDV->BHCV", transition, x, precision=Precision.HIGHEST)
-    return (transition if x.ndim == 3 else transition[..., None]) * x
+    transition = transition if x.ndim == 3 else transition[..., None]
+    return transition * jnp.where(transition == 0, 0, x)
 
 
 def advance(S: Float[Array, "B H D V"], tokens: Affine) -> Float[Array, "B H D V"]:

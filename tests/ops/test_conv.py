@@ -201,6 +201,34 @@ def test_long_is_the_direct_sum(T, L, dtype):
     np.testing.assert_allclose(dkernel, truth, rtol=0, atol=fft_error(n, dy, u))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+def test_what_is_not_finite_reaches_the_tokens_that_see_it(bad):
+    """Of the same row and channel: by the taps of its document, or all after it. Gradients stay with those before."""
+    rng = np.random.default_rng(0)
+    x, weight, kernel = (rng.standard_normal(s).astype(np.float32) for s in ((2, 9, 3), (3, 4), (3, 5)))
+    ids = np.repeat(np.array([[7, 1]], np.int32), [6, 3], 1).repeat(2, 0)
+    t, do = np.arange(9), np.ones((2, 9, 3), np.float32)
+    convolutions = {
+        "short": (lambda x: short_convolution(x, weight, segment_ids=ids)[0], (t >= 4) & (t < 6), t <= 4),
+        "long": (lambda x: long_convolution(x, kernel), t >= 4, t >= 0),
+    }
+    for name, (f, reached, sends) in convolutions.items():
+        y, pull = jax.vjp(f, x)
+        changed, spoilt = x.copy(), do.copy()
+        changed[0, 4, 1] = spoilt[0, 4, 1] = bad
+        for was, now, where in ((y, f(changed), reached), (pull(do)[0], pull(spoilt)[0], sends)):
+            expected = np.asarray(was).copy()
+            others = np.ones_like(expected, bool)
+            others[0, where, 1] = False
+            np.testing.assert_allclose(now[others], expected[others], rtol=1e-5, atol=1e-5, err_msg=name)
+        assert not np.isfinite(f(changed)[0, reached, 1]).any() and not np.isfinite(pull(spoilt)[0][0, 4, 1])
+    late = kernel.copy()
+    late[1, 3] = bad
+    y, now = long_convolution(x, kernel), long_convolution(x, late)
+    np.testing.assert_allclose(now[:, :3], y[:, :3], rtol=1e-5, atol=1e-5)
+    assert np.isnan(now[:, 3:, 1]).all() and np.isfinite(now[..., 0]).all()
+
+
 def test_long_keeps_the_dtype_and_refuses():
     u, kernel = jnp.ones((B, 9, E), jnp.bfloat16), jnp.ones((E, 9), jnp.float32)
     y = long_convolution(u, kernel)

@@ -148,7 +148,8 @@ def linear_attention(
 
     Returns:
       out [B T H V] in q's dtype, and the state after the last token, float32. Both are differentiable in every array.
-      With float64 inputs, decays, betas and states are float64.
+      With float64 inputs, decays, betas and states are float64. What is not finite in a token makes results NaN for
+      the head, from the token on to the end of its segment; other segments, heads and earlier tokens are as ever.
 
     Raises:
       ValueError: for invalid arguments, before any compute.

@@ -32,6 +32,7 @@ from jaxtyping import Array
 
 from longattn import shapes
 from longattn.ops import dispatch
+from longattn.ops.linear import finite
 from longattn.ops.linear.chunk import Sizes, Tokens, chunk
 from longattn.ops.linear.contract import Arrays, Options, Out, State
 
@@ -164,11 +165,13 @@ def _attend_backward(n: Plan, residuals: Any, cotangents: tuple[Array, Array]) -
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+@finite.attend
 def attend(x: Arrays, options: Options, plan: Plan) -> tuple[Out, State]:
     """Returns out [B T H V] in options.out_dtype and the state after the last token [B H D V]."""
     return _attend(x, plan)
 
 
+@finite.fold
 def fold(x: Arrays, options: Options, plan: Plan) -> State:
     """Returns the state after the last token; zeros are written into its columns after V."""
     S, n = x.initial_state, plan
@@ -186,6 +189,7 @@ def fold(x: Arrays, options: Options, plan: Plan) -> State:
     return after.reshape(S.shape)
 
 
+@finite.pull
 def pull(x: Arrays, do: Out, dfinal_state: State, options: Options, plan: Plan) -> State:
     """Returns the gradient of the state before the first token."""
     dS, n = dfinal_state, plan

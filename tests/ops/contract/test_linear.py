@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,6 +263,55 @@ def test_causality(back_end, kind):
         changed = {name: np.concatenate([x[:, :t], x[:, t:] * 0.5], 1) for name, x in arrays.items()}
         np.testing.assert_array_equal(f(changed)[:, :t], out[:, :t])
         assert (f(changed)[:, t] != out[:, t]).any()
+
+
+@gradients_of_every_back_end
+@pytest.mark.parametrize("kind", but_few(["scalar decay, delta", "vector decay"]))
+def test_what_is_not_finite_reaches_those_who_see_it_alone(back_end, kind):
+    """Other segments, rows, heads and earlier tokens are as before, in every result and gradient."""
+    case = back_end.nearest(Case(kind=kind, ids="segments", state="from a state"))
+    f, (arrays, cotangents, _) = function(back_end, case)
+    segment, token = np.repeat([0, 1, 2], [6, 16, 7]), 13
+    T, ids = len(segment), np.repeat(np.array([[4, -3, 4]], np.int32), [6, 16, 7], 1).repeat(B, 0)
+    f = jax.jit(f)
+    before = f(arrays, cotangents, ids)
+    same = segment == segment[token]
+    later, sooner, none = same & (np.arange(T) >= token), same & (np.arange(T) <= token), np.zeros(T, bool)
+
+    for name, bad in zip((*arrays, "do"), itertools.cycle((np.nan, np.inf))):
+        given = arrays | {"do": cotangents["out"]}
+        changed = given[name].copy()
+        changed[(0, 0) if name == "initial_state" else (0, token, 0)] = bad
+        after = f(
+            arrays | ({name: changed} if name in arrays else {}),
+            cotangents | ({"out": changed} if name == "do" else {}), ids,
+        )  # fmt: skip
+        first, last = segment == segment[0], segment == segment[-1]
+        sees = {"q": none, "do": none, "initial_state": first}.get(name, later)  # whose states it reaches
+        own = np.arange(T) == token
+        sends = sooner if name in ("q", "do") else none  # whose gradients it reaches by those of states
+        through = sooner if name in ("log_decay", "beta") or (name == "k" and "delta" in kind) else none
+        spoilt = {  # what is NaN at least, and what may be
+            "out": (sees | (own & (name == "q")),) * 2,
+            "dq": (sees | (own & (name == "do")),) * 2,
+            "dk": (sends, sends | through | sees | own),
+            "dv": (sends, sends | through | sees | own),
+            "dlog_decay": (none, sends | through | sees | own),
+            "dbeta": (none, sends | through | sees | own),
+            "final_state": (sees[-1:] & last[-1:],) * 2,
+            "dinitial_state": (none[:1], ((sends | through) & first).any(keepdims=True)),
+        }
+        for result, (at_least, at_most) in spoilt.items():
+            if result in after:
+                was, now = (np.asarray(x[result], np.float32) for x in (before, after))
+                if "state" in result:
+                    was, now = was[:, None], now[:, None]
+                others = {"rtol": 1e-5, "atol": 1e-5, "err_msg": f"{name}: {result}"}
+                np.testing.assert_allclose(now[1], was[1], **others)
+                np.testing.assert_allclose(now[0, :, 1:], was[0, :, 1:], **others)
+                np.testing.assert_allclose(now[0, ~at_most, 0], was[0, ~at_most, 0], **others)
+                spoilt_here = ~np.isfinite(now[0, at_least, 0])
+                assert spoilt_here.any(axis=tuple(range(1, spoilt_here.ndim))).all(), (name, result)
 
 
 @gradients_of_every_back_end

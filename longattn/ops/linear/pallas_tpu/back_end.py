@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from longattn.ops import dispatch
+from longattn.ops.linear import finite
 from longattn.ops.linear.contract import Arrays, Options, Out, State
 from longattn.ops.linear.pallas_tpu import backward as backward_kernels
 from longattn.ops.linear.pallas_tpu import forward as forward_kernel
@@ -157,16 +158,19 @@ def _attend_backward(n: Call, out_dtype: str, residuals: Any, cotangents: tuple[
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+@finite.attend
 def attend(x: Arrays, options: Options, plan: Call) -> tuple[Out, State]:
     """Returns out [B T H V] in options.out_dtype and the state after the last token [B H D V]."""
     return _attend(x, plan, options.out_dtype)
 
 
+@finite.fold
 def fold(x: Arrays, options: Options, plan: Call) -> State:
     """Returns the state after the last token; zeros are written into its columns after V."""
     return _over_batch(functools.partial(_fold, n=plan), x)
 
 
+@finite.pull
 def pull(x: Arrays, do: Out, dfinal_state: State, options: Options, plan: Call) -> State:
     """Returns the gradient of the state before the first token."""
     return _over_batch(functools.partial(_pull, n=plan), x._replace(initial_state=None), do, dfinal_state)
