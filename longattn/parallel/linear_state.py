@@ -126,6 +126,8 @@ def _fold(x: Arrays, start: State, continued: Bool[Array, "B"] | None, n: _Stati
     """
     (*rows, D, V), needed = start.shape, rounds(lax.axis_size(n.axis)) > 1
     fold = lambda S: BACK_ENDS[n.name].fold(x._replace(q=None, initial_state=S), n.options, n.fold_plan)
+    if (ids := x.segment_ids) is not None:  # else nothing is left of the state before
+        continued = continued & jnp.all(ids[:, 1:] == ids[:, :-1], 1)
     if x.beta is not None and needed:
         one = jnp.broadcast_to(jnp.eye(D, dtype=start.dtype)[None, None], (*rows, D, D))
         both = fold(jnp.concatenate([start, one], 3))
@@ -134,8 +136,6 @@ def _fold(x: Arrays, start: State, continued: Bool[Array, "B"] | None, n: _Stati
     if not needed:
         return state, None
     total = jnp.zeros_like(start[..., 0, :1]) if x.log_decay is None else jnp.sum(x.log_decay, 1).reshape(*rows, -1)
-    if (ids := x.segment_ids) is not None:
-        continued = continued & jnp.all(ids[:, 1:] == ids[:, :-1], 1)
     return state, where(continued, jnp.exp(total))
 
 

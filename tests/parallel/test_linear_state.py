@@ -15,6 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import longattn
 from longattn import parallel
 from longattn.aot import compilers
 from longattn.models.transformer import REMAT
@@ -25,6 +26,7 @@ from tests.compilers import needs_libtpu
 from tests.ops import linear_oracle, oracle
 from tests.ops.contract.test_linear import HEADS, Case, equations, expected, inputs, with_gradients, work
 from tests.ops.interpreter import as_on_tpu
+from tests.slow import but_few
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,31 @@ def test_the_scan_is_the_maps_of_all_devices_before_in_their_order(names, sizes,
     for i in reversed(order) if reverse else order:
         np.testing.assert_allclose(got[i], S, rtol=1e-4, atol=1e-4)
         S = M[i] @ S + N[i]
+
+
+@pytest.mark.parametrize("kind", but_few(["scalar decay, delta", "vector decay"]))
+def test_what_is_not_finite_reaches_what_it_reaches_on_one_device(kind):
+    """A document of four devices' 24 tokens begins on one device, has a NaN on the next and ends on the third."""
+    arrays, options, cotangents = inputs(Case(kind, length="T=24", state="from a state"))
+    ids, mesh = np.repeat(np.array([[4, -3, 4]], np.int32), [9, 8, 7], 1).repeat(2, 0), mesh_of(1, 1, 1, 4)
+    one, sharded = (
+        jax.jit(
+            functools.partial(with_gradients, functools.partial(f, segment_ids=ids, scale=options["scale"], **more))
+        )
+        for f, more in ((longattn.linear_attention, {}), (parallel.linear_attention, {"mesh": mesh}))
+    )
+    for name in ("q", "k", "do", "initial_state"):
+        given = arrays | {"do": cotangents["out"]}
+        changed = given[name].copy()
+        changed[(0, 0) if name == "initial_state" else (0, 11, 0)] = np.nan
+        spoilt = (
+            arrays | ({} if name == "do" else {name: changed}),
+            cotangents | ({"out": changed} if name == "do" else {}),
+        )
+        expected, got = one(*spoilt), sharded(*spoilt)
+        for result, x in expected.items():
+            assert 0 < np.isnan(x).mean() < 0.5 or result != "dq" or name == "q", (name, result)
+            np.testing.assert_allclose(got[result], x, rtol=1e-4, atol=1e-4, err_msg=f"{name}: {result}")
 
 
 def test_several_axes_are_one():
