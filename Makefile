@@ -12,7 +12,7 @@ SHELL := /bin/sh
 
 PY := .venv/bin/python
 WORKERS ?= auto
-PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
+PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # A TPU is one of Google's PCI devices (so is their network card): the ids are those of jax._src.hardware_utils.
 TPU_IDS := 0x0027|0x0056|0x005e|0x0062|0x0063|0x006f|0x0076|0x0083|0x007c

@@ -28,3 +28,12 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+LONGEST = ("study/test_study.py", "test_notebooks.py", "plan/test_plan.py", "cost/test_linear.py", "train/test_run.py",
+           "train/test_processes.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Files of which one test takes minutes come first: at the end, one worker would wait for the other."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
