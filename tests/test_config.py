@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,8 +62,8 @@ def edited(edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda d: d.update(version=99), "version 99 must be 3"),
-        (lambda d: d.pop("version"), "version None must be 3"),
+        (lambda d: d.update(version=99), "version 99 must be 4 or 3"),
+        (lambda d: d.pop("version"), "version None must be 4 or 3"),
         (lambda d: d["config"]["model"].update({"class": "Modell"}), "'Modell' in the JSON is no config"),
         (lambda d: d["config"]["model"].update(depth=3), r"unknown fields \['depth'\]"),
         (lambda d: d["config"]["model"].pop("N"), r"lacks \['N'\]"),
@@ -78,7 +80,29 @@ def test_json_errors(edit, message):
         c.from_json(edited(edit))
 
 
-@pytest.mark.parametrize(("text", "message"), [("{torn", "is no JSON"), ("[]", "version None must be 3")])
+def test_version_3_is_read_as_what_it_computed():
+    """The file is as version 3 wrote it. What its YaRN computed, tests/models/test_layers.py has by hand."""
+    text = (Path(__file__).parent / "config_version_3.json").read_text()
+    m3 = c.from_json(text).model.mixers
+    yarn = c.RoPE(
+        base=5e5, scaling="llama3", factor=4.0, original_T=4096, low_freq_factor=1.0, high_freq_factor=32.0,
+        attention_factor=0.1 * math.log(4) + 1,
+    )  # fmt: skip
+    assert m3 == (
+        c.Softmax(mask=m.Causal() & m.Window(64), rope=yarn),
+        c.GatedDeltaNet(V=32, scale=1.0),
+        c.KimiDeltaAttention(scale=1.0),
+        c.Mamba2(groups=2, norm_groups=1),
+        c.RetNet(),
+    )
+    assert c.from_json(c.to_json(c.from_json(text))) == c.from_json(text)
+    document = json.loads(text)
+    del document["config"]["model"]["mixers"][1]["V"]
+    with pytest.raises(ValueError, match=r"GatedDeltaNet in the JSON has unknown fields \[\] and lacks \['V'\]"):
+        c.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize(("text", "message"), [("{torn", "is no JSON"), ("[]", "version None must be 4 or 3")])
 def test_what_is_no_config_at_all(text, message):
     with pytest.raises(ValueError, match=message):
         c.from_json(text)
@@ -114,7 +138,14 @@ def test_what_is_no_config_at_all(text, message):
             (lambda name=name: c.Run(name=name), r"Run\.name=.* must name a folder")
             for name in ("", ".", "..", "a/b", "x" * 300)
         ),
-        (lambda: c.RoPE(scaling="ntk"), r"RoPE\.scaling='ntk' must be one of 'none', 'linear', 'yarn'"),
+        (lambda: c.RoPE(scaling="ntk"), r"RoPE\.scaling='ntk' must be one of 'none', 'linear', 'yarn', 'llama3'"),
+        (lambda: c.RoPE(scaling="yarn", beta_fast=1.0), r"beta_slow=1\.0 and beta_fast=1\.0 must be 0 < beta_slow < b"),
+        (lambda: c.RoPE(scaling="llama3", low_freq_factor=4.0), r"must be 0 < low_freq_factor < high_freq_factor"),
+        (lambda: c.RoPE(scaling="llama3", truncate=False), r"truncate=False has no effect .*'llama3'; choose 'yarn'"),
+        (lambda: c.RoPE(scaling="yarn", high_freq_factor=8.0), r"high_freq_factor=8\.0 has no .*; choose 'llama3'"),
+        (lambda: c.RoPE(scaling="yarn", mscale=1.0), r"mscale=1\.0 and mscale_all_dim=None must be given together"),
+        (lambda: c.RoPE(scaling="yarn", mscale=1.0, mscale_all_dim=1.0, attention_factor=2.0), r"leave out either"),
+        (lambda: c.RoPE(attention_factor=0.0), r"RoPE\.attention_factor=0\.0 must be positive"),
         (lambda: c.Model(remat="ful"), r"Model\.remat='ful' must be one of 'none', 'full'"),
         (lambda: c.Model(dtype="bf16"), r"Model\.dtype='bf16' must be one of 'float32', 'bfloat16'"),
         (lambda: c.Model(mixers=[c.Softmax()]), r"Model\.mixers=\[.*\] must be a tuple"),

@@ -69,10 +69,11 @@ def fraction(owner: object, *names: str) -> None:
 
 
 def above_zero(owner: object, *names: str) -> None:
-    """Raises ValueError unless each named field of `owner` is positive."""
+    """Raises ValueError unless each named field of `owner` is None or positive."""
     for name in names:
-        if getattr(owner, name) <= 0:
-            raise ValueError(f"{type(owner).__name__}.{name}={getattr(owner, name)} must be positive")
+        value = getattr(owner, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{type(owner).__name__}.{name}={value} must be positive")
 
 
 def increasing(owner: object, *names: str) -> None:

@@ -1,9 +1,14 @@
-"""Configs as JSON: `from_json` restores what `to_json` writes, a version and objects with class names."""
+"""Configs as JSON: `from_json` restores what `to_json` writes, a version and objects with class names.
+
+The version rises when a field is added or means something else. Version 4 has the layers and the YaRN that published
+checkpoints have; a config of version 3 is read as one that computes what version 3 did.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from longattn import mask as masks
@@ -13,8 +18,7 @@ from longattn.config.mixers import RoPE, mixer_classes
 from longattn.config.model import Model
 from longattn.config.run import Config, Optimiser, Run
 
-VERSION = 3
-
+VERSION = 4
 
 _CLASSES: dict[str, type] = {c.__name__: c for c in (RoPE, Model, ByteLM, MQAR, Needle, Mesh, Optimiser, Run, Config)}
 
@@ -30,9 +34,25 @@ def _encode(value: Any) -> Any:
     return value
 
 
-def _decode(value: Any) -> Any:
+def _from_3(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns an object of version 3 with the fields of version 4 that compute the same."""
+    if name in ("GatedDeltaNet", "KimiDeltaAttention"):
+        return {"scale": 1.0, **fields}  # q kept the length 1
+    if name == "Mamba2":
+        return {"norm_groups": 1, "step_limit": [0.0, None], **fields}
+    if name != "RoPE":
+        return fields
+    ramp = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    fields = {**ramp, "attention_factor": None, "mscale": None, "mscale_all_dim": None, **fields}
+    if fields.get("scaling") == "yarn":  # its ramp ran in turns, which is llama3's with other bounds
+        attention_factor = 0.1 * math.log(max(fields["factor"], 1)) + 1
+        fields |= {"scaling": "llama3", "high_freq_factor": 32.0, "attention_factor": attention_factor}
+    return fields
+
+
+def _decode(value: Any, version: int) -> Any:
     if isinstance(value, list):
-        return tuple(_decode(v) for v in value)
+        return tuple(_decode(v, version) for v in value)
     if not isinstance(value, dict):
         return value
     name = value.get("class")
@@ -42,7 +62,8 @@ def _decode(value: Any) -> Any:
     if name not in classes:
         raise ValueError(f"class {name!r} in the JSON is no config of this version; it knows {sorted(classes)}")
     cls = classes[name]
-    given = {k: _decode(v) for k, v in value.items() if k != "class"}
+    fields = {k: v for k, v in value.items() if k != "class"}
+    given = {k: _decode(v, version) for k, v in (_from_3(name, fields) if version == 3 else fields).items()}
     known = {f.name for f in dataclasses.fields(cls)}
     if given.keys() != known:
         extra, missing = sorted(given.keys() - known), sorted(known - given.keys())
@@ -58,16 +79,18 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`. Raises ValueError for anything else, also another version's."""
+    """The inverse of `to_json`, which also reads what version 3 wrote. Raises ValueError for anything else."""
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"the config is no JSON: {error}") from None
     version = document.get("version") if isinstance(document, dict) else None
-    if version != VERSION:
-        raise ValueError(f"config version {version!r} must be {VERSION}: it was written by another version")
+    if version not in (3, VERSION):
+        raise ValueError(
+            f"config version {version!r} must be {VERSION} or 3: it was written by another version of longattn"
+        )
     try:
-        config = _decode(document.get("config"))
+        config = _decode(document.get("config"), version)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"the JSON is no config: {error}") from error
     if not isinstance(config, Config):

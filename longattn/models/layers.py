@@ -34,40 +34,68 @@ def no_state(state: Any) -> None:
 
 
 class RMSNorm(nn.Module):
-    """Computes x / rms(x) * scale over the last axis, in float32 (arXiv:1910.07467)."""
+    """Computes x / rms(x) * scale over the last axis, in float32 (arXiv:1910.07467).
+
+    `groups` divides the axis into as many pieces of neighbouring channels, each of which has an rms of its own.
+    """
 
     eps: float
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        wide = x.astype(jnp.float32)
+        wide = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + self.eps)
-        return (wide * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+        return (wide.reshape(x.shape) * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
 
 def rope_frequencies(rope: config.RoPE, D: int) -> np.ndarray:
     """Returns the angle per position, in radians, of each of the D/2 pairs, float64.
 
-    none: base**(-2i/D). linear: that over `factor` (arXiv:2306.15595). yarn: "NTK-by-parts" (arXiv:2309.00071,
-    section 3.2): pairs that turn more than 32 times within original_T keep their frequency, those that turn less than
-    once have it divided by `factor`, those between are interpolated linearly in the number of turns.
+    none: base**(-2i/D). linear: that over `factor` (arXiv:2306.15595). yarn and llama3 divide the frequencies of slow
+    pairs by `factor`, keep those of fast ones, and interpolate between the two (arXiv:2309.00071, section 3.2).
+
+    Fast and slow are told by the turns of a pair within original_T. llama3 interpolates linearly in the turns, as
+    YaRN's paper does. yarn does so in i, between the real i of beta_fast and of beta_slow turns, rounded outwards where
+    `truncate`: so does the code of YaRN's authors, and so do published checkpoints.
     """
     plain = rope.base ** (-np.arange(0, D, 2) / D)
     if rope.scaling == "none":
         return plain
     if rope.scaling == "linear":
         return plain / rope.factor
-    turns = rope.original_T * plain / (2 * math.pi)
-    keep = np.clip((turns - 1) / (32 - 1), 0, 1)  # alpha = 1 and beta = 32, the paper's values for LLaMA
+    if rope.scaling == "llama3":
+        turns = rope.original_T * plain / (2 * math.pi)
+        ramp: np.ndarray = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    else:
+        index = lambda turns: D * math.log(rope.original_T / (2 * math.pi * turns)) / (2 * math.log(rope.base))
+        fast, slow = index(rope.beta_fast), index(rope.beta_slow)
+        if rope.truncate:
+            fast, slow = math.floor(fast), math.ceil(slow)
+        fast, slow = max(fast, 0), min(slow, D - 1)
+        width = slow - fast if slow > fast else 1e-3  # a ramp without width is a step
+        ramp = 1 - (np.arange(D // 2) - fast) / width
+    keep = np.clip(ramp, 0, 1)
     return keep * plain + (1 - keep) * plain / rope.factor
 
 
 def rope_temperature(rope: config.RoPE | None) -> float:
-    """Returns YaRN's factor on the logits, (0.1 ln(factor) + 1)**2 (arXiv:2309.00071, section 3.4); 1 without YaRN."""
-    if rope is None or rope.scaling != "yarn":
+    """Returns the factor on the logits, the square of that on q and on k: `attention_factor`, if given.
+
+    Otherwise it is 1, and for yarn m(1), or m(mscale) / m(mscale_all_dim), where m(s) = 0.1 s ln(factor) + 1
+    (arXiv:2309.00071, section 3.4). DeepSeek's latent attention multiplies logits by m(mscale_all_dim)**2 besides.
+    """
+    if rope is None:
         return 1.0
-    return (0.1 * math.log(rope.factor) + 1) ** 2
+    if rope.attention_factor is not None:
+        return rope.attention_factor**2
+    if rope.scaling != "yarn":
+        return 1.0
+    m = lambda s: 0.1 * s * math.log(rope.factor) + 1
+    if rope.mscale is None or rope.mscale_all_dim is None:
+        return m(1) ** 2
+    return (m(rope.mscale) / m(rope.mscale_all_dim)) ** 2
 
 
 def _high_word(a: Array, b: Array) -> Array:

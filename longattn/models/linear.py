@@ -76,12 +76,16 @@ def unit(x: Heads) -> Heads:
 
 
 def decay(
-    module: nn.Module, x: Array, steps: tuple[float, float], rates: tuple[float, float]
+    module: nn.Module,
+    x: Array,
+    steps: tuple[float, float],
+    rates: tuple[float, float],
+    limit: tuple[float, float | None] = (0.0, None),
 ) -> tuple[Float32[Array, "B T ..."], Float32[Array, "B T ..."]]:
     """Returns log_decay = -exp(decay_log) * step, and step = softplus(x + decay_bias), for x [B T H] or [B T H D].
 
     As in section 7 of arXiv:2405.21060: each head has a rate exp(decay_log), drawn from `rates`. The bias is drawn so
-    that at x = 0 the step sizes are uniform in their logarithm over `steps`.
+    that at x = 0 the step sizes are uniform in their logarithm over `steps`. Steps are clipped to `limit`.
     """
 
     def log_rate(key: Array, shape: Any, dtype: Any) -> Array:
@@ -94,6 +98,8 @@ def decay(
     shape = x.shape[2:]
     rate = jnp.exp(module.param("decay_log", log_rate, shape[:1], jnp.float32))
     step = jax.nn.softplus(x.astype(jnp.float32) + module.param("decay_bias", bias, shape, jnp.float32)[None, None])
+    if limit != (0.0, None):
+        step = jnp.clip(step, *limit)
     return -rate.reshape(1, 1, -1, *(1,) * (len(shape) - 1)) * step, step
 
 
@@ -101,6 +107,14 @@ def per_head(module: nn.Module, name: str, x: Float[Array, "B T E"], H: int) -> 
     """Returns x times the parameter `name` [E H], in float32."""
     w = module.param(name, fan_in(0, 1), (x.shape[-1], H), jnp.float32)
     return jnp.einsum("BTE,EH->BTH", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def scaled_norm(y: Heads, scale: float | None, model: config.Model) -> Heads:
+    """Returns RMSNorm(scale * y), where None is D**-0.5: y is linear in q, which the papers scale.
+
+    It is the norm of y with eps / scale**2. So no kernel multiplies by a scale that bfloat16 would round.
+    """
+    return RMSNorm(model.norm_eps / (scale or model.D**-0.5) ** 2, name="norm")(y)
 
 
 def taylor(x: Heads) -> Features:
@@ -321,8 +335,8 @@ class RetNet(Linear):
     """Multi-scale retention (arXiv:2307.08621): rotated q and k, a fixed decay per head, a norm and a swish gate.
 
     The paper's GroupNorm over heads is an RMSNorm of each head, as in the authors' code, here with one gain for all
-    heads. It cancels the paper's other normalisations of the scores, so they are left out. All arrays have Model.H
-    heads.
+    heads. It cancels the paper's other normalisations of the scores, and a factor of q and k that `rope` has, so they
+    are left out. All arrays have Model.H heads.
     """
 
     @nn.nowrap
@@ -389,23 +403,27 @@ class Mamba2(Linear):
     """The SSD layer (arXiv:2405.21060): q and k (the paper's C and B) shared by heads, v = step * x, a skip D x.
 
     It has `expand` * Model.H heads of Model.D channels. The paper's in-projection is split into one matrix per result.
-    The norm is taken over all channels of y * silu(gate).
+    The RMSNorm of y * silu(gate) is taken over the channels of each group of heads that share q and k, as in the
+    authors' code and in published checkpoints, or over each of `norm_groups` groups.
     """
 
     @nn.nowrap
     def mix(self, x: Array, positions: Array | None, segment_ids: Array | None) -> Array:
         c, m = self.config, self.model
-        H = c.expand * m.H
+        H, norm_groups = c.expand * m.H, c.norm_groups or c.groups
+        if H * m.D % norm_groups:
+            raise ValueError(f"Mamba2.norm_groups={norm_groups} must divide the {H * m.D} channels of {H} heads")
         with jax.named_scope("projections"):
             gate, v = (project(self, n, x, H, m.D) for n in ("gate", "v"))
             k, q = (project(self, n, x, c.groups, c.state) for n in ("b", "c"))
-            log_decay, step = decay(self, per_head(self, "decay", x, H), c.steps, c.rates)
+            log_decay, step = decay(self, per_head(self, "decay", x, H), c.steps, c.rates, c.step_limit)
         v, k, q = (convolved(self, n, a, c.taps, segment_ids, bias=True) for n, a in (("v", v), ("b", k), ("c", q)))
         skip = self.param("skip", nn.initializers.ones, (H,), jnp.float32)[None, None, :, None] * v.astype(jnp.float32)
         written = (step[..., None] * v.astype(jnp.float32)).astype(x.dtype)
         y = self.scan(q, k, written, log_decay=log_decay, segment_ids=segment_ids)
         y = (y.astype(jnp.float32) + skip).astype(x.dtype) * nn.silu(gate)
-        y = RMSNorm(m.norm_eps, name="norm")(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
+        norm = RMSNorm(m.norm_eps, norm_groups, name="norm")
+        y = norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
         return out(self, y, m)
 
     @staticmethod
@@ -433,7 +451,8 @@ class Mamba2(Linear):
 class GatedDeltaNet(Linear):
     """The gated delta rule (arXiv:2412.06464): Mamba-2's decay, beta in (0, 1), q and k normalised to length 1.
 
-    q and k have Model.K heads, v, decay and beta Model.H. The norm of each head is an RMSNorm times silu(gate).
+    q is then multiplied by Model.D**-0.5, as in the authors' code and in published checkpoints. q and k have Model.K
+    heads, v, decay and beta Model.H. The norm of each head is an RMSNorm times silu(gate).
     """
 
     @nn.nowrap
@@ -447,7 +466,7 @@ class GatedDeltaNet(Linear):
             beta = nn.sigmoid(per_head(self, "beta", x, m.H))
         q, k, v = (convolved(self, n, a, c.taps, segment_ids) for n, a in zip("qkv", (q, k, v)))
         y = self.scan(unit(q), unit(k), v, log_decay=log_decay, beta=beta, segment_ids=segment_ids)
-        return out(self, RMSNorm(m.norm_eps, name="norm")(y) * nn.silu(gate), m)
+        return out(self, scaled_norm(y, c.scale, m) * nn.silu(gate), m)
 
     @staticmethod
     def sizes(mixer: config.GatedDeltaNet, model: config.Model) -> tuple[int, int]:
@@ -458,6 +477,7 @@ class GatedDeltaNet(Linear):
 class KimiDeltaAttention(Linear):
     """The delta rule with a low-rank decay per channel (arXiv:2510.26692); q and k are normalised to length 1.
 
+    q is then multiplied by Model.D**-0.5, as in the authors' code and in published checkpoints.
     log_decay is -exp(decay_log) softplus(x W_down W_up + decay_bias), with a rate per head. The norm of each head is an
     RMSNorm times sigmoid(x G_down G_up). All arrays have Model.H heads.
     """
@@ -474,7 +494,7 @@ class KimiDeltaAttention(Linear):
             beta = nn.sigmoid(per_head(self, "beta", x, m.H))
         q, k, v = (convolved(self, n, a, c.taps, segment_ids) for n, a in zip("qkv", (q, k, v)))
         y = self.scan(unit(q), unit(k), v, log_decay=log_decay, beta=beta, segment_ids=segment_ids)
-        return out(self, RMSNorm(m.norm_eps, name="norm")(y) * nn.sigmoid(gate), m)
+        return out(self, scaled_norm(y, c.scale, m) * nn.sigmoid(gate), m)
 
     @staticmethod
     def sizes(mixer: config.KimiDeltaAttention, model: config.Model) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Tests of longattn.models.layers."""
 
+import dataclasses
 import math
 
 import jax
@@ -17,6 +18,10 @@ def test_rmsnorm():
     got = RMSNorm(1e-6).apply({"params": {"scale": scale}}, x)
     want = np.asarray(x) / np.sqrt(np.mean(np.asarray(x) ** 2, -1, keepdims=True)) * np.arange(1, 8)
     np.testing.assert_allclose(got, want, rtol=1e-5)
+    halves = np.asarray(x, np.float64)[..., :6].reshape(2, 5, 2, 3)
+    halves /= np.sqrt(np.mean(halves**2, -1, keepdims=True))
+    grouped = RMSNorm(1e-6, 2).apply({"params": {"scale": scale[:6]}}, x[..., :6])
+    np.testing.assert_allclose(grouped, halves.reshape(2, 5, 6) * np.arange(1, 7), rtol=1e-5)
     half = RMSNorm(1e-6).apply({"params": {"scale": scale}}, x.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), want, rtol=2e-2)
@@ -28,15 +33,27 @@ def test_plain_and_linear_frequencies():
     assert rope_temperature(None) == rope_temperature(RoPE(scaling="linear", factor=4.0)) == 1
 
 
-def test_yarn_by_hand():
-    """D 128, base 10^4, L 4096, s 16: pair i turns 4096 / (2 pi 10^(i / 16)) times, 32 at i = 20.94, 1 at i = 45.03."""
-    rope = RoPE(scaling="yarn", factor=16.0, original_T=4096)
+# D 128, base 10^4, L 4096, s 16: pair i turns 4096 / (2 pi 10^(i / 16)) times, 32 at i = 20.94, 1 at i = 45.03.
+# The attention factor 0.1 ln 16 + 1 = 1.277259 multiplies q and k, so the logits get its square, 1.631390.
+YARN = RoPE(scaling="yarn", factor=16.0, original_T=4096)
+
+
+@pytest.mark.parametrize(
+    ("rope", "share"),
+    [
+        (YARN, (46 - 32) / (46 - 20)),
+        (dataclasses.replace(YARN, truncate=False), (45.026881 - 32) / (45.026881 - 20.944482)),
+        # what version 3 called yarn: i = 32 turns 6.5190 times
+        (dataclasses.replace(YARN, scaling="llama3", high_freq_factor=32.0, attention_factor=1.277259), 5.5190 / 31),
+    ],
+    ids=["truncate", "exact", "turns"],
+)
+def test_yarn_by_hand(rope, share):
+    """Pairs up to 20 keep their frequency, those from 46 on have it divided, pair 32 keeps a share of 0.01."""
     got, plain = rope_frequencies(rope, 128), rope_frequencies(RoPE(), 128)
     np.testing.assert_allclose(got[:21], plain[:21], rtol=1e-12)
     np.testing.assert_allclose(got[46:], plain[46:] / 16, rtol=1e-12)
-    # i = 32: frequency 0.01, 6.5190 turns, ramp (6.5190 - 1) / 31 = 0.17803: 0.01 * (0.17803 + 0.82197 / 16)
-    np.testing.assert_allclose(got[32], 0.00229403, rtol=1e-5)
-    # the attention factor 0.1 ln 16 + 1 = 1.277259 multiplies q and k, so the logits get its square
+    np.testing.assert_allclose(got[32], 0.01 * (share + (1 - share) / 16), rtol=1e-5)
     np.testing.assert_allclose(rope_temperature(rope), 1.631390, rtol=1e-6)
 
 

@@ -144,13 +144,15 @@ def mamba2(layer, p, x, h):
     step = softplus(x @ p["decay"][:, h] + p["decay_bias"][h])
     v = conv(x @ p["v"][:, h], p["v_conv"][h], p["v_conv_bias"][h])
     B, C = (conv(x @ p[n][:, g], p[f"{n}_conv"][g], p[f"{n}_conv_bias"][g]) for n in "bc")
+    step = np.clip(step, *layer.step_limit)
     y = recur(C, B, step[:, None] * v, np.exp(-step * np.exp(p["decay_log"][h]))) + p["skip"][h] * v
-    return y * silu(x @ p["gate"][:, h])  # the norm is over all heads
+    return y * silu(x @ p["gate"][:, h])  # the norm is over several heads
 
 
 def gated_delta_net(layer, p, x, h):
     q, k = (length_one(conv(x @ p[n][:, h // 3], p[f"{n}_conv"][h // 3])) for n in "qk")
     alpha = np.exp(-np.exp(p["decay_log"][h]) * softplus(x @ p["decay"][:, h] + p["decay_bias"][h]))
+    q = q * (layer.scale or 4**-0.5)
     o = recur(q, k, conv(x @ p["v"][:, h], p["v_conv"][h]), alpha, sigmoid(x @ p["beta"][:, h]))
     return rms(o, p["norm"]["scale"]) * silu(x @ p["gate"][:, h])
 
@@ -159,6 +161,7 @@ def kimi_delta_attention(layer, p, x, h):
     q, k = (length_one(conv(x @ p[n][:, h], p[f"{n}_conv"][h])) for n in "qk")
     step = softplus(x @ p["decay_down"] @ p["decay_up"][:, h] + p["decay_bias"][h])
     alpha = np.exp(-np.exp(p["decay_log"][h]) * step)
+    q = q * (layer.scale or 4**-0.5)
     o = recur(q, k, conv(x @ p["v"][:, h], p["v_conv"][h]), alpha, sigmoid(x @ p["beta"][:, h]))
     return rms(o, p["norm"]["scale"]) * sigmoid(x @ p["gate_down"] @ p["gate_up"][:, h])
 
@@ -166,14 +169,23 @@ def kimi_delta_attention(layer, p, x, h):
 PAPERS = (linear_attention, performer, based, retnet, gla, mamba2, gated_delta_net, kimi_delta_attention)
 
 
-@pytest.mark.parametrize(("layer", "paper"), list(zip(LAYERS, PAPERS)), ids=[paper.__name__ for paper in PAPERS])
+CASES = [
+    *zip(LAYERS, PAPERS),
+    # what configs of version 3 say, and a limit that some of the steps exceed
+    (c.GatedDeltaNet(V=7, taps=3, scale=1.0), gated_delta_net),
+    (c.Mamba2(expand=2, state=5, groups=3, norm_groups=1, step_limit=(0.5, 2.0)), mamba2),
+]
+
+
+@pytest.mark.parametrize(("layer", "paper"), CASES, ids=[paper.__name__ for _, paper in CASES])
 def test_is_its_paper(layer, paper):
     params = parameters(layer)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     for x, got in zip(np.asarray(X, np.float64), mixed(params, X, layer=layer)):
         y = np.stack([paper(layer, p, x, h) for h in range(p["out"].shape[0])], 1)
         if isinstance(layer, c.Mamba2):
-            y = rms(y.reshape(T, -1), p["norm"]["scale"]).reshape(y.shape)
+            groups = layer.norm_groups or layer.groups
+            y = rms(y.reshape(T, groups, -1), p["norm"]["scale"].reshape(groups, -1)).reshape(y.shape)
         np.testing.assert_allclose(got, np.einsum("THV,HVE->TE", y, p["out"]), rtol=1e-4, atol=1e-5)
 
 
@@ -264,12 +276,20 @@ def test_round_trip(layer):
         (lambda: c.RetNet(fastest=1e-3, slowest=1e-2), "slowest <= fastest < 1"),
         (lambda: c.GLA(rank=0), "GLA.rank=0"),
         (lambda: c.Mamba2(steps=(0.1, 0.01)), r"Mamba2.steps=\(0.1, 0.01\) must be \(low, high\)"),
+        (lambda: c.Mamba2(step_limit=(0.1, 0.1)), r"Mamba2.step_limit=\(0.1, 0.1\) must be \(low, high\)"),
+        (lambda: c.Mamba2(norm_groups=0), "Mamba2.norm_groups=0 must be at least 1"),
         (lambda: c.GatedDeltaNet(taps=0), "GatedDeltaNet.taps=0"),
+        (lambda: c.KimiDeltaAttention(scale=0.0), "KimiDeltaAttention.scale=0.0 must be positive"),
     ],
 )
 def test_config_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_norm_groups_divide_the_channels():
+    with pytest.raises(ValueError, match=r"Mamba2\.norm_groups=5 must divide the 48 channels of 12 heads"):
+        MIXERS["Mamba2"](c.Mamba2(norm_groups=5), MODEL).init(jax.random.key(0), X)
 
 
 def test_no_state():

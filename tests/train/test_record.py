@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from longattn.config import Config, Model, Run, to_json
+from longattn.config import Config, Model, Run, from_json, to_json
 from longattn.environment import available_memory, peak_memory
 from longattn.train import record
 
@@ -94,9 +94,15 @@ def test_folders_of_other_runs_are_refused(tmp_path: Path) -> None:
         record.check_folder(folder, config, resume=False)
     moved = dataclasses.replace(config, run=Run(dir="elsewhere", name="b", log_every=3, profile=(2, 2)))
     assert record.check_folder(folder, moved, resume=True) is True
-    (folder / "config.json").write_text(to_json(config).replace('"version": 3', '"version": 0'))
+    (folder / "config.json").write_text(to_json(config).replace('"version": 4', '"version": 0'))
     with pytest.raises(ValueError, match="another version"):
         record.check_folder(folder, config, resume=True)
+    text = (Path(__file__).parents[1] / "config_version_3.json").read_text()
+    (folder / "config.json").write_text(text)
+    assert record.check_folder(folder, from_json(text), resume=True) is True
+    newer = from_json(text.replace('"V": 32', '"V": 32, "scale": null'))
+    with pytest.raises(ValueError, match=r"model\.mixers\.1\.scale=1\.0, now None; choose another"):
+        record.check_folder(folder, newer, resume=True)
     (folder / "config.json").write_text("{torn")
     with pytest.raises(ValueError, match=r"config\.json"):
         record.check_folder(folder, config, resume=True)

@@ -140,16 +140,20 @@ def linear_attention(
       log_decay: float32, <= 0. The state's channels are multiplied by exp(log_decay) before a token is written; -inf
         empties them. Above 0 the state grows without bound and results overflow: nothing checks or clips it.
       beta: float32. A token erases the share beta of what its key reads from the state, then writes beta v.
-      initial_state: float32, the state before the first token; None is zero.
+      initial_state: float32 [B H D V], the state before the first token; None is zero. The channels of keys come first.
+        A state that has those of values first, such as Mamba's [P N], must be transposed: where D = V its shape is the
+        same, and nothing can tell.
       segment_ids: int32. A token whose id differs from the one before starts from a zero state.
-      scale: factor of the output, a Python float.
+      scale: factor of the output, a Python float. The default is 1. FLA's functions have D**-0.5, and so have published
+        layers of RetNet, GLA, DeltaNet, Gated DeltaNet and KDA.
       implementation: None (the best that accepts), a name, or an ordered sequence of names from `BACK_ENDS`.
       tuning: block sizes for exactly one named implementation; they change the result by rounding only.
 
     Returns:
-      out [B T H V] in q's dtype, and the state after the last token, float32. Both are differentiable in every array.
-      With float64 inputs, decays, betas and states are float64. What is not finite in a token makes results NaN for
-      the head, from the token on to the end of its segment; other segments, heads and earlier tokens are as ever.
+      out [B T H V] in q's dtype, and the state [B H D V] after the last token, float32. Both are differentiable in
+      every array. With float64 inputs, decays, betas and states are float64. What is not finite in a token makes
+      results NaN for the head, from the token on to the end of its segment; other segments, heads and earlier tokens
+      are as ever.
 
     Raises:
       ValueError: for invalid arguments, before any compute.
@@ -200,7 +204,8 @@ def linear_step(
     """Decodes one token of `linear_attention`: returns its output and the next state.
 
     Args:
-      state: the state before the token, a `final_state` or zeros; float32, or float64 for float64 inputs.
+      state: the state before the token, a `final_state` or zeros; float32, or float64 for float64 inputs. The channels
+        of keys come before those of values, also where D = V and nothing can tell.
       q, k, v and the rest: as for `linear_attention`, without the axis T.
 
     Returns:

@@ -30,14 +30,20 @@ def _heads(q: Given, k: Given, v: Given, axes: tuple[str, str, str]) -> tuple[Ar
     return q, k, v, H
 
 
-def _statistic(name: str, x: Given, expected: dict[str, tuple[int, ...]], dtype: DTypeLike) -> Array | None:
+# A transposed state is only found where D and V differ: the axes are named, so that one knows which are meant.
+_STATE = ": D are the key's channels, V the value's; swap the last two axes of a state that has V first, as Mamba's do"
+
+
+def _statistic(
+    name: str, x: Given, expected: dict[str, tuple[int, ...]], dtype: DTypeLike, note: str = ""
+) -> Array | None:
     """Returns `x` in `dtype`. Raises ValueError unless it is None or has one of the shapes {axes: sizes}."""
     if x is None:
         return None
     shapes.check_dtype(name, x, ("float32", "float64"))  # in half precision exp(-0.001) would be 1
     if tuple(x.shape) not in expected.values():
         rule = " or ".join(f"{sizes}, that is [{axes}]" for axes, sizes in expected.items())
-        raise ValueError(f"{name}.shape={tuple(x.shape)} must be {rule}")
+        raise ValueError(f"{name}.shape={tuple(x.shape)} must be {rule}{note}")
     return jnp.asarray(x).astype(dtype)
 
 
@@ -51,7 +57,7 @@ def check_tokens(
     decays = {"H": (H,), "B T H": (B, T, H), "B T H D": (B, T, H, D)}
     log_decay = _statistic("log_decay", log_decay, decays, dtype)
     beta = _statistic("beta", beta, {"B T H": (B, T, H)}, dtype)
-    initial_state = _statistic("initial_state", initial_state, {"B H D V": (B, H, D, V)}, dtype)
+    initial_state = _statistic("initial_state", initial_state, {"B H D V": (B, H, D, V)}, dtype, _STATE)
     if segment_ids is not None:
         shapes.check_shape("segment_ids", segment_ids, (B, T), "B T")
         shapes.check_dtype("segment_ids", segment_ids, ("int32",))
@@ -65,7 +71,7 @@ def check_step(q: Given, k: Given, v: Given, state: Given, log_decay: Given, bet
     B, D, V, dtype = q.shape[0], q.shape[2], v.shape[2], shapes.statistics_dtype(q.dtype)
     if state is None:
         raise ValueError(f"state=None must be an array [B H D V]; start from jnp.zeros({(B, H, D, V)}, jnp.float32)")
-    state = _statistic("state", state, {"B H D V": (B, H, D, V)}, dtype)
+    state = _statistic("state", state, {"B H D V": (B, H, D, V)}, dtype, _STATE)
     log_decay = _statistic("log_decay", log_decay, {"H": (H,), "B H": (B, H), "B H D": (B, H, D)}, dtype)
     beta = _statistic("beta", beta, {"B H": (B, H)}, dtype)
     return q, k, v, state, log_decay, beta

@@ -37,6 +37,7 @@ IDS = jnp.zeros((B, T), jnp.int32)
         ({"beta": BETA[..., None]}, r"beta.shape=\(2, 5, 4, 1\) must be \(2, 5, 4\), that is \[B T H\]"),
         ({"beta": BETA.astype(jnp.float16)}, "beta.dtype=float16 must be float32"),
         ({"initial_state": STATE[0]}, r"must be \(2, 4, 3, 9\), that is \[B H D V\]"),
+        ({"initial_state": STATE.swapaxes(2, 3)}, r"\(2, 4, 9, 3\) .* \[B H D V\]: D are the key's .* V first"),
         ({"initial_state": STATE.astype(jnp.bfloat16)}, "initial_state.dtype=bfloat16 must be float32"),
         ({"segment_ids": IDS[:1]}, r"segment_ids.shape=\(1, 5\) must be \(2, 5\), that is \[B T\]"),
         ({"segment_ids": IDS.astype(jnp.int8)}, r"segment_ids.dtype=int8 must be int32; .*\.astype\(jnp.int32\)"),
@@ -67,6 +68,7 @@ def test_errors(change, message):
             r"state=None must be an array \[B H D V\]; start from jnp.zeros\(\(2, 4, 3, 9\), jnp.float32\)",
         ),
         ({"state": STATE[..., :1]}, r"state.shape=\(2, 4, 3, 1\) must be \(2, 4, 3, 9\)"),
+        ({"state": STATE.swapaxes(2, 3)}, r"\(2, 4, 9, 3\) .*: D are the key's channels, V the value's; swap"),
         (
             {"log_decay": DECAY},
             r"log_decay.shape=\(2, 5, 4\) must be \(4,\), that is \[H\] or \(2, 4\), that is \[B H\]",
