@@ -45,7 +45,9 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        wide = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
+        wide = x.astype(jnp.float32)
+        if self.groups > 1:  # XLA would compile an axis of size 1 to another program
+            wide = wide.reshape(*x.shape[:-1], self.groups, -1)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + self.eps)
         return (wide.reshape(x.shape) * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
