@@ -412,7 +412,9 @@ class Mamba2(Linear):
         c, m = self.config, self.model
         H, norm_groups = c.expand * m.H, c.norm_groups or c.groups
         if H * m.D % norm_groups:
-            raise ValueError(f"Mamba2.norm_groups={norm_groups} must divide the {H * m.D} channels of {H} heads")
+            raise ValueError(
+                f"Mamba2.norm_groups={norm_groups} must divide the {H * m.D} channels of {H} heads; None: groups"
+            )
         with jax.named_scope("projections"):
             gate, v = (project(self, n, x, H, m.D) for n in ("gate", "v"))
             k, q = (project(self, n, x, c.groups, c.state) for n in ("b", "c"))
