@@ -146,7 +146,7 @@ def _seen(inputs: int, outputs: int, kernel: int, stride: int, low: int, dilated
 
 
 _MOVES_NOTHING = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "copy-done",
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "copy-done",
     "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "add-dependency",
 }  # fmt: skip
 
@@ -173,9 +173,9 @@ def hbm_bytes(program: Program, computation: Computation, instruction: Instructi
     A sliced operand counts as the slice, a result that is updated in place as the update.
     """
     opcode = instruction.opcode
-    if opcode in _MOVES_NOTHING or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
+    if opcode in _MOVES_NOTHING or opcode.endswith(("-update", "-done")) or "AllocateBuffer" in instruction.attributes:
         return 0
-    if opcode == "async-start":
+    if opcode in ("async-start", "call-start", "call"):
         wrapped = program.inside(instruction)
         return sum(hbm_bytes(program, wrapped, i) for i in wrapped.instructions)
     if moved := host_bytes(computation, instruction):

@@ -20,7 +20,7 @@ ROW = {
     "topology", "T", "B", "strategy", "layout", "devices", "mesh", "fits", "refused", "hbm_bytes", "hbm_limit",
     "by_kind", "buffers", "argument_bytes", "output_bytes", "aliased_bytes", "temporary_bytes", "code_bytes", "flops",
     "attention_flops_by_formula", "linear_attention_flops", "model_flops", "hbm_traffic", "seconds", "mfu_bound",
-    "collectives", "not_counted", "compile_seconds", "cached", "host_bytes", "host_traffic", "instructions",
+    "collectives", "not_counted", "collectives_missing", "compile_seconds", "cached", "host_bytes", "host_traffic", "instructions",
 }  # fmt: skip
 
 
@@ -171,7 +171,43 @@ def test_searches_compile_until_the_border_is_known(monkeypatch, kind, found, be
     document = plan.run(options, "tiny", console)
     assert found.items() <= document["found"].items() and document["found"]["fits"]
     assert beyond.items() <= document["beyond"].items() and not document["beyond"]["fits"]
-    assert show.found(document) in console.file.getvalue()
+    said = console.file.getvalue()
+    assert show.found(document) in said
+    # The two bounds of the answer, and no list of the programs between.
+    assert f"{len(document['rows'])} programs were compiled" in said and len(document["rows"]) > 2
+    cells = [line.split() for line in said.splitlines()]
+    assert sum(c[0].startswith("v5e:") and c[1].isdigit() for c in cells if len(c) > 1) == 2
+
+
+def test_a_search_by_formula_compiles_nothing():
+    console = Console(width=200, file=io.StringIO())
+    options = plan.PlanOptions(topology="v5e:1x1", model=TINY, data=DATA, search="max-batch", analytic=True)
+    document = plan.run(options, "tiny", console)
+    said = console.file.getvalue()
+    assert "The largest that fits, and the next" in said and show.found(document) in said
+    assert "ompiled" not in said.replace("compiled programs (scanned", "")
+    assert "ring" not in said and "contiguous" not in said  # one device: nothing is spread
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ({}, ""),
+        ({"data": 1, "fsdp": 16, "tensor": 1, "seq": 1}, ""),
+        ({"data": 1, "fsdp": 4, "tensor": 1, "seq": 4}, ", usp, zigzag"),
+        ({"data": 1, "fsdp": 4, "tensor": 1, "ring": 4, "seq": 1}, ", usp, zigzag"),
+    ],
+)
+def test_a_strategy_is_named_where_a_sequence_is_spread(mesh, said):
+    assert show.spread({"mesh": mesh, "strategy": "usp", "layout": "zigzag"}) == said
+
+
+def test_what_a_bound_leaves_out_is_said():
+    assert show._left_out({"collectives_missing": [], "not_counted": []}) == []
+    row = {"collectives_missing": ["all-gather.7", "all-gather.8"], "not_counted": ["loss/while"]}
+    ((name, text),) = show._left_out(row)
+    assert name == "missing in the bound"
+    assert text.startswith("2 collectives (all-gather.7, all-gather.8) and 1 loops of unknown length (loss/while)")
 
 
 @pytest.mark.parametrize(
@@ -233,6 +269,8 @@ def test_accounts_are_those_of_the_compiled_program(on_tpu):
     assert found["fits"] and found["flops"] == row["flops"]
     sent = lambda row: sorted((c["kind"], c["scope"], c["runs"], c["bytes"]) for c in row["collectives"])
     assert sent(found) == sent(row)
+    assert found["by_kind"]["parameters"] == row["by_kind"]["parameters"]
+    assert all(b["name"] != "fill" for b in found["buffers"])  # the argument that fills the memory
     assert found["seconds"]["products"] == row["seconds"]["products"]
     assert found["hbm_bytes"] == pytest.approx(row["hbm_bytes"], rel=0.1)
 
