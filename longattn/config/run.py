@@ -114,9 +114,9 @@ class Config:
             )
         if self.model.K % self.mesh.tensor or self.model.F % self.mesh.tensor:
             raise ValueError(
-                f"mesh.tensor={self.mesh.tensor} must divide model.K={self.model.K} and model.F={self.model.F}: at most "
-                f"{math.gcd(self.mesh.tensor, self.model.K, self.model.F)} of these devices can share heads and the "
-                "MLP's width; put the others along mesh.seq, mesh.fsdp or mesh.data"
+                f"mesh.tensor={self.mesh.tensor} must divide model.K={self.model.K} and model.F={self.model.F}: at "
+                f"most {math.gcd(self.mesh.tensor, self.model.K, self.model.F)} devices can share heads and the MLP's "
+                "width; put the others along mesh.seq, mesh.fsdp or mesh.data"
             )
         if self.run.profile is not None and sum(self.run.profile) - 1 > self.run.steps:
             first, count = self.run.profile

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -20,7 +21,8 @@ ROW = {
     "topology", "T", "B", "strategy", "layout", "devices", "mesh", "fits", "refused", "hbm_bytes", "hbm_limit",
     "by_kind", "buffers", "argument_bytes", "output_bytes", "aliased_bytes", "temporary_bytes", "code_bytes", "flops",
     "attention_flops_by_formula", "linear_attention_flops", "model_flops", "hbm_traffic", "seconds", "mfu_bound",
-    "collectives", "not_counted", "collectives_missing", "compile_seconds", "cached", "host_bytes", "host_traffic", "instructions",
+    "collectives", "not_counted", "collectives_missing", "compile_seconds", "cached", "host_bytes", "host_traffic",
+    "instructions",
 }  # fmt: skip
 
 
@@ -200,6 +202,12 @@ def test_a_search_by_formula_compiles_nothing():
 )
 def test_a_strategy_is_named_where_a_sequence_is_spread(mesh, said):
     assert show.spread({"mesh": mesh, "strategy": "usp", "layout": "zigzag"}) == said
+
+
+def test_docs_quote_the_error_that_the_command_prints():
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    quoted = page.split("<!-- accuracy -->")[1]
+    assert " ".join(quoted.split()) == show.formulas()
 
 
 def test_what_a_bound_leaves_out_is_said():
