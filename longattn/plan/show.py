@@ -145,12 +145,10 @@ def time_rows(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _left_out(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns what the bound does not count: collectives and loops in a form that is not known."""
-    missing, loops = row["collectives_missing"], row["not_counted"]
-    found = [f"{len(missing)} collectives ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"] * bool(
-        missing
-    )
-    found += [f"{len(loops)} loops of unknown length ({', '.join(loops[:3])})"] * bool(loops)
-    return [("missing in the bound", " and ".join(found) + ", so the step takes longer")] if found else []
+    kinds = {"collectives": row["collectives_missing"], "loops of unknown length": row["not_counted"]}
+    shown = lambda names: ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    found = [f"{len(names)} {what} ({shown(names)})" for what, names in kinds.items() if names]
+    return [("not in this bound", ", ".join(found))] if found else []
 
 
 def _offloaded(row: Mapping[str, Any]) -> list[tuple[str, str]]:
