@@ -22,8 +22,11 @@ _OPERAND = re.compile(r"%([^\s,()#]+)(?:#(\d+))?")
 _END = re.compile(r"^\}(, execution_thread=\"[^\"]*\")?$")  # attributes over several lines may begin a line with } too
 _COMMENT = re.compile(r"/\*.*?\*/")
 # Opcodes that run another computation once, and the attribute that names it. libtpu moves collectives of a tpu7x to its
-# sparse cores as call-start, which some of its dumps write as an async-start whose computation is one call.
-_WRAPPERS = {"fusion": "calls", "async-start": "calls", "call": "to_apply", "call-start": "to_apply"}
+# sparse cores as call-start, which some of its dumps write as an async-start whose computation is one call. XLA for
+# GPUs writes small sums as fusion-start.
+_WRAPPERS = {
+    "fusion": "calls", "fusion-start": "calls", "async-start": "calls", "call": "to_apply", "call-start": "to_apply",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,14 @@ NESTED = (
 )
 
 
-@pytest.mark.parametrize(("begun", "done"), [(CALLED, "call-done"), (NESTED, "async-done")])
-def test_collectives_of_sparse_cores_are_counted(begun, done):
+FUSED = (
+    "%s = ((f32[8,8]{1,0}), f32[16,8]{1,0}) fusion-start(%x), kind=kCustom, calls=%gathering",
+    "%u = ((f32[8,8]{1,0}), f32[16,8]{1,0}) fusion-update(%s)",
+)
+
+
+@pytest.mark.parametrize(("begun", "done"), [(CALLED, "call-done"), (NESTED, "async-done"), (FUSED, "fusion-done")])
+def test_collectives_inside_other_computations_are_counted(begun, done):
     end = f"%d = f32[16,8]{{1,0}} {done}(%u)"
     totals = walk(times(*begun, f"%p0 = {PRODUCT}", end, f"ROOT %last = {PRODUCT}", others=SPARSE_CORE), RATES)
     ((key, runs),) = totals.collectives.items()
