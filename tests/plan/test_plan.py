@@ -221,7 +221,7 @@ def test_bounds_lie_below_the_times_that_others_measured():
     }
     for row in rows.values():
         theirs = row["measured"]["seconds"] * row["measured"]["tflops_per_second"] * 1e12
-        assert row["model_flops"] == pytest.approx(theirs, rel=0.006)
+        assert row["model_flops"] == pytest.approx(theirs, rel=0.01)
         assert row["collectives_missing"] == []
 
 
