@@ -170,7 +170,11 @@ def test_what_is_no_config_at_all(text, message):
             r"mesh\.ring=4 \* mesh\.seq=3 must divide data\.T=36: .* of 24 .*, next 48",
         ),
         (lambda: c.Config(mesh=c.Mesh(data=16)), r"must divide 8, the rows of a micro-batch"),
-        (lambda: c.Config(mesh=c.Mesh(tensor=8)), r"mesh\.tensor=8 must divide model\.K=4"),
+        (lambda: c.Config(mesh=c.Mesh(tensor=8)), r"mesh\.tensor=8 must divide model\.K=4.*: at most 4 devices"),
+        (
+            lambda: c.Config(data=c.ByteLM(T=96, B=6), mesh=c.Mesh(fsdp=3, seq=2)),
+            r"mesh\.fsdp=3 \* mesh\.seq=2 must divide model\.E=256.*at most 2 devices along them",
+        ),
     ],
 )
 def test_errors(make, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -19,10 +20,9 @@ KINDS = (
 
 def collective(program: Program, computation: Computation, instruction: Instruction) -> Collective | None:
     """Returns the collective that an instruction is, starts or wraps, or None."""
-    kind = instruction.opcode.removesuffix("-start")
-    if kind in KINDS:
+    if (kind := _kind(instruction)) is not None:
         return _collective(computation, instruction, kind)
-    inner = program.called(instruction) if instruction.opcode in ("fusion", "async-start") else None
+    inner = program.called(instruction)
     if inner is None:
         return None
     found = next((c for i in inner.instructions if (c := collective(program, inner, i)) is not None), None)
@@ -30,6 +30,34 @@ def collective(program: Program, computation: Computation, instruction: Instruct
         # Each device keeps its shard of the sum, so the messages are those of a reduce-scatter.
         return replace(found, kind="reduce-scatter", bytes=found.bytes // 2)
     return found
+
+
+def missing(program: Program, walked: Iterable[Computation]) -> list[str]:
+    """Returns the names of a program's collectives that `collective` finds in no instruction of `walked`.
+
+    Instructions of one channel are one collective: XLA repeats it in each fusion that it runs beside.
+    """
+    found = {_channel(i) for one in walked for outer in one.instructions if (i := _innermost(program, outer))}
+    every = (i for one in program.computations.values() for i in one.instructions if _kind(i) is not None)
+    return sorted(i.name for i in every if _channel(i) not in found)
+
+
+def _kind(instruction: Instruction) -> str | None:
+    """Returns the kind of the collective that an instruction itself is or starts, or None."""
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
+def _innermost(program: Program, instruction: Instruction) -> Instruction | None:
+    """Returns the instruction that `collective` reads: the first collective inside all wrappers."""
+    if _kind(instruction) is not None:
+        return instruction
+    inner = program.called(instruction)
+    return None if inner is None else next((f for i in inner.instructions if (f := _innermost(program, i))), None)
+
+
+def _channel(instruction: Instruction) -> str:
+    return instruction.attribute("channel_id") or instruction.name
 
 
 def _collective(computation: Computation, instruction: Instruction, kind: str) -> Collective:

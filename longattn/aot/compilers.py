@@ -159,10 +159,15 @@ def environment_of(where: Topology) -> dict[str, str]:
 
 
 def devices_of(where: Topology) -> list[Any]:
-    """Returns the devices of `where`, in a process with `environment_of(where)`."""
+    """Returns the devices of `where`, in a process with `environment_of(where)`.
+
+    Without `wrap` libtpu takes slices of v5p, v6e and tpu7x for meshes without wrap-around links, and compiles gathers
+    over all their axes as sums of zero-padded arrays, which are twice the bytes.
+    """
     if where.is_gpu:
         return list(gpu_topology(where.chip.name, *where.dims).devices)
-    return list(topologies.get_topology_desc(topology_name=where.name, platform="tpu").devices)
+    wrap = (*where.rings, False)[:3]  # libtpu counts three axes everywhere
+    return list(topologies.get_topology_desc(topology_name=where.name, platform="tpu", wrap=wrap).devices)
 
 
 def _inherited() -> dict[str, str]:

@@ -21,6 +21,12 @@ _NAME = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = ")
 _OPERAND = re.compile(r"%([^\s,()#]+)(?:#(\d+))?")
 _END = re.compile(r"^\}(, execution_thread=\"[^\"]*\")?$")  # attributes over several lines may begin a line with } too
 _COMMENT = re.compile(r"/\*.*?\*/")
+# Opcodes that run another computation once, and the attribute that names it. libtpu moves collectives of a tpu7x to its
+# sparse cores as call-start, which some of its dumps write as an async-start whose computation is one call. XLA for
+# GPUs writes small sums as fusion-start.
+_WRAPPERS = {
+    "fusion": "calls", "fusion-start": "calls", "async-start": "calls", "call": "to_apply", "call-start": "to_apply",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,13 +126,12 @@ class Program:
     entry: Computation
 
     def called(self, instruction: Instruction) -> Computation | None:
-        """Returns the computation inside a fusion or an asynchronous wrapper."""
-        name = instruction.attribute("calls")
-        return None if name is None else self.computations[name]
+        """Returns the computation inside a fusion, a call or an asynchronous wrapper, or None."""
+        return self.inside(instruction) if instruction.opcode in _WRAPPERS else None
 
     def inside(self, instruction: Instruction) -> Computation:
         """Returns the computation inside an instruction that must have one, such as a fusion."""
-        return self.computations[instruction.required("calls")]
+        return self.computations[instruction.required(_WRAPPERS.get(instruction.opcode, "calls"))]
 
     def branches(self, instruction: Instruction) -> list[Computation]:
         """Returns the branches of a conditional."""

@@ -102,7 +102,7 @@ def flops(program: Program, computation: Computation, instruction: Instruction) 
     if instruction.opcode == "custom-call":
         stated = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
         return float(stated[1]) if stated else 0.0
-    if instruction.opcode == "fusion":
+    if instruction.opcode in ("fusion", "fusion-start"):
         inner = program.inside(instruction)
         return sum(flops(program, inner, i) for i in inner.instructions)
     return 0.0
@@ -146,7 +146,7 @@ def _seen(inputs: int, outputs: int, kernel: int, stride: int, low: int, dilated
 
 
 _MOVES_NOTHING = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "copy-done",
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "copy-done",
     "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "add-dependency",
 }  # fmt: skip
 
@@ -173,9 +173,9 @@ def hbm_bytes(program: Program, computation: Computation, instruction: Instructi
     A sliced operand counts as the slice, a result that is updated in place as the update.
     """
     opcode = instruction.opcode
-    if opcode in _MOVES_NOTHING or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
+    if opcode in _MOVES_NOTHING or opcode.endswith(("-update", "-done")) or "AllocateBuffer" in instruction.attributes:
         return 0
-    if opcode == "async-start":
+    if opcode in ("async-start", "call-start", "call"):
         wrapped = program.inside(instruction)
         return sum(hbm_bytes(program, wrapped, i) for i in wrapped.instructions)
     if moved := host_bytes(computation, instruction):
@@ -187,7 +187,7 @@ def hbm_bytes(program: Program, computation: Computation, instruction: Instructi
         return size(operands[1], space=0) + (size(operands[1]) if size(instruction.type, space=0) else 0)
     if opcode == "copy-start":
         return size(operands[0], space=0) + sum(a.bytes for a in leaves(instruction.type[0]) if a.space == 0)
-    inner = program.called(instruction) if opcode == "fusion" else None
+    inner = program.called(instruction) if opcode in ("fusion", "fusion-start") else None
     if inner is None:
         return sum(size(kind, space=0) for kind in operands) + size(instruction.type, space=0)
     parameters = _parameters(inner)

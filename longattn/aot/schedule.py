@@ -87,6 +87,7 @@ class Totals:
     waits: Sums = field(default_factory=Sums)  # seconds of `exposed` due to each
     beside: Sums = field(default_factory=Sums)  # runs of each that overlapped with attention
     unknown: Sums = field(default_factory=Sums)  # uncounted runs of loops and kernels, by scope: their bounds are data
+    missing: list[str] = field(default_factory=list)  # names of collectives in places that the walk does not reach
 
     def add(self, other: Totals, times: float = 1.0) -> None:
         self.flops += times * other.flops
@@ -121,7 +122,9 @@ def walk(program: Program, rates: Rates) -> Totals:
 
     Of the branches of a conditional the shortest counts.
     """
-    return _Walk(program, rates, _times(program, rates), frozenset((False, True))).computation(program.entry)
+    walk = _Walk(program, rates, _times(program, rates), frozenset((False, True)))
+    totals = walk.computation(program.entry)
+    return replace(totals, missing=collectives.missing(program, (program.computations[name] for name in walk.done)))
 
 
 def bound(program: Program, rates: Rates, totals: Totals, attention: Mapping[bool, float]) -> Totals:
@@ -224,12 +227,18 @@ class _Walk:
         """Returns, for each start of a collective, the index of the instruction that awaits it."""
         under_way: list[tuple[str, str | None]] = []
         found: dict[str, int] = {}
+        started: dict[str, str] = {}  # the start that each start or update stands for
         for at, instruction in enumerate(computation.instructions):
             role, _ = _role(self.program, computation, instruction)
             if role == "start":
                 under_way.append((instruction.name, self._channel(instruction)))
+                started[instruction.name] = instruction.name
+            elif role == "update":  # stands for the start that it continues
+                name, _ = instruction.operands[0]
+                started[instruction.name] = started.get(name, name)
             elif role == "done":
-                names, channel = {name for name, _ in instruction.operands}, self._channel(instruction)
+                names = {started.get(name, name) for name, _ in instruction.operands}
+                channel = self._channel(instruction)
                 start = next((s for s in under_way if s[0] in names or (channel and s[1] == channel)), None)
                 if start is not None:
                     found[start[0]] = at
@@ -272,7 +281,7 @@ class _Walk:
         flops = instructions.flops(self.program, computation, instruction)
         moved = instructions.hbm_bytes(self.program, computation, instruction)
         offloaded = instructions.host_bytes(computation, instruction)
-        ahead = offloaded or instruction.opcode in ("copy-start", "async-start")
+        ahead = offloaded or instruction.opcode in ("copy-start", "async-start", "call-start")
         seconds = 0.0 if ahead else max(flops / self.rates.flops, moved / self.rates.hbm)
         totals.flops += flops
         totals.linear += flops * (LINEAR in instruction.scope)
@@ -306,12 +315,14 @@ class _Walk:
 
 
 def _role(program: Program, computation: Computation, instruction: Instruction) -> tuple[str, Collective | None]:
-    """Returns whether an instruction is the "start", the "done" or the "whole" of a collective, else "compute"."""
+    """Returns an instruction's role in a collective: "start", "update", "done" or "whole"; else "compute"."""
     opcode, name = instruction.opcode, instruction.name
     if opcode == "fusion" and name.startswith("async-collective-done"):
         return "done", None
     if opcode.endswith("-done") and opcode != "copy-done":
         return "done", None
+    if opcode.endswith("-update"):
+        return "update", None
     inner = program.called(instruction) if opcode == "fusion" else None
     if inner is not None and inner.name.startswith("async_collective_fusion"):
         return "compute", None

@@ -174,7 +174,7 @@ def _compiled(
     program = hlo.parse(text)
     needed, alive = buffers.account(folder, program, _weights(state))
     if filled:
-        needed, alive, refused = needed - filled, [b for b in alive if b.bytes < filled], None
+        needed, alive, refused = needed - filled, [b for b in alive if b.name != "fill"], None
     answer: dict[str, Any] = {
         "fits": refused is None and needed <= where.hbm_bytes,
         "refused": refused,
@@ -250,6 +250,7 @@ def _time(program: hlo.Program, config: Config, where: Topology, mesh: Mesh | No
         "mfu_bound": model / rates.flops / seconds,
         "collectives": collectives(totals, rates, mesh),
         "not_counted": sorted(scope for scope in totals.unknown if not softmax(scope)),
+        "collectives_missing": totals.missing,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from longattn.config.checks import fraction, positive, typed
@@ -107,11 +108,15 @@ class Config:
             )
         if self.mesh.size > 1 and self.model.E % (self.mesh.fsdp * self.mesh.P):
             raise ValueError(
-                f"mesh.fsdp={self.mesh.fsdp} * {along} must divide model.E={self.model.E}: they slice matrices"
+                f"mesh.fsdp={self.mesh.fsdp} * {along} must divide model.E={self.model.E}, since they slice matrices: "
+                f"put at most {math.gcd(self.mesh.fsdp * self.mesh.P, self.model.E)} devices along them and the others "
+                "along mesh.data, or change E"
             )
         if self.model.K % self.mesh.tensor or self.model.F % self.mesh.tensor:
             raise ValueError(
-                f"mesh.tensor={self.mesh.tensor} must divide model.K={self.model.K} and model.F={self.model.F}"
+                f"mesh.tensor={self.mesh.tensor} must divide model.K={self.model.K} and model.F={self.model.F}: at "
+                f"most {math.gcd(self.mesh.tensor, self.model.K, self.model.F)} devices can share heads and the MLP's "
+                "width; put the others along mesh.seq, mesh.fsdp or mesh.data"
             )
         if self.run.profile is not None and sum(self.run.profile) - 1 > self.run.steps:
             first, count = self.run.profile

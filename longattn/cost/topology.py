@@ -84,7 +84,7 @@ class Topology:
         """
         if len(self.dims) == 3:
             return (all(n % _CUBE == 0 for n in self.dims),) * 3
-        return tuple(n >= _POD for n in self.dims)
+        return tuple(n == _POD for n in self.dims)
 
     def torus(self, devices: Iterable[Any]) -> Torus | None:
         """The links between these devices, given in a program's order; None for GPUs, which switches join."""
@@ -168,6 +168,8 @@ def parse(name: str) -> Topology:
     if len(sizes) != rank or min(sizes, default=0) < 1:
         example = f"{chip}:8 or {chip}:4x8 (hosts x GPUs)" if is_gpu else hardware.TENSOR_CORES[chip].topology
         raise ValueError(f"topology={name!r} must be a chip and its {rank} dimensions, such as {example}")
+    if rank == 2 and not is_gpu and max(sizes) > _POD:
+        raise ValueError(f"topology={name!r}: a pod has at most {_POD}x{_POD} chips, {chip}:{_POD}x{_POD}")
     if is_gpu and sizes[1] > _NODE:
         raise ValueError(f"topology={name!r}: a host holds at most {_NODE} GPUs, such as {chip}:{sizes[1] // _NODE}x8")
     return Topology(hardware.CHIPS[chip], sizes)

@@ -212,7 +212,7 @@ class _Compiler:
         row = {**asked, "layout": config.mesh.layout, "devices": where.size, "mesh": config.mesh.sizes}
         if o.analytic:
             return row | step.estimate(config, where)
-        label = f"{where.name}, T {config.data.T:,}, B {config.data.B:,}, {config.mesh.strategy}, {config.mesh.layout}"
+        label = f"{where.name}, T {config.data.T:,}, B {config.data.B:,}{show.spread(row)}"
         task = self.progress.add_task(f"compiling for {label}")
         row |= train_step.facts(config, where, o.timeout, train_step.cache_folder() if o.cache else None)
         self.progress.remove_task(task)

@@ -47,8 +47,14 @@ def title(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {n}" for axis, n in row.get("mesh", {}).items() if n > 1)
     where = f"{row['topology']} ({row['devices']} devices{': ' + mesh if mesh else ''})"
     model = f"{document['model']}, {document['parameters'] / 1e9:.3g} B parameters"
-    how = f", {row['strategy']}, {row['layout']}" if mesh else ""
-    return f"{model}, T {row['T']:,}, B {row['B']:,} on {where}{how}"
+    return f"{model}, T {row['T']:,}, B {row['B']:,} on {where}{spread(row)}"
+
+
+def spread(row: Mapping[str, Any]) -> str:
+    """Returns how the sequence is spread over devices, ", ring, zigzag"; nothing if each device has whole sequences."""
+    mesh = row.get("mesh", {})
+    alone = mesh.get("ring", 1) * mesh.get("seq", 1) == 1
+    return "" if alone else f", {row['strategy']}, {row['layout']}"
 
 
 def verdict(row: Mapping[str, Any]) -> str:
@@ -130,10 +136,19 @@ def time_rows(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("HBM at its bandwidth", seconds(s["hbm"])),
         *_offloaded(row),
         ("waiting for others", seconds(s["exposed"])),
+        *_left_out(row),
         ("step, at least", f"{seconds(s['bound'])}: at most {row['T'] * row['B'] / s['bound']:,.0f} tokens/s"),
         ("MFU, at most", f"{row['mfu_bound']:.1%}"),
         ("compiled in", seconds(row["compile_seconds"]) + (", earlier" if row["cached"] else "")),
     ]
+
+
+def _left_out(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns what the bound does not count: collectives and loops in a form that is not known."""
+    kinds = {"collectives": row["collectives_missing"], "loops of unknown length": row["not_counted"]}
+    shown = lambda names: ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    found = [f"{len(names)} {what} ({shown(names)})" for what, names in kinds.items() if names]
+    return [("not in this bound", ", ".join(found))] if found else []
 
 
 def _offloaded(row: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -217,21 +232,18 @@ def _one(console: Console, document: Mapping[str, Any], row: Mapping[str, Any]) 
 
 
 def _searched(console: Console, document: Mapping[str, Any]) -> None:
-    rows, title = document["rows"], "Programs compiled"
-    if document["options"]["analytic"]:
-        rows, title = (
-            [row for row in (document["found"], document["beyond"]) if row],
-            "The largest that fits, and the next",
-        )
-        if document["options"]["search"] == "min-devices":
-            title = "The smallest that fits, and the next"
-    table = _grid(title, ("machine", "devices", "T", "B", "needs", "fits"))
+    rows = [row for row in (document["found"], document["beyond"]) if row]
+    kind = "smallest" if document["options"]["search"] == "min-devices" else "largest"
+    headings = ("machine", "devices", "T", "B", "needs", "has", "fits", "step, at least")
+    table = _grid(f"The {kind} that fits, and the next", headings)
     for row in sorted(rows, key=lambda row: (row["devices"], row["T"], row["B"])):
-        need = gib(row["hbm_bytes"]) if "hbm_bytes" in row else "-"
-        answer = escape(row.get("reason", "")) or ("yes" if row["fits"] else "no")
-        table.add_row(row["topology"], str(row["devices"]), f"{row['T']:,}", f"{row['B']:,}", need, answer)
+        bound = seconds(row["seconds"]["bound"]) if "seconds" in row else "-"
+        cells = f"{row['devices']}", f"{row['T']:,}", f"{row['B']:,}", gib(row["hbm_bytes"]), gib(row["hbm_limit"])
+        table.add_row(row["topology"], *cells, "yes" if row["fits"] else "no", bound)
     console.print(table)
     console.print(found(document), style="bold", highlight=False, markup=False)
+    if not document["options"]["analytic"]:
+        console.print(f"{len(document['rows'])} programs were compiled; --json has all of them.", style="dim")
 
 
 def found(document: Mapping[str, Any]) -> str:

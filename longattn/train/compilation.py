@@ -40,9 +40,21 @@ def compile_program(config: Config, jitted: Any, *shapes: Any) -> Any:
         raise ValueError(too_large(config, "more memory than the device has")) from error
     m = compiled.memory_analysis()
     if m is not None:
-        outputs = m.output_size_in_bytes - m.alias_size_in_bytes
-        refuse_beyond_memory(config, m.argument_size_in_bytes + m.temp_size_in_bytes + outputs)
+        refuse_beyond_memory(config, program_bytes(m))
     return compiled
+
+
+def program_bytes(analysis: Any) -> int:
+    """Returns the bytes of device memory that a program needs, from `memory_analysis()` on the default device.
+
+    XLA for TPUs counts on-chip memory in `temp_size_in_bytes`, and bytes that its buffer assignment does not have:
+    arguments, temporaries and results came to a third more than the buffers take. There the peak counts. The gaps
+    between buffers are not in it, but the compiler refuses by itself what does not fit with them.
+    """
+    if jax.local_devices()[0].platform == "tpu":
+        return analysis.peak_memory_in_bytes
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + outputs
 
 
 def refuse_beyond_memory(config: Config, needed: int) -> None:

@@ -76,6 +76,54 @@ def test_what_is_awaited_first_has_the_links_first():
     assert totals.exposed == pytest.approx(4, abs=1e-5)
 
 
+# Gathers on a tpu7x's sparse core, as a compiled program writes them and as a dump does.
+SPARSE_CORE = """
+    %gathering (p: f32[8,8]) -> f32[16,8] {
+      %p = f32[8,8]{1,0} parameter(0)
+      ROOT %ag = f32[16,8]{1,0} all-gather(%p), channel_id=5, replica_groups={{0,1}}, dimensions={0}
+    }, execution_thread="sparsecore"
+
+    %offloading (p.1: f32[8,8]) -> f32[16,8] {
+      %p.1 = f32[8,8]{1,0} parameter(0)
+      ROOT %call = f32[16,8]{1,0} call(%p.1), to_apply=%gathering
+    }, execution_thread="sparsecore"
+"""
+CALLED = (
+    '%s = ((), (), (s32[1]{0:S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%gathering',
+    "%u = ((f32[8,8]{1,0}), f32[16,8]{1,0}) call-update(%s, %x)",
+)
+NESTED = (
+    "%s = ((f32[8,8]{1,0}), f32[16,8]{1,0}, s32[]) async-start(%x), "
+    'async_execution_thread="sparsecore", calls=%offloading',
+    "%u = ((f32[8,8]{1,0}), f32[16,8]{1,0}, s32[]) async-update(%s)",
+)
+
+
+FUSED = (
+    "%s = ((f32[8,8]{1,0}), f32[16,8]{1,0}) fusion-start(%x), kind=kCustom, calls=%gathering",
+    "%u = ((f32[8,8]{1,0}), f32[16,8]{1,0}) fusion-update(%s)",
+)
+
+
+@pytest.mark.parametrize(("begun", "done"), [(CALLED, "call-done"), (NESTED, "async-done"), (FUSED, "fusion-done")])
+def test_collectives_inside_other_computations_are_counted(begun, done):
+    end = f"%d = f32[16,8]{{1,0}} {done}(%u)"
+    totals = walk(times(*begun, f"%p0 = {PRODUCT}", end, f"ROOT %last = {PRODUCT}", others=SPARSE_CORE), RATES)
+    ((key, runs),) = totals.collectives.items()
+    assert (key[0].kind, key[0].bytes, key[1], runs) == ("all-gather", 256, True, 1)
+    assert totals.exposed == pytest.approx(3, abs=1e-5) and totals.compute == pytest.approx(2)
+    assert totals.hbm_bytes == 2 * 3 * 256  # of the products
+    assert totals.missing == []
+
+
+def test_collectives_that_the_walk_does_not_reach_are_named():
+    hidden = SPARSE_CORE.replace(
+        "call(%p.1), to_apply=%gathering", "custom-call(%p.1), called_computations={%gathering}"
+    )
+    totals = walk(times(*NESTED, "%d = f32[16,8]{1,0} async-done(%u)", f"ROOT %p = {PRODUCT}", others=hidden), RATES)
+    assert totals.missing == ["ag"] and not totals.collectives
+
+
 # Eight chips in a ring, each link of which takes 4 s for the 256 bytes of %x.
 ONWARDS, BACK = (",".join(f"{{{i},{(i + way) % 8}}}" for i in range(8)) for way in (1, -1))
 RING = Rates(1024.0, 1e9, 128.0, 128.0, 8, Torus((8,), (True,), 64.0, 128.0, tuple((i,) for i in range(8))))
@@ -236,6 +284,7 @@ def test_loops_whose_bound_is_data_are_named_and_not_counted():
         RATES,
     )
     assert dict(totals.unknown) == {"jit(f)/attention": 1} and totals.flops == 1024 and not totals.collectives
+    assert totals.missing == ["g.1"]  # its gather is not counted either
 
 
 def test_what_is_under_way_while_such_a_loop_runs_is_taken_for_hidden():

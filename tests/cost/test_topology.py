@@ -31,6 +31,7 @@ def test_gpus_by_name():
         ("v5e:4", "2 dimensions, such as v5e:2x2"),
         ("v5p:4x4", "3 dimensions, such as v5p:2x2x1"),
         ("v5e:0x4", "2 dimensions"),
+        ("v6e:16x32", "at most 16x16 chips, v6e:16x16"),
         ("h100:16", "at most 8 GPUs, such as h100:2x8"),
         ("t4:1", "a chip that can be compiled for"),
     ],

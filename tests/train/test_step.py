@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 
 from longattn.config import ByteLM, Config, Mesh, Model, Optimiser, Run
 from longattn.models.transformer import Transformer
+from longattn.train.compilation import program_bytes
 from longattn.train.data import Batch
 from longattn.train.loss import labels_and_weights
 from longattn.train.step import (
@@ -222,3 +224,14 @@ def test_a_mesh_of_another_number_of_devices_is_refused() -> None:
     with pytest.raises(ValueError, match=r"seq=4 = 4 must be the number of devices, 8"):
         context_of(dataclasses.replace(SPREAD, mesh=Mesh(seq=4)))
     assert context_of(SPREAD) is None
+
+
+@pytest.mark.parametrize(("platform", "needed"), [("tpu", 70), ("cpu", 40 + 50 + 30 - 20), ("gpu", 100)])
+def test_a_program_on_a_tpu_needs_its_peak(monkeypatch, platform: str, needed: int) -> None:
+    """Of temporaries XLA counts on-chip memory there too: a step that fits was refused."""
+    analysis = SimpleNamespace(
+        argument_size_in_bytes=40, temp_size_in_bytes=50, output_size_in_bytes=30, alias_size_in_bytes=20,
+        peak_memory_in_bytes=70,
+    )  # fmt: skip
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform=platform)])
+    assert program_bytes(analysis) == needed

@@ -55,6 +55,7 @@ class ProfileOptions:
     best: int = 0  # try all suitable block sizes and show this many of the fastest; 0: the blocks above
     plot: Path | None = None  # draw how busy the units are along the schedules: a .png, .svg or .pdf
     timeout: float = 300  # seconds for one compilation
+    verbose: bool = False  # name the XLA operations that are not counted
     json: bool = False  # print one JSON document instead of the table
 
     def __post_init__(self) -> None:
@@ -208,12 +209,14 @@ def _print(console: Console, document: Mapping[str, Any], shown: Sequence[Mappin
         for (case, name), rate in rates.items()
     ]
     others = sorted({name for row in shown for name in row.get("not_counted", ())})
+    which = ", ".join(others) if options["verbose"] else f"{len(others)}; --verbose names them"
+    around = f"XLA's operations around these kernels ({which})" if others else "no XLA operation around these kernels"
     notes += [
         "Blocks: of queries, of keys, keys of one product, queries of one product, where named.",
         "Compare by the larger of static and HBM-bound cycles: a win that vanishes under it is none. Where XLA sums "
         "what a kernel leaves in shares, the cycles in which HBM moves these are added to it.",
         "The floor is the products of visible pairs alone, on all matrix units of all cores.",
-        f"Not counted: {', '.join(others) or 'no XLA operation around these kernels'}.",
+        f"Not counted: {around}.",
         f"libtpu {document['versions']['libtpu']}, jax {document['versions']['jax']}; commit "
         f"{(document['commit'] or 'unknown')[:12]}. Nothing was run.",
     ]

@@ -16,6 +16,7 @@ from longattn.config import ByteLM, Config, Model
 from longattn.cost import hardware, topology
 from longattn.ops import dispatch
 from longattn.train import step as steps
+from longattn.train.compilation import program_bytes
 from longattn.train.data import Batch
 
 # The step needs more memory than the numerics part, so that the peak is its own, and it fits a chip of 16 GB.
@@ -43,9 +44,7 @@ def _measured(config: Config) -> dict[str, Any]:
     step: Any = steps.train_step(config)
     compiled = step.lower(steps.state_shapes(config), steps.batch_shapes(config)).compile()
     needs = compiled.memory_analysis()
-    reserved = needs and (
-        needs.argument_size_in_bytes + needs.temp_size_in_bytes + needs.output_size_in_bytes - needs.alias_size_in_bytes
-    )
+    reserved = needs and program_bytes(needs)
     before = _stats()
     state = steps.init_state(config, 0)
     ids = jnp.zeros((config.data.B, config.data.T), jnp.int32)

@@ -68,7 +68,7 @@ def numbers(case: str, chip: str, shape: Shape, timeout: float = 300) -> dict:
         "hbm_cycles": 1.0, "compare_cycles": cycles, "floor_cycles": 1.0, "efficiency": 0.5,
         "bound": "MXU", "cores": 1, "spills": 0,
         "utilisation": dict.fromkeys(("MXU", "XLU", "VALU", "EUP", "load", "store"), 0.5), "vmem_bytes": None,
-        "kernels": [kernel], "not_counted": [],
+        "kernels": [kernel], "not_counted": [f"copy.{i}" for i in range(60)],
     }  # fmt: skip
 
 
@@ -88,6 +88,17 @@ def test_best_shows_each_case_at_its_own_blocks_and_keeps_all_rows(capsys):
     assert "matmul on v6e: 3 of 9 block sizes gave no number: RESOURCE_EXHAUSTED (3)" in said
     assert "worst case" in said and "ran 0% of the times it was asked" in said
     assert err.split("\n") == ["compiling jax_flash for v6e", "compiling matmul for v6e", ""]  # a bar is for terminals
+
+
+@pytest.mark.usefixtures("_pretended")
+def test_operations_around_kernels_are_named_on_request(capsys):
+    options = {"cases": ("matmul",), "chips": ("v6e",)}
+    kernels.run(kernels.ProfileOptions(**options))
+    said = capsys.readouterr().out
+    assert "Not counted: XLA's operations around these kernels (60; --verbose names them)." in said
+    kernels.run(kernels.ProfileOptions(**options, verbose=True))
+    said = capsys.readouterr().out
+    assert all(f"copy.{i}" in said for i in range(60))
 
 
 @pytest.mark.usefixtures("_pretended")
