@@ -423,12 +423,30 @@ def _pair(op: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
     return op(_lift(a, rank), _lift(b, rank))
 
 
+_DEEPEST = 100  # operators within each other: kernels, `str` and JAX walk a mask by recursion
+
+
+def _insist_on_shallow(mask: Mask) -> None:
+    """Raises ValueError if more than _DEEPEST operators stand within each other in a mask."""
+    depth, level = 0, {id(mask): mask}
+    while level := {id(part): part for m in level.values() for part in vars(m).values() if isinstance(part, Mask)}:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError(
+                f"a mask has more than {_DEEPEST} operators within each other: simplify it, as in ~~a = a, or write "
+                "its rule as one Fn"
+            )
+
+
 @dataclass(frozen=True, repr=False)
 class And(Mask):
     """Visible in both."""
 
     a: Mask
     b: Mask
+
+    def __post_init__(self) -> None:
+        _insist_on_shallow(self)
 
     @property
     def is_relative(self) -> bool:
@@ -454,6 +472,9 @@ class Or(Mask):
     a: Mask
     b: Mask
 
+    def __post_init__(self) -> None:
+        _insist_on_shallow(self)
+
     @property
     def is_relative(self) -> bool:
         return self.a.is_relative and self.b.is_relative
@@ -474,6 +495,9 @@ class Not(Mask):
     """Visible where `a` is not."""
 
     a: Mask
+
+    def __post_init__(self) -> None:
+        _insist_on_shallow(self)
 
     @property
     def is_relative(self) -> bool:
@@ -499,8 +523,11 @@ def parse(text: str) -> Mask:
     Raises ValueError for anything but the array-free masks, integers, `&`, `|`, `~` and parentheses.
     """
 
+    shown = repr(text if len(text) <= 200 else f"{text[:150]}...")
+
     def wrong(node: ast.AST, why: str) -> ValueError:
-        return ValueError(f"{ast.unparse(node)!r} in the mask {text!r} {why}")
+        part = ast.unparse(node)
+        return ValueError(f"{part if len(part) <= 200 else f'{part[:150]}...'!r} in the mask {shown} {why}")
 
     def integer(node: ast.expr) -> int:
         sign, constant = 1, node
@@ -531,6 +558,8 @@ def parse(text: str) -> Mask:
 
     try:
         tree = ast.parse(text.strip(), mode="eval")
+        return build(tree.body)
     except SyntaxError as error:
-        raise ValueError(f"mask {text!r} must be an expression such as Causal() & Window(512): {error.msg}") from None
-    return build(tree.body)
+        raise ValueError(f"mask {shown} must be an expression such as Causal() & Window(512): {error.msg}") from None
+    except (RecursionError, MemoryError):  # the latter is the parser's word for too many parentheses
+        raise ValueError(f"mask {shown} is nested too deep: at most {_DEEPEST} operators within each other") from None

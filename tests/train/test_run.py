@@ -374,10 +374,10 @@ def test_a_run_that_began_between_the_check_and_the_claim_is_refused(finished: C
         pass
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_before_compiling(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("longattn.train.record.os.access", lambda path, mode: False)
-    with pytest.raises(ValueError, match=f"{tmp_path} cannot be written to; choose another --run.dir"):
-        record.check_folder(tmp_path / "runs" / "a", config(tmp_path), resume=True)
+def test_a_folder_that_cannot_be_written_to_is_refused_before_compiling() -> None:
+    """No permission tells that /proc takes no folders."""
+    with pytest.raises(ValueError, match=r"/proc cannot be written to \(.*\); choose another --run.dir"):
+        record.check_folder(Path("/proc/runs/a"), config(Path("/proc/runs")), resume=True)
 
 
 def test_a_folder_of_another_run_is_refused(finished: Config) -> None:
