@@ -60,6 +60,28 @@ def _kind(empty: Any, full: Any, *bounds: Any) -> Any:
     return xp.broadcast_to(kind, _shape(kind, *bounds))
 
 
+def _moved(pos: Any, by: int) -> Any:
+    """Returns pos + by; for int32 arrays held within int32."""
+    if isinstance(pos, int):
+        return pos + by
+    if by >= 0:
+        return _xp(pos).minimum(pos, _INT32 - by) + by
+    return _xp(pos).maximum(pos, -_INT32 - 1 - by) + by
+
+
+def _distance(q_pos: Any, k_pos: Any) -> Any:
+    """Returns q - k; for int32 arrays held within int32."""
+    distance = q_pos - k_pos
+    if isinstance(distance, int):
+        return distance
+    xp, later = _xp(distance), q_pos >= k_pos
+    return xp.where(later == (distance >= 0), distance, xp.where(later, _INT32, -_INT32 - 1).astype(distance.dtype))
+
+
+def _not(x: Any) -> Any:
+    return _xp(x).logical_not(x)
+
+
 def _integer(mask: Mask, name: str, low: int) -> None:
     """Makes the field `name` a Python int; raises ValueError unless it lies in [low, 2**31)."""
     value = getattr(mask, name)
@@ -187,13 +209,23 @@ class Window(Mask):
     def is_relative(self) -> bool:
         return True
 
+    # Distances of int32 positions may exceed int32, so each side compares positions. Where a bound would leave int32,
+    # `_moved` holds it at the end, and the comparison is the one whose answer is then right.
+    def _after(self, q_pos: Any, k_pos: Any) -> Any:
+        """Returns whether q - k <= left."""
+        return k_pos >= _moved(q_pos, -self.left) if self.left >= 0 else k_pos > _moved(q_pos, -self.left - 1)
+
+    def _before(self, q_pos: Any, k_pos: Any) -> Any:
+        """Returns whether q - k >= -right."""
+        return k_pos <= _moved(q_pos, self.right) if self.right >= 0 else k_pos < _moved(q_pos, self.right + 1)
+
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
-        return (q_pos - k_pos <= self.left) & (q_pos - k_pos >= -self.right)
+        return self._after(q_pos, k_pos) & self._before(q_pos, k_pos)
 
     def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
-        least, most = q_lo - k_hi, q_hi - k_lo  # of the distance q - k
-        empty = (most < -self.right) | (least > self.left)
-        return _kind(empty, (least >= -self.right) & (most <= self.left), q_lo, q_hi, k_lo, k_hi)
+        seen = self._after(q_lo, k_hi) & self._before(q_hi, k_lo)
+        full = self._after(q_hi, k_lo) & self._before(q_lo, k_hi)
+        return _kind(_not(seen), full, q_lo, q_hi, k_lo, k_hi)
 
 
 @dataclass(frozen=True, repr=False)
@@ -274,17 +306,21 @@ class Dilated(Mask):
     def is_relative(self) -> bool:
         return True
 
+    @property
+    def _reach(self) -> Window:
+        return Window(self.left * self.step)
+
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
-        distance = q_pos - k_pos
-        return (distance >= 0) & (distance <= self.left * self.step) & (distance % self.step == 0)
+        return self._reach(q_pos, k_pos) & ((q_pos - k_pos) % self.step == 0)  # no distance within reach exceeds int32
 
     def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
-        least, most = q_lo - k_hi, q_hi - k_lo
+        reach = self._reach.kind(q_lo, q_hi, k_lo, k_hi)
+        least, most = _distance(q_lo, k_hi), _distance(q_hi, k_lo)
         xp = _xp(least, most)
         low, high = xp.maximum(least, 0), xp.minimum(most, self.left * self.step)
-        inside = (least >= 0) & (most <= self.left * self.step)
-        full = inside & ((least == most) & (least % self.step == 0) if self.step > 1 else True)
-        return _kind(high // self.step * self.step < low, full, q_lo, q_hi, k_lo, k_hi)
+        empty = (reach == EMPTY) | (high // self.step * self.step < low)
+        full = (reach == FULL) & ((least == most) & (least % self.step == 0) if self.step > 1 else True)
+        return _kind(empty, full, q_lo, q_hi, k_lo, k_hi)
 
 
 @dataclass(frozen=True, repr=False)
