@@ -52,6 +52,7 @@ LONGATTN_COORDINATOR=host:port of process 0, LONGATTN_PROCESSES, and LONGATTN_PR
 srun, a JobSet and a Cloud TPU need none of them: see configs/launch. JAX_NUM_CPU_DEVICES=N splits a CPU into N devices.
 """
 _HELP = ("-h", "--help")
+_LONGEST = 1200  # characters of an error's line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -142,7 +143,10 @@ def _on_every_process(command: list[str], goes_on: Callable[[], str], work: Call
 
 
 def _fail(message: str, code: int = 2) -> int:
-    terminal.say(f"longattn: {' '.join(message.split())}")
+    line = " ".join(message.split())
+    if len(line) > _LONGEST:  # it quotes what was given
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 4 :]}"
+    terminal.say(f"longattn: {line}")
     return code
 
 

@@ -280,8 +280,8 @@ def attention(
 
     Raises:
       ValueError: for invalid arguments: an axis that the mesh lacks or that is not Auto; B, T or S that its devices do
-        not divide; positions that break their rule. Traced ones are checked while the program runs, and only where the
-        environment has LONGATTN_DEBUG=1.
+        not divide; positions that break their rule. For traced ones an error is logged while the program runs, and
+        only where the environment has LONGATTN_DEBUG=1.
       NotImplementedError: with the reason, for key/value heads that `head_axis` does not divide, for a call that the
         strategy does not serve (a bias, or for `balanced` a mask that is not causal), and for one that no back end
         asked for serves.

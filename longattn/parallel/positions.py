@@ -1,14 +1,17 @@
 """The rule for positions that are given to a strategy which skips keys: they rise by one per token within a segment.
 
 A ring knows at trace time which keys a mask of q - k hides, from the tokens' places. Where positions break the rule the
-result would be wrong, and nothing would say so. Arrays that are concrete are checked in every call; traced ones where
-the environment has LONGATTN_DEBUG=1, by a callback when the program runs.
+result would be wrong, and nothing would say so. Arrays that are concrete are checked in every call. Traced ones are
+checked where the environment has LONGATTN_DEBUG=1: when the program runs, an error is logged. It is not raised, because
+a device that stops leaves the others waiting for it.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,9 +32,16 @@ def check(visibility: Visibility, call: Call, strategy: Strategy) -> None:
     check_values = functools.partial(_check, call=call, name=strategy.name)
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
         if os.environ.get(DEBUG, "0") not in ("", "0"):
-            jax.debug.callback(check_values, *arrays)
+            jax.debug.callback(functools.partial(_log, check_values), *arrays)
     elif all(not isinstance(x, jax.Array) or x.is_fully_addressable for x in arrays):
         check_values(*arrays)
+
+
+def _log(check_values: Callable[..., None], *arrays: Any) -> None:
+    try:
+        check_values(*arrays)
+    except ValueError as error:
+        logging.getLogger("longattn").error(str(error))
 
 
 def _reads_distance(mask: Mask) -> bool:

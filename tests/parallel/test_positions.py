@@ -52,15 +52,10 @@ def test_what_follows_the_rule_or_needs_none_is_served():
     call(positions=PADDED[0], segment_ids=PADDED[1])  # as ByteLM pads
 
 
-def test_traced_positions_are_checked_on_demand(monkeypatch):
+def test_traced_positions_are_checked_on_demand(monkeypatch, caplog):
     """Under jit nothing is known before the program runs."""
-    traced = lambda positions: call(positions=positions)
-    assert "debug_callback" not in str(jax.make_jaxpr(traced)(RESTART))
+    assert "debug_callback" not in str(jax.make_jaxpr(lambda x: call(positions=x))(RESTART))
     monkeypatch.setenv("LONGATTN_DEBUG", "1")
-
-    def run() -> None:
-        jax.block_until_ready(jax.jit(traced)(RESTART))
-        jax.effects_barrier()
-
-    with pytest.raises(jax.errors.JaxRuntimeError, match="positions=5 and 0 of tokens 5 and 6"):
-        run()
+    jax.block_until_ready(jax.jit(lambda x: call(positions=x))(RESTART))
+    jax.effects_barrier()
+    assert "positions=5 and 0 of tokens 5 and 6" in caplog.text
