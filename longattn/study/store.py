@@ -1,6 +1,5 @@
 """Stores the numbers of a study: one JSON object per line, appended unit by unit, so that a study can be resumed.
 
-from longattn.files import json_object, json_text, read_text, write_whole
 There are four kinds of lines:
 
     {"kind": "environment", "id": ...}   device, versions, commit and command of one start; numbers refer to it
@@ -13,11 +12,14 @@ The next start drops the numbers of a unit that was never completed (the process
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from longattn.files import json_object, json_text, read_text, write_whole
 
 VERSION = 1
 FILE = "study.jsonl"
@@ -92,7 +94,8 @@ class Store:
                 self.environments[line["id"]] = line
             elif kind == "number" and line.pop("unit_of_work") in whole:
                 line.pop("key")
-                number = Number(**{**line, "seeds": tuple(line["seeds"]), "samples": tuple(line["samples"])})
+                value, *samples = (math.nan if x is None else x for x in (line["value"], *line["samples"]))
+                number = Number(**{**line, "value": value, "seeds": tuple(line["seeds"]), "samples": tuple(samples)})
                 self.numbers[number.key] = number
             elif kind == "unit":
                 self.units[line["key"]] = line
