@@ -9,10 +9,10 @@ LONGATTN_TRACEBACK=1 shows where an error came from.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import difflib
-import json
 import os
 import shlex
 import sys
@@ -24,6 +24,8 @@ from typing import Annotated, Any, Literal
 
 from longattn import launch, terminal
 from longattn.config import Config, Mesh, from_json
+from longattn.config.checks import not_negative, positive, typed, usable_path
+from longattn.files import json_text, read_text
 
 PROFILE = """\
   profile kernel CASE... [...]       cycles of a kernel on TPUs you don't have, by their compiler's schedule
@@ -50,6 +52,7 @@ LONGATTN_COORDINATOR=host:port of process 0, LONGATTN_PROCESSES, and LONGATTN_PR
 srun, a JobSet and a Cloud TPU need none of them: see configs/launch. JAX_NUM_CPU_DEVICES=N splits a CPU into N devices.
 """
 _HELP = ("-h", "--help")
+_LONGEST = 1200  # characters of an error's line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,12 +86,41 @@ def _run(name: str, rest: list[str]) -> int:
     except KeyboardInterrupt:
         return launch.interrupted(name)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports the pipe again as it exits
+        with contextlib.suppress(OSError):  # a test's stream has no number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports the pipe as it exits
         return 0
-    except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
-        if os.environ.get("LONGATTN_TRACEBACK"):
+    except Exception as error:
+        reason = _reason(name, error)
+        if reason is None or os.environ.get("LONGATTN_TRACEBACK"):
             raise
-        return _fail(str(error))
+        return _fail(reason)
+
+
+def _reason(name: str, error: Exception) -> str | None:
+    """Returns the caller's mistake that an error reports; None for one of this program's, which needs its traceback."""
+    if isinstance(error, ValueError | NotImplementedError | OSError | FloatingPointError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("longattn"):
+        return f'{name} needs {error.name}, which is not installed: pip install "longattn[study]"'
+    if isinstance(error, RuntimeError | AssertionError):
+        return _no_device()
+    return None
+
+
+def _no_device() -> str | None:
+    """Returns why JAX finds no device by the environment's variables; None if it finds one."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        names = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES", "XLA_FLAGS")
+        given = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        reason = str(error) or "it knows no such platform"
+        return (
+            f"JAX finds no device ({given or 'no variable chooses one'}): {reason}; correct the variable, or unset it"
+        )
+    return None
 
 
 def _on_every_process(command: list[str], goes_on: Callable[[], str], work: Callable[[], int]) -> int:
@@ -111,7 +143,10 @@ def _on_every_process(command: list[str], goes_on: Callable[[], str], work: Call
 
 
 def _fail(message: str, code: int = 2) -> int:
-    terminal.say(f"longattn: {' '.join(message.split())}")
+    line = " ".join(message.split())
+    if len(line) > _LONGEST:  # it quotes what was given
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 4 :]}"
+    terminal.say(f"longattn: {line}")
     return code
 
 
@@ -185,7 +220,7 @@ def _train_here(config: Config, as_json: bool) -> int:
     if not distributed.first():
         return 0
     if as_json:
-        print(json.dumps({"version": 1, "kind": "train", **vars(summary), "run_dir": str(summary.run_dir)}))
+        print(json_text({"version": 1, "kind": "train", **vars(summary), "run_dir": str(summary.run_dir)}))
         return 0
     print(f"{summary.run_dir}: {summary.status}, {summary.steps} steps")
     if summary.nll is not None:
@@ -207,6 +242,12 @@ class EvalOptions:
     newest: bool = False  # evaluate the newest checkpoint instead of the best
     json: bool = False  # print one JSON document
     mesh: Mesh = Mesh()  # sizes of the mesh over all devices of all processes; all 1: one device
+
+    def __post_init__(self) -> None:
+        typed(self)
+        positive(self, "T", "B", "overlap")
+        not_negative(self, "batches")
+        usable_path(self, "run")
 
 
 def _eval(arguments: list[str]) -> int:
@@ -233,7 +274,7 @@ def _eval_here(options: EvalOptions) -> int:
     if not distributed.first():
         return 0
     if options.json:
-        print(json.dumps(result))
+        print(json_text(result))
         return 0
     print(f"{options.run}  step {result['step']}  T {result['T']}  {result['tokens']:,.0f} predictions")
     print(f"loss            {result['nll']:.4f} nats   accuracy {result['accuracy']:.2%}")
@@ -391,7 +432,7 @@ def load_config(path: str) -> Config:
         close = _suggest(Path(path).name, [p.name for p in folder.glob("*.py")]) if folder.is_dir() else ""
         raise ValueError(f"config {path} does not exist{close}")
     if path.endswith(".json"):
-        return from_json(Path(path).read_text())
+        return from_json(read_text(Path(path), "give another"))
     try:
         config = runpy.run_path(path).get("config")
     except Exception as error:

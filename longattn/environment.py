@@ -18,13 +18,6 @@ import jax
 ENVIRONMENT_VERSION = 1
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file in one step: a process that is killed leaves the old or the new file, never a part."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def environment(data: dict[str, Any] | None = None) -> dict[str, Any]:
     """Returns versions, device, commit, command and data of this process, so that a result can be repeated."""
     packages = ("longattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

@@ -60,6 +60,28 @@ def _kind(empty: Any, full: Any, *bounds: Any) -> Any:
     return xp.broadcast_to(kind, _shape(kind, *bounds))
 
 
+def _moved(pos: Any, by: int) -> Any:
+    """Returns pos + by; for int32 arrays held within int32."""
+    if isinstance(pos, int):
+        return pos + by
+    if by >= 0:
+        return _xp(pos).minimum(pos, _INT32 - by) + by
+    return _xp(pos).maximum(pos, -_INT32 - 1 - by) + by
+
+
+def _distance(q_pos: Any, k_pos: Any) -> Any:
+    """Returns q - k; for int32 arrays held within int32."""
+    distance = q_pos - k_pos
+    if isinstance(distance, int):
+        return distance
+    xp, later = _xp(distance), q_pos >= k_pos
+    return xp.where(later == (distance >= 0), distance, xp.where(later, _INT32, -_INT32 - 1).astype(distance.dtype))
+
+
+def _not(x: Any) -> Any:
+    return _xp(x).logical_not(x)
+
+
 def _integer(mask: Mask, name: str, low: int) -> None:
     """Makes the field `name` a Python int; raises ValueError unless it lies in [low, 2**31)."""
     value = getattr(mask, name)
@@ -187,13 +209,23 @@ class Window(Mask):
     def is_relative(self) -> bool:
         return True
 
+    # Distances of int32 positions may exceed int32, so each side compares positions. Where a bound would leave int32,
+    # `_moved` holds it at the end, and the comparison is the one whose answer is then right.
+    def _after(self, q_pos: Any, k_pos: Any) -> Any:
+        """Returns whether q - k <= left."""
+        return k_pos >= _moved(q_pos, -self.left) if self.left >= 0 else k_pos > _moved(q_pos, -self.left - 1)
+
+    def _before(self, q_pos: Any, k_pos: Any) -> Any:
+        """Returns whether q - k >= -right."""
+        return k_pos <= _moved(q_pos, self.right) if self.right >= 0 else k_pos < _moved(q_pos, self.right + 1)
+
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
-        return (q_pos - k_pos <= self.left) & (q_pos - k_pos >= -self.right)
+        return self._after(q_pos, k_pos) & self._before(q_pos, k_pos)
 
     def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
-        least, most = q_lo - k_hi, q_hi - k_lo  # of the distance q - k
-        empty = (most < -self.right) | (least > self.left)
-        return _kind(empty, (least >= -self.right) & (most <= self.left), q_lo, q_hi, k_lo, k_hi)
+        seen = self._after(q_lo, k_hi) & self._before(q_hi, k_lo)
+        full = self._after(q_hi, k_lo) & self._before(q_lo, k_hi)
+        return _kind(_not(seen), full, q_lo, q_hi, k_lo, k_hi)
 
 
 @dataclass(frozen=True, repr=False)
@@ -274,17 +306,21 @@ class Dilated(Mask):
     def is_relative(self) -> bool:
         return True
 
+    @property
+    def _reach(self) -> Window:
+        return Window(self.left * self.step)
+
     def __call__(self, q_pos: Any, k_pos: Any) -> Any:
-        distance = q_pos - k_pos
-        return (distance >= 0) & (distance <= self.left * self.step) & (distance % self.step == 0)
+        return self._reach(q_pos, k_pos) & ((q_pos - k_pos) % self.step == 0)  # no distance within reach exceeds int32
 
     def kind(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> Any:
-        least, most = q_lo - k_hi, q_hi - k_lo
+        reach = self._reach.kind(q_lo, q_hi, k_lo, k_hi)
+        least, most = _distance(q_lo, k_hi), _distance(q_hi, k_lo)
         xp = _xp(least, most)
         low, high = xp.maximum(least, 0), xp.minimum(most, self.left * self.step)
-        inside = (least >= 0) & (most <= self.left * self.step)
-        full = inside & ((least == most) & (least % self.step == 0) if self.step > 1 else True)
-        return _kind(high // self.step * self.step < low, full, q_lo, q_hi, k_lo, k_hi)
+        empty = (reach == EMPTY) | (high // self.step * self.step < low)
+        full = (reach == FULL) & ((least == most) & (least % self.step == 0) if self.step > 1 else True)
+        return _kind(empty, full, q_lo, q_hi, k_lo, k_hi)
 
 
 @dataclass(frozen=True, repr=False)
@@ -423,12 +459,30 @@ def _pair(op: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
     return op(_lift(a, rank), _lift(b, rank))
 
 
+_DEEPEST = 100  # operators within each other: kernels, `str` and JAX walk a mask by recursion
+
+
+def _insist_on_shallow(mask: Mask) -> None:
+    """Raises ValueError if more than _DEEPEST operators stand within each other in a mask."""
+    depth, level = 0, {id(mask): mask}
+    while level := {id(part): part for m in level.values() for part in vars(m).values() if isinstance(part, Mask)}:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError(
+                f"a mask has more than {_DEEPEST} operators within each other: simplify it, as in ~~a = a, or write "
+                "its rule as one Fn"
+            )
+
+
 @dataclass(frozen=True, repr=False)
 class And(Mask):
     """Visible in both."""
 
     a: Mask
     b: Mask
+
+    def __post_init__(self) -> None:
+        _insist_on_shallow(self)
 
     @property
     def is_relative(self) -> bool:
@@ -454,6 +508,9 @@ class Or(Mask):
     a: Mask
     b: Mask
 
+    def __post_init__(self) -> None:
+        _insist_on_shallow(self)
+
     @property
     def is_relative(self) -> bool:
         return self.a.is_relative and self.b.is_relative
@@ -474,6 +531,9 @@ class Not(Mask):
     """Visible where `a` is not."""
 
     a: Mask
+
+    def __post_init__(self) -> None:
+        _insist_on_shallow(self)
 
     @property
     def is_relative(self) -> bool:
@@ -499,8 +559,11 @@ def parse(text: str) -> Mask:
     Raises ValueError for anything but the array-free masks, integers, `&`, `|`, `~` and parentheses.
     """
 
+    shown = repr(text if len(text) <= 200 else f"{text[:150]}...")
+
     def wrong(node: ast.AST, why: str) -> ValueError:
-        return ValueError(f"{ast.unparse(node)!r} in the mask {text!r} {why}")
+        part = ast.unparse(node)
+        return ValueError(f"{part if len(part) <= 200 else f'{part[:150]}...'!r} in the mask {shown} {why}")
 
     def integer(node: ast.expr) -> int:
         sign, constant = 1, node
@@ -531,6 +594,8 @@ def parse(text: str) -> Mask:
 
     try:
         tree = ast.parse(text.strip(), mode="eval")
+        return build(tree.body)
     except SyntaxError as error:
-        raise ValueError(f"mask {text!r} must be an expression such as Causal() & Window(512): {error.msg}") from None
-    return build(tree.body)
+        raise ValueError(f"mask {shown} must be an expression such as Causal() & Window(512): {error.msg}") from None
+    except (RecursionError, MemoryError):  # the latter is the parser's word for too many parentheses
+        raise ValueError(f"mask {shown} is nested too deep: at most {_DEEPEST} operators within each other") from None

@@ -102,7 +102,9 @@ def test_version_3_is_read_as_what_it_computed():
         c.from_json(json.dumps(document))
 
 
-@pytest.mark.parametrize(("text", "message"), [("{torn", "is no JSON"), ("[]", "version None must be 4 or 3")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{torn", "is no JSON"), ("[]", "version None must be 4 or 3"), ("[" * 100_000, "too deep")]
+)
 def test_what_is_no_config_at_all(text, message):
     with pytest.raises(ValueError, match=message):
         c.from_json(text)
@@ -126,7 +128,7 @@ def test_what_is_no_config_at_all(text, message):
         (lambda: c.Optimiser(lr=0.0), "must be positive"),
         (lambda: c.Optimiser(clip=-1.0), "must not be negative"),
         (lambda: c.Run(eval_every=-1), "must not be negative"),
-        (lambda: c.Run(seed=2**31), "must lie in"),
+        (lambda: c.Run(seed=-1), "must lie in"),
         (lambda: c.Run(profile=(3, 0)), "both at least 1"),
         (lambda: c.Softmax(mask=m.Fn(lambda q, k: q == k)), "cannot be written"),
         (lambda: c.Softmax(mask=m.Prefix(np.array([3], np.int32))), "cannot be written"),
@@ -152,6 +154,10 @@ def test_what_is_no_config_at_all(text, message):
         (lambda: c.Model(mixers=(c.RoPE(),)), r"must be a tuple whose elements are each a Mixer"),
         (lambda: c.Model(N=2.0), r"Model\.N=2\.0 must be an integer"),
         (lambda: c.Model(tie=1), r"Model\.tie=1 must be a bool"),
+        (lambda: c.Run(steps=2**31), r"Run\.steps=2147483648 must be an integer of at most 2,147,483,647 in size"),
+        (lambda: c.Model(N=10**8), r"Model\.N=100000000 must be at most 10,000"),
+        (lambda: c.Optimiser(lr=10**400), r"Optimiser\.lr=10+\.\.\. \(401 characters\) must be a finite number"),
+        (lambda: c.Run(dir="x" * 256), r"Run\.dir=.* must be a path, whose parts have at most 255 bytes"),
         (lambda: c.Optimiser(lr=float("nan")), r"Optimiser\.lr=nan must be a finite number"),
         (lambda: c.Optimiser(weight_decay=float("inf")), r"weight_decay=inf must be a finite number"),
         (lambda: c.Softmax(softcap=float("nan")), r"Softmax\.softcap=nan must be a finite number or None"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -268,3 +270,43 @@ def test_errors(make, message):
 def test_masks_combine_with_masks_only():
     with pytest.raises(TypeError):
         m.Causal() & np.ones((2, 2), bool)
+
+
+FAR = (-(2**31), -(2**31) + 1, -5, 0, 3, 2**31 - 2, 2**31 - 1)
+DISTANT = (
+    m.Window(2**31 - 1), m.Window(7, 2**31 - 1), m.Window(2**31 - 1, -4), m.Window(-3, 2**31 - 1), m.Window(-3, 5),
+    m.Window(0), m.Window(8, -2), m.Dilated(2**30, 1), m.Dilated(3, 2), m.Dilated(715827882, 3),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", DISTANT, ids=str)
+@pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
+def test_positions_that_are_2_to_the_31_or_more_apart(mask, xp):
+    """Differences of int32 positions that leave int32 wrapped around, and far keys counted as near ones."""
+    seen = lambda q, k: bool(mask(q, k))  # of Python's integers, which have no end
+    q, k = (xp.asarray(FAR, np.int32).reshape(shape) for shape in ((-1, 1), (1, -1)))
+    np.testing.assert_array_equal(mask(q, k), [[seen(a, b) for b in FAR] for a in FAR])
+    spans = [(a, b) for a in FAR for b in FAR if a <= b]
+    lo, hi = (xp.asarray(ends, np.int32) for ends in zip(*spans))
+    kinds = np.asarray(mask.kind(lo[:, None], hi[:, None], lo[None], hi[None]))
+    np.testing.assert_array_equal(kinds, [[mask.kind(*a, *b) for b in spans] for a in spans])
+    inside = lambda x, span: span[0] <= x <= span[1]
+    for (i, a), (j, b) in itertools.product(enumerate(spans), enumerate(spans)):
+        pairs = {seen(x, y) for x in FAR for y in FAR if inside(x, a) and inside(y, b)}
+        assert kinds[i, j] != m.EMPTY or pairs == {False}
+        assert kinds[i, j] != m.FULL or pairs == {True}
+
+
+def test_a_mask_of_too_many_operators_is_refused():
+    deep = m.Causal()
+    for _ in range(100):
+        deep = ~deep
+    assert m.parse(str(deep)) == deep
+    with pytest.raises(ValueError, match="more than 100 operators within each other"):
+        m.Not(deep)
+    for text in ("~" * 101 + "Causal()", "~" * 3000 + "Causal()", "(" * 1000 + "Causal()" + ")" * 1000):
+        with pytest.raises(
+            ValueError, match=r"more than 100 operators|is nested too deep: at most 100|too many nested paren"
+        ) as found:
+            m.parse(text)
+        assert len(str(found.value)) < 400

@@ -35,7 +35,10 @@ FOLDER = "LONGATTN_AOT"  # environment variable: the folder that `pip install --
 
 
 def _folder(module: str, marker: str, kind: str, name: str, packages: str) -> Path:
-    """Returns the folder of a compiler's packages: `LONGATTN_AOT`, else where `module` is installed beside jax.
+    """Returns the folder of a compiler's packages.
+
+    It is `LONGATTN_AOT`, else where `module` is installed beside jax, else where make puts it: `aot` in the environment
+    of this Python.
 
     Raises ValueError, with the remedy, if it is not installed.
     """
@@ -48,6 +51,8 @@ def _folder(module: str, marker: str, kind: str, name: str, packages: str) -> Pa
     except ModuleNotFoundError:  # its parent package is missing
         spec = None
     if spec is None or spec.origin is None:
+        if Path(sys.prefix, "aot", marker).exists():
+            return Path(sys.prefix, "aot").resolve()
         raise ValueError(
             f'{name} is not installed: pip install "longattn[aot]"; or, leaving other commands alone, pip install '
             f"--no-deps --target FOLDER {packages} and {FOLDER}=FOLDER, as make does in a clone"

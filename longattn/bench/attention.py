@@ -25,11 +25,13 @@ import numpy as np
 from rich.console import Console
 
 from longattn.bench.timing import Interval, Seconds, cores, fit_exponent, interleave, ratio, temp_bytes
+from longattn.config.checks import typed
 from longattn.cost import hardware
 from longattn.cost.flops import attention_flops
 from longattn.cost.pairs import visible_pairs
 from longattn.display import device_text, plain_table, seconds_text
 from longattn.environment import available_memory, environment
+from longattn.files import json_text
 from longattn.mask import Causal, Full, Mask, Window
 from longattn.ops.attention.api import attention as ours
 
@@ -61,6 +63,7 @@ class AttentionOptions:
     json: bool = False  # print one JSON document instead of the table
 
     def __post_init__(self) -> None:
+        typed(self)
         sizes = {**{f"T={T}": T for T in self.T}, **{f"{n}={getattr(self, n)}": getattr(self, n) for n in "BHD"}}
         sizes |= {
             f"K={self.K}": self.heads,
@@ -245,7 +248,7 @@ def attention(options: AttentionOptions, console: Console | None = None) -> dict
                 progress.print(f"T={T} {what}: {times}", highlight=False, soft_wrap=True)
     document["exponents"] = _exponents(document["rows"])
     if options.json:
-        print(json.dumps(document))
+        print(json_text(document))
     else:
         _print(console, document)
     return document

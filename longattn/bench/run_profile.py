@@ -7,7 +7,6 @@ ends with its completion, and the medians of wall time and idle leave it out if 
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,7 +18,9 @@ import numpy as np
 from rich.console import Console
 
 from longattn.bench import trace
+from longattn.config.checks import typed, usable_path
 from longattn.display import plain_table, seconds_text
+from longattn.files import json_text
 from longattn.train.record import read_config
 
 VERSION = 2
@@ -37,6 +38,8 @@ class RunProfileOptions:
     json: bool = False  # print one JSON document instead of the tables
 
     def __post_init__(self) -> None:
+        typed(self)
+        usable_path(self, "run")
         if self.depth < 1 or self.top < 0:
             raise ValueError(f"depth={self.depth} must be at least 1 and top={self.top} not negative")
 
@@ -123,7 +126,7 @@ def run(options: RunProfileOptions, console: Console | None = None) -> dict[str,
     """Prints the tables (or the JSON document) and returns the document."""
     document = read(options)
     if options.json:
-        print(json.dumps(document))
+        print(json_text(document))
     else:
         _print(console or Console(width=max(WIDTH, Console().width)), document, options.top)
     return document

@@ -20,7 +20,7 @@ class ByteLM:
     balance: bool = False  # share out a step's rows so that all devices have equally many visible pairs
 
     def __post_init__(self) -> None:
-        typed(self)
+        typed(self, wide=("max_bytes",))
         positive(self, "T", "B", "overlap", "max_bytes")
         fraction(self, "valid")
         if self.overlap >= self.T:

@@ -8,6 +8,8 @@ from typing import Literal
 from longattn.config.checks import positive, typed
 from longattn.config.mixers import Mixer, Softmax
 
+_DEEPEST = 10_000  # layers
+
 
 @dataclass(frozen=True)
 class Model:
@@ -33,6 +35,8 @@ class Model:
     def __post_init__(self) -> None:
         typed(self)
         positive(self, "N", "E", "F", "H", "K", "D", "W", "mlp_chunk")
+        if self.N > _DEEPEST:
+            raise ValueError(f"Model.N={self.N} must be at most {_DEEPEST:,}: every layer is counted one by one")
         if not self.mixers:
             raise ValueError("Model.mixers=() must name at least one mixer")
         if self.H % self.K:

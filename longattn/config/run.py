@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from longattn.config.checks import fraction, positive, typed
+from longattn.config.checks import folder_name, fraction, not_negative, positive, typed, usable_path
 from longattn.config.data import MQAR, ByteLM, Data
 from longattn.config.mesh import Mesh
 from longattn.config.model import Model
@@ -33,9 +33,7 @@ class Optimiser:
         fraction(self, "final", "b1", "b2")
         if self.lr <= 0:
             raise ValueError(f"Optimiser.lr={self.lr} must be positive")
-        for name in ("warmup", "eps", "weight_decay", "clip", "z_loss"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Optimiser.{name}={getattr(self, name)} must not be negative")
+        not_negative(self, "warmup", "eps", "weight_decay", "clip", "z_loss")
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,9 @@ class Run:
     def __post_init__(self) -> None:
         typed(self)
         positive(self, "steps", "log_every", "save_every", "keep")
-        if not self.name.strip(".") or set(self.name) & set("/\0\n") or len(self.name.encode()) > 200:
-            raise ValueError(
-                f"Run.name={self.name!r} must name a folder: 1 to 200 bytes, without a slash or a line break, not only "
-                "full stops"
-            )
-        for name in ("eval_every", "eval_batches"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Run.{name}={getattr(self, name)} must not be negative")
+        not_negative(self, "eval_every", "eval_batches")
+        folder_name(self, "name")
+        usable_path(self, "dir", "init_from")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"Run.seed={self.seed} must lie in [0, 2**31)")
         if self.profile is not None and min(self.profile) < 1:

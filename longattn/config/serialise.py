@@ -84,6 +84,8 @@ def from_json(text: str) -> Config:
         document = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"the config is no JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("the config is no JSON of ours: it is nested too deep") from None
     version = document.get("version") if isinstance(document, dict) else None
     if version not in (3, VERSION):
         raise ValueError(
@@ -93,6 +95,8 @@ def from_json(text: str) -> Config:
         config = _decode(document.get("config"), version)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"the JSON is no config: {error}") from error
+    except RecursionError:
+        raise ValueError("the JSON is no config: it is nested too deep") from None
     if not isinstance(config, Config):
         raise ValueError(f"the JSON holds a {type(config).__name__}, not a Config")
     return config

@@ -26,6 +26,7 @@ from longattn.ops.attention.arguments import Ids, validate
 from longattn.ops.attention.back_ends import Tuning
 from longattn.ops.attention.contract import Visibility
 from longattn.ops.partial import Partial
+from longattn.parallel import positions as positions_rule
 from longattn.parallel.all_gather import ALL_GATHER
 from longattn.parallel.balanced import BALANCED
 from longattn.parallel.layout import Axis, SequenceLayout, names_of
@@ -215,6 +216,7 @@ def attention_with_lse(
             layout.permute(x, call.shards) for x in (visibility.q_positions, visibility.k_positions)
         )
         visibility = visibility._replace(q_positions=q_positions, k_positions=k_positions)
+    positions_rule.check(visibility, call, chosen)
     chosen.refuse(visibility.mask, T, S, call, bias=bias is not None)
     return _attention(
         q,
@@ -271,14 +273,15 @@ def attention(
       mask, segment_ids, positions, scale, softcap, sinks, bias, implementation, tuning: as for `longattn.attention`;
         ids, positions and mask are global, and the implementation runs on each device. Positions that are given must
         rise by one per token within a segment, in sequence order: keys that a mask of q - k hides under this rule are
-        neither sent nor computed.
+        neither sent nor computed. Segments whose positions are all equal are padding.
 
     Returns:
       [B T H V] in q's dtype, sharded like q.
 
     Raises:
       ValueError: for invalid arguments: an axis that the mesh lacks or that is not Auto; B, T or S that its devices do
-        not divide.
+        not divide; positions that break their rule. For traced ones an error is logged while the program runs, and
+        only where the environment has LONGATTN_DEBUG=1.
       NotImplementedError: with the reason, for key/value heads that `head_axis` does not divide, for a call that the
         strategy does not serve (a bias, or for `balanced` a mask that is not causal), and for one that no back end
         asked for serves.

@@ -211,5 +211,6 @@ BALANCED = Strategy(
     backward,
     layouts=("contiguous",),
     even=True,
+    skips=True,
     check=check,
 )

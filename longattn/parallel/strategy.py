@@ -97,6 +97,9 @@ class Strategy:
     bias: bool = False  # whether it takes one
     even: bool = False  # devices share a causal mask's pairs evenly whatever the layout, so that layouts cost the same
     exchanges_heads: bool = False  # devices on the last axis divide the heads, filled up to a multiple of their number
+    skips: bool = (
+        False  # neither sends nor computes keys that the mask hides if positions follow the rule: positions.py
+    )
     check: Callable[[Mask, int, int, Call], None] = _no_reason  # its own refusals: raises NotImplementedError(reason)
 
     def refuse(self, mask: Mask, T: int, S: int, call: Call, bias: bool = False) -> None:

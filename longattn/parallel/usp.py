@@ -44,4 +44,5 @@ USP = Strategy(
     backward,
     axes=2,
     exchanges_heads=True,
+    skips=True,
 )

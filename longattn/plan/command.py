@@ -16,10 +16,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from longattn import terminal
 from longattn.aot import compilers, train_step
 from longattn.config import ByteLM, Config, Data, Mesh, Model, Optimiser, to_json
+from longattn.config.checks import typed, usable_path
 from longattn.cost import flops, step, topology
 from longattn.cost.sequence import problem, strategies, timeline
 from longattn.cost.topology import Topology
-from longattn.environment import commit, write_whole
+from longattn.environment import commit
+from longattn.files import json_text, write_whole
 from longattn.parallel.attention import STRATEGIES, strategy_on
 from longattn.plan import advice, search, show
 
@@ -51,6 +53,8 @@ class PlanOptions:
     optimiser: Optimiser = field(default_factory=Optimiser)
 
     def __post_init__(self) -> None:
+        typed(self)
+        usable_path(self, "html")
         where = topology.parse(self.topology)
         if self.timeout <= 0:
             raise ValueError(f"timeout={self.timeout:g} must be positive")
@@ -162,7 +166,7 @@ def run(options: PlanOptions, name: str, console: Console | None = None) -> dict
         write_whole(Path(options.html), show.page(document))
         terminal.say(f"wrote {options.html}")
     if options.json:
-        print(json.dumps(document))
+        print(json_text(document))
     else:
         show.tables(console or Console(width=max(_WIDTH, Console().width)), document)
     return document

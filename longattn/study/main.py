@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from longattn import mask
-from longattn.environment import environment, write_whole
+from longattn.config.checks import folder_name, typed, usable_path
+from longattn.environment import environment
+from longattn.files import json_text, locked, read_object, write_whole
 from longattn.study import context, cost, memory, pod, recall, report, sequence
 from longattn.study.presets import PRESETS, Preset
 from longattn.study.store import FILE, Number, Store
@@ -44,6 +44,14 @@ class StudyOptions:
     recorded: str = "experiments"  # folder with earlier studies to show beside this one
     compare: tuple[str, str] | None = None  # two study folders: compare them on one page, measure nothing
     json: bool = False  # print one JSON document instead of the summary
+
+    def __post_init__(self) -> None:
+        typed(self)
+        usable_path(self, "dir", "recorded")
+        if self.name:
+            folder_name(self, "name")
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            raise ValueError(f"parts={' '.join(self.parts)!r} must name at least one part, each once")
 
     @property
     def folder(self) -> Path:
@@ -76,8 +84,6 @@ def run(options: StudyOptions) -> Path:
     """
     if options.compare:
         return compare(*options.compare, dir=options.dir, as_json=options.json)
-    if unknown := set(options.parts) - {p.name for p in PARTS}:
-        raise ValueError(f"parts={sorted(unknown)} must be among {[p.name for p in PARTS]}")
     console = Console(stderr=True)
     with _claim(options) as store:
         here = store.environment(_environment(options))
@@ -88,7 +94,7 @@ def run(options: StudyOptions) -> Path:
     page = options.folder / "index.html"
     write_whole(page, report.page(study))
     if options.json:
-        print(json.dumps(report.document(study)))
+        print(json_text(report.document(study)))
     else:
         report.summary(study, Console(highlight=False), page)
     return page
@@ -106,7 +112,7 @@ def compare(run_a: str, run_b: str, dir: str = "runs", as_json: bool = False) ->
     page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, report.compare_page(a, b))
     if as_json:
-        print(json.dumps(report.compare_document(a, b)))
+        print(json_text(report.compare_document(a, b)))
     else:
         report.compare_summary(a, b, Console(highlight=False), page)
     return page
@@ -160,18 +166,20 @@ def _claim(options: StudyOptions) -> Iterator[Store]:
     """Locks the study's folder for this process and yields its store. study.json records the plan it follows."""
     folder, plan = options.folder, _plain(PRESETS[options.preset])
     about = folder / "study.json"
-    if about.exists() and (saved := json.loads(about.read_text()))["plan"] != plan:
-        raise ValueError(
-            f"{folder} holds a study of preset {saved['preset']} or of another version; choose another --name"
-        )
+
+    def insist_on_plan() -> None:
+        saved = read_object(about, "choose another --name", preset=str, plan=dict) if about.exists() else None
+        if saved and saved["plan"] != plan:
+            raise ValueError(
+                f"{folder} holds a study of preset {saved['preset']} or of another version; choose another --name"
+            )
+
+    insist_on_plan()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process works in {folder}; stop it or choose another --name") from error
+    with locked(folder, f"another process works in {folder}; stop it or choose another --name"):
+        insist_on_plan()  # another process may have begun a study here since, and ended
         if not about.exists():
-            write_whole(about, json.dumps({"preset": options.preset, "plan": plan}, indent=1) + "\n")
+            write_whole(about, json_text({"preset": options.preset, "plan": plan}, indent=1) + "\n")
         store = Store(folder / FILE)
         store.trim()
         yield store

@@ -12,15 +12,18 @@ The next start drops the numbers of a unit that was never completed (the process
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from longattn.files import json_object, json_text, read_text, write_whole
+
 VERSION = 1
 FILE = "study.jsonl"
+_REMEDY = "move the file away and start again"
 
 Badge = Literal["measured", "compiled", "predicted", "recorded"]
 BADGES: dict[str, str] = {
@@ -73,7 +76,13 @@ class Store:
         self._read()
 
     def _read(self) -> None:
-        lines = list(_lines(self.path))
+        try:
+            self._sort(list(_lines(self.path)))
+        except (KeyError, TypeError) as error:  # a field is missing, unknown, or of another type
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.path} is damaged: a line lacks what it must hold ({reason}); {_REMEDY}") from error
+
+    def _sort(self, lines: list[dict[str, Any]]) -> None:
         whole = {line["key"] for line in lines if line["kind"] == "unit"}
         for line in lines:
             kind = line.pop("kind")
@@ -85,7 +94,8 @@ class Store:
                 self.environments[line["id"]] = line
             elif kind == "number" and line.pop("unit_of_work") in whole:
                 line.pop("key")
-                number = Number(**{**line, "seeds": tuple(line["seeds"]), "samples": tuple(line["samples"])})
+                value, *samples = (math.nan if x is None else x for x in (line["value"], *line["samples"]))
+                number = Number(**{**line, "value": value, "seeds": tuple(line["seeds"]), "samples": tuple(samples)})
                 self.numbers[number.key] = number
             elif kind == "unit":
                 self.units[line["key"]] = line
@@ -99,9 +109,7 @@ class Store:
         lines = list(_lines(self.path))
         whole = {line["key"] for line in lines if line["kind"] == "unit"}
         kept = [line for line in lines if line["kind"] != "number" or line["unit_of_work"] in whole]
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(part, self.path)
+        write_whole(self.path, "".join(json_text(line) + "\n" for line in kept))
 
     def environment(self, environment: dict[str, Any]) -> str:
         """Notes a start of the study; returns the id for its numbers."""
@@ -144,7 +152,7 @@ class Store:
 
     def _append(self, lines: list[dict[str, Any]]) -> None:
         with open(self.path, "a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.write("".join(json_text(line) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
 
@@ -162,11 +170,10 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the objects of a JSONL file. Skips a torn last line; any other torn line is an error."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines()
+    lines = read_text(path, _REMEDY).splitlines()
     for i, line in enumerate(lines):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            if i == len(lines) - 1:
-                return
-            raise ValueError(f"{path}, line {i + 1} is no JSON; move the file away and start again") from error
+            yield json_object(line, f"{path}, line {i + 1}", _REMEDY, kind=str)
+        except ValueError:
+            if i < len(lines) - 1:
+                raise

@@ -8,7 +8,11 @@ later is found when it is read.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import logging
+import math
+import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,8 +44,12 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _whole(path: Path) -> bool:
-    """Returns whether orbax wrote a folder: it adds the metadata last."""
-    return any(path.glob("_*METADATA*"))
+    """Returns whether orbax wrote a folder: it adds the metadata last. Raises PermissionError if it may not be read."""
+    try:
+        with os.scandir(path) as entries:
+            return any(fnmatch.fnmatch(entry.name, "_*METADATA*") for entry in entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def goes_on(folder: Path) -> str:
@@ -52,7 +60,7 @@ def goes_on(folder: Path) -> str:
 
 
 def _quality(metrics: dict[str, float]) -> float:
-    return -metrics["nll"]
+    return -metrics["nll"] if math.isfinite(metrics["nll"]) else -math.inf
 
 
 class Checkpoints:
@@ -96,25 +104,34 @@ class Checkpoints:
         return None if newest is None else newest.step
 
     def best(self) -> int | None:
-        """Returns the step with the lowest validation loss; the newest where none was evaluated."""
+        """Returns the step with the lowest finite validation loss; the newest where none was evaluated."""
         scored = [(c.metrics["nll"], c.step) for c in self._checkpointer.checkpoints if c.metrics]
+        scored = [(nll, step) for nll, step in scored if math.isfinite(nll)]
         return min(scored)[1] if scored else self.latest()
 
-    def save(self, step: int, state: State, nll: float | None) -> None:
-        """Starts writing a state; `nll` is its validation loss if it was evaluated.
+    def save(self, step: int, state: State, nll: float | None, lines: dict[str, int] | None = None) -> None:
+        """Starts writing a state; `nll` is its validation loss if it was evaluated, `lines` its `record.mark`.
 
         Waits for the save before this one, and raises OSError if that one failed.
         """
         if jax.devices()[0].platform == "cpu":
             # orbax reads CPU buffers without copying, while the next step, to which they are donated, overwrites them.
             state = jax.tree.map(lambda a: a.copy(), state)
-        items = {"params": state.params, "rest": state._asdict() | {"params": None}}
+        items: dict[str, Any] = {"params": state.params, "rest": state._asdict() | {"params": None}}
         items |= {_sums(name): checksums(item) for name, item in items.items()}
         metrics = None if nll is None else {"nll": nll}
         with self._disk_errors():
             self._finish()  # else orbax would put this save's handlers under the save in progress
             # force: the trainer decides when to save; orbax's own policy skips a save while one is in progress.
-            self._saving = self._checkpointer.save_checkpointables_async(step, items, metrics=metrics, force=True)
+            self._saving = self._checkpointer.save_checkpointables_async(
+                step, items, metrics=metrics, force=True, custom_metadata={"lines": lines} if lines else None
+            )
+
+    def lines(self, step: int) -> dict[str, int] | None:
+        """Returns the `record.mark` that was saved with a step; None for none, and where no such step is."""
+        if step not in whole_steps(self.folder):
+            return None
+        return (self._metadata(step).custom_metadata or {}).get("lines")
 
     def wait(self) -> None:
         """Blocks until the save in progress is complete; raises OSError if it failed."""
@@ -159,10 +176,13 @@ class Checkpoints:
 
     def _items(self, step: int) -> dict[str, Any]:
         """Returns the shapes of what a checkpoint holds."""
+        return self._metadata(step).metadata
+
+    def _metadata(self, step: int) -> Any:
         try:
-            return self._checkpointer.checkpointables_metadata(step).metadata
+            return self._checkpointer.checkpointables_metadata(step)
         except Exception as error:
-            raise self._damaged(step, "its metadata cannot be read") from error
+            raise self._unreadable(step, "metadata", error) from error
 
     def _load(self, step: int, name: str, like: Any, saved: dict[str, Any]) -> Any:
         """Returns an item of a checkpoint, compared with its checksums; those of earlier versions have none.
@@ -175,14 +195,24 @@ class Checkpoints:
         try:
             found = self._checkpointer.load_checkpointables(step, _placed(wanted))
         except (ValueError, OSError, LookupError) as error:  # whatever orbax raises for files that are gone or short
-            what = {"params": "parameters", "rest": "optimiser state"}[name]
-            raise self._damaged(step, f"its {what} cannot be read") from error
+            raise self._unreadable(step, {"params": "parameters", "rest": "optimiser state"}[name], error) from error
         if _sums(name) in found:
             now, then = jax.device_get((checksums(found[name]), found[_sums(name)]))  # they lie on different devices
             for path, same in jax.tree_util.tree_flatten_with_path(jax.tree.map(np.equal, now, then))[0]:
                 if not same:
                     raise self._damaged(step, f"{name}/{_path(path)} is not what was saved")
         return found[name]
+
+    def _unreadable(self, step: int, what: str, error: BaseException) -> ValueError:
+        """Returns the error for a part of a checkpoint at whose reading `error` was raised."""
+        chain: list[BaseException] = [error]
+        while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+            chain.append(before)
+        if any(re.search(r"permission.denied", str(one), re.I) for one in chain):
+            names = (one.filename for one in chain if isinstance(one, OSError) and one.filename)
+            file = next(names, f"{self.folder}/{step}")
+            return ValueError(f"the checkpoint {self.folder}/{step} may not be read: permission denied for {file}")
+        return self._damaged(step, f"its {what} cannot be read")
 
     def _damaged(self, step: int, what: str) -> ValueError:
         others = [other for other in whole_steps(self.folder) if other != step]

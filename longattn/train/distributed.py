@@ -64,8 +64,23 @@ def initialize(found: launch.Launch) -> None:
             found.coordinator, found.processes, found.process, coordinator_bind_address=bind,
             cluster_detection_method="deactivate", **waits,
         )  # fmt: skip
+        _insist_on_count(found)
     if found.coordinator is None and first():
         terminal.say(f"longattn: {found}: {jax.process_count()} processes")
+
+
+def _insist_on_count(found: launch.Launch) -> None:
+    """Raises ValueError, on every process, if they were told different numbers of processes."""
+    client = coordination_client()
+    client.key_value_set(f"longattn/processes/{found.process}", str(found.processes))
+    client.wait_at_barrier("longattn/processes", found.connect * 1000)
+    told = {int(k.rpartition("/")[2]): int(v) for k, v in client.key_value_dir_get("longattn/processes/")}
+    for process, count in sorted(told.items()):
+        if count != told[0]:
+            raise ValueError(
+                f"process 0 was told that there are {told[0]} processes, and process {process} that there are {count}: "
+                "start all with the same number"
+            )
 
 
 def _insist_on_port(coordinator: str) -> None:

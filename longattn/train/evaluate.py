@@ -67,11 +67,18 @@ def restore_params(
 
     Returns the parameters and the checkpoint's step. Raises ValueError if there is no checkpoint of this model.
     """
-    with Checkpoints(folder / "checkpoints", read_only=True) as saved:
-        step = saved.latest() if newest else saved.best()
-        if step is None:
-            raise ValueError(f"{folder} has no complete checkpoint yet; let it train to its first save")
-        return saved.params(state_shapes(config, context).params, step), step
+    before = None
+    while True:
+        with Checkpoints(folder / "checkpoints", read_only=True) as saved:
+            step = saved.latest() if newest else saved.best()
+            if step is None:
+                raise ValueError(f"{folder} has no complete checkpoint yet; let it train to its first save")
+            try:
+                return saved.params(state_shapes(config, context).params, step), step
+            except ValueError:
+                if step == before:
+                    raise
+        before = step  # the run that is training may have replaced it: choose again
 
 
 def initial_params(config: Config, context: Context | None = None) -> Params:

@@ -1,18 +1,20 @@
 """Writes the record of a run: config.json, env.json, metrics.jsonl and a line per logged step on the terminal.
 
 metrics.jsonl holds one JSON object per logged step. A step's line is on disk before its checkpoint is begun, and a
-restart drops the lines after the restored step. So each step appears once, however often the run was killed.
+restart drops the lines after the restored step. So each step appears once, however often the run was killed. A
+checkpoint keeps the number and a checksum of the lines before it, so a restart finds a file that others changed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import math
 import os
 import statistics
+import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ import numpy as np
 from rich.console import Console
 
 from longattn.config import Config, from_json, to_json
-from longattn.environment import environment, peak_memory, write_whole
+from longattn.environment import environment, peak_memory
+from longattn.files import json_object, json_text, locked, read_object, read_text, write_whole
 
 # Fields of `Run` that do not change what is computed: a run may continue with other values, as on another mesh.
 _FREE = ("name", "dir", "log_every", "save_every", "keep", "profile", "tensorboard")
@@ -47,11 +50,10 @@ def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
     there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
     if not there.is_dir():
         raise ValueError(f"{there} is no folder; choose another --run.{'name' if there == folder else 'dir'}")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{there} cannot be written to; choose another --run.dir")
     if not (folder / "config.json").exists():
         if any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
             raise ValueError(f"{folder} holds a run without its config.json; choose another --run.name")
+        _insist_on_writing(there)
         return False
     saved = read_config(folder)
     if not resume:
@@ -63,20 +65,42 @@ def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
     if (difference := first_difference(have, want)) is not None:
         path, old, new = difference
         raise ValueError(f"{folder} was trained with {path}={old}, now {new}; choose another --run.name to keep both")
+    history(folder)
+    _insist_on_writing(there)
     return True
+
+
+def _insist_on_writing(folder: Path) -> None:
+    """Raises ValueError unless a folder can be made in `folder`: permissions do not tell for every file system."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".longattn-", dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to ({error.strerror}); choose another --run.dir") from error
 
 
 def check_data(folder: Path, info: dict[str, Any]) -> None:
     """Raises ValueError if the files changed that a started run was reading."""
-    with contextlib.suppress(FileNotFoundError):
-        before = json.loads((folder / "env.json").read_text())["data"]
-        for split in info.keys() & before.keys():
-            old, new = (d[split].get("corpus_sha256") for d in (before, info))
-            if old != new:
-                raise ValueError(
-                    f"the corpus changed since {folder} was started (sha256 {old[:12]}, now {new[:12]}); "
-                    "restore the files or choose another --run.name"
-                )
+    before = _starts(folder)["data"]
+    for split in info.keys() & before.keys():
+        old, new = (d[split].get("corpus_sha256") for d in (before, info))
+        if old != new:
+            raise ValueError(
+                f"the corpus changed since {folder} was started (sha256 {str(old)[:12]}, now {str(new)[:12]}); "
+                "restore the files or choose another --run.name"
+            )
+
+
+def _starts(folder: Path) -> dict[str, Any]:
+    """Returns the contents of env.json: "starts", a list, and "data", by split. Both are empty for a new run."""
+    path, remedy = folder / "env.json", "move it away to go on without the record of earlier starts"
+    if not path.exists():
+        return {"starts": [], "data": {}}
+    found = read_object(path, remedy, starts=list, data=dict)
+    for split, facts in found["data"].items():
+        if not isinstance(facts, dict):
+            raise ValueError(f"{path} is damaged: its data {split!r} must be a JSON object; {remedy}")
+    return found
 
 
 def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any, Any] | None:
@@ -100,17 +124,7 @@ def claim(folder: Path, config: Config) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    try:  # not through a link, and whatever it holds stays
-        lock = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
-    except OSError as error:
-        raise ValueError(f"{folder / '.lock'} cannot be opened ({error.strerror}): delete it") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is training in {folder}; stop it or choose another --run.name"
-            ) from error
+    with locked(folder, f"another process is training in {folder}; stop it or choose another --run.name"):
         # Another process may have begun a run here since `check_folder`, and ended.
         if not check_folder(folder, config, resume=True):
             write_whole(folder / "config.json", to_json(config) + "\n")
@@ -133,15 +147,63 @@ def by_position(nll: np.ndarray, weight: np.ndarray) -> list[dict[str, float]]:
 
 
 def history(folder: Path, until: float = math.inf) -> list[dict[str, Any]]:
-    """Reads the records of metrics.jsonl up to and including step `until`; drops a torn last line."""
-    records = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                record = json.loads(line)
-                if record["step"] <= until:
-                    records.append(record)
+    """Reads the records of metrics.jsonl up to and including step `until`; drops a torn last line.
+
+    Raises ValueError, which names the line, for one that no run wrote there.
+    """
+    path, remedy = folder / "metrics.jsonl", "put the file back, or delete it to go on without it"
+    records: list[dict[str, Any]] = []
+    if not path.exists():
+        return records
+    lines = read_text(path, remedy).splitlines()
+    for i, line in enumerate(lines, start=1):
+        where = f"{path}, line {i},"
+        try:
+            record = json_object(line, where, remedy, step=int, loss=float)
+        except ValueError:
+            if i < len(lines):
+                raise
+            break  # a kill tore it
+        if records and record["step"] <= records[-1]["step"]:
+            raise ValueError(f"{where} is damaged: step {record['step']} after step {records[-1]['step']}; {remedy}")
+        records.append(record)
+    return [record for record in records if record["step"] <= until]
+
+
+def finished_history(folder: Path, steps: int) -> list[dict[str, Any]]:
+    """Reads the records of a finished run. Raises ValueError if they do not end with its last step, `steps`."""
+    records = history(folder)
+    if not records or records[-1]["step"] < steps:
+        raise ValueError(
+            f"{folder / 'metrics.jsonl'} was changed: it lacks the line of step {steps}, the last one; put it back"
+        )
     return records
+
+
+def mark(records: list[dict[str, Any]]) -> dict[str, int]:
+    """Returns the number of these records and the checksum of their lines."""
+    return {"count": len(records), "crc32": zlib.crc32("".join(map(_text, records)).encode())}
+
+
+def _text(record: dict[str, Any]) -> str:
+    return json_text(record) + "\n"
+
+
+def insist_on_lines(folder: Path, records: list[dict[str, Any]], step: int, saved: dict[str, int] | None) -> None:
+    """Raises ValueError if metrics.jsonl lacks lines up to `step`, or has other ones than when the step was saved.
+
+    Args:
+      records: what it holds up to that step.
+      saved: the `mark` in the checkpoint; None in those of earlier versions.
+    """
+    path = folder / "metrics.jsonl"
+    if saved is None or mark(records) == saved or not path.exists():
+        return
+    what = f"holds {len(records)} of {saved['count']} lines" if len(records) != saved["count"] else "has other lines"
+    raise ValueError(
+        f"{path} was changed: up to the checkpoint of step {step} it {what} that were written; put it back, or delete "
+        "it to go on without them"
+    )
 
 
 class Recorder:
@@ -161,6 +223,7 @@ class Recorder:
         info: dict[str, Any],
         kernels: dict[str, Any] | None = None,
         mesh: str | None = None,
+        lines: dict[str, int] | None = None,
     ):
         """Continues after step `start`.
 
@@ -169,12 +232,19 @@ class Recorder:
           info: `Source.info` by split.
           kernels: result of `kernel_check.check` before this start.
           mesh: the devices in words.
+          lines: `mark` of the lines before the checkpoint that was restored.
+
+        Raises:
+          ValueError: metrics.jsonl is not what it was when the checkpoint was saved.
         """
         self.config, self.console, self.ideal_seconds = config, console, ideal_seconds
         self.history = history(folder, start)
+        insist_on_lines(folder, self.history, start, lines)
+        if lines and not (folder / "metrics.jsonl").exists():
+            console.print(f"metrics.jsonl is gone: it begins anew after step {start}", highlight=False)
         self.file = self.board = None
         if jax.process_index() == 0:
-            write_whole(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
+            write_whole(folder / "metrics.jsonl", "".join(map(_text, self.history)))
             self._write_environment(folder, start, info, {"kernels": kernels, "mesh": mesh})
             self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed in __exit__)
             self.board = scalar_writer()(str(folder / "tensorboard")) if config.run.tensorboard else None
@@ -185,11 +255,11 @@ class Recorder:
 
     def _write_environment(self, folder: Path, start: int, info: dict[str, Any], notes: dict[str, Any]) -> None:
         path = folder / "env.json"
-        starts = json.loads(path.read_text())["starts"] if path.exists() else []
+        starts = _starts(folder)["starts"]
         now = environment(info)
         notes = {name: note for name, note in notes.items() if note is not None}
         starts.append({"step": start, **{k: now[k] for k in ("time", "command", "commit", "device")}, **notes})
-        write_whole(path, json.dumps({**now, "starts": starts}, indent=2) + "\n")
+        write_whole(path, json_text({**now, "starts": starts}, indent=2) + "\n")
 
     def __enter__(self) -> Recorder:
         return self
@@ -210,8 +280,14 @@ class Recorder:
         """Notes the time that a save or an evaluation took: no step's, but it counts for when the run will end."""
         self.paused += seconds
 
+    def settle(self) -> dict[str, int]:
+        """Waits until the lines are on disk, and returns their `mark` for the checkpoint that comes after them."""
+        if self.file:
+            os.fsync(self.file.fileno())
+        return mark(self.history)
+
     def write(self, step: int, metrics: dict[str, float], valid: dict[str, Any] | None = None) -> None:
-        """Writes a line of metrics.jsonl, which is on disk when this returns, and prints one on the terminal."""
+        """Writes a line of metrics.jsonl and prints one on the terminal."""
         data = self.config.data
         record: dict[str, Any] = {"step": step, **metrics}
         if self.seconds:
@@ -232,7 +308,7 @@ class Recorder:
         self.seconds, self.waits = [], []
         if self.file is None:
             return
-        self.file.write(json.dumps(record, allow_nan=False) + "\n")
+        self.file.write(_text(record))
         self.file.flush()
         self.console.print(line(record, self.config), soft_wrap=True, highlight=False)
         if self.board:

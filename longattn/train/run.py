@@ -78,8 +78,10 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
             if not finished:
                 job = _prepare(config, folder, console, started, facts)
         if finished:
-            console.print(f"{folder} is finished: {saved[-1]} steps; choose another --run.name to train again")
-            return _summary(folder, config, "already finished", saved[-1], record.history(folder))
+            console.print(
+                f"{folder} is finished: {saved[-1]} steps; choose another --run.name to train again", markup=False
+            )
+            return _summary(folder, config, "already finished", saved[-1], record.finished_history(folder, saved[-1]))
 
         with distributed.consensus():
             stack.enter_context(record.claim(folder, config))
@@ -94,7 +96,15 @@ def train(config: Config, *, resume: bool = True, quiet: bool = False, console: 
         ideal = ideal_seconds(config, job.sources["train"].lengths)
         recorder = stack.enter_context(
             record.Recorder(
-                folder, config, console, start=start, ideal_seconds=ideal, info=job.info, kernels=kernels, mesh=mesh
+                folder,
+                config,
+                console,
+                start=start,
+                ideal_seconds=ideal,
+                info=job.info,
+                kernels=kernels,
+                mesh=mesh,
+                lines=checkpoints.lines(start),
             )
         )
         with distributed.consensus():
@@ -138,10 +148,14 @@ def _prepare(config: Config, folder: Path, console: Console, started: bool, fact
     loaded = initial_params(config, context) if config.run.init_from and not started else None
     warmup, steps = config.optimiser.warmup, config.run.steps
     if warmup >= steps:
-        console.print(f"the learning rate never reaches its peak: warmup={warmup} of {steps} steps", highlight=False)
+        console.print(
+            f"the learning rate never reaches its peak: warmup={warmup} of {steps} steps", highlight=False, markup=False
+        )
     size = sum(a.size for a in jax.tree.leaves(shapes.params))
     where = "" if context is None else f" on {context.described()}"
-    console.print(f"compiling {size:,} parameters at B={config.data.B}, T={config.data.T}{where}", highlight=False)
+    console.print(
+        f"compiling {size:,} parameters at B={config.data.B}, T={config.data.T}{where}", highlight=False, markup=False
+    )
     step_fn = compile_step(config, shapes, context)
     eval_fn = compile_program(evaluation, eval_step(evaluation, context), shapes.params, batch_shapes(evaluation))
     return _Job(context, sources, info, shapes, loaded, step_fn, eval_fn)
@@ -158,8 +172,12 @@ def _initial_state(config: Config, folder: Path, job: _Job, checkpoints: Checkpo
     where = ""
     if record.read_config(folder).mesh != config.mesh:
         where = f" on {_described(job.context) or 'one device'}; it began on another mesh, whose sums round otherwise"
-    console.print(f"continuing {folder} after step {int(state.step)}{where}", highlight=False)
+    _note(console, f"continuing {folder} after step {int(state.step)}{where}")
     return state
+
+
+def _note(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False)  # a folder's name may hold brackets
 
 
 def _described(context: Context | None) -> str | None:
@@ -223,7 +241,7 @@ def _loop(
                     raise _diverged(config, step, f"nll={valid['nll']} on the validation data", checkpoints)
             if evaluate_now or step % run.log_every == 0:
                 recorder.write(step, settled, valid)
-            checkpoints.save(step, state, valid["nll"] if valid else None)
+            checkpoints.save(step, state, valid["nll"] if valid else None, recorder.settle())
             recorder.pause(time.perf_counter() - clock)
             clock = time.perf_counter()
         elif step % run.log_every == 0:

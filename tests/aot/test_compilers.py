@@ -21,6 +21,7 @@ def test_call_answers_or_gives_the_reason():
 def test_missing_compiler_is_refused_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv(compilers.FOLDER, raising=False)
+    monkeypatch.setattr(compilers.sys, "prefix", str(tmp_path / "environment"))
     with pytest.raises(ValueError, match=r'pip install "longattn\[aot\]"'):
         compilers.libtpu_folder()
     monkeypatch.setenv(compilers.FOLDER, str(tmp_path))
@@ -28,9 +29,19 @@ def test_missing_compiler_is_refused_with_the_remedy(monkeypatch, tmp_path):
         compilers.libtpu_folder()
 
 
+def test_the_compilers_that_make_installed_are_found_without_a_variable(monkeypatch, tmp_path):
+    monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv(compilers.FOLDER, raising=False)
+    monkeypatch.setattr(compilers.sys, "prefix", str(tmp_path))
+    (tmp_path / "aot" / "libtpu").mkdir(parents=True)
+    (tmp_path / "aot" / "libtpu" / "libtpu.so").touch()
+    assert compilers.libtpu_folder() == (tmp_path / "aot").resolve()
+
+
 def test_missing_compiler_for_gpus_is_refused_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv(compilers.FOLDER, raising=False)
+    monkeypatch.setattr(compilers.sys, "prefix", str(tmp_path / "environment"))
     with pytest.raises(ValueError, match=r'pip install "longattn\[aot\]".*jax-cuda13-plugin'):
         compilers.cuda_folder()
     monkeypatch.setenv(compilers.FOLDER, str(tmp_path))

@@ -77,6 +77,42 @@ def test_store_refuses_another_version(tmp_path: Path) -> None:
         Store(tmp_path / FILE)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[]\n{}\n", "line 1 is damaged: it holds a list"),
+        ('{"kind": 3}\n{}\n', "line 1 is damaged: its 'kind' must be a JSON string"),
+        ('{"kind": "unit"}\n', "is damaged: a line lacks what it must hold"),
+    ],
+)
+def test_a_damaged_store_is_refused_by_name(tmp_path: Path, content: str, reason: str) -> None:
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(ValueError, match=rf"{FILE}.* {reason}.*; move the file away and start again"):
+        Store(tmp_path / FILE)
+
+
+def test_what_is_not_finite_is_stored_as_null_and_read_as_nan(tmp_path: Path) -> None:
+    bad = Number("cost", "value", "exact", math.inf, "", "measured", samples=(1.0, math.nan))
+    Store(tmp_path / FILE).unit("a", [bad], part="cost", seconds=1.0)
+    assert "NaN" not in (tmp_path / FILE).read_text() and "Infinity" not in (tmp_path / FILE).read_text()
+    (read,) = Store(tmp_path / FILE).numbers.values()
+    np.testing.assert_array_equal((read.value, *read.samples), (math.nan, 1.0, math.nan))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"preset": "smoke", "plan": 3}', "\udcff"])
+def test_a_damaged_study_json_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "study.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match=r"study\.json is damaged: .*; choose another --name"):
+        run(StudyOptions(preset="smoke", name="s", dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/b", "x" * 300])
+def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"StudyOptions\.name=.* must name a folder"):
+        StudyOptions(name=name)
+
+
 def test_folder_of_another_preset_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     folder.mkdir()

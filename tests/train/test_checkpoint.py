@@ -174,3 +174,42 @@ def test_a_changed_value_is_named_with_its_array(tmp_path: Path, monkeypatch) ->
         remedy = "delete it to begin anew, for there is no other"
         with pytest.raises(ValueError, match=f"params/layer_0/mlp/up is not what was saved; {remedy}"):
             checkpoints.restore(shapes())
+
+
+def test_the_best_was_evaluated_and_finite(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step, nll in ((1, 2.0), (2, float("nan")), (3, 3.0)):
+            checkpoints.save(step, state(), nll, {"count": step, "crc32": 7})
+        checkpoints.wait()
+        assert checkpoints.best() == 1
+        assert checkpoints.lines(3) == {"count": 3, "crc32": 7}
+        assert checkpoints.lines(2) is None  # it is not kept
+    assert whole_steps(tmp_path) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(errno.EACCES, "Permission denied", "/x/d"), ValueError("PERMISSION_DENIED: Error opening")],
+)
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch, error: Exception) -> None:
+    """By Python, and by the words of TensorStore."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(30, state(), None)
+
+    def closed(*_: object) -> None:
+        raise ValueError("cannot restore") from error
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", closed)
+        with pytest.raises(ValueError, match=f"the checkpoint {tmp_path}/30 may not be read: permission denied for /"):
+            checkpoints.restore(shapes())
+
+
+def test_a_folder_that_may_not_be_read_is_no_foreign_one(tmp_path: Path, monkeypatch) -> None:
+    def scandir(path: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "30").mkdir()
+    monkeypatch.setattr("longattn.train.checkpoint.os.scandir", scandir)
+    with pytest.raises(PermissionError, match="Permission denied: .*/30"):
+        whole_steps(tmp_path)

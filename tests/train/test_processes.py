@@ -51,8 +51,13 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(command: list[str], processes: int, devices: int, **env: str) -> Iterator[list[subprocess.Popen]]:
-    """Runs the command in several processes, none of which outlives the block."""
+def started(
+    command: list[str], processes: int, devices: int, told: tuple[int, ...] | None = None, **env: str
+) -> Iterator[list[subprocess.Popen]]:
+    """Runs the command in several processes, none of which outlives the block.
+
+    told: how many processes each is told that there are, if not as many as there are.
+    """
     shared = {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -65,7 +70,8 @@ def started(command: list[str], processes: int, devices: int, **env: str) -> Ite
     running = []
     try:
         for i in range(processes):
-            launch = {"LONGATTN_COORDINATOR": f"127.0.0.1:{port}", "LONGATTN_PROCESSES": str(processes)}
+            count = told[i] if told else processes
+            launch = {"LONGATTN_COORDINATOR": f"127.0.0.1:{port}", "LONGATTN_PROCESSES": str(count)}
             running.append(
                 subprocess.Popen(
                     [sys.executable, "-m", *command],
@@ -308,6 +314,17 @@ def test_evaluation_from_the_command_line_and_a_port_that_is_taken(two, tmp_path
             env={**os.environ, **env, "LONGATTN_PROCESS": "0"}, cwd=ROOT, capture_output=True, text=True, timeout=100,
         )  # fmt: skip
     assert done.returncode == 2 and "is taken on this machine" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_processes_that_were_told_different_numbers_refuse(tmp_path: Path) -> None:
+    c = config(tmp_path)
+    with started(command(c, tmp_path), 2, 2, told=(2, 3)) as running:
+        for code, out, err in ended(running):
+            assert (code, out) == (2, ""), err
+            said = "process 0 was told that there are 2 processes, and process 1 that there are 3: start all with"
+            assert said in err.splitlines()[-1]
+    assert not Path(c.run.dir, c.run.name).exists()
 
 
 def test_one_process_agrees_with_itself() -> None:

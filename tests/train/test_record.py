@@ -35,7 +35,9 @@ def test_first_difference_names_the_path() -> None:
 
 
 def test_history_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo'
+    )
     assert [r["step"] for r in record.history(tmp_path, until=2)] == [1, 2]
     assert [r["step"] for r in record.history(tmp_path)] == [1, 2, 3]
     assert record.history(tmp_path / "none") == []
@@ -140,3 +142,60 @@ def test_tensorboard_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ("train/loss", 1.0, 1) in written
     assert ("valid/nll", 2.0, 1) in written
     assert written[-1] == "closed"
+
+
+# ---- what others did to the files
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        ("", "line 2, is damaged: it is no JSON"),
+        ('"step"', "line 2, is damaged: it holds a str, not an object"),
+        ('{"step": 2}', "line 2, is damaged: its 'loss' must be a JSON number"),
+        ('{"step": 1, "loss": 2.0}', "line 2, is damaged: step 1 after step 1"),
+    ],
+)
+def test_a_line_that_no_run_wrote_is_refused_by_name(tmp_path: Path, second: str, reason: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 3.0}}\n{second}\n{{"step": 3, "loss": 1.0}}\n')
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, {reason}.*; put the file back, or delete it"):
+        record.history(tmp_path)
+
+
+def test_a_checkpoint_knows_the_lines_before_it(tmp_path: Path) -> None:
+    with recorder(tmp_path, 0) as r:
+        for step in range(1, 5):
+            r.write(step, METRICS)
+            if step == 3:
+                saved = r.settle()
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text()
+    of = lambda text: (path.write_text(text), record.history(tmp_path, 3))[1]
+    for text in (whole, whole + '{"step": 5, "lo', "".join(whole.splitlines(True)[:3])):
+        record.insist_on_lines(tmp_path, of(text), 3, saved)
+    lines = whole.splitlines(True)
+    for text, what in (
+        ("".join(lines[:2]), "holds 2 of 3 lines"),
+        ("".join(lines[1:]), "holds 2 of 3 lines"),
+        ("", "holds 0 of 3 lines"),
+        (whole.replace('"loss": 1.0', '"loss": 0.9', 1), "has other lines"),
+    ):
+        found = of(text)
+        with pytest.raises(ValueError, match=f"metrics.jsonl was changed: .* step 3 it {what} .*; put it back, or del"):
+            record.insist_on_lines(tmp_path, found, 3, saved)
+        record.insist_on_lines(tmp_path, found, 3, None)  # a checkpoint of an earlier version knows nothing
+    path.unlink()
+    record.insist_on_lines(tmp_path, [], 3, saved)  # whoever deletes it goes on without
+
+
+def test_a_record_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    with recorder(tmp_path, 0) as r:
+        r.write(1, {**METRICS, "lr": float("nan")})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["lr"] is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"starts": 3, "data": {}}', '{"starts": [], "data": {"train": 1}}'])
+def test_a_damaged_environment_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "env.json").write_text(content)
+    with pytest.raises(ValueError, match=r"env\.json is damaged: .*; move it away to go on"):
+        record.check_data(tmp_path, {"train": {}})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +20,11 @@ from longattn.aot.kernels.cases import CASES, Shape
 from longattn.aot.kernels.options import check
 from longattn.aot.kernels.rates import small
 from longattn.aot.kernels.tpu import profile
+from longattn.config.checks import typed, usable_path
 from longattn.cost import hardware
 from longattn.display import plain_table
 from longattn.environment import commit
+from longattn.files import json_text
 from longattn.mask import Causal, Mask
 
 VERSION = 3
@@ -59,6 +60,8 @@ class ProfileOptions:
     json: bool = False  # print one JSON document instead of the table
 
     def __post_init__(self) -> None:
+        typed(self)
+        usable_path(self, "plot")
         check(self, CASES)
         if self.best < 0:
             raise ValueError(f"best={self.best} must not be negative")
@@ -102,7 +105,7 @@ def run(options: ProfileOptions, console: Console | None = None) -> dict[str, An
     document["rows"] = [_without_picture(row) for row in rows]
     shown = _shown(rows, options.best)
     if options.json:
-        print(json.dumps(document))
+        print(json_text(document))
     else:
         _print(console, document, shown)
     if options.plot is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from longattn.aot import compilers
 from longattn.aot.kernels.cases.gpu import CASES, Shape
 from longattn.aot.kernels.gpu import profile
 from longattn.aot.kernels.options import check
+from longattn.config.checks import typed
 from longattn.cost import hardware
 from longattn.display import plain_table
 from longattn.environment import commit
+from longattn.files import json_text
 from longattn.mask import Causal, Mask
 
 VERSION = 2
@@ -43,6 +44,7 @@ class ProfileOptions:
     json: bool = False  # print one JSON document instead of the table
 
     def __post_init__(self) -> None:
+        typed(self)
         check(self, CASES)
         _ = self.shape  # checks the sizes
 
@@ -67,7 +69,7 @@ def run(options: ProfileOptions, console: Console | None = None) -> dict[str, An
             print(f"compiling {case} for {arch}", file=sys.stderr)
             document["rows"] += profile(case, arch, options.shape, options.timeout)
     if options.json:
-        print(json.dumps(document))
+        print(json_text(document))
     else:
         _print(console, document)
     return document

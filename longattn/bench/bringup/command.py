@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from longattn.bench.bringup import memory, numerics, show, timing
 from longattn.bench.bringup.options import PARTS, BringupOptions
 from longattn.bench.bringup.report import Report
+from longattn.files import json_text
 
 # In order, with the share of the remaining time that each part may take. Memory comes before timing, since rivals that
 # are timed hold more memory than its training step, whose peak would then be hidden.
@@ -47,7 +47,7 @@ def run(options: BringupOptions, console: Console | None = None) -> dict[str, An
                 report.end()
         report.finish()
     if options.json:
-        print(json.dumps(report.document))
+        print(json_text(report.document))
     else:
         show.tables(console or Console(width=max(show.WIDTH, Console().width)), report.document, report.path)
     return report.document

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from longattn.config.checks import typed, usable_path
 from longattn.numerics.cases import NAMES
 from longattn.ops import dispatch
 from longattn.shapes import suggest
@@ -34,6 +35,8 @@ class BringupOptions:
     json: bool = False  # print the JSON document instead of the tables
 
     def __post_init__(self) -> None:
+        typed(self)
+        usable_path(self, "out")
         if not self.parts or len(set(self.parts)) < len(self.parts):
             raise ValueError(f"parts={' '.join(self.parts)!r} must name some of {', '.join(PARTS)}, each once")
         for name in self.cases:

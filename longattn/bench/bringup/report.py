@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import sys
 import threading
@@ -16,7 +15,8 @@ from rich.console import Console
 
 from longattn import cache
 from longattn.bench.bringup import show
-from longattn.environment import environment, write_whole
+from longattn.environment import environment
+from longattn.files import json_text, write_whole
 from longattn.ops import dispatch
 from longattn.train.kernel_check import KIND, VERSION, generation
 
@@ -96,7 +96,7 @@ class Report:
         with self._writing:
             self.document["verdict"], self.document["findings"] = verdict(self.document, self._parts)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, json.dumps(self.document, indent=1) + "\n")
+            write_whole(self.path, json_text(self.document, indent=1) + "\n")
             write_whole(self.path.with_suffix(".html"), show.page(self.document))
 
     def finish(self) -> None:

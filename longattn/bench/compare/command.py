@@ -9,7 +9,6 @@ the device's, without Python's dispatch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from longattn.bench.compare.options import CompareOptions, heading
 from longattn.bench.timing import Interval
 from longattn.bench.trace import opening, parts_table
 from longattn.display import device_text, digits, plain_table, seconds_text
+from longattn.files import json_text
 
 WIDTH = 132  # of the tables: a narrower terminal wraps them and loses no digits
 TOP = 5  # kernels shown of each contestant; twice as many differences
@@ -30,7 +30,7 @@ def run(options: CompareOptions, console: Console | None = None) -> dict[str, An
     """Measures, prints the tables (or the JSON document) on stdout, and returns the document."""
     document = measure(options)
     if options.json:
-        print(json.dumps(document))
+        print(json_text(document))
     else:
         _print(console or Console(width=max(WIDTH, Console().width)), document)
     return document

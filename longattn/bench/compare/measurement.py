@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 import uuid
@@ -25,6 +24,7 @@ from longattn.bench.timing import interleave, ratio
 from longattn.cost import hardware
 from longattn.display import seconds_text
 from longattn.environment import environment
+from longattn.files import json_text
 from longattn.ops.attention.api import BACK_ENDS
 from longattn.ops.linear.api import BACK_ENDS as LINEAR_BACK_ENDS
 
@@ -180,7 +180,7 @@ def _write(document: dict[str, Any], folder: Path) -> None:
         return
     shared = {k: v for k, v in document.items() if k not in ("rows", "differences", "plot")}
     with open(folder / FILE, "a") as file:
-        file.write("".join(json.dumps({**shared, **row}) + "\n" for row in document["rows"]))
+        file.write("".join(json_text({**shared, **row}) + "\n" for row in document["rows"]))
     if not any("samples" in row for row in document["rows"]):
         return
     path = Path(document["trace"]) / "compare.png"

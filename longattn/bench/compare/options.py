@@ -8,6 +8,7 @@ from typing import Any
 
 from longattn.bench.compare.peers import CONTESTANTS, LINEAR, Contestant
 from longattn.bench.compare.problems import Attention, Dtype, Linear, Problem, What
+from longattn.config.checks import typed, usable_path
 from longattn.mask import Causal, Mask
 from longattn.ops import dispatch
 from longattn.shapes import suggest
@@ -47,6 +48,8 @@ class CompareOptions:
     json: bool = False  # print one JSON document instead of the tables
 
     def __post_init__(self) -> None:
+        typed(self)
+        usable_path(self, "out")
         if self.case not in CASES:
             raise ValueError(f"unknown case {self.case!r}; {suggest(self.case, tuple(CASES))}")
         if not self.names:

@@ -17,6 +17,7 @@ import numpy as np
 from longattn.aot.kernels import cases
 from longattn.aot.kernels.cases.shape import KINDS
 from longattn.bench import attention
+from longattn.config.checks import typed
 from longattn.cost.flops import linear_flops
 from longattn.numerics import LinearProblem, draw
 from longattn.shapes import suggest
@@ -93,6 +94,7 @@ class Linear:
     kind: str  # as `cases.Shape` names it
 
     def __post_init__(self) -> None:
+        typed(self)
         for name in "TBHKD":
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from rich.console import Console
 from longattn import mask as masks
 from longattn.aot import compilers
 from longattn.aot.messages import measured
+from longattn.config.checks import typed
 from longattn.config.mesh import LayoutName
 from longattn.cost import topology
 from longattn.cost.sequence.load import load
@@ -20,6 +20,7 @@ from longattn.cost.sequence.problem import Problem, Way, ways
 from longattn.cost.sequence.strategies import compare, recommended
 from longattn.cost.sequence.timeline import LATENCY, machine, simulate
 from longattn.cost.sequence.traffic import DIFFERS, traffic, units
+from longattn.files import json_text
 from longattn.mask import Causal, Mask
 from longattn.parallel.attention import STRATEGIES
 from longattn.plan.sequence import packing, show
@@ -56,6 +57,7 @@ class SequenceOptions:
     json: bool = False  # print one JSON document instead of the tables
 
     def __post_init__(self) -> None:
+        typed(self)
         if self.strategy not in (names := ("all", *STRATEGIES)):
             raise ValueError(f"strategy={self.strategy!r} must be a strategy, or all; {suggest(self.strategy, names)}")
         where = topology.parse(self.topology)
@@ -99,7 +101,7 @@ def run(options: SequenceOptions, console: Console | None = None) -> dict[str, A
         document["packed"] = packing.table([options.T], [where.size], mask=options.mask)
         document["groups"] = packing.groups_table([options.T], [where.size], (1, 2, 4, 8))
     if options.json:
-        print(json.dumps(document))
+        print(json_text(document))
     else:
         show.tables(console or Console(width=max(_WIDTH, Console().width)), document)
     return document

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from longattn import terminal
+from longattn.files import read_object
 from longattn.models import MIXERS
 from longattn.study.store import FILE, Number, Store
 
@@ -71,6 +71,7 @@ def load(folder: Path, recorded: str = "") -> Study:
         raise ValueError(
             f"{folder} is no study: it has no study.json and {FILE}; give a folder that `longattn study` wrote"
         )
+    preset = read_object(about, "give another folder", preset=str)["preset"]
     studies = []
     for path in sorted(Path(recorded).glob(f"*/{FILE}")) if recorded else []:
         if path.parent.resolve() == folder.resolve():
@@ -81,7 +82,7 @@ def load(folder: Path, recorded: str = "") -> Study:
             terminal.say(f"longattn: left out a recorded study: {error}")
             continue
         studies.append(dataclasses.replace(old, store=_as_recorded(old.store)))
-    return Study(folder.name, json.loads(about.read_text())["preset"], Store(folder / FILE), tuple(studies))
+    return Study(folder.name, preset, Store(folder / FILE), tuple(studies))
 
 
 def _as_recorded(store: Store) -> Store:

@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from longattn.display import style
@@ -179,14 +180,14 @@ def _rich(table: Table) -> RichTable:
 
 def summary(study: Study, console: Console, page: Path) -> None:
     """Prints the opening table and sentences."""
-    console.print(f"[bold]{study.name}[/] · preset {study.preset} · {device(study.store)}")
+    console.print(f"[bold]{escape(study.name)}[/] · preset {study.preset} · {device(study.store)}")
     console.print(_rich(headline(study)))
     for s in sentences(study.store):
         console.print(
             "• " + "".join(p if isinstance(p, str) else number_text(p) for p in s), soft_wrap=True, markup=False
         )
     console.print("Badges: " + "; ".join(f"{b[0].upper()} {b}" for b in BADGES), style="dim")
-    console.print(f"{page}", soft_wrap=True)
+    console.print(f"{page}", soft_wrap=True, markup=False)
 
 
 # ---- two studies
@@ -233,8 +234,8 @@ def compare_summary(a: Study, b: Study, console: Console, page: Path) -> None:
     """Prints the numbers whose intervals are apart."""
     table = compared(a, b)
     apart: list[tuple[Any, ...]] = [row for row in table.rows if row[-1] == "apart"]
-    console.print(f"[bold]{a.name}[/] ({device(a.store)}) and [bold]{b.name}[/] ({device(b.store)})")
+    console.print(f"[bold]{escape(a.name)}[/] ({device(a.store)}) and [bold]{escape(b.name)}[/] ({device(b.store)})")
     console.print(f"{len(table.rows)} numbers in both, the intervals of {len(apart)} are apart")
     for key, x, y, ratio, _ in apart[:20]:
         console.print(f"  {key}: {number_text(x)}, {number_text(y)}, x{ratio}", soft_wrap=True, markup=False)
-    console.print(f"{page}", soft_wrap=True)
+    console.print(f"{page}", soft_wrap=True, markup=False)
