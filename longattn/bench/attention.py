@@ -1,8 +1,10 @@
 """`longattn compare attention`: our attention against PyTorch's and JAX's, and a window against the full mask.
 
-The candidates of a row take turns, each after a warm-up, so that a slow machine slows all of them alike. A ratio is one
-of medians, with a bootstrap interval. Outputs (and gradients) must agree before anything is timed. Times are wall-clock
-around `block_until_ready`: on an accelerator choose T large enough to hide the dispatch of some 50 us.
+The candidates of a row take turns, each after a warm-up, so that a slow machine slows all of them alike. Those with
+gigabytes of scratch come last, since they disturb what follows them. A ratio is one of medians, with a bootstrap
+interval; there is none where a candidate ran at two speeds. Outputs (and gradients) must agree before anything is
+timed. Times are wall-clock around `block_until_ready`: on an accelerator choose T large enough to hide the dispatch of
+some 50 us.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from longattn.bench.timing import Interval, Seconds, cores, fit_exponent, interleave, ratio, temp_bytes
+from longattn.bench.timing import Interval, Seconds, cores, fit_exponent, interleave, ratio, temp_bytes, two_speeds
 from longattn.config.checks import typed
 from longattn.cost import hardware
 from longattn.cost.flops import attention_flops
@@ -35,7 +37,7 @@ from longattn.files import json_text
 from longattn.mask import Causal, Full, Mask, Window
 from longattn.ops.attention.api import attention as ours
 
-VERSION = 2
+VERSION = 3
 WORKER = Path(__file__).with_name("torch_worker.py")
 TORCH_PYTHON = "LONGATTN_TORCH_PYTHON"
 WIDTH = 96  # of the table: a narrower terminal wraps it and loses no digits
@@ -310,9 +312,10 @@ def _row(
         fns["torch"] = lambda: Seconds(torch.ask("run", what=what)["seconds"])
     seconds = interleave(fns, options.repeats)
     medians = {name: statistics.median(samples) for name, samples in seconds.items()}
-    ratios = {name: ratio(seconds[name], seconds["longattn"]) for name in seconds if name not in ("longattn", "window")}
-    if "window" in seconds:
-        ratios["window"] = ratio(seconds["longattn"], seconds["window"])
+    unsteady = [name for name, samples in seconds.items() if two_speeds(samples)]
+    steady = [] if "longattn" in unsteady else [n for n in seconds if n not in ("longattn", *unsteady)]
+    against = lambda name: (seconds["longattn"], seconds[name])
+    ratios = {name: ratio(*(against(name) if name == "window" else against(name)[::-1])) for name in steady}
     twice = [jax.ShapeDtypeStruct((a.shape[0], 2 * T, *a.shape[2:]), a.dtype) for a in arrays]
     return {
         "T": T,
@@ -320,6 +323,7 @@ def _row(
         "seconds": seconds,
         "median": medians,
         "ratio": {name: asdict(r) for name, r in ratios.items()},
+        "two_speeds": unsteady,
         "error": errors,
         "skipped": skipped,
         "temp_bytes": temp,
@@ -380,7 +384,7 @@ def _exponents(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for what in dict.fromkeys(row["what"] for row in rows):
         same = [row for row in rows if row["what"] == what]
         for name in dict.fromkeys(n for row in same for n in row["seconds"]):
-            timed = [row for row in same if name in row["seconds"]]
+            timed = [row for row in same if name in row["seconds"] and name not in row["two_speeds"]]
             if len({row["T"] for row in timed}) > 1:
                 sizes = [row["T"] for row in timed]
                 entry = {"time": asdict(fit_exponent(sizes, [row["seconds"][name] for row in timed]))}
@@ -421,6 +425,13 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
     if errors:
         text = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
         notes.append(f"Before timing the results agreed; largest relative error against {text}.")
+    for row in rows:
+        for name in row["two_speeds"]:
+            low, high = (seconds_text(f(row["seconds"][name])) for f in (min, max))
+            notes.append(
+                f"{name} at T={row['T']:,} ({row['what']}) ran at two speeds, {low} to {high}: no ratio. "
+                "Repeat it when the machine is quiet."
+            )
     versions = environment["versions"]
     notes.append(
         f"{device_text(environment)}, {document['cores'] or '-'} cores, load {document['load']:.1f} before; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,27 +19,89 @@ class Seconds(float):
     """The result of a candidate that times itself, such as a worker in another process."""
 
 
+APART = 2**28  # bytes: a call with more scratch memory is timed after the others, by itself
+SETTLED = 0.75  # share of a candidate's usual CPU use below which a call counts as disturbed
+CHECKED = 0.01  # seconds: the CPU use of shorter calls says nothing
+PAUSES = (0.1, 0.3, 1.0)  # seconds to wait before a disturbed call is repeated
+
+
 def interleave(
     fns: Mapping[str, Callable[[], Any]], repeats: int, *, warm: int = 1, pause: float = 0.02
 ) -> dict[str, list[float]]:
-    """Returns the seconds of each call, by candidate: `repeats` rounds in turns, after `warm` untimed calls of each.
+    """Returns the seconds of each call, by candidate: as `turns`, without the numbers of the calls."""
+    return {name: [s for _, s in kept] for name, kept in turns(fns, repeats, warm=warm, pause=pause).items()}
 
-    The order rotates, so that no candidate always follows the same one. `pause` seconds before each call let the
-    threads of the previous one go to sleep. A call ends when its arrays are ready; a `Seconds` result is taken as is.
+
+def turns(
+    fns: Mapping[str, Callable[[], Any]], repeats: int, *, warm: int = 1, pause: float = 0.02
+) -> dict[str, list[tuple[int, float]]]:
+    """Returns (number of the call, its seconds) of `repeats` calls of each candidate, after `warm` untimed ones.
+
+    The candidates take turns, and the order rotates, so that no candidate always follows the same one. `pause` seconds
+    before each call let the threads of the previous one go to sleep. A call ends when its arrays are ready; a `Seconds`
+    result is taken as is.
+
+    On a CPU, the call after one that allocates gigabytes runs on fewer cores for a while. So compiled candidates with
+    more than `APART` bytes of scratch come after all others, one after the other. A call that uses less than `SETTLED`
+    of the CPU time per second that its candidate used before is disturbed: it is repeated after each of `PAUSES`, until
+    it is not. A candidate gets at most `repeats` repetitions, so that a busy machine cannot hold it for ever. Calls are
+    numbered from 0 by candidate, untimed and repeated ones included.
     """
-    for fn in fns.values():
-        for _ in range(warm):
-            jax.block_until_ready(fn())
-    names = list(fns)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(repeats):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            time.sleep(pause)
-            start = time.perf_counter()
+    on_cpu = jax.default_backend() == "cpu"
+    large = [name for name, fn in fns.items() if on_cpu and _scratch(fn) > APART]
+    groups = [[name for name in fns if name not in large], *([name] for name in large)]
+    kept: dict[str, list[tuple[int, float]]] = {name: [] for name in fns}
+    for names in filter(None, groups):
+        calls = dict.fromkeys(names, 0)
+        usual = dict.fromkeys(names, 0.0)  # CPU seconds per second
+        spare = dict.fromkeys(names, repeats)
+
+        def call(name: str, calls: dict[str, int] = calls) -> tuple[float, float]:
+            start, cpu = time.perf_counter(), time.process_time()
             result = jax.block_until_ready(fns[name]())
             took = time.perf_counter() - start
-            seconds[name].append(float(result) if isinstance(result, Seconds) else took)
-    return seconds
+            calls[name] += 1
+            if isinstance(result, Seconds):
+                return float(result), math.inf
+            return took, (time.process_time() - cpu) / took if on_cpu and took >= CHECKED else math.inf
+
+        for name in names:
+            for _ in range(warm):
+                _, use = call(name)
+                usual[name] = max(usual[name], use if use < math.inf else 0.0)
+        for i in range(repeats):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                time.sleep(pause)
+                took, use = call(name)
+                for wait in PAUSES:
+                    if use >= SETTLED * usual[name] or not spare[name]:
+                        break
+                    spare[name] -= 1
+                    time.sleep(wait)
+                    took, use = call(name)
+                usual[name] = max(usual[name], use if use < math.inf else 0.0)
+                kept[name].append((calls[name] - 1, took))
+    return kept
+
+
+def _scratch(fn: Any) -> int:
+    """Returns the scratch bytes of a compiled program, or of a partial call of one; 0 if unknown."""
+    memory = getattr(getattr(fn, "func", fn), "memory_analysis", lambda: None)()
+    return 0 if memory is None else int(memory.temp_size_in_bytes)
+
+
+def two_speeds(samples: Samples) -> bool:
+    """Returns whether samples fall into two separate groups, so that a median says which group is larger and no more.
+
+    The largest gap between neighbours in order must be over 20% of the value and three times the spread within either
+    side, and each side must hold a quarter of the samples and at least two.
+    """
+    x = np.sort(np.log(np.asarray(samples, float)))
+    if len(x) < 4:
+        return False
+    i = int(np.argmax(np.diff(x))) + 1
+    gap, spread = x[i] - x[i - 1], max(x[i - 1] - x[0], x[-1] - x[i])
+    return min(i, len(x) - i) >= max(2, len(x) / 4) and bool(gap > max(np.log(1.2), 3 * spread))
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,30 @@
 Loss by position suggests what more context is worth, but it also falls because rows start with fresh documents. The
 control separates the two. It predicts the same last bytes of the same documents with everything further back than k
 bytes before them taken from another document. Differences are paired by document, so their intervals are narrow.
+
+A short study cannot resolve either. It shows `longattn eval`'s figures of a run that was trained for an hour,
+`longattn/recorded/text.json`; `python -m longattn.study.context RUN` remakes that file.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from longattn import config
 from longattn.models import bytes_read_per_token, state_elements
+from longattn.recorded import load, path
 from longattn.study.learn import Learned, evaluate, learn, score
 from longattn.study.presets import ContextPlan
 from longattn.study.store import Number, Store
 from longattn.study.units import Clock, Unit, t_interval
-from longattn.study.ways import FIRST, READ, Way, trained
+from longattn.study.ways import READ, Way, trained
 from longattn.tasks.bytelm import BOS
 from longattn.train import data
 
@@ -26,11 +34,13 @@ LN2 = float(np.log(2))
 
 
 def units(plan: ContextPlan, store: Store) -> list[Unit]:
-    """Returns one training per way and context length, longest first. Ways after FIRST get the longest only."""
+    """Returns one training per way and context length, longest first. Ways not measured everywhere get the longest."""
+    if plan.recorded:
+        return [Unit("context/recorded", lambda clock: _recorded(), always=True)]
     made = []
     for rank, T in enumerate(sorted(plan.lengths, reverse=True)):
-        for i, way in enumerate(trained(plan.windows, plan.without)):
-            if plan.every or rank == 0 or i < FIRST:
+        for way in trained(plan.windows, plan.without):
+            if plan.every or rank == 0 or way.everywhere:
                 work = lambda clock, w=way, T=T, control=rank == 0: _context(plan, w, T, control, clock)
                 made.append(Unit(f"context/{way.name}/T={T}", work))
     return made
@@ -70,6 +80,39 @@ def _context(plan: ContextPlan, way: Way, T: int, control: bool, clock: Clock) -
         for quantity, k, value, *ends in _control(plan, model):
             at = {"k": k, "tail": plan.tail}
             yield number(quantity, value, "bits", "measured", at, low=ends[0], high=ends[1], **about)
+
+
+def _recorded() -> Iterable[Number]:
+    """Yields the loss of the recorded run, by position."""
+    found = load("text")
+    T, e = found["T"], found["environment"]
+    device, host = e["device"], e["host"]
+    where = f"{host['cpu']}, {host['cores']} cores" if device["platform"] == "cpu" else device["kind"]
+    note = (
+        f"exact attention, {found['steps']:,} steps; {where}; jax {e['versions']['jax']}; commit {e['commit'][:12]}; "
+        f"{found['tokens']:,.0f} held-out bytes"
+    )
+    number = lambda quantity, bits, **at: Number(
+        "context", quantity, "exact", bits, "bits", "recorded", {"T": T, **at}, note=note, command=found["command"]
+    )
+    yield number("bits_per_byte", found["bits_per_byte"])
+    for row in found["by_position"]:
+        yield number("bits_at", row["nll"] / LN2, **{"from": row["from"], "to": row["to"]})
+
+
+def record(run: Path) -> dict[str, Any]:
+    """Returns the figures of text.json from a run's folder: `longattn eval --json` saved as evaluation.json, env.json.
+
+    run: a folder such as experiments/2026-11-bytelm_small.
+    """
+    evaluation, environment = (json.loads((run / f"{n}.json").read_text()) for n in ("evaluation", "env"))
+    kept = ("time", "versions", "device", "host", "commit")
+    return {
+        "command": " ".join(environment["command"]),
+        "steps": evaluation["step"],
+        **{key: evaluation[key] for key in ("T", "tokens", "bits_per_byte", "by_position")},
+        "environment": {key: environment[key] for key in kept},
+    }
 
 
 def _octaves(T: int) -> list[tuple[int, int]]:
@@ -123,3 +166,7 @@ def documents(cfg: config.ByteLM, count: int) -> np.ndarray:
 def replace_before(rows: np.ndarray, cut: int) -> np.ndarray:
     """Replaces each row's tokens before index `cut` by those of the next row."""
     return np.concatenate([np.roll(rows, -1, 0)[:, :cut], rows[:, cut:]], 1)
+
+
+if __name__ == "__main__":
+    path("text").write_text(json.dumps(record(Path(sys.argv[1])), indent=1) + "\n")

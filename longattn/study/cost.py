@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from longattn import config
-from longattn.bench.timing import fit_exponent, interleave
+from longattn.bench.timing import fit_exponent, interleave, two_speeds
 from longattn.cost import flops
 from longattn.environment import available_memory
 from longattn.models import bytes_read_per_token, module_of, sequential_steps, state_elements
 from longattn.study.presets import CostPlan
-from longattn.study.store import Badge, Number, Store
+from longattn.study.store import UNSTEADY, Badge, Number, Store
 from longattn.study.units import Unit
-from longattn.study.ways import FIRST, READ, Way, trained, ways
+from longattn.study.ways import READ, Way, trained, ways
 
 WIDTH = 8
 FITTED = 3  # exponents are fitted to the largest sizes: in small ones overhead dominates
@@ -37,7 +37,7 @@ def units(plan: CostPlan, store: Store) -> list[Unit]:
     made.append(Unit("cost/state", lambda clock: _state(plan), weight=0.02 * plan.lengths[-1]))
     for T in plan.lengths:
         made.append(Unit(f"cost/T={T}", lambda clock, T=T: _length(plan, T), weight=T))
-    for T in [T for T in plan.lengths if plan.tokens >= T]:
+    for T in [T for T in plan.lengths if plan.tokens >= T]:  # none if tokens is 0
         made.append(Unit(f"cost/tokens/T={T}", lambda clock, T=T: _throughput(plan, T), weight=0.2 * plan.lengths[-1]))
     made.append(Unit("cost/fit", lambda clock: _fits(plan, store), weight=0.02 * plan.lengths[-1], always=True))
     return made
@@ -48,13 +48,13 @@ def _model(plan: CostPlan, way: Way) -> config.Model:
 
 
 def _at(plan: CostPlan, T: int) -> list[Way]:
-    """Returns the ways to measure at T. Dense attention stops at a limit; ways after FIRST get a single length."""
+    """Returns the ways to measure at T. Dense attention stops at a limit; some ways get a single length."""
     single = plan.lengths[-2] if len(plan.lengths) > 1 else plan.lengths[-1]
     table = ways(plan.windows, plan.without)
     return [
         w
-        for i, w in enumerate(table)
-        if (w.memory_exponent != 2 or plan.dense_limit >= T) and (plan.every or i < FIRST or single == T)
+        for w in table
+        if (w.memory_exponent != 2 or plan.dense_limit >= T) and (plan.every or w.everywhere or single == T)
     ]
 
 
@@ -94,11 +94,18 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float]:
 
 
 def _timed(fns: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
-    """Times the callables in turns; returns the median, interval and samples of each, in seconds."""
+    """Times the callables in turns; returns the median, interval and samples of each, in seconds.
+
+    One that ran at two speeds is timed again by itself. If it does so again it has no interval, and a note says why.
+    """
     result = {}
     for name, samples in interleave(fns, repeats).items():
+        if two_speeds(samples):
+            samples = interleave({name: fns[name]}, repeats)[name]
         low, high = median_interval(samples)
         result[name] = {"value": statistics.median(samples), "low": low, "high": high, "samples": tuple(samples)}
+        if two_speeds(samples):
+            result[name] |= {"low": None, "high": None, "note": f"{UNSTEADY}, {low:.3g} s and {high:.3g} s"}
     return result
 
 
@@ -113,15 +120,8 @@ def _length(plan: CostPlan, T: int) -> Iterable[Number]:
             yield Number("cost", f"scratch_{what}", way.name, scratch, "B", "compiled", {"T": T}, note=note)
             if not note:
                 fns[f"{what}/{way.name}"] = functools.partial(program, *arguments)
-            if what == "forward" and way.implementation == "reference":
-                counted = program.cost_analysis().get("flops")  # exact where the program has no loops
-                if counted:
-                    yield Number("cost", "flops_forward", way.name, counted, "FLOP", "compiled", {"T": T})
-        if way.implementation != "reference":
-            try:
-                predicted = flops.layer_flops(way.mixer, _model(plan, way), T).attention
-            except KeyError:  # a mixer without a formula yet
-                continue
+        if way.same_as is None:
+            predicted = flops.layer_flops(way.mixer, _model(plan, way), T).attention
             yield Number("cost", "flops_forward", way.name, predicted, "FLOP", "predicted", {"T": T})
     for name, numbers in _timed(fns, plan.repeats).items():
         what, way_name = name.split("/")
@@ -149,7 +149,7 @@ def _throughput(plan: CostPlan, T: int) -> Iterable[Number]:
 
 
 def _share(plan: CostPlan) -> Iterable[Number]:
-    for way in ways(plan.share_windows, plan.without):
+    for way in ways(plan.windows, plan.without):
         if way.same_as is None:
             for T in plan.share_lengths:
                 model = config.Model(**{**vars(SEVEN_BILLION), "mixers": (way.mixer,)})
@@ -185,7 +185,8 @@ def _fits(plan: CostPlan, store: Store) -> Iterable[Number]:
                 continue
             sizes = [n.at["T"] for n in numbers]
             fit = fit_exponent(sizes, [n.samples or [n.value] for n in numbers])
-            note = f"fitted on T = {', '.join(map(str, sizes))}"
+            unsteady = next((n.note for n in numbers if n.refused), "")
+            note = unsteady or f"fitted on T = {', '.join(map(str, sizes))}"
             badge: Badge = "measured" if numbers[0].samples else "compiled"
             yield Number(
                 "cost", f"exponent_{name}", way.name, fit.value, "", badge, low=fit.low, high=fit.high, note=note

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from longattn.config import Config
+from longattn.study.store import STOPPED
 from longattn.study.units import Clock
 from longattn.train import data
 from longattn.train.step import State, eval_step, init_state, train_step
@@ -31,7 +32,7 @@ class Learned:
     def note(self) -> str:
         if self.steps == self.config.run.steps:
             return ""
-        return f"stopped by its budget at step {self.steps} of {self.config.run.steps}"
+        return f"{STOPPED} at step {self.steps} of {self.config.run.steps}"
 
 
 def learn(config: Config, seeds: tuple[int, ...], clock: Clock) -> Learned:

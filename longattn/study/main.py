@@ -41,7 +41,7 @@ class StudyOptions:
         "sequence",
         "pod",
     )
-    recorded: str = "experiments"  # folder with earlier studies to show beside this one
+    recorded: str = ""  # folder with earlier studies of the same plan to show beside this one; "": none
     compare: tuple[str, str] | None = None  # two study folders: compare them on one page, measure nothing
     json: bool = False  # print one JSON document instead of the summary
 

@@ -17,7 +17,7 @@ from longattn.study.learn import learn, score
 from longattn.study.presets import RecallPlan
 from longattn.study.store import Number, Store
 from longattn.study.units import Clock, Unit, share_interval
-from longattn.study.ways import FIRST, READ, Way, trained, without_positions
+from longattn.study.ways import READ, Way, trained, without_positions
 from longattn.tasks import mqar, needle
 
 Task = config.MQAR | config.Needle
@@ -26,21 +26,22 @@ Task = config.MQAR | config.Needle
 def units(plan: RecallPlan, store: Store) -> list[Unit]:
     """Returns a unit per task and way, the hardest setting of each task first.
 
-    Ways after FIRST get a single training: MQAR's hardest setting, with one seed.
+    Ways that are not measured everywhere get a single training: MQAR's hardest setting, with one seed.
     """
     made = []
     for task, steps in [(t, plan.mqar_steps) for t in plan.mqar] + [(t, plan.needle_steps) for t in plan.needle]:
         hardest = (plan.mqar + plan.needle).index(task) == 0
-        for i, way in enumerate(trained(plan.windows, plan.without)):
-            whole = plan.every or i < FIRST
+        for way in trained(plan.windows, plan.without):
+            whole = plan.every or way.everywhere
+            taken = plan.recurrent_steps if isinstance(task, config.MQAR) and not way.everywhere else steps
             seeds = (plan.seeds if isinstance(task, config.MQAR) else plan.needle_seeds)[: None if whole else 1]
             if whole or hardest:
                 key = f"recall/{way.name}/{_name(task)}"
                 made.append(
                     Unit(
                         key,
-                        lambda clock, t=task, w=way, n=steps, s=seeds: _recall(plan, w, t, n, s, clock),
-                        weight=steps * task.B * task.T * len(seeds),
+                        lambda clock, t=task, w=way, n=taken, s=seeds: _recall(plan, w, t, n, s, clock),
+                        weight=taken * task.B * task.T * len(seeds),
                     )
                 )
     return made

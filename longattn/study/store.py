@@ -25,12 +25,15 @@ VERSION = 1
 FILE = "study.jsonl"
 _REMEDY = "move the file away and start again"
 
+STOPPED = "stopped by its budget"  # opens the note of a training that was cut short
+UNSTEADY = "ran at two speeds"  # opens the note of a timing whose samples fall into two groups
+
 Badge = Literal["measured", "compiled", "predicted", "recorded"]
 BADGES: dict[str, str] = {
     "measured": "measured here: timed or trained on this device",
     "compiled": "read off a program compiled here, not run",
-    "predicted": "computed from formulas, fits or published figures",
-    "recorded": "measured earlier, on the device named; kept in experiments/",
+    "predicted": "computed from formulas or published figures",
+    "recorded": "measured or compiled earlier, as its provenance says",
 }
 
 
@@ -54,9 +57,9 @@ class Number:
     command: str = ""  # command that remakes it
 
     @property
-    def cut_short(self) -> bool:
-        """Whether the budget stopped its training."""
-        return self.note.startswith("stopped")
+    def refused(self) -> str:
+        """Why figures and sentences leave it out: "cut short" by the budget, or "two speeds"; "" if they do not."""
+        return "cut short" if self.note.startswith(STOPPED) else "two speeds" if self.note.startswith(UNSTEADY) else ""
 
     @property
     def key(self) -> str:

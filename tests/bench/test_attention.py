@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from longattn.bench import attention
-from longattn.bench.timing import Seconds, cores, fit_exponent, interleave, ratio, temp_bytes
+from longattn.bench import attention, timing
+from longattn.bench.timing import Seconds, cores, fit_exponent, interleave, ratio, temp_bytes, turns, two_speeds
 from longattn.cost import flops
 from longattn.mask import Causal, Chunked, Window
 
@@ -36,6 +36,67 @@ def test_interleave_measures_the_call_or_takes_its_own_word():
     seconds = interleave(fns, 2, pause=0)
     assert all(0.02 <= s < 2 for s in seconds["sleeps"])
     assert seconds["says"] == [7.0, 7.0]
+
+
+class Large:
+    """A compiled program with a gigabyte of scratch."""
+
+    temp_size_in_bytes = 2**30
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __call__(self):
+        self.calls.append("L")
+
+    def memory_analysis(self):
+        return self
+
+
+def test_what_allocates_gigabytes_comes_after_all_others():
+    calls = []
+    large = Large(calls)
+    fns = {"large": large, "a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    assert list(interleave(fns, 2, pause=0)) == ["large", "a", "b"]
+    assert "".join(calls) == "ab" + "ab" + "ba" + "L" * 3
+
+
+def test_a_call_on_fewer_cores_than_usual_is_repeated(monkeypatch):
+    uses = iter([2.0, 1.0, 1.0, 1.9, 2.0, 0.5, 0.5, 0.5, 0.5])  # CPU seconds per second, call by call
+    clock, cpu = [0.0], [0.0]
+
+    def work():
+        clock[0] += 1
+        cpu[0] += next(uses)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "process_time", lambda: cpu[0])
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
+    kept = turns({"a": work}, 3)["a"]
+    # The first timed call is taken at its third try, the second at once; the third has one repetition left.
+    assert [i for i, _ in kept] == [3, 4, 6]
+    assert next(uses) == 0.5
+
+
+def test_two_speeds():
+    slow_and_fast = [1.0, 1.02, 0.99, 2.5, 2.6, 2.55]
+    assert two_speeds(slow_and_fast)
+    assert not two_speeds([1.0, 1.02, 0.99, 1.01, 1.0, 2.5])  # one outlier
+    assert not two_speeds([1.0, 1.001, 1.0, 1.1, 1.101, 1.1])  # near enough to tell apart from others
+    assert not two_speeds(np.linspace(1, 3, 7))
+    rng = np.random.default_rng(0)
+    assert sum(two_speeds(rng.lognormal(0, 0.2, 7)) for _ in range(200)) <= 10
+
+
+def test_no_ratio_of_what_ran_at_two_speeds(capsys, monkeypatch):
+    samples = {"longattn": [1.0, 1.01, 1.0, 1.02], "jax": [5.0, 5.1, 9.0, 9.1], "window": [0.5, 0.51, 0.5, 0.5]}
+    monkeypatch.setattr(attention, "interleave", lambda fns, repeats: {name: samples[name] for name in fns})
+    document, out = run(capsys, T=(16,), what=("forward",), against=("jax",))
+    (row,) = document["rows"]
+    assert row["two_speeds"] == ["jax"]
+    assert row["ratio"].keys() == {"window"}
+    assert row["ratio"]["window"]["value"] == pytest.approx(2.01)
+    assert "jax at T=16 (forward) ran at two speeds, 5 s to 9.1 s: no ratio" in " ".join(out.split())
 
 
 def test_ratio_is_of_medians_within_its_interval():

@@ -7,16 +7,20 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from longattn import config, plan
+from longattn import config, plan, recorded
 from longattn.aot import compilers, train_step
+from longattn.bench import attention as bench
 from longattn.cost import hardware, topology
+from longattn.cost.sequence import problem as sequence_problem
+from longattn.cost.sequence import strategies, timeline
 from longattn.models import MIXERS
-from longattn.study import StudyOptions, context, cost, main, memory, pod, recall, report, run, ways
+from longattn.study import StudyOptions, context, cost, main, memory, pod, presets, recall, report, run, sequence, ways
 from longattn.study.presets import PRESETS, SMOKE
 from longattn.study.report import tables
 from longattn.study.store import FILE, Number, Store
@@ -133,36 +137,130 @@ def test_a_new_mixer_joins_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert ways.ways((16,))[-1].name == "nothing"
     for units, name in ((memory.units, "memory"), (recall.units, "recall"), (context.units, "context")):
         few, many = (sum("nothing" in u.key for u in units(getattr(p, name), store)) for p in (quick, full))
-        assert 1 <= few <= 3  # a point per part; text counts two ways before it
-        assert many >= few
+        assert few == {"memory": 2, "recall": 1, "context": 0}[name]  # the quick study's text was trained earlier
+        assert many > few
     assert sum("nothing" in [w.name for w in cost._at(quick.cost, T)] for T in quick.cost.lengths) == 1
     assert sum("nothing" in [w.name for w in cost._at(full.cost, T)] for T in full.cost.lengths) == len(
         full.cost.lengths
     )
 
 
-def test_what_fits_is_the_plans_answer_and_more_recomputation_never_fits_less() -> None:
-    quick = dataclasses.replace(PRESETS["quick"].memory, remats=("none", "dots", "attention", "full"))
-    way = next(w for w in ways.ways(quick.windows) if w.name == "exact")
+def made(units: Any, plan: Any, only: str = "") -> list[Number]:
+    """The numbers of a part's units whose keys contain `only`."""
+    chosen = (u for u in units(plan, Store(Path("unused"))) if only in u.key)
+    return [n for u in chosen for n in u.work(Clock(3600))]
+
+
+def test_more_recomputation_never_fits_less() -> None:
+    plan_ = dataclasses.replace(PRESETS["quick"].memory, remats=("none", "dots", "attention", "full"), lengths=())
     found: dict[str, list[float]] = {}
-    for remat in quick.remats:
-        number = lambda quantity, value, unit, badge, at, **_: (quantity, at["chip"], value)
-        for quantity, chip, value in memory._fitting(quick, way, remat, number):
-            if quantity == "longest_T":
-                found.setdefault(chip, []).append(value)
-            if (chip, remat, quantity) in (("v5e", "attention", "longest_T"), ("h100", "none", "largest_batch")):
-                search, T = {"longest_T": ("max-length", 1024), "largest_batch": ("max-batch", quick.batch_at)}[
-                    quantity
-                ]
-                options = plan.PlanOptions(
-                    topology=topology.one(chip).name, search=search, analytic=True, data=config.ByteLM(T=T, B=1),
-                    model=dataclasses.replace(quick.model, remat=remat, mixers=(way.mixer,)),
-                )  # fmt: skip
-                row = plan.run(options, "quick", Console(file=io.StringIO()))["found"]
-                assert value == row["T" if quantity == "longest_T" else "B"], (chip, remat, quantity)
+    for n in made(memory.units, plan_, "/exact/"):
+        if n.quantity == "longest_T":
+            found.setdefault(n.at["chip"], []).append(n.value)
     assert len(found) == len(hardware.TENSOR_CORES) + len(hardware.GPUS)
     for chip, longest in found.items():
-        assert longest == sorted(longest) and longest[0] > 0, chip
+        assert len(longest) == 4
+        assert longest == sorted(longest)
+        assert longest[0] > 0, chip
+
+
+@pytest.mark.slow
+def test_a_number_is_what_the_command_says_that_also_computes_it(tmp_path: Path) -> None:
+    """One row per quantity: the study's number, and the same one from the other command's document."""
+    quick, silent = PRESETS["quick"], Console(file=io.StringIO())
+    fits = {n.key: n.value for n in made(memory.units, quick.memory, "memory/chips")}
+    fits |= {n.key: n.value for n in made(memory.units, quick.memory, "/exact/attention")}
+    model = dataclasses.replace(quick.memory.model, remat="attention")
+
+    def planned(T: int, search: str | None = None) -> dict[str, Any]:
+        data = config.ByteLM(T=T, B=1)
+        options = plan.PlanOptions(topology="v5e:1x1", search=search, analytic=True, data=data, model=model)
+        return plan.run(options, "quick", silent)
+
+    T = quick.memory.lengths[-1]
+    one, held = planned(T), planned(quick.memory.held_at)["rows"][0]
+    table = [
+        ("memory/longest_T/exact/remat=attention/chip=v5e", planned(1024, "max-length")["found"]["T"]),
+        (f"memory/largest_batch/exact/remat=attention/chip=v5e/T={quick.memory.batch_at}",
+         planned(quick.memory.batch_at, "max-batch")["found"]["B"]),
+        (f"memory/step_bytes/exact/remat=attention/chip=v5e/T={T}", one["rows"][0]["hbm_bytes"]),
+        *((f"memory/held_{kind}/exact/remat=attention/chip=v5e/T={quick.memory.held_at}", size)
+          for kind, size in held["by_kind"].items() if size),
+        ("memory/chip_bytes/-/chip=v5e", one["rows"][0]["hbm_limit"]),
+        ("memory/parameters/-", one["parameters"]),
+    ]  # fmt: skip
+    for key, value in table:
+        assert fits[key] == value, key
+
+    # `longattn compare attention`: FLOPs of the same heads and mask; and `longattn profile sequence`.
+    small = dataclasses.replace(quick.cost, lengths=(64,), dense_limit=0, repeats=1, without=presets._FAMILY)
+    counted = {n.key: n.value for n in cost._length(small, 64)}
+    for way, window in (("exact", False), ("window_32", True)):
+        options = bench.AttentionOptions(T=(64,), H=small.H, D=small.D, window=small.windows[0] - 1)
+        assert counted[f"cost/flops_forward/{way}/T=64"] == bench.flops(options, 64, "forward", window=window)
+    shapes = sequence_problem.Problem(T=1024, H=2, K=1, D=8)
+    told = strategies.compare({shapes: 1}, 8, timeline.machine(topology.parse("v5e:2x4")))
+    shown = {n.key: n.value for n in made(sequence.units, PRESETS["smoke"].sequence)}
+    for row in told:
+        at = f"strategy={row['strategy']}/layout={row['layout']}/P=8"
+        assert shown[f"sequence/idle/-/{at}"] == row["idle"]
+        assert shown[f"sequence/total/-/{at}/machine=v5e:2x4"] == row["seconds"]["total"]
+
+
+def test_exponents_are_the_benchmarks(tmp_path: Path) -> None:
+    store, times = Store(tmp_path / FILE), {1024: (1.0, 1.1, 1.2), 2048: (3.0, 3.1, 3.2), 4096: (9.0, 9.1, 9.9)}
+    quantity = "seconds_forward_backward"
+    numbers = [Number("cost", quantity, "exact", s[1], "s", "measured", {"T": T}, samples=s) for T, s in times.items()]
+    store.unit("a", numbers, part="cost", seconds=1.0)
+    rows = [
+        {"what": "x", "T": T, "seconds": {"exact": s}, "temp_bytes": {}, "two_speeds": []} for T, s in times.items()
+    ]
+    shown = next(n for n in cost._fits(PRESETS["quick"].cost, store) if n.quantity == "exponent_time_training")
+    assert {"value": shown.value, "low": shown.low, "high": shown.high} == bench._exponents(rows)["x"]["exact"]["time"]
+
+
+def test_windows_are_the_same_in_every_part() -> None:
+    for name, preset in PRESETS.items():
+        parts = (preset.cost, preset.memory, preset.recall, *([] if preset.context.recorded else [preset.context]))
+        assert len({p.windows for p in parts}) == 1, name
+
+
+def test_quick_recall_compares_families() -> None:
+    preset = PRESETS["quick"].recall
+    steps = {u.key.split("/")[1]: u.weight for u in recall.units(preset, Store(Path("unused"))) if "/mqar/" in u.key}
+    assert steps.keys() == {"exact", "window_32", "gateddeltanet"}
+    rows = preset.mqar[0].B * preset.mqar[0].T
+    assert steps["gateddeltanet"] == preset.recurrent_steps * rows
+    assert steps["exact"] == preset.mqar_steps * rows * len(preset.seeds)
+
+
+def test_quick_text_is_the_recorded_run() -> None:
+    numbers = made(context.units, PRESETS["quick"].context)
+    assert {n.badge for n in numbers} == {"recorded"}
+    folder = Path("experiments/2026-11-bytelm_small")
+    assert recorded.load("text") == context.record(folder)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert numbers[0].value == evaluation["bits_per_byte"]
+    bits = [n.value for n in numbers if n.quantity == "bits_at"]
+    assert bits == [row["nll"] / math.log(2) for row in evaluation["by_position"]]
+    assert bits[0] > bits[-1]
+
+
+def test_a_timing_at_two_speeds_has_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = {"a": [1.0, 1.01, 1.02, 2.0, 2.01, 2.02], "b": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]}
+    asked: list[list[str]] = []
+
+    def timed(fns: dict[str, object], repeats: int) -> dict[str, list[float]]:
+        asked.append(list(fns))
+        return {name: samples[name] for name in fns}
+
+    monkeypatch.setattr(cost, "interleave", timed)
+    found = cost._timed({"a": print, "b": print}, 6)
+    assert asked == [["a", "b"], ["a"]]  # once more, by itself
+    assert (found["a"]["low"], found["a"]["high"]) == (None, None)
+    number = Number("cost", "seconds_forward", "exact", unit="s", badge="measured", **found["a"])
+    assert number.refused == "two speeds"
+    assert (found["b"]["low"], found["b"]["high"]) == (1.0, 1.5)
 
 
 def test_intervals() -> None:
@@ -193,9 +291,9 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = dataclasses.replace(
         SMOKE,
         cost=dataclasses.replace(SMOKE.cost, seconds=time, windows=(), tokens=32),
-        memory=dataclasses.replace(SMOKE.memory, seconds=time, lengths=SMOKE.memory.lengths[:2]),
+        memory=dataclasses.replace(SMOKE.memory, seconds=time),
         recall=dataclasses.replace(SMOKE.recall, seconds=time, needle_seeds=(0,)),
-        context=dataclasses.replace(SMOKE.context, seconds=time),
+        context=dataclasses.replace(SMOKE.context, seconds=time, windows=()),
         sequence=dataclasses.replace(SMOKE.sequence, seconds=time),
     )
     monkeypatch.setitem(PRESETS, "smoke", preset)
@@ -239,8 +337,8 @@ def test_quick_counts_all_mixers_and_times_some(tmp_path: Path) -> None:
             assert steps[-1] == 8 * steps[0] > 8
     study = report.Study("a", "quick", store)
     (shown,) = (t for t in tables.tables(study)["cost"] if t.title.startswith("State and reads of one layer"))
-    assert [row[0] for row in shown.rows][:2] == ["exact, blockwise, T 8192", "window 256, T 8192"]
-    assert {"GatedDeltaNet, T 8192", "Based, T 8192"} < {row[0] for row in shown.rows}
+    assert [row[0] for row in shown.rows][:2] == ["exact, blockwise", "window 32"]
+    assert {"GatedDeltaNet", "Based"} < {row[0] for row in shown.rows}
 
 
 @pytest.mark.parametrize("there", [False, True])

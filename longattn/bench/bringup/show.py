@@ -68,7 +68,7 @@ def timing(document: Mapping[str, Any]) -> Rows:
         ratio = row.get("static_ratio")
         rows.append(
             (*first, seconds_text(row["seconds"]), row["clock"],
-             str(Interval(**row["ratio"])) if "ratio" in row else "-",
+             str(Interval(**row["ratio"])) if row.get("ratio") else "-",
              percent(row.get("share_of_peak_flops")), percent(row.get("share_of_bandwidth")),
              cycles(row.get("static_cycles")), cycles(row.get("measured_cycles")), f"{ratio:.2f}" if ratio else "-")
         )  # fmt: skip

@@ -3,8 +3,9 @@
 The contestants are this project's back ends and their rivals. For linear attention they are its back ends, and exact
 attention of the same tokens and heads as a yardstick. A contestant that cannot run here becomes a row with the reason.
 Results (and gradients) must agree with a float32 reference before anything is timed. Then the contestants take turns,
-each call waited for, while the profiler records when each op began and ended. `bench/trace/` reads that, so times are
-the device's, without Python's dispatch.
+each call waited for, while the profiler records when each op began and ended. Those with gigabytes of scratch come
+last, since they disturb what follows them. `bench/trace/` reads the record, so times are the device's, without Python's
+dispatch.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _contestants(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
             row["contestant"],
             seconds_text(s["median"]),
             f"{seconds_text(s['low'])} .. {seconds_text(s['high'])}",
-            str(Interval(**row["ratio"])),
+            "-" if row["ratio"] is None else str(Interval(**row["ratio"])),
             f"{row['idle']:.0%}",
             digits(row["flops_per_second"] / 1e9),
             _percent(row["share_of_peak_flops"]),
@@ -106,7 +107,10 @@ def _notes(document: Mapping[str, Any], ran: Sequence[Mapping[str, Any]]) -> lis
     for row in document["rows"]:
         if "samples" not in row:
             notes.append(f"{row['contestant']}: {row['reason']}.")
-        elif row["static_note"]:
+            continue
+        if row["two_speeds"]:
+            notes.append(f"{row['contestant']} ran at two speeds: no ratio. Repeat it when the machine is quiet.")
+        if row["static_note"]:
             notes.append(f"{row['contestant']}: no static cycles: {row['static_note']}")
     if peak["flops"]:
         how = "a float32 matrix product measured here" if peak["measured"] else "published, bfloat16"

@@ -20,7 +20,7 @@ from longattn.bench.compare.admission import admit
 from longattn.bench.compare.options import CompareOptions
 from longattn.bench.compare.picture import plot
 from longattn.bench.compare.roofline import static_seconds
-from longattn.bench.timing import interleave, ratio
+from longattn.bench.timing import ratio, turns, two_speeds
 from longattn.cost import hardware
 from longattn.display import seconds_text
 from longattn.environment import environment
@@ -28,7 +28,7 @@ from longattn.files import json_text
 from longattn.ops.attention.api import BACK_ENDS
 from longattn.ops.linear.api import BACK_ENDS as LINEAR_BACK_ENDS
 
-VERSION = 1
+VERSION = 2
 FILE = "compare.jsonl"
 
 
@@ -71,19 +71,20 @@ def measure(options: CompareOptions) -> dict[str, Any]:
         for row in rows:
             if (name := row["contestant"]) not in fns:
                 continue
-            row["host_seconds"] = host[name]
-            executions = recorded.of(f"jit_compare_{name}")
-            if len(executions) != options.rounds + 1:
-                row["reason"] = f"the trace shows {len(executions)} executions of {options.rounds + 1} calls"
+            row["host_seconds"] = [seconds for _, seconds in host[name]]
+            executions, calls = recorded.of(f"jit_compare_{name}"), host[name][-1][0] + 1
+            if len(executions) != calls:
+                row["reason"] = f"the trace shows {len(executions)} executions of {calls} calls"
                 if recorded.unknown_seconds:
                     row["reason"] += (
                         f"; {seconds_text(recorded.unknown_seconds)} of kernels name no program, as in CUDA graphs: "
                         "launch them one by one with XLA_FLAGS=--xla_gpu_enable_command_buffer="
                     )
                 continue
-            row |= _row(name, options, executions[1:], device)
+            row |= _row(name, options, [executions[i] for i, _ in host[name]], device)
             base = base or row["samples"]
-            row["ratio"] = asdict(ratio(row["samples"], base))
+            row["two_speeds"] = two_speeds(row["samples"])
+            row["ratio"] = None if row["two_speeds"] or two_speeds(base) else asdict(ratio(row["samples"], base))
     document["differences"] = differences(rows)
     _write(document, folder)
     return document
@@ -101,17 +102,19 @@ def _compiled_anew() -> Iterator[None]:
         jax.config.update("jax_compilation_cache_include_metadata_in_key", before)
 
 
-def _record(fns: Mapping[str, Callable[[], Any]], rounds: int, folder: Path) -> tuple[dict[str, list[float]], Path]:
-    """Runs the contestants in turns under one trace; returns wall-clock seconds and the trace's folder.
+def _record(
+    fns: Mapping[str, Callable[[], Any]], rounds: int, folder: Path
+) -> tuple[dict[str, list[tuple[int, float]]], Path]:
+    """Runs the contestants in turns under one trace; returns the calls to keep, as `turns`, and the trace's folder.
 
-    The trace includes one warm-up call of each. Its folder is unique: another comparison may write beside it.
+    The trace includes the calls that are not kept. Its folder is unique: another comparison may write beside it.
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # tracing Python's calls would slow the run down
     options.session_id = f"{time.strftime('%Y_%m_%d_%H_%M_%S')}_{uuid.uuid4().hex[:8]}"
     with jax.profiler.trace(str(folder), profiler_options=options):
-        seconds = interleave(fns, rounds)
-    return seconds, folder / "plugins" / "profile" / options.session_id
+        calls = turns(fns, rounds)
+    return calls, folder / "plugins" / "profile" / options.session_id
 
 
 def _row(

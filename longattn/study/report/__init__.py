@@ -2,7 +2,7 @@
 
 from longattn.study.report.load import Study, load
 from longattn.study.report.page import compare_document, compare_page, compare_summary, document, page, summary
-from longattn.study.report.sentences import UNRESOLVED, ranking, separate
+from longattn.study.report.sentences import UNRESOLVED, separate
 
 __all__ = [
     "UNRESOLVED",
@@ -13,7 +13,6 @@ __all__ = [
     "document",
     "load",
     "page",
-    "ranking",
     "separate",
     "summary",
 ]

@@ -24,7 +24,6 @@ _VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", PANEL: "var(--panel)"} | {
     c: f"var(--s{i})" for i, c in enumerate(SERIES)
 }
 MARKERS = "oDs^vP*X"
-_IN_AXES: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 8}
 _STYLE = {
     "svg.fonttype": "none",  # text stays text, for search and screen readers
     "svg.hashsalt": "longattn",
@@ -51,14 +50,13 @@ _STYLE = {
     "axes.facecolor": "none",
     "savefig.transparent": True,
 }
-ORDER = ("exact", "window", "dense")  # families with fixed colours; the others follow in the order they appear
 
 
 def colour(way: str, ways: Sequence[str]) -> tuple[str, str]:
-    """Returns the colour and marker of a way, the same in every figure of the study. Windows share a colour."""
-    families = list(dict.fromkeys([*ORDER, *map(family, ways)]))
-    i = families.index(family(way)) % len(SERIES)
-    return SERIES[i], MARKERS[i]
+    """Returns the colour and marker of a way, the same in every figure of the study: `ways` are all of its ways."""
+    kinds = (["exact"], [w for w in ways if family(w) == "window"], ["dense"], ways)
+    i = list(dict.fromkeys(w for kind in kinds for w in kind)).index(way)
+    return SERIES[i % len(SERIES)], MARKERS[(i + i // len(SERIES)) % len(MARKERS)]
 
 
 def ways_of(numbers: Sequence[Number]) -> list[str]:
@@ -66,13 +64,22 @@ def ways_of(numbers: Sequence[Number]) -> list[str]:
 
 
 def figure(
-    name: str, title: str, description: str, draw: Callable[..., None], columns: int, height: float = 3.3
+    name: str, title: str, description: str, draw: Callable[..., None], columns: int, height: float = 3.6
 ) -> str:
-    """Returns an SVG of `columns` panels, drawn by `draw(*axes)`, with title and description for screen readers."""
+    """Returns an SVG of `columns` panels, drawn by `draw(*axes)`, with title and description for screen readers.
+
+    The legend stands below the axes, with one entry per label.
+    """
     with matplotlib.rc_context(_STYLE):
         fig, axes = plt.subplots(1, columns, figsize=(9.6, height), layout="constrained", squeeze=False)
         try:
             draw(*axes[0])
+            entries = {}
+            for ax in axes[0]:
+                entries |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+            if entries:
+                columns = 4 if max(map(len, entries)) < 24 else 3
+                fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=9)
             text = io.StringIO()
             fig.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         finally:
@@ -122,7 +129,7 @@ Recorded = Sequence[tuple[str, Store]]  # recorded studies: their labels and num
 
 def recall(store: Store, titles: dict[str, str], recorded: Recorded = ()) -> str | None:
     """Draws accuracy with its interval against bytes read per token: a point per way, a panel per task."""
-    points = store.select("recall", "accuracy")
+    points = [n for n in store.select("recall", "accuracy") if not n.refused]
     tasks = list(dict.fromkeys(n.at["task"] for n in points))
     if not tasks:
         return None
@@ -133,39 +140,39 @@ def recall(store: Store, titles: dict[str, str], recorded: Recorded = ()) -> str
 
     facts = "; ".join(f"{titles.get(n.way, n.way)} on {n.at['task']} {n.value:.3f}" for n in points)
     return figure(
-        "recall", "Recall against bytes read per token", f"Share of right answers: {facts}.", draw, len(tasks), 3.6
+        "recall", "Recall against bytes read per token", f"Share of right answers: {facts}.", draw, len(tasks), 4
     )
 
 
 def _recall_panel(ax: Any, task: str, store: Store, titles: dict[str, str], recorded: Recorded) -> None:
-    xs, ways = [], ways_of(store.select("recall", "accuracy"))
+    """Draws a task's hardest setting, which is the first."""
+    xs: list[float] = []
+    hardest = next(n.at for n in store.select("recall", "accuracy", task=task))
     for label, source in [("", store), *recorded]:
-        marks: dict[str, Any] = (
-            {"markersize": 7, "markerfacecolor": "none", "alpha": 0.6} if label else {"markersize": 9}
-        )
-        for n in source.select("recall", "accuracy", task=task):
+        for n in source.select("recall", "accuracy", **hardest):
             read = source.one("recall", "bytes_read", n.way, **n.at)
-            if read is None:
+            if read is None or n.refused:
                 continue
             xs.append(read.value)
-            c, m = colour(n.way, ways)
-            ax.errorbar(read.value, n.value, yerr=_bars(n), fmt=m, color=c, ecolor=c, capsize=4, zorder=3, **marks)
-            text = titles.get(n.way, n.way) + (f" ({label})" if label else "") + " (cut short)" * n.cut_short
-            shift = (0, -22 if n.value > 0.8 else 14)
-            ax.annotate(text, (read.value, n.value), shift, textcoords="offset points", ha="center", fontsize=9)
-    for quantity, text, line, width in (
-        ("chance", "chance", ":", 1.2),
-        ("guess", "knows the values, not their keys", (0, (1, 4)), 1),
+            c, m = colour(n.way, [*titles, n.way])
+            text = titles.get(n.way, n.way) + (f" ({label})" if label else "")
+            marks: dict[str, Any] = {"markerfacecolor": "none", "alpha": 0.6} if label else {}
+            ax.errorbar(
+                read.value, n.value, yerr=_bars(n), fmt=m, color=c, ecolor=c, capsize=4, zorder=3, markersize=9,
+                label=text, **marks,
+            )  # fmt: skip
+    for quantity, text, line in (
+        ("guess", "knows the values, not their keys", (0, (1, 4))),
+        ("chance", "chance", ":"),
     ):
-        for value in {n.value for n in store.select("recall", quantity, task=task)}:
-            ax.axhline(value, color=INK, linestyle=line, linewidth=width)
-            ax.annotate(text, (1, value), (-2, 3), ha="right", **_IN_AXES)
+        for value in {n.value for n in store.select("recall", quantity, **hardest)}:
+            ax.axhline(value, color=INK, linestyle=line, linewidth=1.2, label=text)
     ax.set_xscale("log", base=2)
-    powers(ax.xaxis, xs, short)
+    powers(ax.xaxis, [2.0**i for i in range(int(min(xs)).bit_length() - 1, int(max(xs)).bit_length() + 1)], short)
     ax.set_xlim(min(xs) / 2.2, max(xs) * 2.2)
     ax.set_ylim(-0.03, 1.08)
     ax.set_xlabel("bytes of state read per token and layer")
-    ax.set_ylabel("answers right")
+    ax.set_ylabel("share of answers right")
     ax.set_title({"mqar": "Associative recall (MQAR)", "needle": "Passkey in text (needle)"}.get(task, task))
 
 
@@ -180,10 +187,10 @@ def _lines(
     dashed: str = "",
     **at: Any,
 ) -> None:
-    numbers = store.select(part, quantity, **at)
+    numbers = [n for n in store.select(part, quantity, **at) if not n.refused]
     for way in ways_of(numbers):
         mine = sorted((n for n in numbers if n.way == way), key=lambda n: n.at[x])
-        c, m = colour(way, ways_of(numbers))
+        c, m = colour(way, [*titles, way])
         label = titles.get(way, way) + (f" ({dashed})" if dashed else "")
         ax.plot(
             [n.at[x] for n in mine],
@@ -215,29 +222,31 @@ def _lengths(ax: Any, numbers: Sequence[Number], label: str, title: str) -> None
 
 
 def cost(store: Store, titles: dict[str, str], recorded: Recorded = ()) -> str | None:
-    """Draws time, scratch memory and throughput against T."""
+    """Draws time, scratch memory and, if it was measured, throughput against T."""
     times = store.select("cost", "seconds_forward_backward")
     if not times:
         return None
+    panels = [
+        ("seconds_forward_backward", 1e3, "ms", "Time, forward + backward"),
+        ("scratch_forward_backward", 2**-20, "MiB", "Scratch memory"),
+        ("tokens_per_second", 1e-3, "thousand tokens/s", "Throughput at a fixed batch"),
+    ]
+    panels = [panel for panel in panels if store.select("cost", panel[0])]
 
-    def draw(time: Any, memory: Any, rate: Any) -> None:
-        panels = (
-            (time, "seconds_forward_backward", 1e3, "ms", "Time, forward + backward"),
-            (memory, "scratch_forward_backward", 2**-20, "MiB", "Scratch memory"),
-            (rate, "tokens_per_second", 1e-3, "thousand tokens/s", "Throughput at a fixed batch"),
-        )
-        for ax, quantity, scale, unit, title in panels:
+    def draw(*axes: Any) -> None:
+        for ax, (quantity, scale, unit, title) in zip(axes, panels, strict=True):
             shown = store.select("cost", quantity)
             _lines(ax, store, "cost", quantity, titles, scale)
             for label, source in recorded:
                 _lines(ax, source, "cost", quantity, titles, scale, dashed=label)
                 shown = shown + source.select("cost", quantity)
             ax.set_yscale("log")
-            _lengths(ax, shown, unit, title if shown else f"{title}: not measured")
-        time.legend(fontsize=9)
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{float(v):g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+            _lengths(ax, shown, unit, title)
 
     facts = "; ".join(f"{titles.get(n.way, n.way)} at {n.at['T']}: {n.value * 1e3:.3g} ms" for n in times)
-    return figure("cost", "Cost of attention against length", f"Forward and backward: {facts}.", draw, 3)
+    return figure("cost", "Cost of attention against length", f"Forward and backward: {facts}.", draw, len(panels), 3.9)
 
 
 def share(store: Store, titles: dict[str, str]) -> str | None:
@@ -250,7 +259,6 @@ def share(store: Store, titles: dict[str, str]) -> str | None:
         _lines(ax, store, "cost", "attention_share", titles, 100)
         _lengths(ax, shares, "% of the model's FLOPs", "Attention's share of a 7-billion-parameter model")
         ax.set_ylim(0, 100)
-        ax.legend(fontsize=9)
         _lines(flops, store, "cost", "flops_forward", titles, 1e-9)
         flops.set_yscale("log")
         _lengths(flops, store.select("cost", "flops_forward"), "GFLOP", "FLOPs of the timed attention, forward")
@@ -259,12 +267,12 @@ def share(store: Store, titles: dict[str, str]) -> str | None:
     return figure("share", "Attention's share of the FLOPs", facts + ".", draw, 2)
 
 
-def memory(store: Store, titles: dict[str, str]) -> str | None:
+def memory(store: Store, titles: dict[str, str], ways: Sequence[str]) -> str | None:
     """Draws the bytes of a training step on a chip against T, by formula, and the chip's memory.
 
-    There is a panel per remat policy.
+    There is a panel per remat policy, and a line for each of `ways`.
     """
-    numbers = store.select("memory", "chip_step_bytes")
+    numbers = [n for n in store.select("memory", "step_bytes") if n.way in ways]
     if not numbers:
         return None
     chip = numbers[0].at["chip"]
@@ -274,7 +282,7 @@ def memory(store: Store, titles: dict[str, str]) -> str | None:
     def draw(*axes: Any) -> None:
         for ax, remat in zip(axes, remats, strict=True):
             for way in ways_of(numbers):
-                c, m = colour(way, ways_of(numbers))
+                c, m = colour(way, list(titles))
                 mine = [n for n in numbers if (n.way, n.at["remat"]) == (way, remat)]
                 if mine:
                     label = titles.get(way, way)
@@ -283,10 +291,8 @@ def memory(store: Store, titles: dict[str, str]) -> str | None:
             ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{float(v):g}"))
             ax.yaxis.set_minor_formatter(NullFormatter())
             if chip in held:
-                ax.axhline(held[chip], color=INK, linestyle=":", linewidth=1)
-                ax.annotate(chip, (0, held[chip]), (3, 3), **_IN_AXES)
+                ax.axhline(held[chip], color=INK, linestyle=":", linewidth=1, label=f"memory of a {chip}")
             _lengths(ax, [n for n in numbers if n.at["remat"] == remat], "GiB", f"remat: {remat}")
-        axes[0].legend(fontsize=9)
 
     facts = "; ".join(
         f"{titles.get(n.way, n.way)}, remat {n.at['remat']}, T {n.at['T']}: {n.value / 2**30:.2f} GiB" for n in numbers
@@ -295,63 +301,49 @@ def memory(store: Store, titles: dict[str, str]) -> str | None:
 
 
 def context(store: Store, titles: dict[str, str]) -> str | None:
-    """Draws the loss by position at each context length, and the cost of replacing distant context."""
-    at = store.select("context", "bits_at")
+    """Draws the loss by position at each context length, and the cost of replacing distant context if it is known."""
+    at = [n for n in store.select("context", "bits_at") if not n.refused]
     if not at:
         return None
     first = ways_of(at)[0]
+    excess = [n for n in store.select("context", "tail_excess") if not n.refused]
 
-    def draw(position: Any, control: Any) -> None:
-        lengths = sorted({n.at["T"] for n in at if n.way == first})
-        for i, T in enumerate(lengths):
-            mine = store.select("context", "bits_at", first, T=T)
-            position.plot(
-                [n.at["to"] for n in mine],
-                [n.value for n in mine],
-                marker=MARKERS[i],
-                color=SERIES[i + 3],
-                label=f"T = {T}",
-            )
-        position.set_xscale("log", base=2)
-        powers(
-            position.xaxis,
-            [n.at["to"] for n in at if n.way == first and n.at["to"] in (1, 4, 16, 64, 256, 1024, 4096)],
-            short,
-        )
-        position.set_xlabel("tokens read")
-        position.set_ylabel("bits per byte")
-        position.set_title(f"Loss by position ({titles.get(first, first)})")
-        position.legend(fontsize=9)
-        excess = store.select("context", "tail_excess")
+    def position(ax: Any) -> None:
+        for i, T in enumerate(sorted({n.at["T"] for n in at if n.way == first})):
+            mine = [n for n in at if n.way == first and n.at["T"] == T]
+            label = f"T = {T:,}" + ", recorded" * (mine[0].badge == "recorded")
+            xs, ys = [n.at["to"] for n in mine], [n.value for n in mine]
+            ax.plot(xs, ys, marker=MARKERS[i], color=SERIES[i + 3], label=label)
+        ax.set_xscale("log", base=2)
+        powers(ax.xaxis, [n.at["to"] for n in at if n.way == first and n.at["to"] in (1, 4, 16, 64, 256, 1024, 4096)],
+               short)  # fmt: skip
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("bytes of the row read so far")
+        ax.set_ylabel("bits per byte")
+        ax.set_title(f"Loss by position ({titles.get(first, first)})")
+
+    def control(ax: Any) -> None:
         for way in ways_of(excess):
             mine = [n for n in excess if n.way == way]
-            c, m = colour(way, ways_of(at))
+            c, m = colour(way, list(titles))
             xs = [max(n.at["k"], 2) for n in mine]  # k = 0 does not exist on a logarithmic axis
-            below = [0.0 if n.low is None else n.value - n.low for n in mine]
-            above = [0.0 if n.high is None else n.high - n.value for n in mine]
-            control.errorbar(
-                xs,
-                [n.value for n in mine],
-                yerr=[below, above],
-                marker=m,
-                color=c,
-                capsize=3,
-                label=titles.get(way, way),
-            )
-        control.axhline(0, color=INK, linestyle=":", linewidth=1)
-        control.set_xscale("log", base=2)
-        powers(control.xaxis, [max(n.at["k"], 2) for n in excess], lambda v: "0" if v == 2 else short(v))
-        control.set_xlabel("k: bytes before the tail that stay its own document's")
-        control.set_ylabel("extra bits per byte")
-        control.set_title("Cost of replacing what is further back than k")
-        control.legend(fontsize=9)
+            bars = [[0.0 if end is None else abs(end - n.value) for n, end in ends]
+                    for ends in ([(n, n.low) for n in mine], [(n, n.high) for n in mine])]  # fmt: skip
+            label = titles.get(way, way)
+            ax.errorbar(xs, [n.value for n in mine], yerr=bars, marker=m, color=c, capsize=3, label=label)
+        ax.axhline(0, color=INK, linestyle=":", linewidth=1)
+        ax.set_xscale("log", base=2)
+        powers(ax.xaxis, [max(n.at["k"], 2) for n in excess], lambda v: "0" if v == 2 else short(v))
+        ax.set_xlabel("k: bytes before the tail that stay its own")
+        ax.set_ylabel("extra bits per byte")
+        ax.set_title("Cost of replacing what is further back than k")
 
-    facts = "; ".join(
-        f"{titles.get(n.way, n.way)}, k {n.at['k']}: {n.value:.3f} bits" for n in store.select("context", "tail_excess")
-    )
-    return figure(
-        "context", "Loss by position and use of context", f"Extra loss without distant context: {facts}.", draw, 2
-    )
+    def draw(*axes: Any) -> None:
+        for ax, panel in zip(axes, (position, control), strict=False):
+            panel(ax)
+
+    facts = "; ".join(f"bytes {n.at['from']} to {n.at['to']} at T {n.at['T']}: {n.value:.3f} bits" for n in at)
+    return figure("context", "Loss by position, and use of context", f"{facts}.", draw, 2 if excess else 1)
 
 
 _SCHEDULES = (("ring", "contiguous"), ("ring", "zigzag"), ("balanced", "contiguous"))

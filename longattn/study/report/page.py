@@ -20,18 +20,20 @@ from rich.table import Table as RichTable
 from longattn.display import style
 from longattn.study.report import figures
 from longattn.study.report.load import Study, Table, device
-from longattn.study.report.numbers import number_html, number_text, provenance
-from longattn.study.report.sentences import sentences
-from longattn.study.report.tables import compared, headline, tables
+from longattn.study.report.numbers import badges_of, columns, number_html, number_text, provenance, show
+from longattn.study.report.sentences import common_T, sentences
+from longattn.study.report.tables import CHIPS, compared, headline, tables
 from longattn.study.store import BADGES, Number
 
 VERSION = 1
 
 
 def _template() -> jinja2.Template:
-    text = resources.files("longattn.study.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    folder = resources.files("longattn.study.report")
+    text, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.html.j2", "sort.js"))
+    script = Markup(script)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(text, globals={"style": style()})
+    return environment.from_string(text, globals={"style": style(), "script": script, "columns": columns})
 
 
 def _figures(study: Study) -> dict[str, Markup]:
@@ -41,7 +43,7 @@ def _figures(study: Study) -> dict[str, Markup]:
         "headline": figures.recall(study.store, study.titles, old),
         "cost": figures.cost(study.store, study.titles, old),
         "share": figures.share(study.store, study.titles),
-        "memory": figures.memory(study.store, study.titles),
+        "memory": figures.memory(study.store, study.titles, study.main),
         "context": figures.context(study.store, study.titles),
         "sequence": figures.schedules(study.store),
     }
@@ -52,25 +54,27 @@ TEXTS = {
     "cost": (
         "Cost against length",
         "One attention layer with tiny projections, so that every mixer is timed in the same way. The ways are timed "
-        "in turns; bands cover the median with 95%. Exact attention takes time proportional to T squared, blockwise or "
+        "in turns, those with gigabytes of scratch last; bands cover the median with 95%. Exact attention takes time "
+        "proportional to T squared, blockwise or "
         "dense; blockwise keeps the memory linear. In a whole model the cost depends on attention's share.",
     ),
     "memory": (
         "Memory of a training step",
-        "The training step is compiled but not run. Dots are compiled programs; lines are fitted to the three shortest "
-        "and checked at the longest. The remat policy says what the backward pass recomputes: nothing (none), "
-        "everything but attention (attention), or everything (full).",
+        "By the formulas of `longattn plan --analytic`, which were checked against compiled programs; nothing here has "
+        "run. A way that no formula knows has no row. The remat policy says what the backward pass recomputes: nothing "
+        "(none), everything but attention (attention), or everything (full).",
     ),
     "recall": (
         "Recall",
         "Models of two layers. The first sees two tokens and is the same for all; the second is the way under test. "
+        "Recurrences take more steps to learn this task, and get them. "
         "Intervals are the wider of the one over seeds and the one over questions.",
     ),
     "context": (
         "Real text",
-        "A byte-level language model. Loss by position suggests what more context is worth. The control shows whether "
-        "the model uses it: the same last bytes are predicted with everything further back than k bytes before them "
-        "taken from another document.",
+        "A byte-level language model. Loss by position suggests what more context is worth. Where there is a control, "
+        "it shows whether the model uses it: the same last bytes are predicted with everything further back than k "
+        "bytes before them taken from another document. A short study shows a run that was trained earlier.",
     ),
     "sequence": (
         "Over devices along the sequence",
@@ -146,7 +150,7 @@ def page(study: Study) -> str:
         facts=_facts(study),
         badges=BADGES,
         numbers=list(study.store.numbers.values()),
-        n=lambda x, interval=True: number_html(x, study, interval),
+        n=lambda x, interval=True, unit=None: number_html(x, study, interval, unit),
         is_number=lambda x: isinstance(x, Number),
         provenance=lambda x: provenance(x, study.store),
         device=device(study.store),
@@ -167,26 +171,45 @@ def document(study: Study) -> dict[str, Any]:
     }
 
 
+SHORT = {  # headings of the opening table in the terminal, by how they begin on the page
+    "way": "way", "forward": "fwd+bwd", "time": "time~T^", "scratch ~": "mem~T^", "scratch": "scratch",
+    "longest T on ": "", "MQAR": "recall",
+}  # fmt: skip
+
+
 def _rich(table: Table) -> RichTable:
-    made = RichTable(
-        title=table.title, title_justify="left", box=box.SIMPLE_HEAD, caption=table.note or None, caption_justify="left"
-    )
-    for i, heading in enumerate(table.head):
-        made.add_column(heading, justify="right" if i else "left")
+    """Returns the opening table for a terminal of 80 columns: numbers without intervals, units in the headings."""
+    _, _, units = columns(table)
+    made = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    for i, (name, unit) in enumerate(zip(table.head, units, strict=True)):
+        begins = next(b for b in SHORT if name.startswith(b))
+        short = SHORT[begins] or name.removeprefix(begins)
+        lines = [short, unit.name if unit else "", badges_of(row[i] for row in table.rows)] if i else [short]
+        made.add_column("\n".join(lines), justify="right" if i else "left", no_wrap=True)
     for row in table.rows:
-        made.add_row(*(number_text(c) if isinstance(c, Number) else c or "" for c in row))
+        cells = (
+            f"{show(c, unit)}{'*' * bool(c.refused)}" if isinstance(c, Number) else c or "-"
+            for c, unit in zip(row, units, strict=True)
+        )  # fmt: skip
+        made.add_row(*cells)
     return made
 
 
 def summary(study: Study, console: Console, page: Path) -> None:
     """Prints the opening table and sentences."""
-    console.print(f"[bold]{escape(study.name)}[/] · preset {study.preset} · {device(study.store)}")
-    console.print(_rich(headline(study)))
+    table, T = headline(study), common_T(study.store)
+    console.print(f"[bold]{escape(study.name)}[/] · preset {study.preset} · {device(study.store)}", highlight=False)
+    console.print(_rich(table), highlight=False)
+    notes = [f"fwd+bwd and scratch: one layer at T = {T:,}"] if T else []
+    notes += [f"{', '.join(CHIPS)}: longest training sequence", "recall: MQAR"]
+    notes += [f"{b[0].upper()} {b}" for b in BADGES]
+    if any(isinstance(c, Number) and c.refused for row in table.rows for c in row):
+        notes.append("* cut short or at two speeds")
+    console.print("; ".join(notes), style="dim", highlight=False)
     for s in sentences(study.store):
         console.print(
-            "• " + "".join(p if isinstance(p, str) else number_text(p) for p in s), soft_wrap=True, markup=False
+            "• " + "".join(p if isinstance(p, str) else number_text(p) for p in s), highlight=False, markup=False
         )
-    console.print("Badges: " + "; ".join(f"{b[0].upper()} {b}" for b in BADGES), style="dim")
     console.print(f"{page}", soft_wrap=True, markup=False)
 
 
@@ -217,7 +240,7 @@ def compare_page(a: Study, b: Study) -> str:
         compared=compared(a, b),
         facts=_facts(a) + _facts(b),
         badges=BADGES,
-        n=lambda x, interval=True: number_html(x, stores[id(x)], interval),
+        n=lambda x, interval=True, unit=None: number_html(x, stores[id(x)], interval, unit),
         is_number=lambda x: isinstance(x, Number),
         device=None,
     )

@@ -7,51 +7,28 @@ from typing import Any
 
 from longattn.study.report.load import Cell, Study, Table, way_title
 from longattn.study.report.sentences import UNRESOLVED, common_T, separate
-from longattn.study.store import Number, family
 
 CHIPS = ("v5e", "h100")  # columns of the opening table; the memory section has every chip
 
 
 def headline(study: Study) -> Table:
-    """Returns the opening table: time, memory, recall and longest T of each family of ways."""
+    """Returns the opening table: time, memory, recall and longest T of each way that was timed or trained."""
     store, T = study.store, common_T(study.store)
-    names = list(dict.fromkeys(family(w) for w in study.titles))
-    first = lambda numbers, name: next((n for n in numbers if family(n.way) == name), None)
-    head = [
-        "way to attend",
-        f"forward + backward, T = {T:,}" if T else "forward + backward",
-        "time ~ T^",
-        "scratch",
-        "scratch ~ T^",
-    ]
-    head += [*(f"longest T on {c}" for c in CHIPS), "MQAR recall"]
+    hardest = next((n.at for n in store.select("recall", "accuracy", task="mqar")), {"task": "mqar"})
+    columns: list[tuple[str, str, str, dict[str, Any]]] = [
+        (f"forward + backward at T = {T:,}" if T else "forward + backward", "cost", "seconds_forward_backward",
+         {"T": T}),
+        ("time ~ T^", "cost", "exponent_time_training", {}),
+        ("scratch", "cost", "scratch_forward_backward", {"T": T}),
+        ("scratch ~ T^", "cost", "exponent_memory", {}),
+        *((f"longest T on {c}", "memory", "longest_T", {"chip": c, "remat": "attention"}) for c in CHIPS),
+        ("MQAR recall", "recall", "accuracy", hardest),
+    ]  # fmt: skip
     rows = []
-    for name in names:
-        longest = [
-            first([n for n in store.select("memory", "longest_T", chip=c) if n.at["remat"] == "attention"], name)
-            for c in CHIPS
-        ]
-        recalled = [n for n in store.select("recall", "accuracy", task="mqar") if family(n.way) == name]
-        cells = (
-            first(store.select("cost", "seconds_forward_backward", T=T), name),
-            first(store.select("cost", "exponent_time_training"), name),
-            first(store.select("cost", "scratch_forward_backward", T=T), name),
-            first(store.select("cost", "exponent_memory"), name),
-            *longest,
-            recalled[0] if recalled else ("as exact, blockwise" if name == "dense" else None),
-        )
-        if any(cells):
-            rows.append((_name(name, cells), *cells))
-    return Table("At a glance", tuple(head), tuple(rows))
-
-
-def _name(name: str, cells: Sequence[Cell]) -> str:
-    """Returns a row's title: its way, or the family with the size used in each part where those differ."""
-    found = {n.part: n.way for n in cells if isinstance(n, Number)}
-    if len(set(found.values())) < 2:
-        return way_title(next(iter(found.values()), name))
-    sizes = ", ".join(f"{way.partition('_')[2]} in {part}" for part, way in found.items())
-    return f"{way_title(name)} ({sizes})"
+    for way in study.main:
+        cells: list[Cell] = [store.one(part, quantity, way, **at) for _, part, quantity, at in columns]
+        rows.append((way_title(way), *cells))
+    return Table("At a glance", ("way to attend", *(heading for heading, *_ in columns)), tuple(rows))
 
 
 def _matrix(
@@ -68,9 +45,13 @@ def _matrix(
         for way, labels in rows:
             cells = tuple(source.one(part, quantity, way, **{**labels, **more}) for _, quantity, more in columns)
             if any(cells):
-                name = ", ".join([way_title(way), *(f"{k} {v}" for k, v in labels.items())])
+                name = ", ".join([way_title(way), *(_label(k, v) for k, v in labels.items())])
                 made.append((name + (f" ({label})" if label else ""), *cells))
     return Table(title, ("way", *(heading for heading, *_ in columns)), tuple(made), note)
+
+
+def _label(name: str, value: Any) -> str:
+    return f"T = {value:,}" if name == "T" else str(value) if name == "task" else f"{name} {value}"
 
 
 def _rows(study: Study, part: str, quantity: str, labels: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -124,11 +105,15 @@ def _cost(study: Study) -> list[Table]:
             f"State and reads of one layer at T = {_listed(longest)}",
             "cost",
             [
-                ("state, elements", "state_elements", {}),
-                ("read per token", "bytes_read", {}),
-                ("sequential steps", "sequential_steps", {}),
+                (heading, quantity, {"T": T})
+                for T in longest
+                for heading, quantity in (
+                    ("state", "state_elements"),
+                    ("read per token", "bytes_read"),
+                    ("sequential", "sequential_steps"),
+                )
             ],
-            [(way, {"T": T}) for T in longest for way, _ in _rows(study, "cost", "state_elements", [])],
+            _rows(study, "cost", "state_elements", []),
             "Keys and values are bfloat16, states of recurrences float32. Sequential steps: those of a forward pass "
             "that must run one after the other.",
         ),
@@ -137,43 +122,33 @@ def _cost(study: Study) -> list[Table]:
 
 def _memory(study: Study) -> list[Table]:
     chips = list(dict.fromkeys(n.at["chip"] for n in study.store.select("memory", "chip_bytes")))
-    held = [(name, f"held_{name}", {}) for name in ("parameters", "optimiser", "gradients", "attention", "activations")]
+    kinds = list(dict.fromkeys(n.quantity for n in study.store.numbers.values() if n.quantity.startswith("held_")))
+    held = [(name.removeprefix("held_"), name, {}) for name in kinds]
     policies = _rows(study, "memory", "longest_T", ["remat"])
-    held_at = {n.at["T"] for n in study.store.select("memory", "held_parameters")}
+    held_at = {n.at["T"] for n in study.store.select("memory", "held_total")}
     batch = {n.at["T"] for n in study.store.select("memory", "largest_batch")}
+    drawn = {n.at["chip"] for n in study.store.select("memory", "held_total")}
     return [
         _matrix(
-            study,
-            "Longest T of one sequence",
-            "memory",
-            [(c, "longest_T", {"chip": c}) for c in chips],
-            policies,
-            "Tokens that fit in one device's memory, by the formulas of `longattn plan --analytic`.",
+            study, "Longest T of one sequence", "memory", [(c, "longest_T", {"chip": c}) for c in chips], policies,
+            "What fits in one device's memory, by the formulas of `longattn plan --analytic`.",
         ),
         _matrix(
-            study,
-            f"Largest batch at T = {_listed(batch)}",
-            "memory",
-            [(c, "largest_batch", {"chip": c}) for c in chips],
-            policies,
-            "Sequences.",
+            study, f"Largest batch at T = {_listed(batch)}", "memory",
+            [(c, "largest_batch", {"chip": c}) for c in chips], policies,
         ),
         _matrix(
-            study,
-            f"Bytes of a training step at T = {_listed(held_at)}",
-            "memory",
-            held,
-            _rows(study, "memory", "held_parameters", ["remat"]),
-            "Attention: scratch of one layer, compiled alone.",
+            study, f"Memory of a training step at T = {_listed(held_at)} on a {'/'.join(drawn)}", "memory", held,
+            _rows(study, "memory", "held_total", ["remat"]), "By kind, at the peak.",
         ),
-    ]
+    ]  # fmt: skip
 
 
 def _recall(study: Study) -> list[Table]:
     columns = [
         ("right", "accuracy", {}),
         ("chance", "chance", {}),
-        ("state, elements per layer", "state_elements", {}),
+        ("state per layer", "state_elements", {}),
         ("read per token", "bytes_read", {}),
     ]
     rows = _rows(study, "recall", "accuracy", ["task", "T", "pairs", "digits"])
@@ -243,7 +218,7 @@ def compared(a: Study, b: Study) -> Table:
             continue
         ratio = f"{y.value / x.value:.3g}" if x.value else "-"
         verdict = (
-            ("apart" if separate(x, y) else UNRESOLVED.replace("preset", "pair"))
+            ("apart" if separate(x, y) else UNRESOLVED)
             if x.low is not None
             else ("equal" if x.value == y.value else "")
         )

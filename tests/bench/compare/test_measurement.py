@@ -18,7 +18,7 @@ from longattn.mask import Causal
 from tests.bench.compare.tiny import SHARED, TINY, quiet
 
 RAN = {
-    "contestant", "about", "error", "samples", "device_seconds", "host_seconds", "idle", "ratio", "flops",
+    "contestant", "about", "error", "samples", "device_seconds", "host_seconds", "idle", "ratio", "two_speeds", "flops",
     "flops_per_second", "share_of_peak_flops", "bytes", "bytes_per_second", "share_of_bandwidth", "roofline", "bound",
     "static_seconds", "static_ratio", "static_note", "kernels", "scopes",
 }  # fmt: skip
