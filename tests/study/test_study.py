@@ -292,8 +292,8 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         SMOKE,
         cost=dataclasses.replace(SMOKE.cost, seconds=time, windows=(), tokens=32),
         memory=dataclasses.replace(SMOKE.memory, seconds=time),
-        recall=dataclasses.replace(SMOKE.recall, seconds=time, needle_seeds=(0,)),
-        context=dataclasses.replace(SMOKE.context, seconds=time, windows=()),
+        recall=dataclasses.replace(SMOKE.recall, seconds=time, windows=(), needle_seeds=(0,)),
+        context=dataclasses.replace(SMOKE.context, seconds=time, windows=(), lengths=SMOKE.context.lengths[-1:]),
         sequence=dataclasses.replace(SMOKE.sequence, seconds=time),
     )
     monkeypatch.setitem(PRESETS, "smoke", preset)
@@ -306,7 +306,7 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.select("memory", "longest_T", "exact", chip="v5e")[0].value > 0
     for task, seeds in (("mqar", (0, 1)), ("needle", (0,))):
         found = store.select("recall", "accuracy", task=task)
-        assert {n.way for n in found} == {"exact", "window_4"}
+        assert {n.way for n in found} == {"exact"}
         for n in found:
             assert 0 <= n.low <= n.value <= n.high <= 1
             assert n.seeds == seeds
