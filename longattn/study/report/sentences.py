@@ -73,7 +73,8 @@ def _recalled(store: Store) -> Iterator[Sentence]:
     ordered = _whole(store, "recall", "accuracy", task="mqar", T=T, pairs=pairs)[::-1]
     for best, next_best in zip(ordered, ordered[1:], strict=False):
         if separate(best, next_best):
-            names = way_title(best.way), way_title(next_best.way)
+            # One seed's interval is that over questions: another training may differ by more.
+            names = [way_title(n.way) + " (one seed)" * (len(n.seeds) == 1) for n in (best, next_best)]
             where = f"of {pairs} pairs in {T} tokens"
             yield [f"Recall {where}: {names[0]} ", best, f", more than {names[1]} ", next_best, "."]
 

@@ -227,6 +227,9 @@ def test_says_only_what_separates(tmp_path: Path) -> None:
     assert "Fastest layer at T = 4,096, forward and backward: window 32, 12 ms" in _text(narrow)
     for word in ("more than", "Fastest"):
         assert word not in _text(wide)
+    text = (tmp_path / "narrow" / FILE).read_text()
+    (tmp_path / "narrow" / FILE).write_text(text.replace('"seeds": [0, 1]', '"seeds": [0]'))
+    assert "GatedDeltaNet (one seed) 0.700" in _text(report.load(tmp_path / "narrow"))
 
 
 def test_units_stand_once_in_a_table() -> None:
