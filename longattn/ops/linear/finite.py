@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool
 
 from longattn.ops.linear.contract import Arrays, Options, Out, State
@@ -120,7 +121,10 @@ def attend(inner: Callable[[Arrays, Options, Any], tuple[Out, State]]) -> Callab
     def forward(x: Arrays, options: Options, plan: Any) -> tuple[tuple[Out, State], Any]:
         sight = _sight(x)
         (out, S), transpose = jax.vjp(lambda x: inner(x, options, plan), _finite(x))
-        return (_nan(sight.sees | _any(x.H, x.q), out), _nan_state(sight.sees[:, -1], S)), (x, sight, transpose)
+        results = _nan(sight.sees | _any(x.H, x.q), out), _nan_state(sight.sees[:, -1], S)
+        # Over a mesh it depends on the state that arrived: kept as states are, else the exchange would run again.
+        sight = sight._replace(sees=checkpoint_name(sight.sees, "linear_state"))
+        return results, (x._replace(initial_state=None), sight, transpose)
 
     def backward(options: Options, plan: Any, residuals: Any, cotangents: tuple[Out, State]) -> tuple[Arrays]:
         x, sight, transpose = residuals
@@ -136,7 +140,7 @@ def attend(inner: Callable[[Arrays, Options, Any], tuple[Out, State]]) -> Callab
             v=_nan(token, d.v),
             log_decay=_nan(received | sight.sees, d.log_decay),
             beta=_nan(token, d.beta),
-            initial_state=None if x.initial_state is None else _nan_state(received[:, 0], d.initial_state),
+            initial_state=None if d.initial_state is None else _nan_state(received[:, 0], d.initial_state),
         )
         return (gradients,)
 
