@@ -34,3 +34,8 @@ def __getattr__(name: str) -> Any:
 
     globals()[name] = found = pkgutil.resolve_name(_HOMES.get(name, f"longattn.ops.attention:{name}"))
     return found
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, also those that nothing has read yet."""
+    return sorted({*globals(), *__all__})

@@ -105,6 +105,14 @@ def test_init_files_only_re_export(path):
         assert docstring or exports or lazily or isinstance(node, ast.Import | ast.ImportFrom), f"{path}:{node.lineno}"
 
 
+def test_public_names_are_listed_before_they_are_read():
+    """They are imported when they are read, and a notebook completes what `dir` lists."""
+    command = (
+        "import sys, longattn; assert 'jax' not in sys.modules; assert set(longattn.__all__) <= set(dir(longattn))"
+    )
+    subprocess.run([sys.executable, "-c", command], check=True)
+
+
 @pytest.mark.parametrize(
     "path",
     [f for f in FILES if room_of(f) not in IO],

@@ -1,4 +1,4 @@
-"""What comes before a command: Ctrl-C while Python imports JAX, streams that are closed or lost, JAX's variables."""
+"""Before a command begins, Ctrl-C, closed or lost streams and JAX's variables are met without a traceback."""
 
 from __future__ import annotations
 

@@ -71,9 +71,12 @@ def _check_row(row: int, p: np.ndarray, place: np.ndarray, ids: np.ndarray, segm
     order = np.lexsort((place, ids))
     p, place, ids = p[order], place[order], ids[order]
     broken = (ids[1:] == ids[:-1]) & (p[1:] - p[:-1] != place[1:] - place[:-1])
-    for at in np.flatnonzero(broken):
-        if segmented and len(set(p[ids == ids[at]])) == 1:
-            continue  # padding
+    if segmented and broken.any():  # a segment whose positions are all equal is padding
+        first = np.flatnonzero(np.append(True, ids[1:] != ids[:-1]))
+        padding = np.minimum.reduceat(p, first) == np.maximum.reduceat(p, first)
+        broken &= ~np.repeat(padding, np.diff(first, append=len(ids)))[1:]
+    if broken.any():
+        at = int(np.argmax(broken))
         where = f"row {row}" + (f", segment {ids[at]}" if segmented else "")
         raise ValueError(
             f"positions={p[at]} and {p[at + 1]} of tokens {place[at]} and {place[at + 1]} ({where}) must differ as the "

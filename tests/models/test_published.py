@@ -159,7 +159,7 @@ def test_linear_layers(parameters, mixer, H):
 
 
 def test_kimi_delta_attention_of_fla():
-    """Its scale is D**-0.5 unless said, ours 1; the layout of states is the same."""
+    """FLA scales by D**-0.5 unless it is told otherwise, we by 1; the layout of states is the same."""
     f = fixture("kda")
     out, state = linear_attention(
         f["q"], f["k"], f["v"], log_decay=f["g"], beta=f["beta"], initial_state=f["initial_state"], scale=3**-0.5

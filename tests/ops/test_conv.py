@@ -203,7 +203,7 @@ def test_long_is_the_direct_sum(T, L, dtype):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
 def test_what_is_not_finite_reaches_the_tokens_that_see_it(bad):
-    """Of the same row and channel: by the taps of its document, or all after it. Gradients stay with those before."""
+    """It reaches the taps of its document, or all later tokens, in its row and channel; its gradient earlier ones."""
     rng = np.random.default_rng(0)
     x, weight, kernel = (rng.standard_normal(s).astype(np.float32) for s in ((2, 9, 3), (3, 4), (3, 5)))
     ids = np.repeat(np.array([[7, 1]], np.int32), [6, 3], 1).repeat(2, 0)

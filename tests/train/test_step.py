@@ -228,7 +228,7 @@ def test_a_mesh_of_another_number_of_devices_is_refused() -> None:
 
 @pytest.mark.parametrize(("platform", "needed"), [("tpu", 70), ("cpu", 40 + 50 + 30 - 20), ("gpu", 100)])
 def test_a_program_on_a_tpu_needs_its_peak(monkeypatch, platform: str, needed: int) -> None:
-    """Of temporaries XLA counts on-chip memory there too: a step that fits was refused."""
+    """XLA for TPUs counts on-chip memory among temporaries, so a step that fits was once refused."""
     analysis = SimpleNamespace(
         argument_size_in_bytes=40, temp_size_in_bytes=50, output_size_in_bytes=30, alias_size_in_bytes=20,
         peak_memory_in_bytes=70,
