@@ -122,8 +122,8 @@ def attend(inner: Callable[[Arrays, Options, Any], tuple[Out, State]]) -> Callab
         sight = _sight(x)
         (out, S), transpose = jax.vjp(lambda x: inner(x, options, plan), _finite(x))
         results = _nan(sight.sees | _any(x.H, x.q), out), _nan_state(sight.sees[:, -1], S)
-        # Over a mesh it depends on the state that arrived: kept as states are, else the exchange would run again.
-        sight = sight._replace(sees=checkpoint_name(sight.sees, "linear_state"))
+        if x.initial_state is not None:  # over a mesh it arrived: kept as states are, the exchange does not run again
+            sight = sight._replace(sees=checkpoint_name(sight.sees, "linear_state"))
         return results, (x._replace(initial_state=None), sight, transpose)
 
     def backward(options: Options, plan: Any, residuals: Any, cotangents: tuple[Out, State]) -> tuple[Arrays]:
