@@ -1,6 +1,7 @@
 """The suite's JAX: eight CPU devices, no silent rank promotion, and shape checking of every internal function."""
 
 import os
+import signal
 
 # Before jax loads. The platform stays what the caller set: `JAX_PLATFORMS=cuda make test` tries a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,6 +10,10 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # Compiling is most of the suite's time. XLA's passes over its own graph run as ever; LLVM optimises less, which halves
 # it. The processes that tests start inherit this, and compilations for other devices do not.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import jaxtyping

@@ -40,7 +40,7 @@ def test_rivals_that_disagree_or_fail_are_rows_of_one_document_about_a_trace_of_
     document = compare.run(options)
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(document))
     assert set(document) == SHARED | {"rows", "differences", "plot"}
-    assert (document["version"], document["kind"], document["differences"]) == (1, "compare", [])
+    assert (document["version"], document["kind"], document["differences"]) == (2, "compare", [])
     assert document["load"] == 1.0  # of before
     disagrees, failed, ran = document["rows"]
     assert disagrees["reason"].startswith("it disagrees with reference in float32: relative error")
